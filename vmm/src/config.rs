@@ -1,0 +1,250 @@
+//! Every knob of a VM, checked once by [`VmConfig::validate`].
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Smallest guest memory, in MiB.
+pub const MIN_MEMORY_MIB: u64 = 64;
+/// Most vCPUs of one VM: x2APIC ids in the MADT start at 0 and stay below 255.
+pub const MAX_VCPUS: u8 = 254;
+
+/// A virtual machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmConfig {
+    /// Name used in logs, thread names and errors.
+    pub id: String,
+    /// Processors.
+    pub vcpus: VcpuConfig,
+    /// RAM.
+    pub memory: MemoryConfig,
+    /// What to boot.
+    pub boot: BootConfig,
+    /// Where the guest's console goes.
+    pub console: ConsoleConfig,
+    /// The vsock device; `None` leaves it out.
+    pub vsock: Option<VsockConfig>,
+    /// Devices present at boot, in guest order (the first block device is `vda`).
+    pub devices: Vec<DeviceConfig>,
+    /// Empty virtio-mmio slots kept for `add_device`.
+    pub hotplug_slots: u8,
+}
+
+/// Processors of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuConfig {
+    /// vCPUs running at boot, 1..=`max`.
+    pub boot: u8,
+    /// vCPUs declared to the guest, at most [`MAX_VCPUS`].
+    pub max: u8,
+}
+
+/// RAM of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryConfig {
+    /// Size in MiB, at least [`MIN_MEMORY_MIB`].
+    pub size_mib: u64,
+}
+
+/// Kernel, initramfs and command line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootConfig {
+    /// ELF vmlinux (64-bit entry or PVH note) or bzImage.
+    pub kernel: PathBuf,
+    /// initramfs, any format the guest kernel understands.
+    pub initramfs: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Folder of the cache of kernels taken out of bzImages.
+    pub cache_dir: PathBuf,
+}
+
+/// Where the guest's console goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConsoleConfig {
+    /// No console device.
+    Off,
+    /// virtio-console, `hvc0` in the guest: output kept in a bounded ring. Cheap.
+    #[default]
+    Hvc,
+    /// COM1, `ttyS0` in the guest: output kept in the same ring. One VM exit per byte, works from the first instruction.
+    Serial,
+}
+
+/// The vsock device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockConfig {
+    /// Guest context id, 3 or more.
+    pub guest_cid: u32,
+    /// Unix socket with the `CONNECT <port>` protocol for outside tools (`kata.hvsock`); guest-initiated connections
+    /// to a port without an in-process listener go to `<path>_<port>`.
+    pub uds_path: Option<PathBuf>,
+}
+
+/// A virtio device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+pub enum DeviceConfig {
+    /// A disk.
+    Block(BlockConfig),
+    /// A shared directory.
+    Fs(FsConfig),
+    /// An entropy source.
+    Rng(RngConfig),
+}
+
+impl DeviceConfig {
+    /// The device's id, unique in its VM.
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Block(c) => &c.id,
+            Self::Fs(c) => &c.id,
+            Self::Rng(c) => &c.id,
+        }
+    }
+}
+
+/// A disk backed by a raw image file or a block device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockConfig {
+    /// Device id; also the serial the guest reads (first 20 bytes).
+    pub id: String,
+    /// Raw image file or block device.
+    pub path: PathBuf,
+    /// Refuse writes, on the host, whatever the driver negotiated.
+    pub read_only: bool,
+}
+
+/// A directory shared over virtio-fs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FsConfig {
+    /// Device id.
+    pub id: String,
+    /// Mount tag, at most 36 bytes.
+    pub tag: String,
+    /// Host directory that becomes the root of the share.
+    pub shared_dir: PathBuf,
+    /// What the guest may cache.
+    pub cache: FsCache,
+    /// Worker threads, 1..=64.
+    pub threads: u8,
+}
+
+/// Cache policy of a share (virtiofsd's names).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FsCache {
+    /// No caching in the guest; always coherent.
+    Never,
+    /// Cached with a short timeout, revalidated at open.
+    #[default]
+    Auto,
+    /// Cached for long; the guest is the only writer.
+    Always,
+}
+
+/// An entropy source fed from the host's `/dev/urandom`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RngConfig {
+    /// Device id.
+    pub id: String,
+}
+
+/// A configuration that cannot become a VM.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// No processor, or more at boot than the maximum.
+    #[error("vcpus: {boot} at boot, {max} at most: need 1 <= boot <= max <= {MAX_VCPUS}")]
+    Vcpus {
+        /// Requested at boot.
+        boot: u8,
+        /// Requested maximum.
+        max: u8,
+    },
+    /// Memory below the minimum.
+    #[error("memory: {0} MiB is below the minimum of {MIN_MEMORY_MIB} MiB")]
+    Memory(u64),
+    /// Two devices share an id.
+    #[error("device id {0:?} is used twice")]
+    DuplicateDevice(String),
+    /// A device id that is empty or too long.
+    #[error("device id {0:?} must be 1 to 64 characters of [A-Za-z0-9._-]")]
+    DeviceId(String),
+    /// A reserved context id.
+    #[error("vsock: guest CID {0} is reserved, need 3 or more")]
+    GuestCid(u32),
+    /// A bad mount tag.
+    #[error("share {id:?}: tag {tag:?} must be 1 to 36 bytes")]
+    FsTag {
+        /// Device id.
+        id: String,
+        /// The tag.
+        tag: String,
+    },
+    /// A bad number of threads.
+    #[error("share {id:?}: {threads} threads, need 1 to 64")]
+    FsThreads {
+        /// Device id.
+        id: String,
+        /// Requested threads.
+        threads: u8,
+    },
+}
+
+impl VmConfig {
+    /// Checks everything that can be checked without touching the host.
+    ///
+    /// # Errors
+    /// The first [`ConfigError`] found.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let VcpuConfig { boot, max } = self.vcpus;
+        if boot == 0 || boot > max || max > MAX_VCPUS {
+            return Err(ConfigError::Vcpus { boot, max });
+        }
+        if self.memory.size_mib < MIN_MEMORY_MIB {
+            return Err(ConfigError::Memory(self.memory.size_mib));
+        }
+        if let Some(vsock) = &self.vsock
+            && vsock.guest_cid < 3
+        {
+            return Err(ConfigError::GuestCid(vsock.guest_cid));
+        }
+        for (index, device) in self.devices.iter().enumerate() {
+            device.validate()?;
+            if self.devices[..index].iter().any(|d| d.id() == device.id()) {
+                return Err(ConfigError::DuplicateDevice(device.id().to_owned()));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl DeviceConfig {
+    /// Checks one device, at boot or before it is added to a running VM.
+    ///
+    /// # Errors
+    /// The first [`ConfigError`] found.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let id = self.id();
+        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        if id.is_empty() || id.len() > 64 || !id.chars().all(allowed) {
+            return Err(ConfigError::DeviceId(id.to_owned()));
+        }
+        if let Self::Fs(fs) = self {
+            if fs.tag.is_empty() || fs.tag.len() > 36 {
+                return Err(ConfigError::FsTag {
+                    id: fs.id.clone(),
+                    tag: fs.tag.clone(),
+                });
+            }
+            if fs.threads == 0 || fs.threads > 64 {
+                return Err(ConfigError::FsThreads {
+                    id: fs.id.clone(),
+                    threads: fs.threads,
+                });
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,137 @@
+//! Virtio devices (OASIS virtio 1.2), carried by the mmio transport in `mmio.rs`.
+//!
+//! A device is configured by the guest through the transport, activated once at DRIVER_OK with frozen queues, and
+//! from then on runs as a worker on the I/O loop or on threads of its own until it is reset.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::io_loop::IoLoop;
+use crate::memory::GuestMemory;
+
+/// Bit 0 of InterruptStatus: used buffers (virtio 1.2, 4.2.2).
+pub const INTERRUPT_USED_RING: u32 = 1;
+/// Bit 1 of InterruptStatus: the device configuration changed (virtio 1.2, 4.2.2).
+pub const INTERRUPT_CONFIG: u32 = 2;
+
+/// A device could not start working; the transport then sets DEVICE_NEEDS_RESET.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// The guest enabled fewer queues than the device needs.
+    #[error("{device}: queue {index} was not set up by the driver")]
+    QueueMissing {
+        /// Device id from the configuration.
+        device: String,
+        /// Queue index.
+        index: usize,
+    },
+    /// A host resource was refused.
+    #[error("{device}: {what}: {source}")]
+    Host {
+        /// Device id from the configuration.
+        device: String,
+        /// What was attempted.
+        what: &'static str,
+        /// Cause.
+        source: io::Error,
+    },
+    /// The I/O loop did not take the worker.
+    #[error(transparent)]
+    Loop(#[from] crate::io_loop::IoLoopError),
+}
+
+/// The device's way to interrupt the guest: status bits, then the irqfd.
+#[derive(Debug, Clone)]
+pub struct Interrupt {
+    status: Arc<AtomicU32>,
+    irqfd: Arc<EventFd>,
+}
+
+impl Interrupt {
+    /// `status` is the transport's InterruptStatus register, `irqfd` is bound to the slot's GSI.
+    pub fn new(status: Arc<AtomicU32>, irqfd: Arc<EventFd>) -> Self {
+        Self { status, irqfd }
+    }
+
+    /// Tells the driver that used buffers are waiting. Call it only when the queue's
+    /// `needs_notification` says so.
+    pub fn signal_used(&self) {
+        self.signal(INTERRUPT_USED_RING);
+    }
+
+    /// Tells the driver to read the device configuration again.
+    pub fn signal_config(&self) {
+        self.signal(INTERRUPT_CONFIG);
+    }
+
+    fn signal(&self, bit: u32) {
+        self.status.fetch_or(bit, Ordering::SeqCst);
+        if let Err(error) = self.irqfd.write(1) {
+            tracing::error!(%error, "virtio: cannot write the irqfd");
+        }
+    }
+}
+
+/// One queue as the driver configured it, frozen since DRIVER_OK.
+#[derive(Debug)]
+pub struct ActiveQueue {
+    /// Index of the queue in the device.
+    pub index: usize,
+    /// Ring addresses, size and positions; EVENT_IDX already set from the negotiated features.
+    pub queue: Queue,
+    /// Signalled by the guest's QueueNotify write (an ioeventfd).
+    pub kick: Arc<EventFd>,
+}
+
+/// Everything a device needs to run; given once, at DRIVER_OK.
+#[derive(Debug)]
+pub struct Activation {
+    /// Guest RAM.
+    pub memory: Arc<GuestMemory>,
+    /// Features both sides agreed on.
+    pub features: u64,
+    /// The queues the driver made ready, in index order; all validated against guest memory.
+    pub queues: Vec<ActiveQueue>,
+    /// Interrupt of this device.
+    pub interrupt: Interrupt,
+    /// The loop on which workers run.
+    pub io: IoLoop,
+}
+
+/// A virtio device behind a transport.
+///
+/// The transport owns status, feature negotiation and queue registers; the device owns its configuration space and its
+/// worker. Calls come from vCPU threads, one at a time (the transport holds the device's lock).
+pub trait VirtioDevice: Send {
+    /// Device id of the configuration, unique in the VM; used in logs and metrics.
+    fn id(&self) -> &str;
+
+    /// Virtio device ID (virtio 1.2, section 5), e.g. 2 for block.
+    fn device_type(&self) -> u32;
+
+    /// Maximum size of each queue, in descriptors (powers of two); the length is the number of queues.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Offered feature bits. Must include VIRTIO_F_VERSION_1.
+    fn features(&self) -> u64;
+
+    /// Fills `data` from the configuration space at `offset`. Bytes beyond the space read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Guest write to the configuration space. Ignored unless the device has writable fields.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Starts the worker. Called at most once between resets.
+    ///
+    /// # Errors
+    /// [`ActivateError`]; the device stays inactive.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// Stops the worker. When this returns nothing of the device touches guest memory any more; the device can be
+    /// activated again. A no-op on an inactive device.
+    fn reset(&mut self);
+}

@@ -1,0 +1,12 @@
+//! `dragonball`: a virtual machine monitor as a library.
+//!
+//! One [`Vm`](vm::Vm) is one KVM virtual machine inside the calling process. There is no control socket and no
+//! action queue: every operation is a method that ends in KVM ioctls, and callers may be on any thread.
+//!
+//! The machine is discovered through ACPI only (hardware-reduced, no PCI, no legacy devices); devices are virtio over
+//! mmio, declared in the DSDT, and can be added while the guest runs on unmodified kernels.
+
+pub mod config;
+pub mod devices;
+pub mod io_loop;
+pub mod memory;
