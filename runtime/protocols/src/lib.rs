@@ -8,3 +8,5 @@ pub mod empty {
 }
 
 include!(concat!(env!("OUT_DIR"), "/modules.rs"));
+
+pub mod oci_convert;

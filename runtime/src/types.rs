@@ -1,0 +1,285 @@
+//! Requests, responses and events between the shim and the runtime. No containerd wire types.
+
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+/// A rootfs mount that containerd asks the shim to make (or to hand to the guest).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Mount {
+    /// Filesystem type, e.g. `overlay` or `bind`.
+    pub fs_type: String,
+    /// Source of the mount.
+    pub source: String,
+    /// Target relative to the bundle; empty means `rootfs`.
+    pub target: String,
+    /// Mount options as in fstab.
+    pub options: Vec<String>,
+}
+
+/// Where a process' streams go, as containerd names them: empty, a FIFO path, `fifo://`, `file://`, `binary://`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Stdio {
+    /// Source of stdin; empty for none.
+    pub stdin: String,
+    /// Sink of stdout; empty to discard.
+    pub stdout: String,
+    /// Sink of stderr; empty to discard; unused with a terminal.
+    pub stderr: String,
+    /// One pty instead of three streams.
+    pub terminal: bool,
+}
+
+/// A process of a container: `exec_id` empty means the container's init.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct ContainerProcess {
+    /// Container id.
+    pub container_id: String,
+    /// Exec id; empty for init.
+    pub exec_id: String,
+}
+
+/// Runtime options of a create request (`runtimeoptions.v1.Options`).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RuntimeOptions {
+    /// Path of a configuration file to use instead of the default search.
+    pub config_path: String,
+    /// Inline configuration (containerd 2.x `config_body`); wins over `config_path`.
+    pub config_body: Vec<u8>,
+}
+
+/// Create a container; the first one of a shim also creates the sandbox.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CreateContainerRequest {
+    /// Container id.
+    pub container_id: String,
+    /// Bundle folder with `config.json`.
+    pub bundle: PathBuf,
+    /// Mounts that make up the rootfs.
+    pub rootfs: Vec<Mount>,
+    /// Streams of init.
+    pub stdio: Stdio,
+    /// Options of the runtime class.
+    pub options: RuntimeOptions,
+}
+
+/// Register another process; it runs after its StartProcess.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ExecProcessRequest {
+    /// Container and new exec id.
+    pub process: ContainerProcess,
+    /// OCI `Process` as JSON.
+    pub spec_json: Vec<u8>,
+    /// Streams of the process.
+    pub stdio: Stdio,
+}
+
+/// Status of a process, in OCI terms plus pause.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProcessStatus {
+    /// Created, not started.
+    Created,
+    /// Running.
+    Running,
+    /// Frozen.
+    Paused,
+    /// Has exited; `exit` is set.
+    Stopped,
+}
+
+/// How and when a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProcessExit {
+    /// Exit status; 128 + signal when killed by one; 255 or 137 when the VM died under it.
+    pub status: u32,
+    /// When the exit was seen.
+    pub at: SystemTime,
+}
+
+/// Everything State answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProcessState {
+    /// The process.
+    pub process: ContainerProcess,
+    /// Bundle of its container.
+    pub bundle: PathBuf,
+    /// A live pid on the host (the shim's).
+    pub pid: u32,
+    /// Status.
+    pub status: ProcessStatus,
+    /// Streams.
+    pub stdio: Stdio,
+    /// Set once stopped.
+    pub exit: Option<ProcessExit>,
+}
+
+/// A request about tasks; see [`TaskResponse`] for the matching answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TaskRequest {
+    /// → `Pid`
+    CreateContainer(CreateContainerRequest),
+    /// → `Pid`; starts init or an exec.
+    StartProcess(ContainerProcess),
+    /// → `Exit` (with pid); removes a stopped process.
+    DeleteProcess(ContainerProcess),
+    /// → `Done`
+    ExecProcess(ExecProcessRequest),
+    /// → `Done`
+    KillProcess {
+        /// Target.
+        process: ContainerProcess,
+        /// Signal number.
+        signal: u32,
+        /// All processes of the container.
+        all: bool,
+    },
+    /// → `Exit`; waits, before start and after exit too.
+    WaitProcess(ContainerProcess),
+    /// → `State`
+    StateProcess(ContainerProcess),
+    /// → `Done`
+    ResizeProcessPty {
+        /// Target.
+        process: ContainerProcess,
+        /// Columns.
+        width: u32,
+        /// Rows.
+        height: u32,
+    },
+    /// → `Done`; closes the process' stdin.
+    CloseProcessIo(ContainerProcess),
+    /// → `Done`
+    PauseContainer(String),
+    /// → `Done`
+    ResumeContainer(String),
+    /// → `Pids`
+    Pids(String),
+    /// → `Pid`
+    ConnectContainer(String),
+    /// → `Stats`
+    StatsContainer(String),
+    /// → `Done`; OCI LinuxResources as JSON.
+    UpdateContainer {
+        /// Container id.
+        container_id: String,
+        /// JSON of the runtime-spec's LinuxResources.
+        resources_json: Vec<u8>,
+    },
+    /// → `Shutdown(true)` when nothing is left and the shim may end.
+    ShutdownContainer {
+        /// Container id of the request.
+        container_id: String,
+        /// End even with containers left.
+        now: bool,
+    },
+}
+
+/// Figures of a container, cgroup v2 names.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ContainerStats {
+    /// CPU time, microseconds: total, user, system.
+    pub cpu_usec: [u64; 3],
+    /// Memory in use and its limit, bytes.
+    pub memory_usage: u64,
+    /// Limit, bytes; `u64::MAX` for none.
+    pub memory_limit: u64,
+    /// memory.stat of the guest cgroup.
+    pub memory_stat: Vec<(String, u64)>,
+    /// Processes now.
+    pub pids_current: u64,
+    /// Process limit; 0 for none.
+    pub pids_limit: u64,
+}
+
+/// Answer to a [`TaskRequest`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TaskResponse {
+    /// Nothing to say.
+    Done,
+    /// A host pid.
+    Pid(u32),
+    /// Host pids.
+    Pids(Vec<u32>),
+    /// A process has ended.
+    Exit {
+        /// Host pid that stood for it.
+        pid: u32,
+        /// How it ended.
+        exit: ProcessExit,
+    },
+    /// State of a process.
+    State(ProcessState),
+    /// Figures.
+    Stats(ContainerStats),
+    /// Whether the shim may end now.
+    Shutdown(bool),
+}
+
+/// Something containerd must hear about, in this order per process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// `/tasks/create`
+    TaskCreate {
+        /// Container id.
+        container_id: String,
+        /// Bundle.
+        bundle: PathBuf,
+        /// Rootfs mounts of the request.
+        rootfs: Vec<Mount>,
+        /// Streams.
+        stdio: Stdio,
+        /// Host pid.
+        pid: u32,
+    },
+    /// `/tasks/start`
+    TaskStart {
+        /// Container id.
+        container_id: String,
+        /// Host pid.
+        pid: u32,
+    },
+    /// `/tasks/exec-added`
+    TaskExecAdded {
+        /// Process.
+        process: ContainerProcess,
+    },
+    /// `/tasks/exec-started`
+    TaskExecStarted {
+        /// Process.
+        process: ContainerProcess,
+        /// Host pid.
+        pid: u32,
+    },
+    /// `/tasks/exit`, exactly one per started process.
+    TaskExit {
+        /// Process.
+        process: ContainerProcess,
+        /// Host pid.
+        pid: u32,
+        /// How it ended.
+        exit: ProcessExit,
+    },
+    /// `/tasks/delete`
+    TaskDelete {
+        /// Process.
+        process: ContainerProcess,
+        /// Host pid.
+        pid: u32,
+        /// How it ended.
+        exit: ProcessExit,
+    },
+    /// `/tasks/paused`
+    TaskPaused {
+        /// Container id.
+        container_id: String,
+    },
+    /// `/tasks/resumed`
+    TaskResumed {
+        /// Container id.
+        container_id: String,
+    },
+    /// `/tasks/oom`
+    TaskOom {
+        /// Container id.
+        container_id: String,
+    },
+}

@@ -1,0 +1,103 @@
+//! Environment variables that steer the suite.
+//!
+//! | variable | meaning | default |
+//! |---|---|---|
+//! | `E2E_RUNTIME` | runtime type given to containerd | `io.containerd.kata.v2` |
+//! | `E2E_CONTAINERD` | folder holding `containerd` and `ctr` | `/usr/bin` |
+//! | `E2E_SHIM_DIR` | folder put in front of containerd's `PATH` | `/usr/local/bin` |
+//! | `E2E_CONFIG` | configuration file given with `--runtime-config-path` | none: the runtime's own search |
+//! | `E2E_SNAPSHOTTER` | containerd snapshotter | `overlayfs` where it works, else `native` |
+//! | `E2E_BUSYBOX` | statically linked busybox put in the image | `/usr/bin/busybox`, `/bin/busybox` |
+//! | `E2E_CONSOLE_GLOB` | guest console logs shown when a test fails | `/run/kata/*/console.log` |
+//! | `E2E_TIMEOUT` | limit of one `ctr` call, in seconds | 120 |
+//! | `E2E_TEST_TIMEOUT` | limit of one test, in seconds | 600 |
+//! | `E2E_STOCK_CONFIGS` | folder of `<kernel>.toml` configurations for stock kernels | `/usr/share/kata-containers/stock` |
+
+use std::env;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Runtime type of Debian's runc, which the suite itself is checked against.
+pub const RUNC: &str = "io.containerd.runc.v2";
+
+/// How this run of the suite was asked to behave.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Runtime type, such as `io.containerd.kata.v2`.
+    pub runtime: String,
+    /// Folder holding `containerd` and `ctr`.
+    pub containerd: PathBuf,
+    /// Folder holding the shim.
+    pub shim_dir: PathBuf,
+    /// Runtime configuration file; `None` leaves the search to the runtime.
+    pub config: Option<PathBuf>,
+    /// Snapshotter; `None` picks one that works.
+    pub snapshotter: Option<String>,
+    /// Candidates for the static busybox, best first.
+    pub busybox: Vec<PathBuf>,
+    /// Pattern of guest console logs; `*` stands for one whole path component.
+    pub console_glob: String,
+    /// Limit of one `ctr` call.
+    pub call_limit: Duration,
+    /// Limit of one test.
+    pub test_limit: Duration,
+    /// Folder with one configuration per stock kernel.
+    pub stock_configs: PathBuf,
+    /// Extra environment of containerd, inherited by the shim.
+    pub environment: Vec<(String, String)>,
+}
+
+impl Settings {
+    /// Reads the settings from the environment.
+    pub fn from_env() -> Self {
+        let text = |name: &str, default: &str| env::var(name).unwrap_or_else(|_| default.to_owned());
+        let seconds = |name: &str, default: u64| {
+            Duration::from_secs(env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default))
+        };
+        Self {
+            runtime: text("E2E_RUNTIME", "io.containerd.kata.v2"),
+            containerd: text("E2E_CONTAINERD", "/usr/bin").into(),
+            shim_dir: text("E2E_SHIM_DIR", "/usr/local/bin").into(),
+            config: env::var_os("E2E_CONFIG").map(PathBuf::from),
+            snapshotter: env::var("E2E_SNAPSHOTTER").ok(),
+            busybox: match env::var_os("E2E_BUSYBOX") {
+                Some(path) => vec![path.into()],
+                None => vec!["/usr/bin/busybox".into(), "/bin/busybox".into()],
+            },
+            console_glob: text("E2E_CONSOLE_GLOB", "/run/kata/*/console.log"),
+            call_limit: seconds("E2E_TIMEOUT", 120),
+            test_limit: seconds("E2E_TEST_TIMEOUT", 600),
+            stock_configs: text("E2E_STOCK_CONFIGS", "/usr/share/kata-containers/stock").into(),
+            environment: Vec::new(),
+        }
+    }
+
+    /// Whether containers run in virtual machines, as opposed to Debian's runc.
+    pub fn is_vm_runtime(&self) -> bool {
+        self.runtime != RUNC
+    }
+
+    /// The shim's file name, as containerd derives it from the runtime type.
+    pub fn shim_name(&self) -> String {
+        let mut parts = self.runtime.rsplit('.');
+        let version = parts.next().unwrap_or_default();
+        let name = parts.next().unwrap_or_default();
+        format!("containerd-shim-{name}-{version}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shim_name_when_runtime_type_is_given_follows_containerd() {
+        let mut settings = Settings::from_env();
+        settings.runtime = "io.containerd.kata.v2".into();
+        assert_eq!(settings.shim_name(), "containerd-shim-kata-v2");
+        assert!(settings.is_vm_runtime());
+        settings.runtime = RUNC.into();
+        assert_eq!(settings.shim_name(), "containerd-shim-runc-v2");
+        assert!(!settings.is_vm_runtime());
+    }
+}
