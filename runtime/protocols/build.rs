@@ -7,7 +7,8 @@ const PROTOS: [&str; 5] = ["agent", "csi", "health", "oci", "types"];
 const SERVICES: [&str; 2] = ["agent", "health"];
 
 fn main() -> io::Result<()> {
-    let out_dir = PathBuf::from(env::var_os("OUT_DIR").ok_or_else(|| io::Error::other("OUT_DIR is not set"))?);
+    let out_dir =
+        PathBuf::from(env::var_os("OUT_DIR").ok_or_else(|| io::Error::other("OUT_DIR is not set"))?);
     let inputs: Vec<String> = PROTOS.iter().map(|name| format!("protos/{name}.proto")).collect();
     for input in &inputs {
         println!("cargo::rerun-if-changed={input}");
@@ -17,14 +18,19 @@ fn main() -> io::Result<()> {
         .include("protos")
         .inputs(&inputs)
         .rust_protobuf()
-        .customize(ttrpc_codegen::Customize { async_all: true, ..Default::default() })
+        .customize(ttrpc_codegen::Customize {
+            async_all: true,
+            ..Default::default()
+        })
         .run()?;
 
     // The generated files start with inner attributes, so they can only be compiled as files of their own:
     // lib.rs includes this list of `mod` items and the compiler finds the files beside it.
     let modules = PROTOS.iter().map(|name| (*name).to_owned());
     let stubs = SERVICES.iter().map(|name| format!("{name}_ttrpc"));
-    let list: String =
-        modules.chain(stubs).map(|name| format!("#[allow(missing_docs)]\npub mod {name};\n")).collect();
+    let list: String = modules
+        .chain(stubs)
+        .map(|name| format!("#[allow(missing_docs)]\npub mod {name};\n"))
+        .collect();
     fs::write(out_dir.join("modules.rs"), list)
 }

@@ -3,5 +3,14 @@
 //! A pod is a [`Sandbox`](sandbox) with its own VM; containers live in it through the guest agent. The shim talks to this
 //! crate in the types of [`types`]; no containerd wire type enters it.
 
+pub mod agent;
+pub mod config;
 pub mod error;
+pub mod handler;
+pub mod hypervisor;
+pub mod journal;
+mod mounts;
+pub mod paths;
+pub mod resource;
+pub mod timeline;
 pub mod types;

@@ -158,7 +158,9 @@ impl Collected {
                 Err(_) => 0,
             };
             let mut stream = self.lock();
-            stream.bytes.extend_from_slice(buffer.get(..read).unwrap_or_default());
+            stream
+                .bytes
+                .extend_from_slice(buffer.get(..read).unwrap_or_default());
             stream.ended |= read == 0;
             self.changed.notify_all();
             if read == 0 {
@@ -179,7 +181,11 @@ impl Collected {
             if stream.ended || left.is_zero() {
                 return false;
             }
-            stream = self.changed.wait_timeout(stream, left).unwrap_or_else(PoisonError::into_inner).0;
+            stream = self
+                .changed
+                .wait_timeout(stream, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 }
@@ -211,13 +217,20 @@ impl Running {
     /// [`Error::Start`] when the program cannot be executed.
     pub fn start(command: &mut Command, input: Input) -> Result<Self, Error> {
         let text = describe(command);
-        let stdin = if matches!(input, Input::Null) { Stdio::null() } else { Stdio::piped() };
+        let stdin = if matches!(input, Input::Null) {
+            Stdio::null()
+        } else {
+            Stdio::piped()
+        };
         let mut child = command
             .stdin(stdin)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .map_err(|source| Error::Start { command: text.clone(), source })?;
+            .map_err(|source| Error::Start {
+                command: text.clone(),
+                source,
+            })?;
         let stdout = child.stdout.take().map(Collected::collect).unwrap_or_default();
         let stderr = child.stderr.take().map(Collected::collect).unwrap_or_default();
         let mut stdin = child.stdin.take();
@@ -227,7 +240,14 @@ impl Running {
             // A reader that exits early makes this fail with EPIPE; what it did read is what the test checks.
             thread::spawn(move || pipe.write_all(&bytes));
         }
-        Ok(Self { command: text, child, stdin, stdout, stderr, started: Instant::now() })
+        Ok(Self {
+            command: text,
+            child,
+            stdin,
+            stdout,
+            stderr,
+            started: Instant::now(),
+        })
     }
 
     /// Writes to the process's standard input.
@@ -235,9 +255,14 @@ impl Running {
     /// # Errors
     /// [`Error::Wait`] when the pipe is closed.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        let Some(pipe) = self.stdin.as_mut() else { return Ok(()) };
+        let Some(pipe) = self.stdin.as_mut() else {
+            return Ok(());
+        };
         let command = &self.command;
-        pipe.write_all(bytes).map_err(|source| Error::Wait { command: command.clone(), source })
+        pipe.write_all(bytes).map_err(|source| Error::Wait {
+            command: command.clone(),
+            source,
+        })
     }
 
     /// Closes the process's standard input.
@@ -260,11 +285,20 @@ impl Running {
     /// # Errors
     /// [`Error::NoSuchOutput`] when the limit passes or the output ends first; `what` names it.
     pub fn wait_out(&self, what: &str, limit: Duration, done: impl Fn(&str) -> bool) -> Result<(), Error> {
-        if self.stdout.wait(limit, |stream| done(&String::from_utf8_lossy(&stream.bytes))) {
+        if self
+            .stdout
+            .wait(limit, |stream| done(&String::from_utf8_lossy(&stream.bytes)))
+        {
             return Ok(());
         }
         let (stdout, stderr) = self.tails();
-        Err(Error::NoSuchOutput { command: self.command.clone(), what: what.to_owned(), limit, stdout, stderr })
+        Err(Error::NoSuchOutput {
+            command: self.command.clone(),
+            what: what.to_owned(),
+            limit,
+            stdout,
+            stderr,
+        })
     }
 
     /// Waits for the process and the end of its output.
@@ -286,7 +320,9 @@ impl Running {
         }
         Ok(Finished {
             command: self.command.clone(),
-            code: status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default()),
+            code: status
+                .code()
+                .unwrap_or_else(|| 128 + status.signal().unwrap_or_default()),
             stdout: std::mem::take(&mut self.stdout.lock().bytes),
             stderr: std::mem::take(&mut self.stderr.lock().bytes),
             elapsed,
@@ -301,9 +337,19 @@ impl Running {
                 Ok(None) if Instant::now() < deadline => thread::sleep(POLL),
                 Ok(None) => {
                     let (stdout, stderr) = self.tails();
-                    return Err(Error::TimedOut { command: self.command.clone(), limit, stdout, stderr });
+                    return Err(Error::TimedOut {
+                        command: self.command.clone(),
+                        limit,
+                        stdout,
+                        stderr,
+                    });
                 }
-                Err(source) => return Err(Error::Wait { command: self.command.clone(), source }),
+                Err(source) => {
+                    return Err(Error::Wait {
+                        command: self.command.clone(),
+                        source,
+                    });
+                }
             }
         }
     }
@@ -347,7 +393,10 @@ pub fn eventually(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
 
 fn describe(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
-    words.map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+    words
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 #[cfg(test)]
@@ -358,20 +407,38 @@ mod tests {
 
     #[test]
     fn run_when_child_exits_collects_code_and_streams() {
-        let done = run(Command::new("sh").args(["-c", "echo out; echo err >&2; exit 3"]), LIMIT).unwrap();
-        assert_eq!((done.code, done.out().as_str(), done.err().as_str()), (3, "out\n", "err\n"));
+        let done = run(
+            Command::new("sh").args(["-c", "echo out; echo err >&2; exit 3"]),
+            LIMIT,
+        )
+        .unwrap();
+        assert_eq!(
+            (done.code, done.out().as_str(), done.err().as_str()),
+            (3, "out\n", "err\n")
+        );
     }
 
     #[test]
     fn run_when_child_dies_by_signal_returns_128_plus_signal() {
-        assert_eq!(run(Command::new("sh").args(["-c", "kill -9 $$"]), LIMIT).unwrap().code, 137);
+        assert_eq!(
+            run(Command::new("sh").args(["-c", "kill -9 $$"]), LIMIT)
+                .unwrap()
+                .code,
+            137
+        );
     }
 
     #[test]
     fn run_when_limit_passes_kills_and_shows_output() {
-        let error = run(Command::new("sh").args(["-c", "echo started; exec sleep 600"]), Duration::from_secs(1));
+        let error = run(
+            Command::new("sh").args(["-c", "echo started; exec sleep 600"]),
+            Duration::from_secs(1),
+        );
         let text = error.unwrap_err().to_string();
-        assert!(text.contains("did not finish within 1s") && text.contains("started"), "{text}");
+        assert!(
+            text.contains("did not finish within 1s") && text.contains("started"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //! | `E2E_CONSOLE_GLOB` | guest console logs shown when a test fails | `/run/kata/*/console.log` |
 //! | `E2E_TIMEOUT` | limit of one `ctr` call, in seconds | 120 |
 //! | `E2E_TEST_TIMEOUT` | limit of one test, in seconds | 600 |
+//! | `E2E_LINUX_GUESTS` | `0` where KVM cannot run Linux: only tests that fail before a boot apply | 1 |
 //! | `E2E_STOCK_CONFIGS` | folder of `<kernel>.toml` configurations for stock kernels | `/usr/share/kata-containers/stock` |
 
 use std::env;
@@ -43,6 +44,11 @@ pub struct Settings {
     pub test_limit: Duration,
     /// Folder with one configuration per stock kernel.
     pub stock_configs: PathBuf,
+    /// Whether KVM can run Linux here.
+    pub linux_guests: bool,
+    /// Shell commands run in a mount namespace of its own before containerd starts in it; `$DIR` is the
+    /// private folder.
+    pub host_change: Option<String>,
     /// Extra environment of containerd, inherited by the shim.
     pub environment: Vec<(String, String)>,
 }
@@ -52,7 +58,12 @@ impl Settings {
     pub fn from_env() -> Self {
         let text = |name: &str, default: &str| env::var(name).unwrap_or_else(|_| default.to_owned());
         let seconds = |name: &str, default: u64| {
-            Duration::from_secs(env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default))
+            Duration::from_secs(
+                env::var(name)
+                    .ok()
+                    .and_then(|v| v.parse().ok())
+                    .unwrap_or(default),
+            )
         };
         Self {
             runtime: text("E2E_RUNTIME", "io.containerd.kata.v2"),
@@ -68,6 +79,8 @@ impl Settings {
             call_limit: seconds("E2E_TIMEOUT", 120),
             test_limit: seconds("E2E_TEST_TIMEOUT", 600),
             stock_configs: text("E2E_STOCK_CONFIGS", "/usr/share/kata-containers/stock").into(),
+            linux_guests: text("E2E_LINUX_GUESTS", "1") != "0",
+            host_change: None,
             environment: Vec::new(),
         }
     }

@@ -4,7 +4,8 @@
 //! anything that can (a file on a slow disk, a FUSE request) belongs on a thread of its own.
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 
 use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId};
@@ -35,7 +36,8 @@ pub enum IoLoopError {
 #[derive(Clone)]
 pub struct IoLoop {
     endpoint: RemoteEndpoint<Worker>,
-    stop: Arc<std::sync::atomic::AtomicBool>,
+    stop: Arc<AtomicBool>,
+    thread_id: i32,
 }
 
 impl std::fmt::Debug for IoLoop {
@@ -52,25 +54,46 @@ impl IoLoop {
     pub fn spawn(name: &str) -> Result<(Self, JoinHandle<()>), IoLoopError> {
         let mut manager: EventManager<Worker> =
             EventManager::new().map_err(|e| IoLoopError::Create(format!("{e:?}")))?;
-        let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
-        let handle = Self {
-            endpoint: manager.remote_endpoint(),
-            stop: stop.clone(),
-        };
+        let stop = Arc::new(AtomicBool::new(false));
+        let endpoint = manager.remote_endpoint();
+        let ended = stop.clone();
+        let (send_id, thread_id) = mpsc::sync_channel(1);
+        let spawn_error = |source| IoLoopError::Spawn { name: name.to_owned(), source };
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
-                while !stop.load(std::sync::atomic::Ordering::Acquire) {
+                // SAFETY: gettid has no arguments and cannot fail.
+                let _ = send_id.send(unsafe { libc::gettid() });
+                while !ended.load(Ordering::Acquire) {
                     if let Err(error) = manager.run() {
                         tracing::error!(?error, "I/O loop: epoll failed");
                     }
                 }
             })
-            .map_err(|source| IoLoopError::Spawn {
-                name: name.to_owned(),
-                source,
-            })?;
-        Ok((handle, thread))
+            .map_err(spawn_error)?;
+        let thread_id = thread_id.recv().map_err(|e| spawn_error(io::Error::other(e)))?;
+        Ok((Self { endpoint, stop, thread_id }, thread))
+    }
+
+    /// Kernel thread id of the loop.
+    pub fn thread_id(&self) -> i32 {
+        self.thread_id
+    }
+
+    /// Returns after every event that was pending when it was called has been handled.
+    ///
+    /// Must not be called from the loop's own thread.
+    ///
+    /// # Errors
+    /// [`IoLoopError::Endpoint`] when the loop has ended.
+    pub fn drain(&self) -> Result<(), IoLoopError> {
+        // The first call may share its epoll_wait with some of the events only; after the second all had their turn.
+        for _ in 0..2 {
+            self.endpoint
+                .call_blocking::<_, _, event_manager::Error>(|_| Ok(()))
+                .map_err(|e| IoLoopError::Endpoint(format!("cannot drain: {e:?}")))?;
+        }
+        Ok(())
     }
 
     /// Hands `worker` to the loop and waits until its `init` has run.
@@ -97,7 +120,7 @@ impl IoLoop {
 
     /// Ends the thread after the event in hand. Idempotent.
     pub fn stop(&self) {
-        self.stop.store(true, std::sync::atomic::Ordering::Release);
+        self.stop.store(true, Ordering::Release);
         // The kick wakes epoll_wait; if it fails the thread is already gone.
         let _ = self.endpoint.kick();
     }

@@ -6,7 +6,17 @@
 //! The machine is discovered through ACPI only (hardware-reduced, no PCI, no legacy devices); devices are virtio over
 //! mmio, declared in the DSDT, and can be added while the guest runs on unmodified kernels.
 
+mod acpi;
+mod boot;
+mod bus;
 pub mod config;
 pub mod devices;
 pub mod io_loop;
+mod irq;
 pub mod memory;
+mod vcpu;
+pub mod vm;
+
+pub use config::VmConfig;
+pub use vcpu::metrics::VcpuMetrics;
+pub use vm::Vm;

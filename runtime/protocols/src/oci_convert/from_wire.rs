@@ -20,7 +20,8 @@ pub fn spec_from_wire(message: &wire::Spec) -> Result<spec::Spec, FromWireError>
         .set_process(optional(&message.Process, process_from_wire)?)
         .set_root(message.Root.as_ref().map(|root| {
             let mut out = spec::Root::default();
-            out.set_path(PathBuf::from(&root.Path)).set_readonly(Some(root.Readonly));
+            out.set_path(PathBuf::from(&root.Path))
+                .set_readonly(Some(root.Readonly));
             out
         }))
         .set_hostname(text(&message.Hostname))
@@ -47,11 +48,7 @@ pub fn process_from_wire(message: &wire::Process) -> Result<spec::Process, FromW
 
     let mut out = spec::Process::default();
     out.set_terminal(Some(message.Terminal))
-        .set_console_size(message.ConsoleSize.as_ref().map(|size| {
-            let mut out = spec::Box::default();
-            out.set_height(size.Height.into()).set_width(size.Width.into());
-            out
-        }))
+        .set_console_size(optional(&message.ConsoleSize, console_size)?)
         .set_user(user)
         .set_args(some_unless_empty(&message.Args))
         .set_env(some_unless_empty(&message.Env))
@@ -102,8 +99,8 @@ pub fn resources_from_wire(message: &wire::LinuxResources) -> Result<spec::Linux
 
 fn linux(message: &wire::Linux) -> Result<spec::Linux, FromWireError> {
     let mut out = spec::Linux::default();
-    out.set_uid_mappings(list(&message.UIDMappings, |entry| id_mapping(entry))?)
-        .set_gid_mappings(list(&message.GIDMappings, |entry| id_mapping(entry))?)
+    out.set_uid_mappings(list(&message.UIDMappings, id_mapping)?)
+        .set_gid_mappings(list(&message.GIDMappings, id_mapping)?)
         .set_sysctl(map(&message.Sysctl))
         .set_resources(optional(&message.Resources, resources_from_wire)?)
         .set_cgroups_path(text(&message.CgroupsPath).map(PathBuf::from))
@@ -123,13 +120,12 @@ fn linux(message: &wire::Linux) -> Result<spec::Linux, FromWireError> {
 }
 
 fn id_mapping(message: &wire::LinuxIDMapping) -> Result<spec::LinuxIdMapping, FromWireError> {
-    // No setters in oci-spec for this one; the builder only fails on missing mandatory fields, and has none.
     spec::LinuxIdMappingBuilder::default()
         .host_id(message.HostID)
         .container_id(message.ContainerID)
         .size(message.Size)
         .build()
-        .map_err(|_| FromWireError::OutOfRange { field: "linux.idMappings", value: message.Size.into() })
+        .map_err(|error| incomplete("linux.uidMappings", &error))
 }
 
 fn namespace(message: &wire::LinuxNamespace) -> Result<spec::LinuxNamespace, FromWireError> {
@@ -178,7 +174,6 @@ fn mount(message: &wire::Mount) -> spec::Mount {
     out
 }
 
-#[expect(deprecated)]
 fn hooks(message: &wire::Hooks) -> spec::Hooks {
     let list = |hooks: &[wire::Hook]| (!hooks.is_empty()).then(|| hooks.iter().map(hook).collect());
     let mut out = spec::Hooks::default();
@@ -198,6 +193,14 @@ fn hook(message: &wire::Hook) -> spec::Hook {
         .set_env(some_unless_empty(&message.Env))
         .set_timeout(nonzero(message.Timeout));
     out
+}
+
+fn console_size(message: &wire::Box) -> Result<spec::Box, FromWireError> {
+    spec::BoxBuilder::default()
+        .height(message.Height)
+        .width(message.Width)
+        .build()
+        .map_err(|error| incomplete("process.consoleSize", &error))
 }
 
 fn capabilities(message: &wire::LinuxCapabilities) -> Result<spec::LinuxCapabilities, FromWireError> {
@@ -221,14 +224,17 @@ fn capabilities(message: &wire::LinuxCapabilities) -> Result<spec::LinuxCapabili
 }
 
 fn rlimit(message: &wire::POSIXRlimit) -> Result<spec::PosixRlimit, FromWireError> {
-    let mut out = spec::PosixRlimit::default();
-    out.set_typ(serde_value("process.rlimits.type", &message.Type)?)
-        .set_hard(message.Hard)
-        .set_soft(message.Soft);
-    Ok(out)
+    spec::PosixRlimitBuilder::default()
+        .typ(serde_value::<spec::PosixRlimitType>(
+            "process.rlimits.type",
+            &message.Type,
+        )?)
+        .hard(message.Hard)
+        .soft(message.Soft)
+        .build()
+        .map_err(|error| incomplete("process.rlimits", &error))
 }
 
-#[expect(deprecated)]
 fn memory(message: &wire::LinuxMemory) -> spec::LinuxMemory {
     let mut out = spec::LinuxMemory::default();
     out.set_limit(nonzero(message.Limit))
@@ -243,11 +249,12 @@ fn memory(message: &wire::LinuxMemory) -> spec::LinuxMemory {
 
 fn network(message: &wire::LinuxNetwork) -> Result<spec::LinuxNetwork, FromWireError> {
     let mut out = spec::LinuxNetwork::default();
-    out.set_class_id(nonzero(message.ClassID)).set_priorities(list(&message.Priorities, |entry| {
-        let mut out = spec::LinuxInterfacePriority::default();
-        out.set_name(entry.Name.clone()).set_priority(entry.Priority);
-        Ok(out)
-    })?);
+    out.set_class_id(nonzero(message.ClassID))
+        .set_priorities(list(&message.Priorities, |entry| {
+            let mut out = spec::LinuxInterfacePriority::default();
+            out.set_name(entry.Name.clone()).set_priority(entry.Priority);
+            Ok(out)
+        })?);
     Ok(out)
 }
 
@@ -268,18 +275,18 @@ fn weight(value: u32) -> Result<Option<u16>, FromWireError> {
 }
 
 fn weight_device(message: &wire::LinuxWeightDevice) -> Result<spec::LinuxWeightDevice, FromWireError> {
-    let mut builder =
-        spec::LinuxWeightDeviceBuilder::default().major(message.Major).minor(message.Minor);
+    let mut builder = spec::LinuxWeightDeviceBuilder::default()
+        .major(message.Major)
+        .minor(message.Minor);
     if let Some(weight) = weight(message.Weight)? {
         builder = builder.weight(weight);
     }
     if let Some(weight) = weight(message.LeafWeight)? {
         builder = builder.leaf_weight(weight);
     }
-    builder.build().map_err(|_| FromWireError::OutOfRange {
-        field: "resources.blockIO.weightDevice",
-        value: message.Weight.into(),
-    })
+    builder
+        .build()
+        .map_err(|error| incomplete("resources.blockIO.weightDevice", &error))
 }
 
 fn throttle(message: &wire::LinuxThrottleDevice) -> Result<spec::LinuxThrottleDevice, FromWireError> {
@@ -288,16 +295,15 @@ fn throttle(message: &wire::LinuxThrottleDevice) -> Result<spec::LinuxThrottleDe
         .minor(message.Minor)
         .rate(message.Rate)
         .build()
-        .map_err(|_| FromWireError::OutOfRange {
-            field: "resources.blockIO.throttle",
-            value: message.Rate.into(),
-        })
+        .map_err(|error| incomplete("resources.blockIO.throttle", &error))
 }
 
 fn seccomp(message: &wire::LinuxSeccomp) -> Result<spec::LinuxSeccomp, FromWireError> {
     let mut out = spec::LinuxSeccomp::default();
     out.set_default_action(serde_value("seccomp.defaultAction", &message.DefaultAction)?)
-        .set_architectures(list(&message.Architectures, |name| serde_value("seccomp.architectures", name))?)
+        .set_architectures(list(&message.Architectures, |name| {
+            serde_value("seccomp.architectures", name)
+        })?)
         .set_flags(list(&message.Flags, |name| serde_value("seccomp.flags", name))?)
         .set_syscalls(list(&message.Syscalls, syscall)?);
     Ok(out)
@@ -312,10 +318,18 @@ fn syscall(message: &wire::LinuxSyscall) -> Result<spec::LinuxSyscall, FromWireE
             let builder = spec::LinuxSeccompArgBuilder::default()
                 .index(in_range::<_, usize>("seccomp.syscalls.args.index", arg.Index)?)
                 .value(arg.Value)
-                .op(serde_value::<spec::LinuxSeccompOperator>("seccomp.syscalls.args.op", &arg.Op)?);
-            let builder =
-                if arg.ValueTwo == 0 { builder } else { builder.value_two(arg.ValueTwo) };
-            builder.build().map_err(|_| unknown("seccomp.syscalls.args", &arg.Op))
+                .op(serde_value::<spec::LinuxSeccompOperator>(
+                    "seccomp.syscalls.args.op",
+                    &arg.Op,
+                )?);
+            let builder = if arg.ValueTwo == 0 {
+                builder
+            } else {
+                builder.value_two(arg.ValueTwo)
+            };
+            builder
+                .build()
+                .map_err(|error| incomplete("seccomp.syscalls.args", &error))
         })?);
     Ok(out)
 }
@@ -326,11 +340,24 @@ fn serde_value<T: serde::de::DeserializeOwned>(field: &'static str, name: &str) 
 }
 
 fn unknown(field: &'static str, value: &str) -> FromWireError {
-    FromWireError::UnknownValue { field, value: value.to_owned() }
+    FromWireError::UnknownValue {
+        field,
+        value: value.to_owned(),
+    }
+}
+
+fn incomplete(field: &'static str, error: &oci_spec::OciSpecError) -> FromWireError {
+    FromWireError::Incomplete {
+        field,
+        reason: error.to_string(),
+    }
 }
 
 fn in_range<T: Copy + Into<i128>, U: TryFrom<T>>(field: &'static str, value: T) -> Result<U, FromWireError> {
-    U::try_from(value).map_err(|_| FromWireError::OutOfRange { field, value: value.into() })
+    U::try_from(value).map_err(|_| FromWireError::OutOfRange {
+        field,
+        value: value.into(),
+    })
 }
 
 fn text(value: &str) -> Option<String> {

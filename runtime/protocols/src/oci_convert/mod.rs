@@ -43,4 +43,12 @@ pub enum FromWireError {
         /// What the message carried.
         value: i128,
     },
+    /// The specification's own builder refused the value.
+    #[error("{field}: {reason}")]
+    Incomplete {
+        /// The specification's name of the field.
+        field: &'static str,
+        /// The builder's message.
+        reason: String,
+    },
 }

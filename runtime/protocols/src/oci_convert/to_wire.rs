@@ -163,8 +163,6 @@ fn mount(mount: &spec::Mount) -> wire::Mount {
     }
 }
 
-// `prestart` is deprecated in the specification, and still what Docker uses.
-#[expect(deprecated)]
 fn hooks(hooks: &spec::Hooks) -> wire::Hooks {
     wire::Hooks {
         Prestart: list(hooks.prestart(), hook),
@@ -200,14 +198,15 @@ fn capabilities(sets: &spec::LinuxCapabilities) -> wire::LinuxCapabilities {
 
 /// Names with the `CAP_` prefix in a stable order (the source is a hash set).
 fn capability_names(set: &Option<spec::Capabilities>) -> Vec<String> {
-    let mut names: Vec<String> =
-        set.iter().flatten().map(|capability| format!("CAP_{capability}")).collect();
+    let mut names: Vec<String> = set
+        .iter()
+        .flatten()
+        .map(|capability| format!("CAP_{capability}"))
+        .collect();
     names.sort_unstable();
     names
 }
 
-// The kernel memory limit is deprecated in the specification; it has a number on the wire, so it is carried.
-#[expect(deprecated)]
 fn memory(memory: &spec::LinuxMemory) -> wire::LinuxMemory {
     wire::LinuxMemory {
         Limit: memory.limit().unwrap_or_default(),

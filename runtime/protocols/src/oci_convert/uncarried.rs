@@ -36,15 +36,24 @@ pub fn uncarried(spec: &spec::Spec) -> Vec<&'static str> {
             uncarried_resources(resources, &mut note);
         }
         if let Some(seccomp) = linux.seccomp() {
-            note("linux.seccomp.defaultErrnoRet", seccomp.default_errno_ret().is_some());
+            note(
+                "linux.seccomp.defaultErrnoRet",
+                seccomp.default_errno_ret().is_some(),
+            );
             note("linux.seccomp.listenerPath", seccomp.listener_path().is_some());
-            note("linux.seccomp.listenerMetadata", seccomp.listener_metadata().is_some());
+            note(
+                "linux.seccomp.listenerMetadata",
+                seccomp.listener_metadata().is_some(),
+            );
         }
         if let Some(rdt) = linux.intel_rdt() {
             note("linux.intelRdt.closID", rdt.clos_id().is_some());
             note("linux.intelRdt.schemata", rdt.schemata().is_some());
             note("linux.intelRdt.memBwSchema", rdt.mem_bw_schema().is_some());
-            note("linux.intelRdt.enableMonitoring", rdt.enable_monitoring().is_some());
+            note(
+                "linux.intelRdt.enableMonitoring",
+                rdt.enable_monitoring().is_some(),
+            );
         }
     }
     names
@@ -58,7 +67,13 @@ fn uncarried_resources(resources: &spec::LinuxResources, note: &mut impl FnMut(&
         note("linux.resources.cpu.burst", cpu.burst().is_some());
     }
     if let Some(memory) = resources.memory() {
-        note("linux.resources.memory.useHierarchy", memory.use_hierarchy().is_some());
-        note("linux.resources.memory.checkBeforeUpdate", memory.check_before_update().is_some());
+        note(
+            "linux.resources.memory.useHierarchy",
+            memory.use_hierarchy().is_some(),
+        );
+        note(
+            "linux.resources.memory.checkBeforeUpdate",
+            memory.check_before_update().is_some(),
+        );
     }
 }

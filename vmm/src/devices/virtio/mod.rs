@@ -3,9 +3,21 @@
 //! A device is configured by the guest through the transport, activated once at DRIVER_OK with frozen queues, and
 //! from then on runs as a worker on the I/O loop or on threads of its own until it is reset.
 
+pub mod block;
+pub mod chain;
+pub mod console;
+pub mod fs;
+pub mod mmio;
+pub mod rng;
+pub mod served_queue;
+pub mod slots;
+#[cfg(test)]
+pub mod test_ring;
+pub mod vsock;
+
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
@@ -48,13 +60,35 @@ pub enum ActivateError {
 #[derive(Debug, Clone)]
 pub struct Interrupt {
     status: Arc<AtomicU32>,
+    config_generation: Arc<AtomicU32>,
+    raised: Arc<AtomicU64>,
     irqfd: Arc<EventFd>,
 }
 
 impl Interrupt {
     /// `status` is the transport's InterruptStatus register, `irqfd` is bound to the slot's GSI.
     pub fn new(status: Arc<AtomicU32>, irqfd: Arc<EventFd>) -> Self {
-        Self { status, irqfd }
+        Self {
+            status,
+            config_generation: Arc::default(),
+            raised: Arc::default(),
+            irqfd,
+        }
+    }
+
+    /// The InterruptStatus register.
+    pub fn status(&self) -> &AtomicU32 {
+        &self.status
+    }
+
+    /// The ConfigGeneration register: counts configuration changes, so that a driver can tell a torn read.
+    pub fn config_generation(&self) -> &AtomicU32 {
+        &self.config_generation
+    }
+
+    /// Interrupts sent since the device was made.
+    pub fn raised(&self) -> u64 {
+        self.raised.load(Ordering::Relaxed)
     }
 
     /// Tells the driver that used buffers are waiting. Call it only when the queue's
@@ -65,10 +99,12 @@ impl Interrupt {
 
     /// Tells the driver to read the device configuration again.
     pub fn signal_config(&self) {
+        self.config_generation.fetch_add(1, Ordering::SeqCst);
         self.signal(INTERRUPT_CONFIG);
     }
 
     fn signal(&self, bit: u32) {
+        self.raised.fetch_add(1, Ordering::Relaxed);
         self.status.fetch_or(bit, Ordering::SeqCst);
         if let Err(error) = self.irqfd.write(1) {
             tracing::error!(%error, "virtio: cannot write the irqfd");

@@ -1,0 +1,131 @@
+//! One process of a container, from its making to after its end.
+
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::sync::{oneshot, watch};
+
+use super::stdio::Stdio;
+use crate::reaper::SIGNALED;
+
+/// A signal that was not delivered.
+#[derive(Debug, thiserror::Error)]
+pub enum SignalError {
+    /// The process has ended.
+    #[error("the process has ended")]
+    Gone,
+}
+
+/// A process. Its exit code stays readable for as long as this lives.
+pub struct Process {
+    pid: Pid,
+    exit: watch::Receiver<Option<i32>>,
+    stdio: Stdio,
+    /// Signal that the agent turned into SIGKILL, to be reported in its place; 0 if none.
+    replaced: AtomicI32,
+}
+
+impl Process {
+    /// A running process, whose end `exit` will tell. `stdio` gets a watch on the exit code.
+    pub fn new(
+        pid: Pid,
+        exit: oneshot::Receiver<i32>,
+        stdio: impl FnOnce(watch::Receiver<Option<i32>>) -> Stdio,
+    ) -> Self {
+        let (sender, receiver) = watch::channel(None);
+        tokio::spawn(async move {
+            // The reaper lives as long as the agent, so its end of the channel is not dropped unused.
+            if let Ok(code) = exit.await {
+                sender.send_replace(Some(code));
+            }
+        });
+        Self { pid, stdio: stdio(receiver.clone()), exit: receiver, replaced: AtomicI32::new(0) }
+    }
+
+    /// Its pid in the guest.
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Its streams.
+    pub fn stdio(&self) -> &Stdio {
+        &self.stdio
+    }
+
+    /// How it ended, if it has.
+    pub fn exit_code(&self) -> Option<i32> {
+        (*self.exit.borrow()).map(|code| self.reported(code))
+    }
+
+    /// Waits for its end. Any number of callers, before or after.
+    pub async fn wait(&self) -> i32 {
+        let mut exit = self.exit.clone();
+        let code = exit.wait_for(Option::is_some).await.ok().and_then(|code| *code);
+        self.reported(code.unwrap_or(SIGNALED + Signal::SIGKILL as i32))
+    }
+
+    /// Sends `signal`. The kernel shields the init of a PID namespace from signals it has no handler for; a
+    /// container that is asked to terminate and does not care would then only die at the end of a grace period.
+    /// So for an init (`shielded`) a SIGTERM that would be dropped does what it does to any other process.
+    pub fn signal(&self, signal: Signal, shielded: bool) -> Result<(), SignalError> {
+        if shielded && signal == Signal::SIGTERM && !reacts_to(self.pid, signal) {
+            return self.replace(signal);
+        }
+        self.send(signal)
+    }
+
+    /// Ends an init that still waits to be started: any signal that would end a program does.
+    pub fn cancel(&self, signal: Signal) -> Result<(), SignalError> {
+        match signal {
+            Signal::SIGCHLD
+            | Signal::SIGCONT
+            | Signal::SIGSTOP
+            | Signal::SIGTSTP
+            | Signal::SIGTTIN
+            | Signal::SIGTTOU
+            | Signal::SIGURG
+            | Signal::SIGWINCH => self.send(signal),
+            _ => self.replace(signal),
+        }
+    }
+
+    fn replace(&self, signal: Signal) -> Result<(), SignalError> {
+        self.replaced.store(signal as i32, Ordering::Relaxed);
+        self.send(Signal::SIGKILL)
+    }
+
+    /// The pid is only ours to signal until it is reaped; after that it may be somebody else's.
+    fn send(&self, signal: Signal) -> Result<(), SignalError> {
+        if self.exit.borrow().is_some() {
+            return Err(SignalError::Gone);
+        }
+        match kill(self.pid, signal) {
+            Ok(()) => Ok(()),
+            Err(Errno::ESRCH) => Err(SignalError::Gone),
+            Err(error) => {
+                tracing::warn!(pid = self.pid.as_raw(), "signal {signal}: {error}");
+                Ok(())
+            }
+        }
+    }
+
+    fn reported(&self, code: i32) -> i32 {
+        match self.replaced.load(Ordering::Relaxed) {
+            signal if signal != 0 && code == SIGNALED + Signal::SIGKILL as i32 => SIGNALED + signal,
+            _ => code,
+        }
+    }
+}
+
+/// Whether the process handles `signal`, or chose to ignore it. If /proc does not say, assume that it does.
+fn reacts_to(pid: Pid, signal: Signal) -> bool {
+    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else { return true };
+    let bit = 1_u64 << (signal as u32 - 1);
+    let set_in = |name: &str| {
+        let mask = status.lines().find_map(|line| line.strip_prefix(name));
+        mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & bit != 0)
+    };
+    set_in("SigCgt:") || set_in("SigIgn:") || set_in("SigBlk:")
+}

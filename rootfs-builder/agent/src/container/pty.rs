@@ -1,0 +1,118 @@
+//! The agent's end of a container's terminal.
+
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use nix::cmsg_space;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
+use tokio::io::unix::AsyncFd;
+
+/// The socket that a container process sends its terminal to while it is made.
+pub struct ConsoleSocket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl ConsoleSocket {
+    /// Listens on `path`.
+    ///
+    /// # Errors
+    /// The path is too long for a socket, or taken.
+    pub fn bind(path: PathBuf) -> io::Result<Self> {
+        let listener = UnixListener::bind(&path)?;
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener, path })
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The terminal of a process that exists by now: it was sent before the helper answered, so there is nothing
+    /// to wait for.
+    ///
+    /// # Errors
+    /// None was sent.
+    pub fn receive(self) -> io::Result<Pty> {
+        let (stream, _) = self.listener.accept()?;
+        let mut name = [0; 64];
+        let mut slices = [IoSliceMut::new(&mut name)];
+        let mut space = cmsg_space!([RawFd; 1]);
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
+        let message = recvmsg::<UnixAddr>(stream.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
+        let received = message.cmsgs()?.find_map(|control| match control {
+            ControlMessageOwned::ScmRights(descriptors) => descriptors.first().copied(),
+            _ => None,
+        });
+        let master = received.ok_or_else(|| io::Error::other("the container sent no terminal"))?;
+        // SAFETY: the kernel just made this descriptor for us, and nobody else knows it.
+        Pty::new(unsafe { OwnedFd::from_raw_fd(master) })
+    }
+}
+
+impl Drop for ConsoleSocket {
+    fn drop(&mut self) {
+        // The bundle that holds it is removed with the container at the latest.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// A terminal's master side.
+pub struct Pty {
+    master: AsyncFd<OwnedFd>,
+}
+
+impl Pty {
+    fn new(master: OwnedFd) -> io::Result<Self> {
+        let flags = OFlag::from_bits_truncate(fcntl(&master, FcntlArg::F_GETFL)?);
+        fcntl(&master, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        Ok(Self { master: AsyncFd::new(master)? })
+    }
+
+    /// Reads what the terminal shows; 0 when the last process closed it.
+    ///
+    /// # Errors
+    /// The terminal failed.
+    pub async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let mut ready = self.master.readable().await?;
+            let result = ready.try_io(|master| Ok(nix::unistd::read(master.get_ref(), buffer)?));
+            match result {
+                Ok(Err(error)) if error.raw_os_error() == Some(libc::EIO) => return Ok(0),
+                Ok(result) => return result,
+                Err(_would_block) => {}
+            }
+        }
+    }
+
+    /// Types `data`.
+    ///
+    /// # Errors
+    /// Nobody has the terminal open any more.
+    pub async fn write_all(&self, mut data: &[u8]) -> io::Result<()> {
+        while !data.is_empty() {
+            let mut ready = self.master.writable().await?;
+            match ready.try_io(|master| Ok(nix::unistd::write(master.get_ref(), data)?)) {
+                Ok(written) => data = data.get(written?..).unwrap_or_default(),
+                Err(_would_block) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the programs on the terminal its new size.
+    ///
+    /// # Errors
+    /// The terminal failed.
+    pub fn resize(&self, rows: u16, columns: u16) -> io::Result<()> {
+        let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        // SAFETY: TIOCSWINSZ reads one `winsize`, which outlives the call; the descriptor is open.
+        let result = unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &size) };
+        nix::errno::Errno::result(result)?;
+        Ok(())
+    }
+}

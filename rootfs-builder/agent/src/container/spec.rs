@@ -1,0 +1,234 @@
+//! What the agent changes in a container's specification before libcontainer sees it.
+//!
+//! The specification was written for the host. In the guest the pod *is* the machine: it owns the network, shares
+//! hostname and IPC between its containers through the sandbox's namespaces, and host paths of namespaces, cgroups
+//! and security profiles mean nothing.
+
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use nix::sys::stat::{SFlag, major, minor, stat};
+use oci_spec::runtime::{LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Spec};
+
+/// Parent of all containers' cgroups.
+pub const CGROUP_PARENT: &str = "/kata";
+const DEFAULT_VERSION: &str = "1.1.0";
+
+/// A specification that cannot be run in the guest.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// A part every container needs is missing.
+    #[error("container specification without {0}")]
+    Missing(&'static str),
+    /// The root filesystem is not there.
+    #[error("container root {0}: not a directory in the guest")]
+    Root(PathBuf),
+    /// A sysctl name that leads out of /proc/sys.
+    #[error("sysctl {0:?}: not a valid name")]
+    SysctlName(String),
+    /// The kernel refused a sysctl of the pod's network.
+    #[error("sysctl {name}: {source}")]
+    Sysctl {
+        /// Which.
+        name: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A device of the container has no node in the guest.
+    #[error("device {path}: {source}")]
+    Device {
+        /// Its path in the guest.
+        path: String,
+        /// Why.
+        source: nix::Error,
+    },
+}
+
+/// Paths of the namespaces that the pod's containers share.
+pub struct Shared {
+    /// IPC namespace.
+    pub ipc: PathBuf,
+    /// UTS namespace.
+    pub uts: PathBuf,
+    /// PID namespace, if the pod shares one.
+    pub pid: Option<PathBuf>,
+}
+
+/// Adapts `spec` for container `id` with its bundle in `bundle`.
+///
+/// # Errors
+/// The specification lacks a part, or its root is not a directory.
+pub fn adapt(spec: &mut Spec, id: &str, bundle: &Path, shared: &Shared) -> Result<(), SpecError> {
+    if spec.version().is_empty() {
+        spec.set_version(DEFAULT_VERSION.to_owned());
+    }
+    adapt_root(spec, bundle)?;
+    adapt_process(spec)?;
+    if spec.hooks().as_ref().is_some_and(|hooks| *hooks != oci_spec::runtime::Hooks::default()) {
+        tracing::warn!(container = id, "hooks belong to the host; the guest runs none");
+    }
+    spec.set_hooks(None);
+    // The sandbox's UTS namespace has its hostname already.
+    spec.set_hostname(None);
+
+    let linux = spec.linux_mut().as_mut().ok_or(SpecError::Missing("linux"))?;
+    if linux.seccomp().is_some() {
+        tracing::warn!(container = id, "seccomp profile not applied: the guest kernel is the boundary");
+    }
+    linux
+        .set_seccomp(None)
+        .set_intel_rdt(None)
+        .set_mount_label(None)
+        .set_cgroups_path(Some(Path::new(CGROUP_PARENT).join(id)));
+    let namespaces = linux.namespaces().clone().unwrap_or_default();
+    linux.set_namespaces(Some(adapt_namespaces(namespaces, shared)));
+    apply_network_sysctls(linux)
+}
+
+/// Gives the nodes of `devices` (path in the container, path in the guest) their numbers in this guest.
+///
+/// # Errors
+/// A device is missing.
+pub fn set_device_numbers(spec: &mut Spec, devices: &[(String, String)]) -> Result<(), SpecError> {
+    let Some(nodes) = spec.linux_mut().as_mut().and_then(|linux| linux.devices_mut().as_mut()) else { return Ok(()) };
+    for (container_path, vm_path) in devices {
+        let status =
+            stat(vm_path.as_str()).map_err(|source| SpecError::Device { path: vm_path.clone(), source })?;
+        let kind = if SFlag::from_bits_truncate(status.st_mode).contains(SFlag::S_IFBLK) {
+            LinuxDeviceType::B
+        } else {
+            LinuxDeviceType::C
+        };
+        for node in nodes.iter_mut().filter(|node| node.path() == Path::new(container_path)) {
+            node.set_typ(kind)
+                .set_major(i64::try_from(major(status.st_rdev)).unwrap_or(i64::MAX))
+                .set_minor(i64::try_from(minor(status.st_rdev)).unwrap_or(i64::MAX));
+        }
+    }
+    Ok(())
+}
+
+fn adapt_root(spec: &mut Spec, bundle: &Path) -> Result<(), SpecError> {
+    let root = spec.root_mut().as_mut().ok_or(SpecError::Missing("root"))?;
+    // An absolute path replaces the bundle's.
+    let path = bundle.join(root.path());
+    if !path.is_dir() {
+        return Err(SpecError::Root(path));
+    }
+    root.set_path(path);
+    Ok(())
+}
+
+fn adapt_process(spec: &mut Spec) -> Result<(), SpecError> {
+    let process = spec.process_mut().as_mut().ok_or(SpecError::Missing("process"))?;
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return Err(SpecError::Missing("process.args"));
+    }
+    // Profiles of the host's security modules; the guest has none loaded.
+    process.set_apparmor_profile(None).set_selinux_label(None);
+    if process.cwd().as_os_str().is_empty() {
+        process.set_cwd(PathBuf::from("/"));
+    }
+    // Absent means "as the runtime": containers must not inherit what protects PID 1.
+    let adjustment = process.oom_score_adj().unwrap_or(0);
+    process.set_oom_score_adj(Some(adjustment));
+    Ok(())
+}
+
+fn adapt_namespaces(namespaces: Vec<LinuxNamespace>, shared: &Shared) -> Vec<LinuxNamespace> {
+    namespaces
+        .into_iter()
+        .filter_map(|mut namespace| {
+            let path = match namespace.typ() {
+                LinuxNamespaceType::Network => return None,
+                LinuxNamespaceType::Ipc => Some(shared.ipc.clone()),
+                LinuxNamespaceType::Uts => Some(shared.uts.clone()),
+                LinuxNamespaceType::Pid => shared.pid.clone(),
+                _ => None,
+            };
+            namespace.set_path(path);
+            Some(namespace)
+        })
+        .collect()
+}
+
+/// The pod's network is the guest's own, so its sysctls are set here; libcontainer would refuse them.
+fn apply_network_sysctls(linux: &mut oci_spec::runtime::Linux) -> Result<(), SpecError> {
+    let Some(sysctls) = linux.sysctl().clone() else { return Ok(()) };
+    let (network, rest): (Vec<_>, Vec<_>) =
+        sysctls.into_iter().partition(|(name, _)| name.replace('/', ".").starts_with("net."));
+    for (name, value) in network {
+        let path = sysctl_path(&name)?;
+        fs::write(path, value).map_err(|source| SpecError::Sysctl { name, source })?;
+    }
+    linux.set_sysctl(Some(rest.into_iter().collect()).filter(|map: &std::collections::HashMap<_, _>| !map.is_empty()));
+    Ok(())
+}
+
+fn sysctl_path(name: &str) -> Result<PathBuf, SpecError> {
+    let relative = PathBuf::from(name.replace('.', "/"));
+    if relative.components().all(|part| matches!(part, Component::Normal(_))) {
+        Ok(Path::new("/proc/sys").join(relative))
+    } else {
+        Err(SpecError::SysctlName(name.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use oci_spec::runtime::LinuxSeccomp;
+
+    use super::*;
+
+    fn shared() -> Shared {
+        Shared { ipc: "/proc/1/fd/8".into(), uts: "/proc/1/fd/9".into(), pid: None }
+    }
+
+    fn spec() -> Spec {
+        let mut spec = Spec::default();
+        spec.root_mut().as_mut().unwrap().set_path("/tmp".into());
+        spec.linux_mut().as_mut().unwrap().set_seccomp(Some(LinuxSeccomp::default()));
+        spec
+    }
+
+    #[test]
+    fn namespaces_when_adapted_are_the_pods() {
+        let mut spec = spec();
+        let namespaces = spec.linux_mut().as_mut().unwrap().namespaces_mut().as_mut().unwrap();
+        for namespace in namespaces.iter_mut() {
+            namespace.set_path(Some("/proc/4711/ns/x".into()));
+        }
+
+        adapt(&mut spec, "one", Path::new("/run/bundle"), &shared()).unwrap();
+
+        let linux = spec.linux().as_ref().unwrap();
+        let path_of = |kind| {
+            let namespaces = linux.namespaces().as_ref().unwrap();
+            namespaces.iter().find(|namespace| namespace.typ() == kind).map(|namespace| namespace.path().clone())
+        };
+        assert_eq!(path_of(LinuxNamespaceType::Network), None);
+        assert_eq!(path_of(LinuxNamespaceType::Uts), Some(Some("/proc/1/fd/9".into())));
+        assert_eq!(path_of(LinuxNamespaceType::Ipc), Some(Some("/proc/1/fd/8".into())));
+        assert_eq!(path_of(LinuxNamespaceType::Pid), Some(None));
+        assert_eq!(path_of(LinuxNamespaceType::Cgroup), Some(None));
+        assert!(linux.seccomp().is_none());
+        assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/kata/one")));
+    }
+
+    #[test]
+    fn root_when_missing_is_refused_with_its_path() {
+        let mut spec = spec();
+        spec.root_mut().as_mut().unwrap().set_path("rootfs".into());
+
+        let error = adapt(&mut spec, "one", Path::new("/nonexistent"), &shared()).unwrap_err();
+
+        assert_eq!(error.to_string(), "container root /nonexistent/rootfs: not a directory in the guest");
+    }
+
+    #[test]
+    fn sysctl_name_when_it_leads_out_is_refused() {
+        assert!(sysctl_path("net.ipv4.ip_forward").is_ok());
+        assert!(sysctl_path("net/../../self/oom_score_adj").is_err());
+        assert!(sysctl_path("/net").is_err());
+    }
+}

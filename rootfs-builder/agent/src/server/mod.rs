@@ -1,0 +1,111 @@
+//! The ttrpc server: its sockets, its services, and the announcement that it is ready.
+
+mod health;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use protocols::health_ttrpc::create_health;
+use tokio::io::AsyncWriteExt;
+use tokio::time::sleep;
+use ttrpc::asynchronous::Server;
+use ttrpc::asynchronous::transport;
+
+use crate::logging::Log;
+use crate::options::{Address, Options};
+use crate::transport::{Listener, connect_host};
+
+/// What the agent sends to the host's ready port.
+const READY: &[u8] = b"ready\n";
+/// The vsock device may be probed after PID 1 starts, so its absence is waited out for a while.
+const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
+const RETRY_INTERVAL: Duration = Duration::from_millis(5);
+
+/// Why the agent cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A socket could not be opened.
+    #[error("listen for {purpose} on {address:?}: {source}")]
+    Listen {
+        /// What the socket is for.
+        purpose: &'static str,
+        /// Where.
+        address: Address,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The ttrpc server did not start.
+    #[error("start the ttrpc server: {0}")]
+    Start(#[from] ttrpc::Error),
+}
+
+/// Serves the host until the sandbox is destroyed.
+///
+/// # Errors
+/// A socket cannot be opened.
+pub async fn serve(options: &Options, log: &Log) -> Result<(), ServeError> {
+    let listener = listen("ttrpc", &options.server).await?;
+    let mut server = Server::new()
+        .add_listener(transport::Listener::new(listener.into_stream()))
+        .register_service(create_health(Arc::new(health::HealthService)));
+    server.start().await?;
+    tracing::info!(address = ?options.server, version = env!("CARGO_PKG_VERSION"), "agent listens");
+
+    if let Some(port) = options.ready_port {
+        tokio::spawn(announce(port));
+    }
+    if let Some(address) = &options.log {
+        let listener = listen("the log", address).await?;
+        tokio::spawn(serve_log(listener, log.clone()));
+    }
+    std::future::pending::<()>().await;
+    Ok(())
+}
+
+async fn listen(purpose: &'static str, address: &Address) -> Result<Listener, ServeError> {
+    let deadline = tokio::time::Instant::now() + DEVICE_PATIENCE;
+    loop {
+        match Listener::bind(address) {
+            Ok(listener) => return Ok(listener),
+            Err(_) if matches!(address, Address::Vsock(_)) && tokio::time::Instant::now() < deadline => {
+                sleep(RETRY_INTERVAL).await;
+            }
+            Err(source) => return Err(ServeError::Listen { purpose, address: address.clone(), source }),
+        }
+    }
+}
+
+/// Tells the host that the server listens. A host that does not care is not an error: it may poll instead.
+async fn announce(port: u32) {
+    let deadline = tokio::time::Instant::now() + DEVICE_PATIENCE;
+    loop {
+        let error = match connect_host(port).await {
+            Ok(mut stream) => match stream.write_all(READY).await {
+                Ok(()) => return tracing::debug!(port, "announced readiness"),
+                Err(error) => error,
+            },
+            Err(error) => error,
+        };
+        if tokio::time::Instant::now() >= deadline {
+            return tracing::warn!("announce readiness on host port {port}: {error}; waiting to be called");
+        }
+        sleep(RETRY_INTERVAL).await;
+    }
+}
+
+/// Every reader gets the kept log and then follows it.
+async fn serve_log(listener: Listener, log: Log) {
+    loop {
+        match listener.accept().await {
+            Ok(reader) => {
+                let log = log.clone();
+                tokio::spawn(async move { log.stream_to(reader).await });
+            }
+            Err(error) => {
+                tracing::warn!("accept a log reader: {error}");
+                sleep(RETRY_INTERVAL).await;
+            }
+        }
+    }
+}

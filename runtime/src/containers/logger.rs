@@ -1,0 +1,204 @@
+//! `binary://` loggers: a program that reads a container's output.
+//!
+//! containerd's contract: descriptor 3 is stdout, 4 is stderr, 5 is closed by the program once it is ready; the
+//! environment has CONTAINER_ID and CONTAINER_NAMESPACE; arguments come from the URI's query, in its order.
+
+use std::io::{PipeReader, PipeWriter, Read};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::stdio::Owner;
+use crate::error::{Error, ErrorKind, Result};
+
+/// How long a logger may take to say that it is ready.
+const READY: Duration = Duration::from_secs(10);
+/// How long a logger may go on after the end of the output.
+const FINISH: Duration = Duration::from_secs(10);
+
+/// A running logger.
+pub(super) struct Logger {
+    child: Child,
+}
+
+impl Logger {
+    /// Starts the program of `uri` and waits until it is ready; returns the write ends for stdout and stderr.
+    ///
+    /// # Errors
+    /// Naming the program.
+    pub(super) fn spawn(uri: &str, owner: Owner<'_>) -> Result<(Self, OwnedFd, OwnedFd)> {
+        let (program, args) = parse(uri);
+        let failed = |error: std::io::Error| {
+            let kind = match error.kind() {
+                std::io::ErrorKind::NotFound => ErrorKind::NotFound,
+                std::io::ErrorKind::TimedOut => ErrorKind::DeadlineExceeded,
+                _ => ErrorKind::Internal,
+            };
+            Error::new(kind, format!("logger {program}: {error}"))
+        };
+        let (stdout_read, stdout_write) = std::io::pipe().map_err(failed)?;
+        let (stderr_read, stderr_write) = std::io::pipe().map_err(failed)?;
+        let (ready_read, ready_write) = std::io::pipe().map_err(failed)?;
+        let fds = [stdout_read.as_raw_fd(), stderr_read.as_raw_fd(), ready_write.as_raw_fd()];
+        let mut command = Command::new(&program);
+        command
+            .args(args)
+            .env("CONTAINER_ID", owner.container)
+            .env("CONTAINER_NAMESPACE", owner.namespace)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        // SAFETY: `place` only calls dup and dup2, which are async-signal-safe, on descriptors open in the child.
+        unsafe { command.pre_exec(move || place(fds)) };
+        let child = command.spawn().map_err(failed)?;
+        let logger = Self { child };
+        // Only the child may hold these ends now, or the end of a stream would never be seen.
+        drop((stdout_read, stderr_read, ready_write));
+        wait_ready(ready_read).map_err(failed)?;
+        Ok((logger, nonblocking(stdout_write).map_err(failed)?, nonblocking(stderr_write).map_err(failed)?))
+    }
+
+    /// Reaps the program after the end of the output; ends it when it does not end by itself.
+    pub(super) fn supervise(mut self, mut open_outputs: watch::Receiver<usize>) {
+        tokio::spawn(async move {
+            // An error means that the streams are gone, which is an end as well.
+            let _ = open_outputs.wait_for(|open| *open == 0).await;
+            drop(open_outputs);
+            let reaped = tokio::task::spawn_blocking(move || {
+                for _ in 0..FINISH.as_millis() / 50 {
+                    if !matches!(self.child.try_wait(), Ok(None)) {
+                        return;
+                    }
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                tracing::warn!(pid = self.child.id(), "logger does not end after its output: killed");
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+            });
+            let _ = reaped.await;
+        });
+    }
+}
+
+/// Descriptors 3, 4, 5 of the child. The sources may be 3, 4 or 5 themselves, so they are moved away first.
+fn place(fds: [RawFd; 3]) -> std::io::Result<()> {
+    let mut high = [0; 3];
+    for (high, fd) in high.iter_mut().zip(fds) {
+        // SAFETY: plain system call on a descriptor number; failure is checked.
+        *high = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 10) };
+        if *high < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    for (target, fd) in (3..).zip(high) {
+        // SAFETY: as above. dup2 clears close-on-exec on the copy, which is the point.
+        if unsafe { libc::dup2(fd, target) } < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+fn nonblocking(pipe: PipeWriter) -> std::io::Result<OwnedFd> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    Ok(pipe.into())
+}
+
+/// Blocks until the child closes its end or writes to it.
+fn wait_ready(mut pipe: PipeReader) -> std::io::Result<()> {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let result = pipe.read(&mut [0]).map(drop);
+        // The waiting side may have given up.
+        let _ = sender.send(result);
+    });
+    receiver.recv_timeout(READY).unwrap_or_else(|_| {
+        Err(std::io::Error::new(std::io::ErrorKind::TimedOut, format!("not ready after {READY:?}")))
+    })
+}
+
+/// `binary:///path?key=value&flag` → program and `["key", "value", "flag"]`.
+fn parse(uri: &str) -> (String, Vec<String>) {
+    let rest = uri.strip_prefix("binary://").unwrap_or(uri);
+    let (program, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let args = query
+        .split('&')
+        .filter(|pair| !pair.is_empty())
+        .flat_map(|pair| pair.splitn(2, '='))
+        .filter(|word| !word.is_empty())
+        .map(decode)
+        .collect();
+    (decode(program), args)
+}
+
+/// Percent decoding.
+fn decode(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, tail)) = rest.split_first() {
+        let code = tail.get(..2).and_then(|hex| str::from_utf8(hex).ok()).and_then(|hex| u8::from_str_radix(hex, 16).ok());
+        match (first, code) {
+            (b'%', Some(byte)) => {
+                bytes.push(byte);
+                rest = &tail[2..];
+            }
+            (b'+', _) => {
+                bytes.push(b' ');
+                rest = tail;
+            }
+            _ => {
+                bytes.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn uri_becomes_program_and_arguments() {
+        let (program, args) = parse("binary:///usr/bin/log%20ger?tag=a%3Db&verbose&x=");
+        assert_eq!(program, "/usr/bin/log ger");
+        assert_eq!(args, ["tag", "a=b", "verbose", "x"]);
+    }
+
+    #[test]
+    fn logger_reads_both_streams_and_sees_its_environment() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        let script = folder.path().join("logger");
+        std::fs::write(
+            &script,
+            "#!/bin/sh\nexec 5>&-\n{ echo $CONTAINER_ID $CONTAINER_NAMESPACE $1; cat <&3; cat <&4; } > \"$1\"\n",
+        )
+        .unwrap();
+        std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let uri = format!("binary://{}?{}", script.display(), out.display());
+
+        let (mut logger, stdout, stderr) =
+            Logger::spawn(&uri, Owner { container: "c1", namespace: "ns" }).unwrap();
+        std::fs::File::from(stdout).write_all(b"to stdout\n").unwrap();
+        std::fs::File::from(stderr).write_all(b"to stderr\n").unwrap();
+        assert!(logger.child.wait().unwrap().success());
+
+        let text = std::fs::read_to_string(&out).unwrap();
+        assert_eq!(text, format!("c1 ns {}\nto stdout\nto stderr\n", out.display()));
+    }
+
+    #[test]
+    fn missing_logger_is_named() {
+        let error =
+            Logger::spawn("binary:///nonexistent/logger", Owner { container: "c", namespace: "n" }).err().unwrap();
+        assert_eq!(error.kind, ErrorKind::NotFound);
+        assert!(error.message.contains("/nonexistent/logger"), "{error}");
+    }
+}

@@ -1,0 +1,203 @@
+//! From the host's OCI spec to the guest's: what only makes sense on the host is taken out, loudly where a user could
+//! miss it.
+
+use std::path::PathBuf;
+
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, Process, Spec};
+use protocols::oci_convert::uncarried;
+
+use super::bundle::ContainerType;
+
+/// What the guest's spec gets in place of the host's.
+#[derive(Debug, Clone, Default)]
+pub struct GuestSpec {
+    /// Container id.
+    pub container: String,
+    /// Rootfs in the guest.
+    pub rootfs: String,
+    /// Mounts in the guest.
+    pub mounts: Vec<oci_spec::runtime::Mount>,
+    /// Bundle on the host, for an annotation.
+    pub bundle: PathBuf,
+    /// One pty.
+    pub terminal: bool,
+    /// Take the seccomp profile out.
+    pub disable_seccomp: bool,
+}
+
+/// Changes `spec` for the guest; returns the warnings.
+pub fn amend(spec: &mut Spec, guest: GuestSpec, kind: ContainerType) -> Vec<String> {
+    let mut warnings: Vec<String> =
+        uncarried(spec).into_iter().map(|field| format!("{field} is set and cannot be passed to the guest")).collect();
+    if let Some(hooks) = spec.hooks_mut().take() {
+        let names = hook_names(&hooks);
+        if !names.is_empty() {
+            warnings.push(format!("OCI hooks are not run: {}", names.join(", ")));
+        }
+    }
+    if let Some(root) = spec.root_mut() {
+        root.set_path(guest.rootfs.into());
+    }
+    spec.set_mounts(Some(guest.mounts));
+    if let Some(process) = spec.process_mut() {
+        process.set_terminal(Some(guest.terminal));
+        amend_process(process);
+    }
+    let annotations = spec.annotations_mut().get_or_insert_default();
+    annotations
+        .insert("io.katacontainers.pkg.oci.bundle_path".into(), guest.bundle.display().to_string());
+    let kind = if kind == ContainerType::PodContainer { "pod_container" } else { "pod_sandbox" };
+    annotations.insert("io.katacontainers.pkg.oci.container_type".into(), kind.into());
+    amend_linux(spec, &guest.container, guest.disable_seccomp, &mut warnings);
+    warnings
+}
+
+/// Changes a process for the guest: host security labels mean nothing there. Capabilities stay.
+pub fn amend_process(process: &mut Process) {
+    process.set_apparmor_profile(None);
+    process.set_selinux_label(None);
+}
+
+fn amend_linux(spec: &mut Spec, container: &str, disable_seccomp: bool, warnings: &mut Vec<String>) {
+    let Some(linux) = spec.linux_mut() else { return };
+    if let Some(namespaces) = linux.namespaces_mut() {
+        // The VM is the network namespace; time and cgroup namespaces of the host have no counterpart to join.
+        namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+        for namespace in namespaces {
+            // Paths lead to the host's /proc. The agent shares IPC and UTS within the pod by itself.
+            namespace.set_path(None);
+        }
+    }
+    linux.set_cgroups_path(Some(format!("/kata/{container}").into()));
+    linux.set_mount_label(None);
+    linux.set_intel_rdt(None);
+    if disable_seccomp {
+        linux.set_seccomp(None);
+    }
+    if let Some(devices) = linux.devices_mut().take() {
+        let is_standard = |path: &str| {
+            ["null", "zero", "full", "random", "urandom", "tty", "ptmx", "console"]
+                .iter()
+                .any(|name| path == format!("/dev/{name}"))
+        };
+        for device in devices {
+            let path = device.path().display().to_string();
+            if !is_standard(&path) {
+                warnings.push(format!("device {path} of the host is not passed to the guest"));
+            }
+        }
+    }
+    let Some(resources) = linux.resources_mut() else { return };
+    // Device numbers, processors and nodes of the host; limits on them are the host cgroup's business.
+    resources.set_devices(None);
+    resources.set_block_io(None);
+    resources.set_network(None);
+    if resources.hugepage_limits_mut().take().is_some_and(|limits| limits.iter().any(|limit| limit.limit() > 0)) {
+        warnings.push("linux.resources.hugepageLimits: the guest has no huge pages".into());
+    }
+    if let Some(cpu) = resources.cpu_mut() {
+        cpu.set_cpus(None);
+        cpu.set_mems(None);
+    }
+}
+
+fn hook_names(hooks: &Hooks) -> Vec<String> {
+    #[expect(deprecated, reason = "containerd and nvidia still write prestart hooks")]
+    let prestart = hooks.prestart();
+    let lists = [
+        prestart,
+        hooks.create_runtime(),
+        hooks.create_container(),
+        hooks.start_container(),
+        hooks.poststart(),
+        hooks.poststop(),
+    ];
+    lists.into_iter().flatten().flatten().map(|hook| hook.path().display().to_string()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SPEC: &str = r#"{
+        "ociVersion": "1.0.2",
+        "process": {"cwd": "/", "args": ["sh"], "user": {"uid": 0, "gid": 0}, "apparmorProfile": "p", "selinuxLabel": "l",
+            "capabilities": {"bounding": ["CAP_KILL"], "effective": ["CAP_KILL"], "inheritable": [], "permitted": [],
+                "ambient": []}},
+        "root": {"path": "rootfs", "readonly": true},
+        "mounts": [{"destination": "/x", "type": "bind", "source": "/host", "options": ["rbind"]}],
+        "hooks": {"prestart": [{"path": "/usr/bin/hook-a"}], "poststop": [{"path": "/usr/bin/hook-b"}]},
+        "linux": {
+            "cgroupsPath": "system.slice:cri:c1", "mountLabel": "m", "seccomp": {"defaultAction": "SCMP_ACT_ERRNO"},
+            "namespaces": [{"type": "network", "path": "/run/netns/x"}, {"type": "pid"},
+                {"type": "ipc", "path": "/proc/1/ns/ipc"}],
+            "devices": [{"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
+                {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}],
+            "maskedPaths": ["/proc/kcore"],
+            "resources": {"devices": [{"allow": false, "access": "rwm"}], "memory": {"limit": 1048576},
+                "cpu": {"shares": 512, "cpus": "0-1", "mems": "0"}, "pids": {"limit": 10},
+                "hugepageLimits": [{"pageSize": "2MB", "limit": 4}]}
+        }
+    }"#;
+
+    fn amended(disable_seccomp: bool) -> (Spec, Vec<String>) {
+        let mut spec: Spec = serde_json::from_str(SPEC).unwrap();
+        let guest = GuestSpec {
+            container: "c1".into(),
+            rootfs: "/guest/rootfs".into(),
+            mounts: Vec::new(),
+            bundle: "/bundle".into(),
+            terminal: true,
+            disable_seccomp,
+        };
+        let warnings = amend(&mut spec, guest, ContainerType::SingleContainer);
+        (spec, warnings)
+    }
+
+    #[test]
+    fn host_only_parts_are_removed() {
+        let (spec, _) = amended(true);
+
+        let linux = spec.linux().as_ref().unwrap();
+        let namespaces: Vec<_> =
+            linux.namespaces().iter().flatten().map(|n| (n.typ(), n.path().clone())).collect();
+        assert_eq!(namespaces, [(LinuxNamespaceType::Pid, None), (LinuxNamespaceType::Ipc, None)]);
+        assert_eq!(linux.cgroups_path().as_deref(), Some(std::path::Path::new("/kata/c1")));
+        assert!(linux.seccomp().is_none() && linux.devices().is_none() && linux.mount_label().is_none());
+        let resources = linux.resources().as_ref().unwrap();
+        assert!(resources.devices().is_none() && resources.hugepage_limits().is_none());
+        let cpu = resources.cpu().as_ref().unwrap();
+        assert!(cpu.cpus().is_none() && cpu.mems().is_none());
+        let process = spec.process().as_ref().unwrap();
+        assert!(process.apparmor_profile().is_none() && process.selinux_label().is_none());
+        assert!(spec.hooks().is_none());
+    }
+
+    #[test]
+    fn what_the_guest_needs_stays() {
+        let (spec, _) = amended(false);
+
+        let root = spec.root().as_ref().unwrap();
+        assert_eq!((root.path().to_str(), root.readonly()), (Some("/guest/rootfs"), Some(true)));
+        let process = spec.process().as_ref().unwrap();
+        assert!(process.capabilities().as_ref().unwrap().bounding().is_some());
+        assert_eq!(process.terminal(), Some(true));
+        let linux = spec.linux().as_ref().unwrap();
+        assert!(linux.seccomp().is_some() && linux.masked_paths().is_some());
+        let resources = linux.resources().as_ref().unwrap();
+        assert_eq!(resources.memory().unwrap().limit(), Some(1_048_576));
+        assert_eq!(resources.cpu().as_ref().unwrap().shares(), Some(512));
+        assert!(resources.pids().is_some());
+    }
+
+    #[test]
+    fn losses_are_warned_about() {
+        let (_, warnings) = amended(true);
+
+        let all = warnings.join("\n");
+        for expected in ["/usr/bin/hook-a", "/usr/bin/hook-b", "/dev/kvm", "hugepageLimits"] {
+            assert!(all.contains(expected), "{expected} in\n{all}");
+        }
+        assert!(!all.contains("/dev/null"), "{all}");
+    }
+}

@@ -1,0 +1,262 @@
+//! Streams of a process: descriptors are opened here and handed to the vsock muxer, which moves the bytes.
+//!
+//! FIFOs are containerd's. They are opened so that nothing ever blocks on a missing peer, and so that a client that
+//! goes away and comes back (a restarted containerd) finds them as they were:
+//! - stdin is read by the muxer while we hold a write end ourselves: its end comes when the client has closed its own
+//!   end *and* asked for CloseIO;
+//! - outputs are opened for reading and writing, which never waits for a reader and never fails with EPIPE. The end
+//!   of the stream closes them, and the reader sees EOF after the last byte.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::logger;
+use crate::error::{Error, ErrorKind, Result};
+use crate::hypervisor::{Attach, AttachDirection, Hypervisor, Notify};
+use crate::timeline;
+use crate::types::Stdio;
+
+/// Who a logger logs for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Owner<'a> {
+    /// Container id.
+    pub container: &'a str,
+    /// containerd namespace.
+    pub namespace: &'a str,
+}
+
+/// A stream as containerd names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Target {
+    None,
+    Fifo(PathBuf),
+    File(PathBuf),
+    Binary(String),
+}
+
+fn parse(stream: &'static str, uri: &str) -> Result<Target> {
+    match uri.split_once("://") {
+        _ if uri.is_empty() => Ok(Target::None),
+        None if uri.starts_with('/') => Ok(Target::Fifo(uri.into())),
+        Some(("fifo", path)) => Ok(Target::Fifo(path.into())),
+        Some(("file", path)) => Ok(Target::File(path.into())),
+        Some(("binary", _)) if stream != "stdin" => Ok(Target::Binary(uri.to_owned())),
+        Some((scheme, _)) => {
+            Err(Error::new(ErrorKind::Unimplemented, format!("{stream} {uri:?}: {scheme}:// is not supported")))
+        }
+        None => Err(Error::new(ErrorKind::InvalidArgument, format!("{stream} {uri:?} is not an absolute path"))),
+    }
+}
+
+/// The streams of a process, served by the muxer.
+pub(super) struct ProcessIo {
+    hypervisor: Arc<dyn Hypervisor>,
+    /// Host ports, 0 for none, as the agent gets them.
+    pub stdin_port: u32,
+    /// See `stdin_port`.
+    pub stdout_port: u32,
+    /// See `stdin_port`.
+    pub stderr_port: u32,
+    /// Our write end of the stdin FIFO.
+    stdin: Mutex<Option<File>>,
+    /// Output relays that are not at their end.
+    open_outputs: watch::Sender<usize>,
+}
+
+impl ProcessIo {
+    /// Opens the streams and connects them to the agent's port `port`.
+    ///
+    /// # Errors
+    /// Naming the stream and its path; nothing is left open then.
+    pub(super) fn open(hypervisor: Arc<dyn Hypervisor>, stdio: &Stdio, port: u32, owner: Owner<'_>) -> Result<Arc<Self>> {
+        let mut io = Self {
+            hypervisor,
+            stdin_port: 0,
+            stdout_port: 0,
+            stderr_port: 0,
+            stdin: Mutex::default(),
+            open_outputs: watch::Sender::new(0),
+        };
+        io.open_stdin(&stdio.stdin, port)?;
+        let (mut outputs, logger) = outputs(stdio, owner)?;
+        io.stdout_port = io.attach_output(outputs.0.take(), port, true)?;
+        io.stderr_port = io.attach_output(outputs.1.take(), port, false)?;
+        if let Some(logger) = logger {
+            logger.supervise(io.open_outputs.subscribe());
+        }
+        Ok(Arc::new(io))
+    }
+
+    fn open_stdin(&mut self, uri: &str, port: u32) -> Result<()> {
+        let named = |error: io::Error| stream_error("stdin", uri, &error);
+        let fd: OwnedFd = match parse("stdin", uri)? {
+            Target::None | Target::Binary(_) => return Ok(()),
+            Target::File(path) => File::open(path).map_err(named)?.into(),
+            Target::Fifo(path) => {
+                let Some(read) = open_fifo(&path, OpenOptions::new().read(true)).map_err(named)? else { return Ok(()) };
+                // Cannot block or fail with ENXIO: the read end is open.
+                let write = OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(&path);
+                *self.stdin.lock().unwrap_or_else(PoisonError::into_inner) = Some(write.map_err(named)?);
+                read.into()
+            }
+        };
+        let direction = AttachDirection::ToGuest;
+        let attach = Attach { fd, port, direction, on_end: Box::new(|| {}), on_first_byte: None };
+        self.stdin_port = self.hypervisor.vsock_attach(attach)?;
+        Ok(())
+    }
+
+    fn attach_output(&self, fd: Option<OwnedFd>, port: u32, first: bool) -> Result<u32> {
+        let Some(fd) = fd else { return Ok(0) };
+        self.open_outputs.send_modify(|open| *open += 1);
+        let open_outputs = self.open_outputs.clone();
+        let on_end: Notify = Box::new(move || open_outputs.send_modify(|open| *open = open.saturating_sub(1)));
+        let on_first_byte = first.then(|| Box::new(mark_first_output) as Notify);
+        let attach = Attach { fd, port, direction: AttachDirection::FromGuest, on_end, on_first_byte };
+        self.hypervisor.vsock_attach(attach)
+    }
+
+    /// Lets go of our write end: stdin ends as soon as the client has let go of its own.
+    pub(super) fn close_stdin(&self) {
+        self.stdin.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    /// Ends stdin whatever the client holds: the process is gone.
+    pub(super) fn end_stdin(&self) {
+        self.close_stdin();
+        if self.stdin_port != 0 {
+            self.hypervisor.vsock_close(self.stdin_port);
+        }
+    }
+
+    /// Waits until every output has come to its end, at most `timeout`; then closes what is left.
+    pub(super) async fn drain(&self, timeout: Duration) {
+        let mut open = self.open_outputs.subscribe();
+        let drained = tokio::time::timeout(timeout, open.wait_for(|open| *open == 0)).await;
+        if drained.is_err() {
+            tracing::warn!(?timeout, "output is not read to its end, or a process still holds it: closed");
+        }
+        self.close();
+    }
+
+    /// Closes everything.
+    pub(super) fn close(&self) {
+        self.end_stdin();
+        for port in [self.stdout_port, self.stderr_port].into_iter().filter(|port| *port != 0) {
+            self.hypervisor.vsock_close(port);
+        }
+    }
+}
+
+impl Drop for ProcessIo {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+type Outputs = (Option<OwnedFd>, Option<OwnedFd>);
+
+fn outputs(stdio: &Stdio, owner: Owner<'_>) -> Result<(Outputs, Option<logger::Logger>)> {
+    let stdout = parse("stdout", &stdio.stdout)?;
+    // With a terminal everything comes out of the one pty.
+    let stderr = if stdio.terminal { Target::None } else { parse("stderr", &stdio.stderr)? };
+    if let Target::Binary(uri) = &stdout {
+        if !matches!(&stderr, Target::None) && stdio.stderr != stdio.stdout {
+            let message = format!("stderr {:?}: must be the logger of stdout, {uri:?}", stdio.stderr);
+            return Err(Error::new(ErrorKind::InvalidArgument, message));
+        }
+        let (logger, stdout, stderr) = logger::Logger::spawn(uri, owner)?;
+        return Ok(((Some(stdout), Some(stderr).filter(|_| !stdio.terminal)), Some(logger)));
+    }
+    Ok(((open_output("stdout", stdout)?, open_output("stderr", stderr)?), None))
+}
+
+fn open_output(stream: &'static str, target: Target) -> Result<Option<OwnedFd>> {
+    match target {
+        Target::None => Ok(None),
+        Target::Fifo(path) => open_fifo(&path, OpenOptions::new().read(true).write(true))
+            .map(|file| file.map(OwnedFd::from))
+            .map_err(|error| stream_error(stream, &path.display().to_string(), &error)),
+        Target::File(path) => OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .map(|file| Some(file.into()))
+            .map_err(|error| stream_error(stream, &path.display().to_string(), &error)),
+        Target::Binary(uri) => {
+            Err(Error::new(ErrorKind::InvalidArgument, format!("{stream} {uri:?}: stdout must use the same logger")))
+        }
+    }
+}
+
+/// Opens a FIFO without waiting for its other side. A path that does not exist means nobody listens (nerdctl removes
+/// FIFOs of detached containers): `None`.
+fn open_fifo(path: &Path, options: &mut OpenOptions) -> io::Result<Option<File>> {
+    let file = match options.custom_flags(libc::O_NONBLOCK).open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            tracing::warn!(path = %path.display(), "stream does not exist: nothing is attached");
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    let kind = file.metadata()?.file_type();
+    if kind.is_dir() || kind.is_block_device() {
+        return Err(io::Error::other("not a FIFO or file"));
+    }
+    Ok(Some(file))
+}
+
+fn stream_error(stream: &str, path: &str, error: &io::Error) -> Error {
+    let kind = match error.kind() {
+        io::ErrorKind::NotFound => ErrorKind::NotFound,
+        io::ErrorKind::PermissionDenied => ErrorKind::PermissionDenied,
+        _ => ErrorKind::Internal,
+    };
+    Error::new(kind, format!("{stream} {path}: {error}"))
+}
+
+/// The first output of the sandbox is a mark of the timeline.
+fn mark_first_output() {
+    static SEEN: AtomicBool = AtomicBool::new(false);
+    if !SEEN.swap(true, Ordering::Relaxed) {
+        timeline::mark("first output");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uris_are_told_apart() {
+        assert_eq!(parse("stdin", "").unwrap(), Target::None);
+        assert_eq!(parse("stdout", "/run/x").unwrap(), Target::Fifo("/run/x".into()));
+        assert_eq!(parse("stdout", "fifo:///run/x").unwrap(), Target::Fifo("/run/x".into()));
+        assert_eq!(parse("stdout", "file:///log").unwrap(), Target::File("/log".into()));
+        assert!(matches!(parse("stdout", "binary:///bin/logger?a=b").unwrap(), Target::Binary(_)));
+        let error = parse("stdout", "ttrpc+unix:///x?streaming_id=1").unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Unimplemented);
+        assert_eq!(parse("stdout", "x").unwrap_err().kind, ErrorKind::InvalidArgument);
+    }
+
+    #[test]
+    fn missing_fifo_means_nothing_attached_and_opening_never_blocks() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("fifo");
+        assert!(open_fifo(&path, OpenOptions::new().read(true).write(true)).unwrap().is_none());
+
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        // No reader and no writer exists: a blocking or write-only open would hang or fail here.
+        assert!(open_fifo(&path, OpenOptions::new().read(true).write(true)).unwrap().is_some());
+        assert!(open_fifo(&path, OpenOptions::new().read(true)).unwrap().is_some());
+    }
+}

@@ -1,0 +1,332 @@
+//! The shim's entry into the runtime: one request in, one response out.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use oci_spec::runtime::Spec;
+use tokio::sync::{mpsc, watch};
+
+use crate::config::{self, ConfigFile, HypervisorConfig};
+use crate::containers::{ContainerManager, ContainerType, container_type, load_spec};
+use crate::error::{Error, ErrorKind, Result};
+use crate::hypervisor::Hypervisor;
+use crate::instance::{Backend, RuntimeInstance};
+use crate::journal;
+use crate::mounts;
+use crate::paths::SandboxPaths;
+use crate::sandbox::{Sandbox, VirtSandbox};
+use crate::types::{CreateContainerRequest, Event, RuntimeOptions, TaskRequest, TaskResponse};
+
+/// Bound of [`RuntimeHandlerManager::shutdown`]; what is not done by then is left to `delete` and the journal.
+const SHUTDOWN: Duration = Duration::from_secs(15);
+
+/// What the shim knows about itself.
+#[derive(Debug, Clone)]
+pub struct ShimContext {
+    /// Id of the sandbox this process serves.
+    pub sandbox_id: String,
+    /// containerd namespace.
+    pub namespace: String,
+    /// Bundle of the sandbox container.
+    pub bundle: PathBuf,
+    /// Verbose logs, guest console included.
+    pub debug: bool,
+}
+
+/// Owns the one runtime instance of a shim process and routes requests to it.
+pub struct RuntimeHandlerManager {
+    inner: Arc<Inner>,
+}
+
+/// The runtime instance of this process.
+#[derive(Clone, Default)]
+enum Instance {
+    /// No create has come yet, or the last one failed.
+    #[default]
+    None,
+    /// The first create boots the VM.
+    Creating,
+    /// Containers can be created.
+    Ready(Arc<RuntimeInstance>),
+    /// Nothing will be created any more.
+    Ended,
+}
+
+struct Inner {
+    context: ShimContext,
+    events: mpsc::UnboundedSender<Event>,
+    backend: Backend,
+    instance: watch::Sender<Instance>,
+    /// The sandbox while it boots, so that a shutdown can interrupt that.
+    booting: Mutex<Option<Arc<VirtSandbox>>>,
+    end: watch::Sender<bool>,
+}
+
+impl RuntimeHandlerManager {
+    /// A manager without a sandbox; the first create makes one.
+    pub fn new(context: ShimContext, events: mpsc::UnboundedSender<Event>) -> Self {
+        Self::with_backend(context, events, Backend::default())
+    }
+
+    pub(crate) fn with_backend(context: ShimContext, events: mpsc::UnboundedSender<Event>, backend: Backend) -> Self {
+        let inner = Inner {
+            context,
+            events,
+            backend,
+            instance: watch::Sender::new(Instance::None),
+            booting: Mutex::default(),
+            end: watch::Sender::new(false),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Serves one request. It is carried out even when the caller goes away, except for waiting.
+    ///
+    /// # Errors
+    /// Kinds as in containerd's shim contract.
+    pub async fn handle_task(&self, request: TaskRequest) -> Result<TaskResponse> {
+        let inner = self.inner.clone();
+        if let TaskRequest::WaitProcess(process) = request {
+            let exit = inner.ready()?.containers.wait_process(&process).await?;
+            return Ok(TaskResponse::Exit { pid: std::process::id(), exit });
+        }
+        let served = tokio::spawn(async move { inner.serve(request).await });
+        served.await.unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("request: {error}"))))
+    }
+
+    /// Stops everything within a bounded time.
+    pub async fn shutdown(&self) {
+        if tokio::time::timeout(SHUTDOWN, self.inner.wind_down()).await.is_err() {
+            tracing::error!(sandbox = self.inner.context.sandbox_id, "not everything has ended in {SHUTDOWN:?}");
+        }
+        self.inner.end.send_replace(true);
+    }
+
+    /// True once the sandbox has ended and nothing is left.
+    pub fn watch_end(&self) -> watch::Receiver<bool> {
+        self.inner.end.subscribe()
+    }
+}
+
+impl Inner {
+    fn ready(&self) -> Result<Arc<RuntimeInstance>> {
+        match &*self.instance.borrow() {
+            Instance::Ready(instance) => Ok(instance.clone()),
+            // containerd takes "not found" for "already gone"; anything else makes it try for ever.
+            _ => {
+                let message = format!("sandbox {} has no containers", self.context.sandbox_id);
+                Err(Error::new(ErrorKind::NotFound, message))
+            }
+        }
+    }
+
+    async fn serve(self: Arc<Self>, request: TaskRequest) -> Result<TaskResponse> {
+        let pid = std::process::id();
+        let request = match request {
+            TaskRequest::CreateContainer(request) => return self.create(request).await.map(TaskResponse::Pid),
+            TaskRequest::ShutdownContainer { container_id, now } => {
+                return self.shut_down(&container_id, now).await.map(TaskResponse::Shutdown);
+            }
+            request => request,
+        };
+        let instance = self.ready()?;
+        let containers = &instance.containers;
+        let done = |()| TaskResponse::Done;
+        match request {
+            TaskRequest::StartProcess(process) => containers.start_process(&process).await.map(TaskResponse::Pid),
+            TaskRequest::DeleteProcess(process) => {
+                let exit = containers.delete_process(&process).await?;
+                if containers.is_sandbox_container(&process).await {
+                    // The VM goes with its container. Off the path of this answer; Shutdown waits for it.
+                    tokio::spawn(async move { instance.wind_down().await });
+                }
+                Ok(TaskResponse::Exit { pid, exit })
+            }
+            TaskRequest::ExecProcess(request) => containers.exec_process(request).await.map(done),
+            TaskRequest::KillProcess { process, signal, all } => {
+                containers.kill_process(&process, signal, all).await.map(done)
+            }
+            TaskRequest::WaitProcess(process) => {
+                let exit = containers.wait_process(&process).await?;
+                Ok(TaskResponse::Exit { pid, exit })
+            }
+            TaskRequest::StateProcess(process) => containers.state_process(&process).await.map(TaskResponse::State),
+            TaskRequest::ResizeProcessPty { process, width, height } => {
+                containers.resize_process_pty(&process, width, height).await.map(done)
+            }
+            TaskRequest::CloseProcessIo(process) => containers.close_process_io(&process).await.map(done),
+            TaskRequest::PauseContainer(id) => containers.pause_container(&id).await.map(done),
+            TaskRequest::ResumeContainer(id) => containers.resume_container(&id).await.map(done),
+            TaskRequest::Pids(id) => containers.connect_container(&id).await.map(|pid| TaskResponse::Pids(vec![pid])),
+            TaskRequest::ConnectContainer(id) => containers.connect_container(&id).await.map(TaskResponse::Pid),
+            TaskRequest::StatsContainer(id) => containers.stats_container(&id).await.map(TaskResponse::Stats),
+            TaskRequest::UpdateContainer { container_id, resources_json } => {
+                containers.update_container(&container_id, &resources_json).await.map(done)
+            }
+            // Answered above.
+            TaskRequest::CreateContainer(_) | TaskRequest::ShutdownContainer { .. } => {
+                Err(Error::unsupported("RuntimeHandlerManager::handle_task"))
+            }
+        }
+    }
+
+    async fn create(&self, request: CreateContainerRequest) -> Result<u32> {
+        let spec = load_spec(&request.bundle)?;
+        let (instance, first) = self.instance(&request, &spec).await?;
+        let created = instance.containers.create_container(request, spec).await;
+        if created.is_err() && first {
+            // A VM without a container is of no use to anybody: containerd does not even know of it.
+            instance.wind_down().await;
+            self.instance.send_replace(Instance::None);
+        }
+        created
+    }
+
+    /// The runtime instance, and whether this request made it.
+    async fn instance(&self, request: &CreateContainerRequest, spec: &Spec) -> Result<(Arc<RuntimeInstance>, bool)> {
+        let mut changes = self.instance.subscribe();
+        loop {
+            if self.enter_creating() {
+                let made = self.make_instance(request, spec).await;
+                self.booting().take();
+                self.instance.send_replace(match &made {
+                    Ok(instance) => Instance::Ready(instance.clone()),
+                    Err(_) => Instance::None,
+                });
+                return made.map(|instance| (instance, true));
+            }
+            match changes.borrow_and_update().clone() {
+                Instance::Ready(instance) => return Ok((instance, false)),
+                Instance::Ended => {
+                    let message = format!("sandbox {} has ended", self.context.sandbox_id);
+                    return Err(Error::new(ErrorKind::FailedPrecondition, message));
+                }
+                Instance::None => continue,
+                Instance::Creating => {}
+            }
+            // The sender is in `self`, so this cannot fail.
+            let _ = changes.changed().await;
+        }
+    }
+
+    fn enter_creating(&self) -> bool {
+        self.instance.send_if_modified(|instance| {
+            let none = matches!(instance, Instance::None);
+            if none {
+                *instance = Instance::Creating;
+            }
+            none
+        })
+    }
+
+    async fn make_instance(&self, request: &CreateContainerRequest, spec: &Spec) -> Result<Arc<RuntimeInstance>> {
+        if container_type(spec) == ContainerType::PodContainer {
+            let message = format!("container {}: its sandbox {} does not run", request.container_id, self.context.sandbox_id);
+            return Err(Error::new(ErrorKind::FailedPrecondition, message));
+        }
+        let sandbox = Arc::new(self.backend.sandbox(&self.context, &request.options, spec, self.events.clone())?);
+        *self.booting() = Some(sandbox.clone());
+        if let Err(error) = sandbox.start().await {
+            if let Err(left) = sandbox.shutdown().await {
+                tracing::warn!(sandbox = self.context.sandbox_id, error = %left, "after a failed start");
+            }
+            return Err(error);
+        }
+        Ok(RuntimeInstance::new(&self.context, sandbox, self.events.clone()))
+    }
+
+    fn booting(&self) -> std::sync::MutexGuard<'_, Option<Arc<VirtSandbox>>> {
+        self.booting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the shim may end; then everything has ended already.
+    async fn shut_down(&self, container_id: &str, now: bool) -> Result<bool> {
+        let current = self.instance.borrow().clone();
+        if let Instance::Ready(instance) = current
+            && !now
+            && !instance.containers.is_empty()
+        {
+            tracing::debug!(container_id, "shutdown: containers are left");
+            return Ok(false);
+        }
+        self.wind_down().await;
+        self.end.send_replace(true);
+        Ok(true)
+    }
+
+    /// Stops and cleans up whatever there is. A boot under way is interrupted.
+    async fn wind_down(&self) {
+        let mut changes = self.instance.subscribe();
+        loop {
+            let current = changes.borrow_and_update().clone();
+            match current {
+                Instance::Creating => {
+                    let booting = self.booting().clone();
+                    if let Some(sandbox) = booting
+                        && let Err(error) = sandbox.stop().await
+                    {
+                        tracing::warn!(%error, "interrupting a boot");
+                    }
+                    // The sender is in `self`, so this cannot fail.
+                    let _ = changes.changed().await;
+                }
+                Instance::Ready(instance) => {
+                    instance.wind_down().await;
+                    self.instance.send_replace(Instance::Ended);
+                    return;
+                }
+                Instance::None => {
+                    self.instance.send_replace(Instance::Ended);
+                    return;
+                }
+                Instance::Ended => return,
+            }
+        }
+    }
+}
+
+/// Undoes what a dead shim left behind; idempotent. Only for a sandbox whose shim is gone.
+///
+/// # Errors
+/// `Internal` naming everything that could not be removed.
+pub async fn cleanup(sandbox_id: &str, bundle: &Path) -> Result<()> {
+    let paths = SandboxPaths::new(sandbox_id)?;
+    let bundle = bundle.to_owned();
+    let done = tokio::task::spawn_blocking(move || cleanup_paths(&paths, &bundle)).await;
+    done.unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("cleanup: {error}"))))
+}
+
+pub(crate) fn cleanup_paths(paths: &SandboxPaths, bundle: &Path) -> Result<()> {
+    let mut errors = journal::replay(&paths.journal()).err().unwrap_or_default();
+    // Without a journal (a crash before its first line) these are all there can be.
+    for result in [
+        mounts::unmount(&bundle.join("rootfs")),
+        mounts::remove_tree(&paths.sandbox_share()),
+        mounts::remove_tree(&paths.state()),
+    ] {
+        errors.extend(result.err().map(|error| error.to_string()));
+    }
+    if errors.is_empty() {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Internal, format!("cleanup: {}", errors.join("; "))))
+}
+
+/// Version of the runtime.
+pub fn version() -> &'static str {
+    env!("CARGO_PKG_VERSION")
+}
+
+/// The configuration a create request with `options` would use, checked except for the files it names
+/// ([`HypervisorConfig::check_assets`]).
+///
+/// # Errors
+/// `InvalidArgument` naming the file and key, `NotFound` for a file that was asked for by name.
+pub fn load_config(options: &RuntimeOptions) -> Result<ConfigFile> {
+    Ok(config::load(options)?)
+}
+
+/// How a VM is made; tests replace it.
+pub(crate) type MakeHypervisor =
+    dyn Fn(&HypervisorConfig, &config::TomlConfig, &SandboxPaths, bool) -> Arc<dyn Hypervisor> + Send + Sync;

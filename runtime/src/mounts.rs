@@ -1,0 +1,331 @@
+//! Mounts on the host: containerd's mount requests, binds, and getting rid of both.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::types::Mount;
+
+/// A mount that did not work.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// Making the mount failed.
+    #[error("mount {source_path} on {} (type {fs_type}, options {options:?}): {source}", target.display())]
+    Mount {
+        /// What was to be mounted.
+        source_path: String,
+        /// Where.
+        target: PathBuf,
+        /// Filesystem type.
+        fs_type: String,
+        /// Options as requested.
+        options: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Making or changing the mount point failed.
+    #[error("mount point {}: {source}", target.display())]
+    Target {
+        /// The mount point.
+        target: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Unmounting failed.
+    #[error("unmount {}: {source}", target.display())]
+    Unmount {
+        /// The mount point.
+        target: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A folder that is to be removed still has mounts, and removing it would delete what they show.
+    #[error("{}: not removed, {} is still mounted", folder.display(), mount.display())]
+    Busy {
+        /// The folder.
+        folder: PathBuf,
+        /// A mount below it.
+        mount: PathBuf,
+    },
+    /// Removing a file or folder failed.
+    #[error("remove {}: {source}", path.display())]
+    Remove {
+        /// The path.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// /proc/self/mountinfo cannot be read.
+    #[error("/proc/self/mountinfo: {0}")]
+    MountInfo(io::Error),
+}
+
+impl From<MountError> for crate::error::Error {
+    fn from(error: MountError) -> Self {
+        use crate::error::ErrorKind;
+        let kind = match &error {
+            MountError::Mount { source, .. } | MountError::Target { source, .. } => match source.kind() {
+                io::ErrorKind::NotFound => ErrorKind::NotFound,
+                io::ErrorKind::PermissionDenied => ErrorKind::PermissionDenied,
+                io::ErrorKind::InvalidInput => ErrorKind::InvalidArgument,
+                _ => ErrorKind::Internal,
+            },
+            _ => ErrorKind::Internal,
+        };
+        Self::new(kind, error.to_string())
+    }
+}
+
+/// Makes one mount of containerd's request on `target`.
+///
+/// # Errors
+/// [`MountError::Mount`] naming source, target, type and options.
+pub fn mount_request(request: &Mount, target: &Path) -> Result<(), MountError> {
+    let (flags, propagation, data) = parse_options(&request.options);
+    let fs_type = if flags.contains(MsFlags::MS_BIND) { "" } else { request.fs_type.as_str() };
+    let error = |errno: nix::Error| MountError::Mount {
+        source_path: request.source.clone(),
+        target: target.to_owned(),
+        fs_type: request.fs_type.clone(),
+        options: request.options.join(","),
+        source: errno.into(),
+    };
+    let some = |text: &str| if text.is_empty() { None } else { Some(text.to_owned()) };
+    let source = request.source.as_str();
+    mount(Some(source), target, some(fs_type).as_deref(), flags, some(&data).as_deref()).map_err(error)?;
+    // The kernel ignores every other flag of a bind mount; a second call applies them.
+    let rest = flags & !(MsFlags::MS_BIND | MsFlags::MS_REC);
+    if flags.contains(MsFlags::MS_BIND) && !rest.is_empty() {
+        remount(target, rest).map_err(error)?;
+    }
+    if !propagation.is_empty() {
+        mount(None::<&str>, target, None::<&str>, propagation, None::<&str>).map_err(error)?;
+    }
+    Ok(())
+}
+
+/// Binds `source` (and what is mounted below it) to `target`, which must exist.
+///
+/// # Errors
+/// [`MountError::Mount`]; nothing is left mounted then.
+pub fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), MountError> {
+    let error = |errno: nix::Error| MountError::Mount {
+        source_path: source.display().to_string(),
+        target: target.to_owned(),
+        fs_type: "bind".into(),
+        options: if read_only { "rbind,ro" } else { "rbind" }.into(),
+        source: errno.into(),
+    };
+    let none = None::<&str>;
+    mount(Some(source), target, none, MsFlags::MS_BIND | MsFlags::MS_REC, none).map_err(error)?;
+    // Unmounts below the copy must not travel back to the original.
+    let mut result = mount(none, target, none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none);
+    if result.is_ok() && read_only {
+        result = remount(target, MsFlags::MS_RDONLY);
+    }
+    result.map_err(|errno| {
+        if let Err(undo) = unmount(target) {
+            tracing::warn!(%undo, "after a failed bind mount");
+        }
+        error(errno)
+    })
+}
+
+/// Makes `folder` a mount point of its own whose later submounts reach other mount namespaces.
+///
+/// # Errors
+/// [`MountError::Mount`].
+pub fn bind_shared(folder: &Path) -> Result<(), MountError> {
+    bind(folder, folder, false)?;
+    mount(None::<&str>, folder, None::<&str>, MsFlags::MS_SHARED, None::<&str>).map_err(|errno| MountError::Mount {
+        source_path: folder.display().to_string(),
+        target: folder.to_owned(),
+        fs_type: "none".into(),
+        options: "shared".into(),
+        source: errno.into(),
+    })
+}
+
+fn remount(target: &Path, flags: MsFlags) -> nix::Result<()> {
+    let flags = flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
+    mount(None::<&str>, target, None::<&str>, flags, None::<&str>)
+}
+
+/// Detaches what is mounted on `target`, all layers of it; fine when nothing is.
+///
+/// # Errors
+/// [`MountError::Unmount`].
+pub fn unmount(target: &Path) -> Result<(), MountError> {
+    loop {
+        match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => {}
+            Err(nix::Error::EINVAL | nix::Error::ENOENT) => return Ok(()),
+            Err(errno) => return Err(MountError::Unmount { target: target.to_owned(), source: errno.into() }),
+        }
+    }
+}
+
+/// Detaches every mount on and below `folder`.
+///
+/// # Errors
+/// [`MountError::Unmount`] for the first one that stays.
+pub fn unmount_below(folder: &Path) -> Result<(), MountError> {
+    let mut points = mounts_below(folder)?;
+    points.reverse();
+    points.iter().try_for_each(|point| unmount(point))
+}
+
+/// Removes `folder` with everything in it, after making sure that nothing is mounted there: through a mount, removing
+/// would delete files of others. Fine when it does not exist.
+///
+/// # Errors
+/// [`MountError::Busy`] when a mount is left, [`MountError::Remove`] otherwise.
+pub fn remove_tree(folder: &Path) -> Result<(), MountError> {
+    unmount_below(folder)?;
+    if let Some(mount) = mounts_below(folder)?.into_iter().next() {
+        return Err(MountError::Busy { folder: folder.to_owned(), mount });
+    }
+    gone(folder, fs::remove_dir_all(folder))
+}
+
+/// Removes a file; fine when it does not exist.
+///
+/// # Errors
+/// [`MountError::Remove`].
+pub fn remove_file(path: &Path) -> Result<(), MountError> {
+    gone(path, fs::remove_file(path))
+}
+
+fn gone(path: &Path, result: io::Result<()>) -> Result<(), MountError> {
+    match result {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(MountError::Remove { path: path.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Mount points on and below `folder`, in the order they were mounted.
+fn mounts_below(folder: &Path) -> Result<Vec<PathBuf>, MountError> {
+    let text = fs::read_to_string("/proc/self/mountinfo").map_err(MountError::MountInfo)?;
+    Ok(mount_points(&text).filter(|point| point.starts_with(folder)).collect())
+}
+
+fn mount_points(mountinfo: &str) -> impl Iterator<Item = PathBuf> {
+    mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(|field| PathBuf::from(unescape(field)))
+}
+
+/// mountinfo writes space, tab, newline and backslash as three octal digits.
+fn unescape(field: &str) -> String {
+    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
+        .iter()
+        .fold(field.to_owned(), |text, (code, plain)| text.replace(code, plain))
+}
+
+/// Mount flags, propagation flags and the filesystem's own options of an fstab-like list.
+fn parse_options(options: &[String]) -> (MsFlags, MsFlags, String) {
+    let mut flags = MsFlags::empty();
+    let mut propagation = MsFlags::empty();
+    let mut data = Vec::new();
+    for option in options {
+        let (set, clear) = match option.as_str() {
+            "" | "defaults" | "rw" | "loop" => (MsFlags::empty(), MsFlags::empty()),
+            "ro" => (MsFlags::MS_RDONLY, MsFlags::empty()),
+            "bind" => (MsFlags::MS_BIND, MsFlags::empty()),
+            "rbind" => (MsFlags::MS_BIND | MsFlags::MS_REC, MsFlags::empty()),
+            "nosuid" => (MsFlags::MS_NOSUID, MsFlags::empty()),
+            "suid" => (MsFlags::empty(), MsFlags::MS_NOSUID),
+            "nodev" => (MsFlags::MS_NODEV, MsFlags::empty()),
+            "dev" => (MsFlags::empty(), MsFlags::MS_NODEV),
+            "noexec" => (MsFlags::MS_NOEXEC, MsFlags::empty()),
+            "exec" => (MsFlags::empty(), MsFlags::MS_NOEXEC),
+            "noatime" => (MsFlags::MS_NOATIME, MsFlags::empty()),
+            "nodiratime" => (MsFlags::MS_NODIRATIME, MsFlags::empty()),
+            "relatime" => (MsFlags::MS_RELATIME, MsFlags::empty()),
+            "strictatime" => (MsFlags::MS_STRICTATIME, MsFlags::empty()),
+            "sync" => (MsFlags::MS_SYNCHRONOUS, MsFlags::empty()),
+            "dirsync" => (MsFlags::MS_DIRSYNC, MsFlags::empty()),
+            "private" => {
+                propagation |= MsFlags::MS_PRIVATE;
+                continue;
+            }
+            "rprivate" => {
+                propagation |= MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+                continue;
+            }
+            "slave" => {
+                propagation |= MsFlags::MS_SLAVE;
+                continue;
+            }
+            "rslave" => {
+                propagation |= MsFlags::MS_SLAVE | MsFlags::MS_REC;
+                continue;
+            }
+            "shared" => {
+                propagation |= MsFlags::MS_SHARED;
+                continue;
+            }
+            "rshared" => {
+                propagation |= MsFlags::MS_SHARED | MsFlags::MS_REC;
+                continue;
+            }
+            other => {
+                data.push(other);
+                continue;
+            }
+        };
+        flags = (flags | set) & !clear;
+    }
+    (flags, propagation, data.join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_split_into_flags_and_data() {
+        let options = ["ro", "rbind", "nosuid", "suid", "rslave", "lowerdir=/a:/b", "index=off"].map(String::from);
+
+        let (flags, propagation, data) = parse_options(&options);
+
+        assert_eq!(flags, MsFlags::MS_RDONLY | MsFlags::MS_BIND | MsFlags::MS_REC);
+        assert_eq!(propagation, MsFlags::MS_SLAVE | MsFlags::MS_REC);
+        assert_eq!(data, "lowerdir=/a:/b,index=off");
+    }
+
+    #[test]
+    fn mount_points_are_unescaped() {
+        let text = "36 35 98:0 / /run/a\\040b rw shared:1 - ext4 /dev/x rw\n37 36 0:1 / /run/c rw - proc proc rw\n";
+        let points: Vec<_> = mount_points(text).collect();
+        assert_eq!(points, [PathBuf::from("/run/a b"), PathBuf::from("/run/c")]);
+    }
+
+    #[test]
+    fn remove_tree_leaves_the_source_of_a_bind_mount_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let (source, tree) = (folder.path().join("source"), folder.path().join("tree"));
+        let target = tree.join("target");
+        fs::create_dir_all(&source).unwrap();
+        fs::create_dir_all(&target).unwrap();
+        fs::write(source.join("precious"), "x").unwrap();
+        bind(&source, &target, true).unwrap();
+        assert!(fs::write(target.join("new"), "x").is_err(), "read-only");
+
+        remove_tree(&tree).unwrap();
+
+        assert!(!tree.exists());
+        assert!(source.join("precious").exists());
+        remove_tree(&tree).unwrap();
+    }
+
+    #[test]
+    fn failed_mount_names_everything() {
+        let request = Mount { fs_type: "ext4".into(), source: "/nonexistent".into(), ..Default::default() };
+        let folder = tempfile::tempdir().unwrap();
+        let text = mount_request(&request, folder.path()).unwrap_err().to_string();
+        assert!(text.contains("/nonexistent") && text.contains("ext4"), "{text}");
+    }
+}

@@ -1,0 +1,204 @@
+//! The pod's cgroup on the host: the whole shim, the VM included, runs in it (`sandbox_cgroup_only`).
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::journal::{Journal, Undo};
+
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// The host cgroups of a sandbox.
+#[derive(Debug)]
+pub struct CgroupsResource {
+    folders: Vec<PathBuf>,
+}
+
+impl CgroupsResource {
+    /// The cgroup `cgroups_path` of an OCI spec, in every hierarchy of the host. Nothing is created yet.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a path that leaves the hierarchy.
+    pub fn new(cgroups_path: &Path) -> Result<Self> {
+        let relative = relative(cgroups_path)?;
+        let folders = hierarchies(Path::new(ROOT)).into_iter().map(|root| root.join(&relative)).collect();
+        Ok(Self { folders })
+    }
+
+    /// Creates the cgroup and moves this process into it. A hierarchy that refuses is reported and skipped: the host's
+    /// accounting is worth less than the container.
+    ///
+    /// # Errors
+    /// When the journal cannot be written.
+    pub fn setup_before_start_vm(&self, journal: &Journal) -> Result<()> {
+        for folder in &self.folders {
+            if folder.exists() {
+                tracing::debug!(cgroup = %folder.display(), "joins an existing cgroup");
+            } else {
+                journal
+                    .record(&Undo::RemoveCgroup(folder.clone()))
+                    .map_err(|error| Error::new(ErrorKind::Internal, format!("journal: {error}")))?;
+            }
+            if let Err(error) = join(folder) {
+                tracing::warn!(cgroup = %folder.display(), %error, "sandbox cgroup is not used");
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves threads of the VM that are not in the cgroup: there are none, a process moves as a whole.
+    pub fn setup_after_start_vm(&self) {}
+
+    /// Changes the limits of the sandbox.
+    ///
+    /// # Errors
+    /// Always: limits of containers are applied in the guest.
+    pub fn update(&self) -> Result<()> {
+        Err(Error::unsupported("CgroupsResource::update"))
+    }
+
+    /// Leaves and removes the cgroup.
+    ///
+    /// # Errors
+    /// The first hierarchy that refuses.
+    pub fn delete(&self) -> io::Result<()> {
+        self.folders.iter().try_for_each(|folder| remove(folder))
+    }
+}
+
+/// cgroupsPath is a path, or `slice:prefix:name` for systemd.
+fn relative(cgroups_path: &Path) -> Result<PathBuf> {
+    let text = cgroups_path.to_string_lossy();
+    let parts: Vec<&str> = text.split(':').collect();
+    let path = match parts.as_slice() {
+        [slice, prefix, name] => slice_path(slice).join(format!("{prefix}-{name}.scope")),
+        _ => PathBuf::from(text.trim_start_matches('/')),
+    };
+    let normal = path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+    if !normal || path.as_os_str().is_empty() {
+        let message = format!("linux.cgroupsPath {text:?} is not a path below the cgroup root");
+        return Err(Error::new(ErrorKind::InvalidArgument, message));
+    }
+    Ok(path)
+}
+
+/// systemd nests `a-b.slice` in `a.slice`.
+fn slice_path(slice: &str) -> PathBuf {
+    let name = slice.strip_suffix(".slice").unwrap_or(slice);
+    let mut path = PathBuf::new();
+    let mut prefix = String::new();
+    for part in name.split('-').filter(|part| !part.is_empty()) {
+        if !prefix.is_empty() {
+            prefix.push('-');
+        }
+        prefix.push_str(part);
+        path.push(format!("{prefix}.slice"));
+    }
+    path
+}
+
+/// The one hierarchy of cgroup v2, or every controller of v1.
+fn hierarchies(root: &Path) -> Vec<PathBuf> {
+    if root.join("cgroup.controllers").exists() {
+        return vec![root.to_owned()];
+    }
+    let entries = fs::read_dir(root).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
+    // `cpu` and `cpuacct` are links to `cpu,cpuacct`; one way to each hierarchy is enough.
+    let mut found: Vec<PathBuf> = entries
+        .filter(|path| path.symlink_metadata().is_ok_and(|m| m.is_dir()) && path.join("cgroup.procs").exists())
+        .collect();
+    found.sort();
+    found
+}
+
+fn join(folder: &Path) -> io::Result<()> {
+    fs::create_dir_all(folder)?;
+    // A v1 cpuset is unusable until it has processors and nodes.
+    for file in ["cpuset.cpus", "cpuset.mems"] {
+        inherit(folder, file)?;
+    }
+    fs::write(folder.join("cgroup.procs"), std::process::id().to_string())
+}
+
+/// Copies `file` from the parent, in every level that has none; only where the file exists (v1).
+fn inherit(folder: &Path, file: &str) -> io::Result<()> {
+    let path = folder.join(file);
+    if folder.join("cgroup.controllers").exists() || !path.exists() || !fs::read_to_string(&path)?.trim().is_empty() {
+        return Ok(());
+    }
+    if let Some(parent) = folder.parent().filter(|parent| parent.join(file).exists()) {
+        inherit(parent, file)?;
+        fs::write(&path, fs::read_to_string(parent.join(file))?)?;
+    }
+    Ok(())
+}
+
+/// Moves every process of the cgroup `folder` to its parent (or the root) and removes it. Fine when it does not exist.
+///
+/// # Errors
+/// What the kernel said.
+pub fn remove(folder: &Path) -> io::Result<()> {
+    let processes = match fs::read_to_string(folder.join("cgroup.procs")) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        // ENODEV: the cgroup was removed under us.
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for pid in processes.lines() {
+        if let Err(error) = leave(folder, pid) {
+            tracing::debug!(pid, cgroup = %folder.display(), %error, "process does not leave the cgroup");
+        }
+    }
+    match fs::remove_dir(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// The nearest ancestor that takes the process; cgroup v2 allows processes only in leaves and in the root.
+fn leave(folder: &Path, pid: &str) -> io::Result<()> {
+    let mut result = Ok(());
+    for ancestor in folder.ancestors().skip(1).take_while(|ancestor| ancestor.join("cgroup.procs").exists()) {
+        result = fs::write(ancestor.join("cgroup.procs"), pid);
+        if result.is_ok() {
+            break;
+        }
+    }
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_and_systemd_names_become_folders() {
+        let path = |text: &str| relative(Path::new(text)).map(|path| path.display().to_string());
+        assert_eq!(path("/default/c1").unwrap(), "default/c1");
+        assert_eq!(
+            path("kubepods-pod1.slice:cri-containerd:c1").unwrap(),
+            "kubepods.slice/kubepods-pod1.slice/cri-containerd-c1.scope"
+        );
+        for bad in ["", "/", "../x", "/a/../../b"] {
+            assert_eq!(path(bad).unwrap_err().kind, ErrorKind::InvalidArgument, "{bad}");
+        }
+    }
+
+    #[test]
+    fn hierarchies_are_one_or_one_per_controller() {
+        let root = tempfile::tempdir().unwrap();
+        for controller in ["cpu,cpuacct", "memory", "not-a-hierarchy"] {
+            fs::create_dir(root.path().join(controller)).unwrap();
+        }
+        for controller in ["cpu,cpuacct", "memory"] {
+            fs::write(root.path().join(controller).join("cgroup.procs"), "").unwrap();
+        }
+        std::os::unix::fs::symlink("cpu,cpuacct", root.path().join("cpu")).unwrap();
+        assert_eq!(hierarchies(root.path()), [root.path().join("cpu,cpuacct"), root.path().join("memory")]);
+
+        fs::write(root.path().join("cgroup.controllers"), "").unwrap();
+        assert_eq!(hierarchies(root.path()), [root.path()]);
+    }
+}

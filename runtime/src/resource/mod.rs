@@ -1,0 +1,152 @@
+//! What a pod needs around its VM: each resource is set up, described to the agent, and undone.
+
+pub mod cgroup;
+pub mod cpu_mem;
+pub mod network;
+pub mod rootfs;
+pub mod share_fs;
+pub mod volume;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use oci_spec::runtime::Spec;
+use protocols::agent::Storage;
+
+use crate::config::HypervisorConfig;
+use crate::error::{Error, ErrorKind, Result};
+use crate::hypervisor::Hypervisor;
+use crate::journal::{Journal, Undo};
+use crate::paths::SandboxPaths;
+use crate::types::Mount;
+use cgroup::CgroupsResource;
+use network::Network;
+use rootfs::{Rootfs, ShareFsRootfs};
+use share_fs::{InlineVirtioFs, ShareFs};
+use volume::Volumes;
+
+/// The resources of one sandbox.
+pub struct ResourceManager {
+    paths: SandboxPaths,
+    journal: Arc<Journal>,
+    share_fs: Arc<dyn ShareFs>,
+    cgroups: Option<CgroupsResource>,
+    network: Box<dyn Network>,
+}
+
+/// What the spec of the first container says about the sandbox's resources.
+#[derive(Debug, Clone, Default)]
+pub struct SandboxResources {
+    /// Host cgroup.
+    pub cgroups_path: Option<PathBuf>,
+    /// Network namespace; `None` for the host's own or a fresh one.
+    pub netns: Option<PathBuf>,
+}
+
+impl ResourceManager {
+    /// Creates the sandbox's folders and notes how to get rid of them.
+    ///
+    /// # Errors
+    /// `AlreadyExists` when the sandbox's state folder is in use, otherwise what could not be created.
+    pub fn new(paths: SandboxPaths, config: &HypervisorConfig, resources: &SandboxResources) -> Result<Self> {
+        let journal = Arc::new(open_journal(&paths)?);
+        let share_fs = Arc::new(InlineVirtioFs::new(&paths, config, journal.clone()));
+        let cgroups = resources.cgroups_path.as_deref().map(CgroupsResource::new).transpose()?;
+        let network = Box::new(network::NoNetwork::new(resources.netns.clone()));
+        Ok(Self { paths, journal, share_fs, cgroups, network })
+    }
+
+    /// Paths of the sandbox.
+    pub fn paths(&self) -> &SandboxPaths {
+        &self.paths
+    }
+
+    /// The undo list.
+    pub fn journal(&self) -> &Arc<Journal> {
+        &self.journal
+    }
+
+    /// Cgroup, network and share: everything the VM is built with.
+    ///
+    /// # Errors
+    /// What could not be set up.
+    pub async fn prepare_before_start_vm(&self, hypervisor: &dyn Hypervisor) -> Result<()> {
+        if let Some(cgroups) = &self.cgroups {
+            cgroups.setup_before_start_vm(&self.journal)?;
+        }
+        self.network.setup(hypervisor).await?;
+        self.share_fs.setup_device_before_start_vm(hypervisor).await
+    }
+
+    /// What can only be done with a running VM.
+    ///
+    /// # Errors
+    /// What could not be set up.
+    pub async fn setup_after_start_vm(&self, hypervisor: &dyn Hypervisor) -> Result<()> {
+        if let Some(cgroups) = &self.cgroups {
+            cgroups.setup_after_start_vm();
+        }
+        self.share_fs.setup_device_after_start_vm(hypervisor).await
+    }
+
+    /// Storages of the sandbox, for CreateSandbox.
+    pub fn storages(&self, shm_size: u64) -> Vec<Storage> {
+        let mut storages = self.share_fs.get_storages();
+        storages.push(volume::shm_storage(shm_size));
+        storages
+    }
+
+    /// Mounts a container's rootfs and shares it. Blocks.
+    ///
+    /// # Errors
+    /// Naming the mount that failed, or the folder that is missing.
+    pub fn handle_rootfs(&self, container: &str, bundle: &Path, mounts: &[Mount], spec: &Spec) -> Result<Box<dyn Rootfs>> {
+        let mount = self.share_fs.get_share_fs_mount();
+        ShareFsRootfs::new(mount, &self.journal, container, bundle, mounts, spec)
+            .map(|rootfs| Box::new(rootfs) as Box<dyn Rootfs>)
+    }
+
+    /// Shares what a container's mounts need from the host. Blocks.
+    ///
+    /// # Errors
+    /// Naming the mount that is missing or not supported.
+    pub fn handle_volumes(&self, container: &str, spec: &Spec) -> Result<Volumes> {
+        Volumes::new(self.share_fs.get_share_fs_mount(), container, spec)
+    }
+
+    /// Undoes everything, also what a caller forgot. Blocks. Idempotent.
+    ///
+    /// # Errors
+    /// `Internal` naming everything that is left.
+    pub fn cleanup(&self) -> Result<()> {
+        self.share_fs.stop();
+        self.journal.replay().map_err(|errors| {
+            let left = errors.join("; ");
+            Error::new(ErrorKind::Internal, format!("cleanup of sandbox: {left}"))
+        })
+    }
+
+    /// Figures of the host side, for the sandbox's status.
+    pub fn info(&self) -> HashMap<String, String> {
+        HashMap::from([("state".to_owned(), self.paths.state().display().to_string())])
+    }
+}
+
+fn open_journal(paths: &SandboxPaths) -> Result<Journal> {
+    let journal = paths.journal();
+    if journal.exists() {
+        // What a crashed shim of the same sandbox left; its `delete` may not have run.
+        tracing::warn!(journal = %journal.display(), "state of an earlier sandbox is cleaned up");
+        crate::journal::replay(&journal).map_err(|errors| {
+            Error::new(ErrorKind::AlreadyExists, format!("sandbox state {}: {}", paths.state().display(), errors.join("; ")))
+        })?;
+    }
+    let failed = |error| Error::new(ErrorKind::Internal, format!("journal {}: {error}", journal.display()));
+    let open = Journal::open(&journal).map_err(failed)?;
+    // First in, last out: the state folder goes when everything else is gone.
+    open.record(&Undo::RemoveTree(paths.state())).map_err(failed)?;
+    open.record(&Undo::RemoveTree(paths.sandbox_share())).map_err(failed)?;
+    std::fs::create_dir_all(paths.jail()).map_err(failed)?;
+    Ok(open)
+}

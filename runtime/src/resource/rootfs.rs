@@ -1,0 +1,156 @@
+//! A container's root filesystem: mounted on the host as containerd asks, shared with the guest.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use oci_spec::runtime::Spec;
+use protocols::agent::Storage;
+
+use super::share_fs::ShareFsMount;
+use crate::error::{Error, ErrorKind, Result};
+use crate::journal::{Journal, Undo};
+use crate::mounts;
+use crate::types::Mount;
+
+/// A container's root filesystem.
+pub trait Rootfs: Send + Sync {
+    /// Its path in the guest.
+    fn get_guest_rootfs_path(&self) -> String;
+    /// The mounts it is made of, for the spec.
+    fn get_rootfs_mount(&self) -> Vec<Mount>;
+    /// What the agent has to mount for it; `None` for a folder of the share.
+    fn get_storage(&self) -> Option<Storage>;
+    /// Takes it away from the guest and unmounts it. Blocks. Idempotent.
+    ///
+    /// # Errors
+    /// Naming the mount that stays.
+    fn cleanup(&self) -> Result<()>;
+    /// Id of the block device it is on; `None` for a folder of the share.
+    fn get_device_id(&self) -> Option<String>;
+}
+
+/// A root filesystem below the virtio-fs share.
+pub struct ShareFsRootfs {
+    mount: Arc<dyn ShareFsMount>,
+    container: String,
+    guest_path: String,
+    mounts: Vec<Mount>,
+    /// Unmounted at the end, in this order.
+    targets: Vec<PathBuf>,
+}
+
+impl ShareFsRootfs {
+    /// Mounts `mounts` on the bundle's `rootfs` (without mounts: takes the spec's `root.path`) and shares it.
+    ///
+    /// # Errors
+    /// `NotFound` or `InvalidArgument` naming the folder, or the mount that failed; nothing is left mounted then.
+    pub fn new(
+        mount: Arc<dyn ShareFsMount>,
+        journal: &Journal,
+        container: &str,
+        bundle: &Path,
+        mounts: &[Mount],
+        spec: &Spec,
+    ) -> Result<Self> {
+        let mut rootfs = Self {
+            mount,
+            container: container.to_owned(),
+            guest_path: String::new(),
+            mounts: mounts.to_vec(),
+            targets: Vec::new(),
+        };
+        match rootfs.set_up(journal, bundle, spec) {
+            Ok(()) => Ok(rootfs),
+            Err(error) => {
+                if let Err(undo) = rootfs.cleanup() {
+                    tracing::warn!(error = %undo, container, "after a failed rootfs");
+                }
+                Err(error.context(format!("rootfs of container {container}")))
+            }
+        }
+    }
+
+    fn set_up(&mut self, journal: &Journal, bundle: &Path, spec: &Spec) -> Result<()> {
+        let folder = if self.mounts.is_empty() { spec_root(bundle, spec)? } else { bundle.join("rootfs") };
+        for request in self.mounts.clone() {
+            let target = match request.target.as_str() {
+                "" => folder.clone(),
+                relative => below(bundle, relative)?,
+            };
+            make_folder(&target)?;
+            journal
+                .record(&Undo::Unmount(target.clone()))
+                .map_err(|error| Error::new(ErrorKind::Internal, format!("journal: {error}")))?;
+            self.targets.insert(0, target.clone());
+            mounts::mount_request(&request, &target)?;
+        }
+        if !folder.is_dir() {
+            return Err(Error::new(ErrorKind::NotFound, format!("{} is not a folder", folder.display())));
+        }
+        // Shared writable even for a read-only root: mount points may have to be made first. The guest remounts it.
+        self.guest_path = self.mount.share_rootfs(&self.container, &folder, false)?;
+        Ok(())
+    }
+}
+
+fn spec_root(bundle: &Path, spec: &Spec) -> Result<PathBuf> {
+    let root = spec.root().as_ref().ok_or_else(|| {
+        Error::new(ErrorKind::InvalidArgument, format!("{}: no root", bundle.join("config.json").display()))
+    })?;
+    let path = bundle.join(root.path());
+    match fs::metadata(&path) {
+        Ok(metadata) if metadata.is_dir() => Ok(path),
+        Ok(_) => Err(Error::new(ErrorKind::InvalidArgument, format!("{} is not a folder", path.display()))),
+        Err(error) => {
+            let kind = match error.kind() {
+                io::ErrorKind::NotFound => ErrorKind::NotFound,
+                _ => ErrorKind::Internal,
+            };
+            Err(Error::new(kind, format!("{}: {error}", path.display())))
+        }
+    }
+}
+
+/// `relative` below `bundle`, without a way out.
+fn below(bundle: &Path, relative: &str) -> Result<PathBuf> {
+    let relative = Path::new(relative.trim_start_matches('/'));
+    let normal = relative.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+    if !normal {
+        let message = format!("mount target {} leaves the bundle", relative.display());
+        return Err(Error::new(ErrorKind::InvalidArgument, message));
+    }
+    Ok(bundle.join(relative))
+}
+
+fn make_folder(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder)
+        .map_err(|error| Error::new(ErrorKind::Internal, format!("create {}: {error}", folder.display())))
+}
+
+impl Rootfs for ShareFsRootfs {
+    fn get_guest_rootfs_path(&self) -> String {
+        self.guest_path.clone()
+    }
+
+    fn get_rootfs_mount(&self) -> Vec<Mount> {
+        self.mounts.clone()
+    }
+
+    fn get_storage(&self) -> Option<Storage> {
+        None
+    }
+
+    fn cleanup(&self) -> Result<()> {
+        let unshared = self.mount.umount_rootfs(&self.container);
+        for target in &self.targets {
+            mounts::unmount(target)?;
+        }
+        unshared
+    }
+
+    fn get_device_id(&self) -> Option<String> {
+        None
+    }
+}

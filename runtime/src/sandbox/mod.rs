@@ -1,0 +1,92 @@
+//! A pod: one VM, one agent, any number of containers.
+
+mod monitor;
+mod virt;
+
+use async_trait::async_trait;
+
+use crate::error::{Error, Result};
+use crate::hypervisor::VmExit;
+use crate::types::{ContainerProcess, ProcessExit};
+
+pub use virt::{SandboxStart, VirtSandbox};
+
+/// Life of a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SandboxState {
+    /// Nothing runs.
+    Init,
+    /// The VM boots.
+    Starting,
+    /// Containers can be created.
+    Running,
+    /// The VM is being stopped on purpose.
+    Stopping,
+    /// The VM has ended.
+    Stopped(VmExit),
+}
+
+/// A sandbox as the Sandbox API reports it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SandboxStatus {
+    /// Sandbox id.
+    pub sandbox_id: String,
+    /// Live host pid.
+    pub pid: u32,
+    /// `SANDBOX_READY` or `SANDBOX_NOTREADY`.
+    pub state: String,
+    /// For people.
+    pub info: std::collections::HashMap<String, String>,
+}
+
+/// A pod. Methods whose work belongs to a later release have a default that says so.
+#[async_trait]
+pub trait Sandbox: Send + Sync {
+    /// Boots the VM up to a working agent.
+    ///
+    /// # Errors
+    /// One line with phase, time and the guest's last words.
+    async fn start(&self) -> Result<()>;
+    /// Boots a VM that becomes a template.
+    async fn start_template(&self) -> Result<()> {
+        Err(Error::unsupported("Sandbox::start_template"))
+    }
+    /// Stops the VM within a bounded time; idempotent.
+    async fn stop(&self) -> Result<()>;
+    /// Removes everything on the host; idempotent.
+    async fn cleanup(&self) -> Result<()>;
+    /// Stops and cleans up.
+    async fn shutdown(&self) -> Result<()>;
+    /// For the Sandbox API.
+    async fn status(&self) -> Result<SandboxStatus>;
+    /// Waits for the end of the VM.
+    async fn wait(&self) -> Result<VmExit>;
+    /// Waits for a process; here a matter of [`ContainerManager::wait_process`](crate::containers::ContainerManager).
+    async fn wait_process(&self, _process: &ContainerProcess) -> Result<ProcessExit> {
+        Err(Error::unsupported("Sandbox::wait_process"))
+    }
+    /// Looks for interfaces that appeared later.
+    async fn rescan_network(&self) -> Result<()> {
+        Err(Error::unsupported("Sandbox::rescan_network"))
+    }
+    /// iptables-restore in the guest.
+    async fn set_iptables(&self, is_ipv6: bool, data: Vec<u8>) -> Result<Vec<u8>>;
+    /// iptables-save in the guest.
+    async fn get_iptables(&self, is_ipv6: bool) -> Result<Vec<u8>>;
+    /// Figures of a direct volume.
+    async fn direct_volume_stats(&self, _path: &str) -> Result<String> {
+        Err(Error::unsupported("Sandbox::direct_volume_stats"))
+    }
+    /// Grows a direct volume.
+    async fn direct_volume_resize(&self, _path: &str, _size: u64) -> Result<()> {
+        Err(Error::unsupported("Sandbox::direct_volume_resize"))
+    }
+    /// Replaces the agent's policy.
+    async fn set_policy(&self, policy: &str) -> Result<()>;
+    /// Address of the agent for tools.
+    async fn agent_sock(&self) -> Result<String>;
+    /// Prometheus text of the guest.
+    async fn agent_metrics(&self) -> Result<String>;
+    /// Figures of the VMM.
+    async fn hypervisor_metrics(&self) -> Result<String>;
+}

@@ -1,0 +1,74 @@
+//! Tasks that watch a sandbox: the VM's end, the agent's health, out-of-memory kills.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use protocols::agent as wire;
+use tokio::sync::{mpsc, watch};
+
+use super::SandboxState;
+use crate::agent::Agent;
+use crate::error::ErrorKind;
+use crate::hypervisor::Hypervisor;
+use crate::types::Event;
+
+/// Console lines shown with an error, and their length.
+const CONSOLE_LINES: usize = 8;
+const CONSOLE_WIDTH: usize = 160;
+const HEALTH_INTERVAL: Duration = Duration::from_secs(30);
+/// Pause after an unexpected answer to a long poll: never a hot loop.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Publishes the end of the VM. An end that nobody asked for is an error with the guest's last words.
+pub(super) async fn vm_end(hypervisor: Arc<dyn Hypervisor>, state: watch::Sender<SandboxState>, sandbox: String) {
+    let exit = hypervisor.wait_vm().await;
+    let wanted = matches!(*state.borrow(), SandboxState::Stopping);
+    if wanted {
+        tracing::info!(sandbox, %exit, "VM ended");
+    } else {
+        tracing::error!(sandbox, %exit, console = console_line(hypervisor.as_ref()), "VM ended unexpectedly");
+    }
+    state.send_replace(SandboxState::Stopped(exit));
+}
+
+/// The guest's last words in one line.
+pub(super) fn console_line(hypervisor: &dyn Hypervisor) -> String {
+    let lines = hypervisor.console_tail(CONSOLE_LINES);
+    let lines: Vec<String> = lines
+        .iter()
+        .map(|line| line.chars().filter(|c| !c.is_control()).take(CONSOLE_WIDTH).collect::<String>())
+        .filter(|line: &String| !line.trim().is_empty())
+        .collect();
+    if lines.is_empty() { "(empty)".to_owned() } else { lines.join(" | ") }
+}
+
+/// Asks the agent for its health from time to time. A guest that does not answer is reported, not killed: it may be
+/// frozen with its host, swapping, or debugged.
+pub(super) async fn health(agent: Arc<dyn Agent>, sandbox: String) {
+    loop {
+        tokio::time::sleep(HEALTH_INTERVAL).await;
+        match agent.check().await {
+            Ok(_) => {}
+            Err(error) if error.kind == ErrorKind::Unavailable => return,
+            Err(error) => tracing::warn!(sandbox, %error, "agent health check"),
+        }
+    }
+}
+
+/// Turns the guest's out-of-memory kills into events.
+pub(super) async fn oom(agent: Arc<dyn Agent>, events: mpsc::UnboundedSender<Event>) {
+    loop {
+        match agent.get_oom_event(wire::GetOOMEventRequest::default()).await {
+            Ok(event) if !event.container_id.is_empty() => {
+                // Nobody listens once the shim ends.
+                let _ = events.send(Event::TaskOom { container_id: event.container_id });
+            }
+            Err(error) if matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Unimplemented) => return,
+            Ok(_) => tokio::time::sleep(RETRY).await,
+            Err(error) => {
+                tracing::debug!(%error, "out-of-memory events");
+                tokio::time::sleep(RETRY).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! The pod's lifecycle over a VM. State is published on a watch channel; no lock is held across a boot or an RPC.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use protocols::agent as wire;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+
+use super::{Sandbox, SandboxState, SandboxStatus, monitor};
+use crate::agent::{Agent, READY_PORT, wait_ready};
+use crate::config::TomlConfig;
+use crate::error::{Error, ErrorKind, Result};
+use crate::hypervisor::{Hypervisor, VmExit};
+use crate::resource::ResourceManager;
+use crate::timeline;
+use crate::types::Event;
+
+/// Bound of building the VM on the host.
+const START_VM: Duration = Duration::from_secs(30);
+/// How long a guest may take to say goodbye; the VM is stopped afterwards anyway.
+const GOODBYE: Duration = Duration::from_secs(2);
+/// Bound of the VM's own end.
+const STOP_VM: Duration = Duration::from_secs(10);
+
+/// What a sandbox is started with.
+#[derive(Debug, Clone, Default)]
+pub struct SandboxStart {
+    /// Host name of the guest.
+    pub hostname: String,
+    /// Lines of /etc/resolv.conf.
+    pub dns: Vec<String>,
+    /// Bytes of the pod's shared memory.
+    pub shm_size: u64,
+    /// Network namespace of the pod.
+    pub netns: Option<String>,
+    /// Annotations of the pod.
+    pub annotations: HashMap<String, String>,
+}
+
+/// A pod in a VM.
+pub struct VirtSandbox {
+    id: String,
+    config: TomlConfig,
+    start: SandboxStart,
+    hypervisor: Arc<dyn Hypervisor>,
+    agent: Arc<dyn Agent>,
+    resources: Arc<ResourceManager>,
+    state: watch::Sender<SandboxState>,
+    events: mpsc::UnboundedSender<Event>,
+    /// Log forwarding, health checks: end with the sandbox.
+    background: Mutex<JoinSet<()>>,
+}
+
+impl VirtSandbox {
+    /// A sandbox that has not been started.
+    pub fn new(
+        id: impl Into<String>,
+        config: TomlConfig,
+        start: SandboxStart,
+        hypervisor: Arc<dyn Hypervisor>,
+        agent: Arc<dyn Agent>,
+        resources: Arc<ResourceManager>,
+        events: mpsc::UnboundedSender<Event>,
+    ) -> Self {
+        let state = watch::Sender::new(SandboxState::Init);
+        let background = Mutex::default();
+        Self { id: id.into(), config, start, hypervisor, agent, resources, state, events, background }
+    }
+
+    /// Its VM.
+    pub fn hypervisor(&self) -> &Arc<dyn Hypervisor> {
+        &self.hypervisor
+    }
+
+    /// Its agent.
+    pub fn agent(&self) -> &Arc<dyn Agent> {
+        &self.agent
+    }
+
+    /// Its resources on the host.
+    pub fn resources(&self) -> &Arc<ResourceManager> {
+        &self.resources
+    }
+
+    /// Its configuration.
+    pub fn config(&self) -> &TomlConfig {
+        &self.config
+    }
+
+    /// Its state, now and later.
+    pub fn watch_state(&self) -> watch::Receiver<SandboxState> {
+        self.state.subscribe()
+    }
+
+    fn enter(&self, from: &SandboxState, to: SandboxState) -> bool {
+        self.state.send_if_modified(|state| {
+            let matches = state == from;
+            if matches {
+                *state = to;
+            }
+            matches
+        })
+    }
+
+    async fn boot(&self) -> Result<()> {
+        let begin = Instant::now();
+        self.set_up_vm().await?;
+        // Listening starts right after the vCPUs: a kernel needs far longer to its first process. Should an announcement
+        // be missed all the same, the repeated connection attempt finds the agent.
+        let listener = self.hypervisor.vsock_listen(READY_PORT)?;
+        let kata = &self.config.agent.kata;
+        let ready = wait_ready(self.hypervisor.clone(), listener, kata.server_port, kata.boot_timeout()).await;
+        let stream = ready.map_err(|error| self.boot_error("waiting for the agent", begin, error))?;
+        self.agent.start(stream).await?;
+        timeline::mark("agent ready");
+        let create = tokio::select! {
+            biased;
+            result = self.agent.create_sandbox(self.create_request()) => result,
+            exit = self.hypervisor.wait_vm() => Err(Error::new(ErrorKind::Unavailable, exit.to_string())),
+        };
+        create.map_err(|error| self.boot_error("setting the sandbox up in the guest", begin, error))?;
+        self.resources.setup_after_start_vm(self.hypervisor.as_ref()).await
+    }
+
+    async fn set_up_vm(&self) -> Result<()> {
+        let netns = self.start.netns.clone();
+        self.hypervisor.prepare_vm(&self.id, netns, &self.start.annotations).await?;
+        self.resources.prepare_before_start_vm(self.hypervisor.as_ref()).await?;
+        self.hypervisor.start_vm(START_VM).await?;
+        timeline::mark("vm set-up");
+        let (hypervisor, state, id) = (self.hypervisor.clone(), self.state.clone(), self.id.clone());
+        tokio::spawn(monitor::vm_end(hypervisor, state, id));
+        Ok(())
+    }
+
+    fn create_request(&self) -> wire::CreateSandboxRequest {
+        wire::CreateSandboxRequest {
+            hostname: self.start.hostname.clone(),
+            dns: self.start.dns.clone(),
+            storages: self.resources.storages(self.start.shm_size),
+            sandbox_id: self.id.clone(),
+            kernel_modules: self.config.agent.kata.kernel_modules.iter().map(|line| kernel_module(line)).collect(),
+            ..Default::default()
+        }
+    }
+
+    /// A failed boot says in which phase, after how long, and shows the guest's last words.
+    fn boot_error(&self, phase: &str, begin: Instant, error: Error) -> Error {
+        let seconds = begin.elapsed().as_secs_f32();
+        let tail = monitor::console_line(self.hypervisor.as_ref());
+        let message = format!("{phase} failed after {seconds:.1} s: {}; guest console: {tail}", error.message);
+        Error::new(error.kind, message)
+    }
+
+    fn watch_guest(&self) {
+        let mut background = self.background.lock().unwrap_or_else(PoisonError::into_inner);
+        let (hypervisor, agent) = (&self.hypervisor, &self.agent);
+        let kata = &self.config.agent.kata;
+        background.spawn(crate::agent::forward_logs(
+            hypervisor.clone(),
+            kata.log_port,
+            kata.boot_timeout(),
+            self.id.clone(),
+        ));
+        background.spawn(monitor::health(agent.clone(), self.id.clone()));
+        background.spawn(monitor::oom(agent.clone(), self.events.clone()));
+    }
+
+    async fn ended(&self) -> VmExit {
+        let mut state = self.state.subscribe();
+        let ended = state.wait_for(|state| matches!(state, SandboxState::Stopped(_))).await;
+        match ended.as_deref() {
+            Ok(SandboxState::Stopped(exit)) => exit.clone(),
+            _ => VmExit::Stopped,
+        }
+    }
+}
+
+fn kernel_module(line: &str) -> wire::KernelModule {
+    let mut words = line.split_whitespace().map(str::to_owned);
+    wire::KernelModule { name: words.next().unwrap_or_default(), parameters: words.collect(), ..Default::default() }
+}
+
+#[async_trait]
+impl Sandbox for VirtSandbox {
+    async fn start(&self) -> Result<()> {
+        if !self.enter(&SandboxState::Init, SandboxState::Starting) {
+            let message = format!("sandbox {}: already started", self.id);
+            return Err(Error::new(ErrorKind::FailedPrecondition, message));
+        }
+        let result = self.boot().await;
+        if let Err(error) = &result {
+            // The VM may not exist: nobody else would report its end.
+            if let Err(stop) = self.hypervisor.stop_vm().await {
+                tracing::warn!(sandbox = self.id, error = %stop, "after a failed boot");
+            }
+            let exit = VmExit::Failure(error.message.clone());
+            self.state.send_if_modified(|state| {
+                let ended = matches!(state, SandboxState::Stopped(_));
+                if !ended {
+                    *state = SandboxState::Stopped(exit);
+                }
+                !ended
+            });
+        } else if self.enter(&SandboxState::Starting, SandboxState::Running) {
+            self.watch_guest();
+        } else {
+            let message = format!("sandbox {}: stopped while it started", self.id);
+            return Err(Error::new(ErrorKind::Unavailable, message));
+        }
+        result.map_err(|error| error.context(format!("sandbox {}", self.id)))
+    }
+
+    async fn stop(&self) -> Result<()> {
+        if self.enter(&SandboxState::Init, SandboxState::Stopped(VmExit::Stopped)) {
+            return Ok(());
+        }
+        let was_running = self.enter(&SandboxState::Running, SandboxState::Stopping);
+        if was_running {
+            let goodbye = self.agent.destroy_sandbox(wire::DestroySandboxRequest::default());
+            if !matches!(tokio::time::timeout(GOODBYE, goodbye).await, Ok(Ok(()))) {
+                tracing::debug!(sandbox = self.id, "the agent did not confirm the end of the sandbox");
+            }
+        } else {
+            self.enter(&SandboxState::Starting, SandboxState::Stopping);
+        }
+        self.background.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
+        self.hypervisor.stop_vm().await?;
+        if tokio::time::timeout(STOP_VM, self.ended()).await.is_err() {
+            let message = format!("sandbox {}: the VM has not ended {STOP_VM:?} after it was stopped", self.id);
+            return Err(Error::new(ErrorKind::DeadlineExceeded, message));
+        }
+        Ok(())
+    }
+
+    async fn cleanup(&self) -> Result<()> {
+        let files = self.hypervisor.cleanup().await;
+        let resources = self.resources.clone();
+        let cleaned = tokio::task::spawn_blocking(move || resources.cleanup()).await;
+        cleaned.unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("cleanup: {error}"))))?;
+        files
+    }
+
+    async fn shutdown(&self) -> Result<()> {
+        let stopped = self.stop().await;
+        self.agent.stop().await;
+        self.cleanup().await?;
+        stopped
+    }
+
+    async fn status(&self) -> Result<SandboxStatus> {
+        let ready = *self.state.borrow() == SandboxState::Running;
+        Ok(SandboxStatus {
+            sandbox_id: self.id.clone(),
+            pid: std::process::id(),
+            state: if ready { "SANDBOX_READY" } else { "SANDBOX_NOTREADY" }.into(),
+            info: self.resources.info(),
+        })
+    }
+
+    async fn wait(&self) -> Result<VmExit> {
+        Ok(self.ended().await)
+    }
+
+    async fn set_iptables(&self, is_ipv6: bool, data: Vec<u8>) -> Result<Vec<u8>> {
+        let request = wire::SetIPTablesRequest { is_ipv6, data, ..Default::default() };
+        self.agent.set_ip_tables(request).await.map(|response| response.data)
+    }
+
+    async fn get_iptables(&self, is_ipv6: bool) -> Result<Vec<u8>> {
+        let request = wire::GetIPTablesRequest { is_ipv6, ..Default::default() };
+        self.agent.get_ip_tables(request).await.map(|response| response.data)
+    }
+
+    async fn set_policy(&self, policy: &str) -> Result<()> {
+        self.agent.set_policy(wire::SetPolicyRequest { policy: policy.to_owned(), ..Default::default() }).await
+    }
+
+    async fn agent_sock(&self) -> Result<String> {
+        self.agent.agent_sock().await
+    }
+
+    async fn agent_metrics(&self) -> Result<String> {
+        self.agent.get_metrics(wire::GetMetricsRequest::default()).await.map(|response| response.metrics)
+    }
+
+    async fn hypervisor_metrics(&self) -> Result<String> {
+        self.hypervisor.get_hypervisor_metrics().await
+    }
+}

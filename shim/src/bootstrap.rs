@@ -1,0 +1,136 @@
+//! How containerd and `start` talk: parameters on stdin, the address on stdout.
+//!
+//! containerd ≥ 2.3 writes a protobuf `BootstrapParams` and takes a protobuf `BootstrapResult`, which may announce Task
+//! v3. Older releases write nothing or the runtime options as an `Any`, and every one of them takes a bare address, which
+//! means Task v2. An `Any` also decodes as `BootstrapParams`, so the parameters only count if they name this instance.
+
+use std::io::{self, IsTerminal, Read};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use containerd_shim_protos::TASK_API_VERSION;
+use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult, LogLevel};
+use protobuf::Message;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::address::Address;
+
+/// Most that is read from stdin, bytes; options with an inline configuration are the largest sender.
+const MAX_STDIN: u64 = 4 << 20;
+
+/// How long stdin may stay open: containerd closes it at once, a person at a shell may not.
+const STDIN_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Reads what the caller put on stdin; an empty answer for a terminal, and never hangs.
+pub fn read_stdin() -> Vec<u8> {
+    let stdin = io::stdin();
+    if stdin.is_terminal() {
+        return Vec::new();
+    }
+    read_bounded(stdin.lock(), MAX_STDIN, STDIN_PATIENCE)
+}
+
+/// Reads to the end of `source`, at most `limit` bytes and `patience` long.
+fn read_bounded(source: impl Read + AsFd, limit: u64, patience: Duration) -> Vec<u8> {
+    let deadline = Instant::now() + patience;
+    let mut source = source.take(limit);
+    let mut bytes = Vec::new();
+    let mut chunk = [0; 8192];
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let Ok(timeout) = Timespec::try_from(left) else { return bytes };
+        match poll(&mut [PollFd::new(source.get_ref(), PollFlags::IN)], Some(&timeout)) {
+            Ok(0) => return bytes,
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(_) => return bytes,
+            Ok(_) => {}
+        }
+        match source.read(&mut chunk) {
+            Ok(0) => return bytes,
+            Ok(count) => bytes.extend_from_slice(chunk.get(..count).unwrap_or_default()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return bytes,
+        }
+    }
+}
+
+/// The parameters in `stdin`, if it holds some for this instance.
+pub fn params(stdin: &[u8], namespace: &str, id: &str) -> Option<BootstrapParams> {
+    let params = BootstrapParams::parse_from_bytes(stdin).ok()?;
+    (params.instance_id == id && params.namespace == namespace).then_some(params)
+}
+
+/// Whether the parameters ask for verbose logs: the level is an open enum, smaller is more verbose.
+pub fn wants_debug(params: &BootstrapParams) -> bool {
+    params.log_level.value() <= LogLevel::LOG_LEVEL_DEBUG as i32
+}
+
+/// What to print on stdout.
+///
+/// # Errors
+/// When the message does not encode.
+pub fn reply(params: Option<&BootstrapParams>, address: &Address) -> Result<Vec<u8>, protobuf::Error> {
+    let address = address.to_string();
+    if params.is_none() {
+        return Ok(address.into_bytes());
+    }
+    let result =
+        BootstrapResult { version: TASK_API_VERSION, address, protocol: "ttrpc".to_owned(), ..Default::default() };
+    result.write_to_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn encoded(id: &str, namespace: &str) -> Vec<u8> {
+        BootstrapParams { instance_id: id.into(), namespace: namespace.into(), ..Default::default() }
+            .write_to_bytes()
+            .unwrap()
+    }
+
+    #[test]
+    fn params_of_this_instance_are_accepted() {
+        assert!(params(&encoded("i", "n"), "n", "i").is_some());
+    }
+
+    #[test]
+    fn anything_else_is_legacy() {
+        // `Any{type_url, value}` has the same field numbers and wire types as instance_id and namespace.
+        let any = encoded("runtimeoptions.v1.Options", "\u{12}\u{2}/c");
+        for stdin in [any, encoded("other", "n"), encoded("i", "other"), Vec::new(), b"{\"version\":3}".to_vec()] {
+            assert!(params(&stdin, "n", "i").is_none(), "{stdin:?}");
+        }
+    }
+
+    #[test]
+    fn reply_is_bare_for_legacy_and_version_3_for_bootstrap() {
+        let address = Address::of_path("/s".into()).unwrap();
+
+        let bare = reply(None, &address).unwrap();
+        let result = reply(Some(&BootstrapParams::new()), &address).unwrap();
+
+        assert_eq!(bare, b"unix:///s");
+        let result = BootstrapResult::parse_from_bytes(&result).unwrap();
+        assert_eq!((result.version, result.address.as_str(), result.protocol.as_str()), (3, "unix:///s", "ttrpc"));
+    }
+
+    #[test]
+    fn open_stdin_does_not_hang() {
+        let (reader, mut writer) = io::pipe().unwrap();
+        writer.write_all(b"abc").unwrap();
+
+        let bytes = read_bounded(reader, 100, Duration::from_millis(50));
+
+        assert_eq!(bytes, b"abc");
+        drop(writer);
+    }
+
+    #[test]
+    fn endless_stdin_is_cut_at_the_limit() {
+        let zero = std::fs::File::open("/dev/zero").unwrap();
+
+        assert_eq!(read_bounded(zero, 10_000, Duration::from_secs(5)).len(), 10_000);
+    }
+}

@@ -1,0 +1,330 @@
+//! Between containerd's messages and the runtime's types, both ways.
+
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use containerd_shim_protos::api;
+use containerd_shim_protos::cgroups_v2::metrics;
+use protobuf::well_known_types::any::Any;
+use protobuf::well_known_types::timestamp::Timestamp;
+use protobuf::{EnumOrUnknown, Message, MessageField};
+use runtime::error::{Error, ErrorKind, Result};
+use runtime::types::{
+    ContainerProcess, ContainerStats, CreateContainerRequest, ExecProcessRequest, Mount, ProcessState,
+    ProcessStatus, Stdio,
+};
+
+/// Type of [`stats`]; containerd looks for exactly this, without a host.
+pub const METRICS_TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
+
+/// Message name at the end of the type URL of an exec's process.
+const PROCESS_TYPE: &str = "opencontainers/runtime-spec/1/Process";
+
+/// Message name at the end of the type URL of an update's resources.
+const RESOURCES_TYPE: &str = "opencontainers/runtime-spec/1/LinuxResources";
+
+/// A container's process; an empty `exec_id` is its init.
+pub fn process(container_id: &str, exec_id: &str) -> ContainerProcess {
+    ContainerProcess { container_id: container_id.to_owned(), exec_id: exec_id.to_owned() }
+}
+
+/// A point in time as protobuf has it.
+pub fn timestamp(time: SystemTime) -> Timestamp {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp {
+        seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+        nanos: i32::try_from(since.subsec_nanos()).unwrap_or_default(),
+        ..Default::default()
+    }
+}
+
+/// Create, as the runtime wants it.
+///
+/// # Errors
+/// `InvalidArgument` for options that do not decode, `Unimplemented` for a restore from a checkpoint.
+pub fn create_request(request: api::CreateTaskRequest) -> Result<CreateContainerRequest> {
+    if !request.checkpoint.is_empty() {
+        return Err(Error::new(
+            ErrorKind::Unimplemented,
+            format!("restoring container {} from checkpoint {} is not supported", request.id, request.checkpoint),
+        ));
+    }
+    Ok(CreateContainerRequest {
+        options: crate::options::decode(request.options.as_ref())?,
+        container_id: request.id,
+        bundle: request.bundle.into(),
+        rootfs: request.rootfs.into_iter().map(mount).collect(),
+        stdio: Stdio {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        },
+    })
+}
+
+/// Exec, as the runtime wants it.
+///
+/// # Errors
+/// `InvalidArgument` without an exec id or with a spec that is not an OCI process.
+pub fn exec_request(request: api::ExecProcessRequest) -> Result<ExecProcessRequest> {
+    if request.exec_id.is_empty() {
+        return Err(Error::new(
+            ErrorKind::InvalidArgument,
+            format!("exec in container {} without an exec id", request.id),
+        ));
+    }
+    let what = format!("spec of exec {} in container {}", request.exec_id, request.id);
+    Ok(ExecProcessRequest {
+        process: process(&request.id, &request.exec_id),
+        spec_json: json_of(request.spec.into_option(), PROCESS_TYPE, &what)?,
+        stdio: Stdio {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        },
+    })
+}
+
+/// The resources of an update, as JSON.
+///
+/// # Errors
+/// `InvalidArgument` when they are missing or of another type.
+pub fn resources_json(request: api::UpdateTaskRequest) -> Result<Vec<u8>> {
+    let what = format!("resources of an update of container {}", request.id);
+    json_of(request.resources.into_option(), RESOURCES_TYPE, &what)
+}
+
+/// containerd's typeurl packs OCI values as JSON under a type URL that ends with `wanted`.
+fn json_of(any: Option<Any>, wanted: &str, what: &str) -> Result<Vec<u8>> {
+    let any = any.ok_or_else(|| Error::new(ErrorKind::InvalidArgument, format!("{what}: missing")))?;
+    if !any.type_url.ends_with(wanted) {
+        return Err(Error::new(
+            ErrorKind::InvalidArgument,
+            format!("{what}: type {:?} instead of …/{wanted}", any.type_url),
+        ));
+    }
+    Ok(any.value)
+}
+
+fn mount(mount: api::Mount) -> Mount {
+    Mount { fs_type: mount.type_, source: mount.source, target: mount.target, options: mount.options }
+}
+
+/// The way back of [`mount`], for the create event.
+pub fn wire_mount(mount: &Mount) -> api::Mount {
+    api::Mount {
+        type_: mount.fs_type.clone(),
+        source: mount.source.clone(),
+        target: mount.target.clone(),
+        options: mount.options.clone(),
+        ..Default::default()
+    }
+}
+
+/// A path as a protobuf string.
+pub fn path_string(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+/// State's answer.
+pub fn state_response(state: ProcessState) -> api::StateResponse {
+    let status = match state.status {
+        ProcessStatus::Created => api::Status::CREATED,
+        ProcessStatus::Running => api::Status::RUNNING,
+        ProcessStatus::Paused => api::Status::PAUSED,
+        ProcessStatus::Stopped => api::Status::STOPPED,
+    };
+    api::StateResponse {
+        id: state.process.container_id,
+        exec_id: state.process.exec_id,
+        bundle: path_string(&state.bundle),
+        pid: state.pid,
+        status: EnumOrUnknown::new(status),
+        stdin: state.stdio.stdin,
+        stdout: state.stdio.stdout,
+        stderr: state.stdio.stderr,
+        terminal: state.stdio.terminal,
+        exit_status: state.exit.map_or(0, |exit| exit.status),
+        exited_at: MessageField::from_option(state.exit.map(|exit| timestamp(exit.at))),
+        ..Default::default()
+    }
+}
+
+/// Figures in the cgroup v2 form, which every containerd accepts whatever the host's cgroups are.
+///
+/// # Errors
+/// `Internal` when they do not encode.
+pub fn stats(stats: &ContainerStats) -> Result<Any> {
+    let [usage_usec, user_usec, system_usec] = stats.cpu_usec;
+    let mut memory = metrics::MemoryStat {
+        usage: stats.memory_usage,
+        usage_limit: stats.memory_limit,
+        ..Default::default()
+    };
+    let mut events = metrics::MemoryEvents::default();
+    for (name, value) in &stats.memory_stat {
+        if let Some(field) = memory_field(&mut memory, name) {
+            *field = *value;
+        } else if name == "oom_kill" {
+            events.oom_kill = *value;
+        }
+    }
+    let message = metrics::Metrics {
+        pids: MessageField::some(metrics::PidsStat {
+            current: stats.pids_current,
+            limit: stats.pids_limit,
+            ..Default::default()
+        }),
+        cpu: MessageField::some(metrics::CPUStat { usage_usec, user_usec, system_usec, ..Default::default() }),
+        memory: MessageField::some(memory),
+        memory_events: MessageField::some(events),
+        ..Default::default()
+    };
+    let value = message
+        .write_to_bytes()
+        .map_err(|error| Error::new(ErrorKind::Internal, format!("encoding metrics: {error}")))?;
+    Ok(Any { type_url: METRICS_TYPE_URL.to_owned(), value, ..Default::default() })
+}
+
+/// The message field of a line of the kernel's memory.stat.
+fn memory_field<'a>(memory: &'a mut metrics::MemoryStat, name: &str) -> Option<&'a mut u64> {
+    Some(match name {
+        "anon" => &mut memory.anon,
+        "file" => &mut memory.file,
+        "kernel_stack" => &mut memory.kernel_stack,
+        "slab" => &mut memory.slab,
+        "sock" => &mut memory.sock,
+        "shmem" => &mut memory.shmem,
+        "file_mapped" => &mut memory.file_mapped,
+        "file_dirty" => &mut memory.file_dirty,
+        "file_writeback" => &mut memory.file_writeback,
+        "anon_thp" => &mut memory.anon_thp,
+        "inactive_anon" => &mut memory.inactive_anon,
+        "active_anon" => &mut memory.active_anon,
+        "inactive_file" => &mut memory.inactive_file,
+        "active_file" => &mut memory.active_file,
+        "unevictable" => &mut memory.unevictable,
+        "slab_reclaimable" => &mut memory.slab_reclaimable,
+        "slab_unreclaimable" => &mut memory.slab_unreclaimable,
+        "pgfault" => &mut memory.pgfault,
+        "pgmajfault" => &mut memory.pgmajfault,
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use runtime::types::ProcessExit;
+    use std::time::Duration;
+
+    #[test]
+    fn create_carries_everything_over() {
+        let request = api::CreateTaskRequest {
+            id: "c1".into(),
+            bundle: "/b".into(),
+            rootfs: vec![api::Mount {
+                type_: "overlay".into(),
+                source: "overlay".into(),
+                target: "t".into(),
+                options: vec!["ro".into()],
+                ..Default::default()
+            }],
+            terminal: true,
+            stdin: "i".into(),
+            stdout: "o".into(),
+            stderr: "e".into(),
+            ..Default::default()
+        };
+
+        let created = create_request(request).unwrap();
+
+        assert_eq!((created.container_id.as_str(), created.bundle.as_path()), ("c1", Path::new("/b")));
+        assert_eq!(wire_mount(&created.rootfs[0]).options, ["ro"]);
+        assert_eq!((created.rootfs[0].fs_type.as_str(), created.rootfs[0].target.as_str()), ("overlay", "t"));
+        assert_eq!((created.stdio.stdin.as_str(), created.stdio.stdout.as_str()), ("i", "o"));
+        assert!(created.stdio.terminal);
+    }
+
+    #[test]
+    fn restore_from_a_checkpoint_is_unimplemented() {
+        let request = api::CreateTaskRequest { id: "c1".into(), checkpoint: "/cp".into(), ..Default::default() };
+
+        let error = create_request(request).unwrap_err();
+
+        assert_eq!(error.kind, ErrorKind::Unimplemented);
+        assert!(error.message.contains("/cp"));
+    }
+
+    #[test]
+    fn exec_needs_an_id_and_an_oci_process() {
+        let mut request = api::ExecProcessRequest { id: "c".into(), ..Default::default() };
+        assert_eq!(exec_request(request.clone()).unwrap_err().kind, ErrorKind::InvalidArgument);
+
+        request.exec_id = "e".into();
+        assert!(exec_request(request.clone()).unwrap_err().message.contains("missing"));
+
+        let mut any = Any { type_url: "x/y".into(), value: b"{}".to_vec(), ..Default::default() };
+        request.spec = MessageField::some(any.clone());
+        assert!(exec_request(request.clone()).unwrap_err().message.contains("\"x/y\""));
+
+        any.type_url = format!("types.containerd.io/{PROCESS_TYPE}");
+        request.spec = MessageField::some(any);
+        assert_eq!(exec_request(request).unwrap().spec_json, b"{}");
+    }
+
+    #[test]
+    fn stopped_state_has_exit_status_and_time() {
+        let at = UNIX_EPOCH + Duration::new(7, 9);
+        let state = ProcessState {
+            process: process("c", "e"),
+            bundle: "/b".into(),
+            pid: 3,
+            status: ProcessStatus::Stopped,
+            stdio: Stdio::default(),
+            exit: Some(ProcessExit { status: 137, at }),
+        };
+
+        let response = state_response(state);
+
+        assert_eq!(response.status.enum_value(), Ok(api::Status::STOPPED));
+        assert_eq!((response.exit_status, response.exited_at.seconds, response.exited_at.nanos), (137, 7, 9));
+        assert_eq!((response.id.as_str(), response.exec_id.as_str()), ("c", "e"));
+    }
+
+    #[test]
+    fn running_state_has_no_exit_time() {
+        let state = ProcessState {
+            process: process("c", ""),
+            bundle: "/b".into(),
+            pid: 3,
+            status: ProcessStatus::Running,
+            stdio: Stdio::default(),
+            exit: None,
+        };
+
+        assert!(state_response(state).exited_at.is_none());
+    }
+
+    #[test]
+    fn stats_are_cgroup_v2_metrics() {
+        let figures = ContainerStats {
+            cpu_usec: [30, 20, 10],
+            memory_usage: 4096,
+            memory_limit: u64::MAX,
+            memory_stat: vec![("inactive_file".into(), 5), ("not_a_field".into(), 1)],
+            pids_current: 2,
+            pids_limit: 0,
+        };
+
+        let any = stats(&figures).unwrap();
+        let message = metrics::Metrics::parse_from_bytes(&any.value).unwrap();
+
+        assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
+        assert_eq!((message.cpu.usage_usec, message.cpu.user_usec, message.cpu.system_usec), (30, 20, 10));
+        assert_eq!((message.memory.usage, message.memory.inactive_file), (4096, 5));
+        assert_eq!(message.pids.current, 2);
+    }
+}

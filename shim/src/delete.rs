@@ -1,0 +1,95 @@
+//! `delete`: containerd believes the shim is dead. Whatever it left behind goes, and doing so again is fine.
+
+use std::env;
+use std::io;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use containerd_shim_protos::api::DeleteResponse;
+use protobuf::{Message, MessageField};
+
+use crate::args::Args;
+use crate::bundle::{Bundle, ContainerKind};
+use crate::process::ShimProcess;
+use crate::{convert, logging, mounts, socket};
+
+/// Exit status of a container whose VM is gone: as if killed by signal 9.
+const KILLED: u32 = 137;
+
+/// How long a leftover shim may take to end by itself; twice this and [`CLEANUP_PATIENCE`] stay below the 5 s that
+/// containerd allows.
+const SHIM_PATIENCE: Duration = Duration::from_millis(1200);
+
+/// How long undoing may take.
+const CLEANUP_PATIENCE: Duration = Duration::from_millis(2000);
+
+/// Why `delete` failed. Leftovers that could not be removed are warnings, not errors: containerd would keep the bundle.
+#[derive(Debug, thiserror::Error)]
+pub enum DeleteError {
+    /// The working folder is unusable.
+    #[error("working folder: {0}")]
+    WorkingFolder(io::Error),
+    /// tokio did not start.
+    #[error("starting the async runtime: {0}")]
+    Runtime(io::Error),
+    /// The answer does not encode.
+    #[error("encoding the answer: {0}")]
+    Encode(#[from] protobuf::Error),
+}
+
+/// Runs the action; returns what to print on stdout.
+///
+/// # Errors
+/// [`DeleteError`]
+pub fn delete(args: &Args) -> Result<Vec<u8>, DeleteError> {
+    logging::to_stderr(&args.namespace, &args.id, args.debug);
+    let dir = if args.bundle.is_empty() {
+        env::current_dir().map_err(DeleteError::WorkingFolder)?
+    } else {
+        PathBuf::from(&args.bundle)
+    };
+    let bundle = Bundle::new(dir);
+    let pid = bundle.pid();
+    match bundle.kind() {
+        // The sandbox' own delete takes care of the process and everything shared.
+        Ok(ContainerKind::Member { .. }) => {}
+        // A bundle that is half gone is still cleaned up as the sandbox it may have been.
+        Ok(_) | Err(_) => delete_sandbox(args, &bundle, pid)?,
+    }
+    if let Err(error) = mounts::unmount_below(&bundle.dir().join("rootfs")) {
+        tracing::warn!(%error, "root filesystem");
+    }
+    let response = DeleteResponse {
+        pid: pid.unwrap_or_default(),
+        exit_status: KILLED,
+        exited_at: MessageField::some(convert::timestamp(SystemTime::now())),
+        ..Default::default()
+    };
+    Ok(response.write_to_bytes()?)
+}
+
+fn delete_sandbox(args: &Args, bundle: &Bundle, pid: Option<u32>) -> Result<(), DeleteError> {
+    let process = pid.and_then(|pid| ShimProcess::find(pid, &args.id));
+    if process.is_some_and(|process| !process.end(SHIM_PATIENCE)) {
+        tracing::warn!(pid, "shim process does not end");
+    }
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(DeleteError::Runtime)?;
+    let cleanup = runtime.block_on(async {
+        tokio::time::timeout(CLEANUP_PATIENCE, runtime::handler::cleanup(&args.id, bundle.dir())).await
+    });
+    match cleanup {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "cleaning up"),
+        Err(_) => tracing::warn!(seconds = CLEANUP_PATIENCE.as_secs(), "cleaning up takes too long, left"),
+    }
+    // Blocking work of a clean-up that hangs must not hold the process.
+    runtime.shutdown_background();
+    if let Some(address) = bundle.address().filter(|address| !socket::is_served(address.path()))
+        && let Err(error) = socket::remove(address.path())
+    {
+        tracing::warn!(%error, "socket");
+    }
+    bundle.clear();
+    Ok(())
+}

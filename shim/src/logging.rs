@@ -1,0 +1,197 @@
+//! Logs go where containerd reads them: the FIFO `log` in the bundle, which containerd copies into its own log.
+//!
+//! containerd may be gone, restarting or slow. So the FIFO is opened for reading and writing (a write never meets "no
+//! reader") and non-blocking: a line that does not fit is dropped and counted, and the next line that fits says so.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::prelude::*;
+
+use crate::logfmt::{self, Logfmt};
+use crate::version;
+
+/// Name of the FIFO in the bundle.
+pub const FIFO: &str = "log";
+
+/// A write of up to this many bytes into a pipe is all or nothing (pipe(7)).
+const PIPE_BUF: usize = 4096;
+
+/// Lets the process log into the FIFO of the bundle at `bundle`; without such a FIFO the logs are discarded, because
+/// stdout and stderr belong to containerd's protocol.
+pub fn to_fifo(bundle: &Path, namespace: &str, sandbox: &str, debug: bool) {
+    let Some(fifo) = Fifo::open(&bundle.join(FIFO)) else { return };
+    let level = if debug { LevelFilter::DEBUG } else { LevelFilter::INFO };
+    install(fifo, namespace, sandbox, level);
+}
+
+/// Lets the process log warnings to stderr.
+pub fn to_stderr(namespace: &str, sandbox: &str, debug: bool) {
+    let level = if debug { LevelFilter::DEBUG } else { LevelFilter::WARN };
+    install(io::stderr, namespace, sandbox, level);
+}
+
+fn install<W>(writer: W, namespace: &str, sandbox: &str, level: LevelFilter)
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let layer = tracing_subscriber::fmt::layer()
+        .with_ansi(false)
+        .event_format(Logfmt { suffix: suffix(namespace, sandbox) })
+        .with_writer(writer)
+        .with_filter(Targets::new().with_default(level));
+    // Fails only if a subscriber is installed already, which then keeps serving.
+    let _ = tracing_subscriber::registry().with(layer).try_init();
+}
+
+fn suffix(namespace: &str, sandbox: &str) -> String {
+    let mut text = format!("name={} pid={}", version::NAME, std::process::id());
+    for (key, value) in [("namespace", namespace), ("sandbox", sandbox)] {
+        if !value.is_empty() {
+            text.push_str(&format!(" {key}="));
+            // Writing to a String cannot fail.
+            let _ = logfmt::value(&mut text, value);
+        }
+    }
+    text
+}
+
+/// Reports a panic in the log before the process aborts: a half-dead shim would hold its pod for ever.
+pub fn abort_on_panic() {
+    std::panic::set_hook(Box::new(|info| {
+        let backtrace = std::backtrace::Backtrace::force_capture();
+        tracing::error!(panic = %info, "shim panicked, aborting");
+        tracing::error!(%backtrace, "backtrace");
+        std::process::abort();
+    }));
+}
+
+struct Fifo {
+    file: File,
+    dropped: AtomicU64,
+}
+
+impl Fifo {
+    /// `None` when there is no FIFO at `path`; a regular file is refused, it would grow without a reader.
+    fn open(path: &Path) -> Option<Self> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW)
+            .open(path)
+            .ok()?;
+        let is_fifo = file.metadata().is_ok_and(|meta| meta.file_type().is_fifo());
+        is_fifo.then(|| Self { file, dropped: AtomicU64::new(0) })
+    }
+
+    fn put(&self, line: &[u8]) -> bool {
+        (&self.file).write_all(line).is_ok()
+    }
+}
+
+impl<'a> MakeWriter<'a> for Fifo {
+    type Writer = Line<'a>;
+
+    fn make_writer(&'a self) -> Line<'a> {
+        Line(self)
+    }
+}
+
+/// Writes one event; never fails and never blocks.
+struct Line<'a>(&'a Fifo);
+
+impl Write for Line<'_> {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let fifo = self.0;
+        let dropped = fifo.dropped.swap(0, Ordering::Relaxed);
+        let mut lost = dropped > 0
+            && !fifo.put(format!("level=warning msg=\"log lines dropped\" count={dropped}\n").as_bytes());
+        if lost {
+            fifo.dropped.fetch_add(dropped, Ordering::Relaxed);
+        }
+        if !lost {
+            lost = match line.split_at_checked(PIPE_BUF) {
+                None => !fifo.put(line),
+                Some((head, _)) => {
+                    // A longer line could be torn by another writer: cut it, on one write.
+                    let mut cut = head.to_vec();
+                    cut.splice(PIPE_BUF - 5.., *b" ...\n");
+                    !fifo.put(&cut)
+                }
+            };
+        }
+        if lost {
+            fifo.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    fn fifo() -> (tempfile::TempDir, Fifo) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FIFO);
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RWXU).unwrap();
+        let fifo = Fifo::open(&path).unwrap();
+        (dir, fifo)
+    }
+
+    fn drain(fifo: &Fifo) -> String {
+        let mut bytes = vec![0; 1 << 20];
+        let mut text = String::new();
+        while let Ok(count) = (&fifo.file).read(&mut bytes) {
+            text.push_str(std::str::from_utf8(&bytes[..count]).unwrap());
+        }
+        text
+    }
+
+    #[test]
+    fn full_fifo_drops_lines_and_says_how_many() {
+        let (_dir, fifo) = fifo();
+        let line = format!("{}\n", "x".repeat(999));
+        for _ in 0..100 {
+            fifo.make_writer().write_all(line.as_bytes()).unwrap();
+        }
+        let kept = drain(&fifo).lines().count();
+        assert!(kept < 100, "a pipe holds 64 KiB");
+
+        fifo.make_writer().write_all(b"after\n").unwrap();
+
+        let dropped = 100 - kept;
+        assert_eq!(drain(&fifo), format!("level=warning msg=\"log lines dropped\" count={dropped}\nafter\n"));
+    }
+
+    #[test]
+    fn long_line_is_cut_to_one_atomic_write() {
+        let (_dir, fifo) = fifo();
+
+        fifo.make_writer().write_all("y".repeat(10_000).as_bytes()).unwrap();
+
+        let text = drain(&fifo);
+        assert_eq!(text.len(), PIPE_BUF);
+        assert!(text.ends_with("y ...\n"));
+    }
+
+    #[test]
+    fn regular_file_and_missing_file_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(Fifo::open(&dir.path().join(FIFO)).is_none());
+        std::fs::write(dir.path().join(FIFO), "").unwrap();
+
+        assert!(Fifo::open(&dir.path().join(FIFO)).is_none());
+    }
+}

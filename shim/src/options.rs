@@ -1,0 +1,65 @@
+//! The `options` of a create request: which configuration the runtime class asks for.
+
+use protobuf::Message;
+use protobuf::well_known_types::any::Any;
+use runtime::error::{Error, ErrorKind, Result};
+use runtime::types::RuntimeOptions;
+
+include!(concat!(env!("OUT_DIR"), "/wire.rs"));
+
+/// Message name; some containerd releases put a host or package in front of it.
+const OPTIONS: &str = "runtimeoptions.v1.Options";
+
+/// Reads the options; none is fine.
+///
+/// # Errors
+/// `InvalidArgument` when the value does not decode.
+pub fn decode(any: Option<&Any>) -> Result<RuntimeOptions> {
+    let Some(any) = any.filter(|any| !any.type_url.is_empty() || !any.value.is_empty()) else {
+        return Ok(RuntimeOptions::default());
+    };
+    if !any.type_url.ends_with(OPTIONS) {
+        // ctr and docker may send runc's options to any runtime; they configure nothing here.
+        tracing::warn!(type_url = %any.type_url, "options of another runtime ignored");
+        return Ok(RuntimeOptions::default());
+    }
+    let options = runtimeoptions::Options::parse_from_bytes(&any.value).map_err(|error| {
+        Error::new(ErrorKind::InvalidArgument, format!("options {}: {error}", any.type_url))
+    })?;
+    Ok(RuntimeOptions { config_path: options.config_path, config_body: options.config_body })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn any(type_url: &str, value: &[u8]) -> Any {
+        Any { type_url: type_url.to_owned(), value: value.to_vec(), ..Default::default() }
+    }
+
+    #[test]
+    fn config_path_is_found_under_every_type_url() {
+        // Field 2 (config_path), length 2, "/c"; field 3 (config_body), length 1, "x".
+        let value = b"\x12\x02/c\x1a\x01x";
+        for url in ["runtimeoptions.v1.Options", "cri.runtimeoptions.v1.Options", "type.googleapis.com/runtimeoptions.v1.Options"] {
+            let options = decode(Some(&any(url, value))).unwrap();
+
+            assert_eq!((options.config_path.as_str(), options.config_body.as_slice()), ("/c", &b"x"[..]), "{url}");
+        }
+    }
+
+    #[test]
+    fn absent_and_foreign_options_are_the_default() {
+        assert_eq!(decode(None).unwrap(), RuntimeOptions::default());
+        assert_eq!(decode(Some(&Any::new())).unwrap(), RuntimeOptions::default());
+        assert_eq!(decode(Some(&any("containerd.runc.v1.Options", b"\x08\x01"))).unwrap(), RuntimeOptions::default());
+    }
+
+    #[test]
+    fn garbage_is_an_invalid_argument() {
+        let error = decode(Some(&any(OPTIONS, b"\x12\xff"))).unwrap_err();
+
+        assert_eq!(error.kind, ErrorKind::InvalidArgument);
+        assert!(error.message.contains(OPTIONS), "{error}");
+    }
+}

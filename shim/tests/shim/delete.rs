@@ -1,0 +1,117 @@
+//! `delete` behind shims that live, died or never were. Needs root, as containerd does.
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use containerd_shim_protos::api::DeleteResponse;
+use crate::harness::{Pod, is_alive, run, stderr, wait_until};
+use protobuf::Message;
+use rustix::process::{Signal, kill_process};
+
+const CONFIG: &str = r#"{"ociVersion":"1.0.2"}"#;
+
+fn response(output: &std::process::Output) -> DeleteResponse {
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(stderr(output), "");
+    DeleteResponse::parse_from_bytes(&output.stdout).unwrap()
+}
+
+#[test]
+fn delete_after_a_crash_removes_everything_and_again_is_fine() {
+    let pod = Pod::new("crashed", Some(CONFIG));
+    pod.start();
+    let pid = pod.pid().unwrap();
+    kill_process(pid, Signal::KILL).unwrap();
+    wait_until("the shim is dead", || !is_alive(pid));
+    assert!(pod.socket().exists(), "a killed shim cannot remove its socket");
+
+    let answer = response(&pod.delete());
+
+    assert_eq!(answer.exit_status, 137);
+    assert_eq!(i64::from(answer.pid), i64::from(pid.as_raw_nonzero().get()));
+    assert!(answer.exited_at.seconds > 1_700_000_000);
+    assert!(!pod.socket().exists());
+    assert_eq!(fs::read_dir(pod.bundle()).unwrap().count(), 1, "only config.json is left");
+
+    assert_eq!(response(&pod.delete()).exit_status, 137);
+}
+
+#[test]
+fn delete_ends_a_shim_that_still_lives() {
+    let pod = Pod::new("alive", Some(CONFIG));
+    pod.start();
+    let pid = pod.pid().unwrap();
+    let start = Instant::now();
+
+    response(&pod.delete());
+
+    assert!(!is_alive(pid));
+    assert!(!pod.socket().exists());
+    assert!(start.elapsed() < Duration::from_secs(20), "containerd allows 5 s on an idle machine");
+}
+
+#[test]
+fn process_with_a_reused_pid_is_left_alone() {
+    let pod = Pod::new("reused", Some(CONFIG));
+    let mut bystander = Command::new("sleep").arg("60").stdin(Stdio::null()).spawn().unwrap();
+    fs::write(pod.bundle().join("shim.pid"), bystander.id().to_string()).unwrap();
+
+    response(&pod.delete());
+
+    let survived = bystander.try_wait().unwrap().is_none();
+    bystander.kill().unwrap();
+    bystander.wait().unwrap();
+    // Pod's Drop must not act on the pid either.
+    assert!(survived && !pod.bundle().join("shim.pid").exists());
+}
+
+#[test]
+fn deleting_a_member_leaves_its_sandbox_alone() {
+    let pod = Pod::new("sandbox", Some(CONFIG));
+    pod.start();
+    let config = r#"{"annotations":{"io.kubernetes.cri.container-type":"container","io.kubernetes.cri.sandbox-id":"sandbox"}}"#;
+    pod.add_bundle("member", Some(config));
+    run(pod.command("member", "start"), b"");
+
+    response(&run(pod.command("member", "delete"), b""));
+
+    assert!(is_alive(pod.pid().unwrap()));
+    assert!(shim::socket::is_served(&pod.socket()));
+}
+
+#[test]
+fn bundle_flag_wins_over_the_working_folder_and_a_missing_bundle_is_fine() {
+    let pod = Pod::new("missing", Some(CONFIG));
+    let mut command = pod.command(&pod.id, "");
+    command = {
+        let mut again = Command::new(command.get_program());
+        again.args(command.get_args().take_while(|word| !word.is_empty()));
+        again.args(["-bundle", "/nonexistent/bundle", "delete"]).current_dir("/");
+        again
+    };
+
+    assert_eq!(response(&run(command, b"")).exit_status, 137);
+}
+
+#[test]
+fn root_filesystem_is_unmounted_recursively() {
+    let pod = Pod::new("mounts", Some(CONFIG));
+    let rootfs = pod.bundle().join("rootfs");
+    fs::create_dir(&rootfs).unwrap();
+    // unshare: the mounts are nobody else's business; delete runs inside the same namespace.
+    let script = r#"
+        set -e
+        mount -t tmpfs t "$0/rootfs"; mkdir "$0/rootfs/a b"; mount -t tmpfs t "$0/rootfs/a b"
+        "$@" > /dev/null
+        ! grep -q "$0/rootfs" /proc/self/mountinfo
+    "#;
+    let delete = pod.command(&pod.id, "delete");
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", script]).arg(pod.bundle()).arg(delete.get_program()).args(delete.get_args());
+    command.current_dir(pod.bundle());
+
+    let output = run(command, b"");
+
+    assert!(output.status.success(), "{output:?}");
+}

@@ -1,0 +1,9 @@
+//! The shim from outside: the binary run as containerd runs it, and its services over a real socket.
+
+mod cli;
+mod delete;
+mod fake;
+mod harness;
+mod publisher;
+mod start;
+mod task;

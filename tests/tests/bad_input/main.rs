@@ -1,0 +1,6 @@
+//! Wrong configurations and hosts: one clear line that names the object, a code, and nothing left behind.
+
+mod cli;
+mod configuration;
+mod host;
+mod refusal;

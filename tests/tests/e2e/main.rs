@@ -1,0 +1,14 @@
+//! What a user of containerd sees: one file per concern, each test against a real containerd and the
+//! runtime named by `E2E_RUNTIME`.
+
+mod api;
+mod cleanup;
+mod events;
+mod exec;
+mod failures;
+mod hosts;
+mod isolation;
+mod process;
+mod signals;
+mod streams;
+mod terminal;

@@ -1,0 +1,238 @@
+//! Descriptor chains as devices want them: checked once, then read and written through bounded copies.
+//!
+//! The guest can put anything into its descriptor table, and can change it while it is being read. [`Chain::parse`]
+//! walks the table exactly once and keeps its own copy of every address and length; everything after works on the copy.
+
+use virtio_queue::DescriptorChain;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory as _, VolatileSlice};
+
+use crate::memory::GuestMemory;
+
+/// A descriptor chain that breaks the rules of virtio 1.2, section 2.7.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ChainError {
+    /// No descriptor could be read: the head or the indirect table is invalid.
+    #[error("chain {head}: no valid descriptor")]
+    Empty {
+        /// Index of the head descriptor.
+        head: u16,
+    },
+    /// The last descriptor promises a next one that cannot be read, or the descriptors form a loop.
+    #[error("chain {head}: cut after {count} descriptors by a loop, a bad index or a bad indirect table")]
+    Cut {
+        /// Index of the head descriptor.
+        head: u16,
+        /// Descriptors read until then.
+        count: usize,
+    },
+    /// More descriptors than the queue has entries (2.7.5.2 forbids it, indirect or not).
+    #[error("chain {head}: more than {limit} descriptors")]
+    TooLong {
+        /// Index of the head descriptor.
+        head: u16,
+        /// Most descriptors allowed.
+        limit: usize,
+    },
+    /// A device-readable buffer after a device-writable one (2.7.4.2).
+    #[error("chain {head}: descriptor {position} is device-readable but follows a device-writable one")]
+    Order {
+        /// Index of the head descriptor.
+        head: u16,
+        /// Position in the chain.
+        position: usize,
+    },
+    /// A buffer that is not entirely RAM.
+    #[error("chain {head}: {len} bytes at {address:#x} are not guest memory")]
+    OutOfRange {
+        /// Index of the head descriptor.
+        head: u16,
+        /// Guest physical address of the buffer.
+        address: u64,
+        /// Length of the buffer in bytes.
+        len: u32,
+    },
+}
+
+/// Access to a part of [`Buffers`] that does not exist, or guest memory that vanished.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{wanted} bytes at offset {offset} of a {len} byte buffer")]
+pub struct OutOfBuffer {
+    /// Offset of the access.
+    pub offset: u64,
+    /// Bytes wanted.
+    pub wanted: usize,
+    /// Bytes there are.
+    pub len: u64,
+}
+
+/// The buffers of one direction of a chain, as one run of bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Buffers {
+    parts: Vec<(GuestAddress, u32)>,
+    len: u64,
+}
+
+impl Buffers {
+    fn push(&mut self, address: GuestAddress, len: u32) {
+        if len > 0 {
+            self.parts.push((address, len));
+            self.len += u64::from(len);
+        }
+    }
+
+    /// Bytes in all buffers together; below 2³² because a chain may not be longer.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there is no byte at all.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The bytes from `offset` on, at most `len` of them.
+    pub fn sub(&self, offset: u64, len: u64) -> Self {
+        let mut skip = offset;
+        let mut left = len;
+        let mut out = Self::default();
+        for &(address, part) in &self.parts {
+            let part = u64::from(part);
+            if skip >= part {
+                skip -= part;
+                continue;
+            }
+            let take = (part - skip).min(left);
+            // `parse` checked that the whole buffer is memory, so the address cannot overflow; `take` fits in a u32
+            // because it is at most the descriptor's length.
+            if let (Some(start), Ok(take32)) = (address.checked_add(skip), u32::try_from(take)) {
+                out.push(start, take32);
+            }
+            left -= take;
+            skip = 0;
+            if left == 0 {
+                break;
+            }
+        }
+        out
+    }
+
+    /// Copies `data.len()` bytes at `offset` out of guest memory.
+    ///
+    /// # Errors
+    /// [`OutOfBuffer`] when the buffers end before that.
+    pub fn read(&self, memory: &GuestMemory, offset: u64, data: &mut [u8]) -> Result<(), OutOfBuffer> {
+        let wanted = data.len();
+        let error = OutOfBuffer {
+            offset,
+            wanted,
+            len: self.len,
+        };
+        let mut rest = data;
+        for (address, len) in self.sub(offset, wanted as u64).parts {
+            let (now, later) = rest.split_at_mut_checked(len as usize).ok_or(error)?;
+            memory.read_slice(now, address).map_err(|_| error)?;
+            rest = later;
+        }
+        if rest.is_empty() { Ok(()) } else { Err(error) }
+    }
+
+    /// Copies `data` into guest memory at `offset`.
+    ///
+    /// # Errors
+    /// [`OutOfBuffer`] when the buffers end before that.
+    pub fn write(&self, memory: &GuestMemory, offset: u64, data: &[u8]) -> Result<(), OutOfBuffer> {
+        let wanted = data.len();
+        let error = OutOfBuffer {
+            offset,
+            wanted,
+            len: self.len,
+        };
+        let mut rest = data;
+        for (address, len) in self.sub(offset, wanted as u64).parts {
+            let (now, later) = rest.split_at_checked(len as usize).ok_or(error)?;
+            memory.write_slice(now, address).map_err(|_| error)?;
+            rest = later;
+        }
+        if rest.is_empty() { Ok(()) } else { Err(error) }
+    }
+
+    /// The buffers as host memory, for system calls that move bytes in place. The number of slices is at most the
+    /// number of descriptors plus the memory regions they straddle.
+    ///
+    /// # Errors
+    /// [`OutOfBuffer`] when a buffer is not guest memory, which [`Chain::parse`] excludes.
+    pub fn slices<'m>(&self, memory: &'m GuestMemory) -> Result<Vec<VolatileSlice<'m>>, OutOfBuffer> {
+        let mut out = Vec::with_capacity(self.parts.len());
+        for &(address, len) in &self.parts {
+            for slice in memory.get_slices(address, len as usize) {
+                out.push(slice.map_err(|_| OutOfBuffer {
+                    offset: 0,
+                    wanted: len as usize,
+                    len: self.len,
+                })?);
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// A descriptor chain, read from guest memory once and checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain {
+    /// What the driver gives to the device.
+    pub readable: Buffers,
+    /// What the device fills.
+    pub writable: Buffers,
+}
+
+impl Chain {
+    /// Walks `chain`. `limit` is the queue's size.
+    ///
+    /// # Errors
+    /// [`ChainError`] at the first broken rule. The chain must still be returned to the driver, with length 0.
+    pub fn parse(
+        memory: &GuestMemory,
+        chain: DescriptorChain<&GuestMemory>,
+        limit: u16,
+    ) -> Result<Self, ChainError> {
+        let head = chain.head_index();
+        let limit = usize::from(limit);
+        let mut out = Self {
+            readable: Buffers::default(),
+            writable: Buffers::default(),
+        };
+        let mut count = 0;
+        let mut more = false;
+        let mut writable_seen = false;
+        for descriptor in chain {
+            if count == limit {
+                return Err(ChainError::TooLong { head, limit });
+            }
+            let (address, len) = (descriptor.addr(), descriptor.len());
+            if !memory.check_range(address, len as usize) {
+                return Err(ChainError::OutOfRange {
+                    head,
+                    address: address.raw_value(),
+                    len,
+                });
+            }
+            if descriptor.is_write_only() {
+                writable_seen = true;
+                out.writable.push(address, len);
+            } else if writable_seen {
+                return Err(ChainError::Order { head, position: count });
+            } else {
+                out.readable.push(address, len);
+            }
+            more = descriptor.has_next();
+            count += 1;
+        }
+        match (count, more) {
+            (0, _) => Err(ChainError::Empty { head }),
+            // The iterator gives up on loops (after as many steps as the table has entries), on indices outside the
+            // table and on bad indirect tables; in each case the last descriptor it gave still has NEXT set.
+            (_, true) => Err(ChainError::Cut { head, count }),
+            _ => Ok(out),
+        }
+    }
+}

@@ -1,0 +1,206 @@
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use super::{Console, ConsoleLog};
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::test_ring::{BUFFERS, Buf, PATIENCE, TestGuest, survive_malformed_chains};
+
+fn pipe() -> (std::fs::File, OwnedFd) {
+    let mut fds = [0; 2];
+    // SAFETY: `fds` has room for the two descriptors.
+    assert_eq!(unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) }, 0);
+    // SAFETY: both descriptors were just created and belong to nobody else.
+    unsafe { (std::fs::File::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) }
+}
+
+#[test]
+fn tail_when_ring_overflows_keeps_the_newest() {
+    let log = ConsoleLog::with_capacity(16);
+    log.write(b"0123456789\n");
+    log.write(b"abcdef\nghi");
+    assert_eq!(log.tail(10), ["56789", "abcdef", "ghi"].map(|s| s.to_owned()).to_vec()[..].to_vec());
+    assert_eq!(log.tail(1), ["ghi"]);
+    log.write(&[b'x'; 100]);
+    assert_eq!(log.tail(5), ["x".repeat(16)]);
+}
+
+#[test]
+fn tail_when_not_utf8_replaces() {
+    let log = ConsoleLog::default();
+    log.write(b"ok\r\n\xff\n");
+    assert_eq!(log.tail(9), ["ok", "\u{fffd}"]);
+    assert!(ConsoleLog::default().tail(3).is_empty());
+}
+
+#[test]
+fn sink_when_set_late_gets_everything() {
+    let log = ConsoleLog::default();
+    log.write(b"early ");
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    log.set_sink(theirs.into()).unwrap();
+    log.write(b"late");
+    ours.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut got = [0; 10];
+    (&ours).read_exact(&mut got).unwrap();
+    assert_eq!(&got, b"early late");
+}
+
+#[test]
+fn sink_when_nobody_reads_drops_and_counts() {
+    let log = ConsoleLog::default();
+    let (mut reader, writer) = pipe();
+    log.set_sink(writer).unwrap();
+    let started = Instant::now();
+    for _ in 0..64 {
+        log.write(&[b'z'; 8192]);
+    }
+    assert!(started.elapsed() < Duration::from_secs(5));
+    assert!(log.dropped() > 0);
+    let mut some = [0; 4096];
+    reader.read_exact(&mut some).unwrap();
+    assert_eq!(some, [b'z'; 4096]);
+}
+
+#[test]
+fn sink_when_it_ends_is_forgotten() {
+    let log = ConsoleLog::default();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    log.set_sink(theirs.into()).unwrap();
+    drop(ours);
+    log.write(b"one");
+    let dropped = log.dropped();
+    log.write(b"two");
+    assert_eq!(log.dropped(), dropped);
+    assert_eq!(log.tail(1), ["onetwo"]);
+}
+
+#[test]
+fn sink_when_shared_keeps_its_flags() {
+    let (_reader, writer) = pipe();
+    let shared = writer.try_clone().unwrap();
+    ConsoleLog::default().set_sink(writer).unwrap();
+    // SAFETY: F_GETFL takes no argument and the descriptor is open.
+    let flags = unsafe { libc::fcntl(shared.as_raw_fd(), libc::F_GETFL) };
+    assert_eq!(flags & libc::O_NONBLOCK, 0);
+    std::fs::File::from(shared).write_all(b"still blocking").unwrap();
+}
+
+#[test]
+fn output_when_chained_arrives_in_order() {
+    let guest = TestGuest::new();
+    let log = ConsoleLog::default();
+    let mut console = Console::new(log.clone());
+    let mut rings = guest.activate(&mut console, 8, false);
+    guest.write(BUFFERS, b"hello ");
+    guest.write(BUFFERS + 0x1000, b"world\n");
+    let used = rings[1].round_trip(&[Buf::Read(BUFFERS, 6), Buf::Read(BUFFERS + 0x1000, 6)]);
+    assert_eq!(used.len, 0);
+    guest.wait_interrupt();
+    assert_eq!(log.tail(1), ["hello world"]);
+    console.reset();
+}
+
+#[test]
+fn output_when_huge_is_bounded() {
+    let guest = TestGuest::new();
+    let log = ConsoleLog::with_capacity(1 << 20);
+    let mut console = Console::new(log.clone());
+    let mut rings = guest.activate(&mut console, 8, true);
+    guest.write(BUFFERS, &vec![b'q'; 1 << 20]);
+    rings[1].round_trip(&[Buf::Read(BUFFERS, 1 << 20)]);
+    assert_eq!(log.tail(1), ["q".repeat(64 << 10)]);
+    console.reset();
+}
+
+#[test]
+fn more_chains_than_one_turn_are_all_served() {
+    let guest = TestGuest::new();
+    let log = ConsoleLog::default();
+    let mut console = Console::new(log.clone());
+    let mut rings = guest.activate(&mut console, 256, true);
+    guest.write(BUFFERS, b"x");
+    for _ in 0..200 {
+        rings[1].submit(&[Buf::Read(BUFFERS, 1)]);
+    }
+    rings[1].kick();
+    for _ in 0..200 {
+        rings[1].wait_used();
+    }
+    assert_eq!(log.tail(1), ["x".repeat(200)]);
+    console.reset();
+}
+
+#[test]
+fn malformed_chains_are_returned() {
+    let guest = TestGuest::new();
+    let log = ConsoleLog::default();
+    let mut console = Console::new(log.clone());
+    let mut rings = guest.activate(&mut console, 16, false);
+    survive_malformed_chains(&mut rings[1]);
+    guest.write(BUFFERS, b"alive");
+    rings[1].round_trip(&[Buf::Read(BUFFERS, 5)]);
+    assert!(log.tail(1)[0].ends_with("alive"));
+    console.reset();
+}
+
+#[test]
+fn avail_index_when_it_jumps_stops_the_queue_until_reset() {
+    let guest = TestGuest::new();
+    let log = ConsoleLog::default();
+    let mut console = Console::new(log.clone());
+    let mut rings = guest.activate(&mut console, 16, true);
+    rings[1].set_avail_index(1000);
+    rings[1].kick();
+    // The loop must stay responsive: `reset` waits for it.
+    console.reset();
+    guest.write(BUFFERS, b"again");
+    let mut rings = guest.activate(&mut console, 16, true);
+    rings[1].round_trip(&[Buf::Read(BUFFERS, 5)]);
+    assert_eq!(log.tail(1), ["again"]);
+    console.reset();
+}
+
+#[test]
+fn reset_stops_the_worker() {
+    let guest = TestGuest::new();
+    let log = ConsoleLog::default();
+    let mut console = Console::new(log.clone());
+    let mut rings = guest.activate(&mut console, 16, false);
+    console.reset();
+    console.reset();
+    guest.write(BUFFERS, b"late");
+    rings[1].submit(&[Buf::Read(BUFFERS, 4)]);
+    rings[1].kick();
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(rings[1].try_used().is_none());
+    assert!(log.tail(1).is_empty());
+}
+
+#[test]
+fn interrupts_when_suppressed_are_not_sent() {
+    let guest = TestGuest::new();
+    let mut console = Console::new(ConsoleLog::default());
+    let mut rings = guest.activate(&mut console, 16, false);
+    rings[1].set_avail_flags(1);
+    rings[1].round_trip(&[Buf::Read(BUFFERS, 4)]);
+    console.reset();
+    assert_eq!(guest.interrupts(), 0);
+
+    let mut rings = guest.activate(&mut console, 16, true);
+    rings[1].set_used_event(1);
+    rings[1].round_trip(&[Buf::Read(BUFFERS, 4)]);
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(guest.interrupts(), 0);
+    rings[1].round_trip(&[Buf::Read(BUFFERS, 4)]);
+    guest.wait_interrupt();
+    console.reset();
+}
+
+#[test]
+fn config_space_reads_as_zero() {
+    let mut data = [7; 16];
+    Console::new(ConsoleLog::default()).read_config(u64::MAX, &mut data);
+    assert_eq!(data, [0; 16]);
+}

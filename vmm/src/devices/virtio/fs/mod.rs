@@ -1,0 +1,27 @@
+//! virtio-fs (virtio 1.2, section 5.11): a host directory in the guest, FUSE requests over virtqueues.
+//!
+//! fuse-backend-rs decodes the messages ([`Server`](fuse_backend_rs::api::server::Server), its virtio-fs transport);
+//! the file system behind it is ours, `share::Share`. The crate's own `PassthroughFs` (0.14) is not used because the
+//! share is served inside the process that also holds KVM, the containerd socket and the agent's streams:
+//! - an error of F_SETFL in its `read` and `write` closes a descriptor that the handle table still owns, and a guest
+//!   can cause that (open with O_PATH, then read), i.e. read and write whatever the number is used for next;
+//! - `..` is resolved, symbolic links are followed when a create request carries O_PATH;
+//! - a mapping is kept for ever for every inode number ever seen, descriptors have no limit;
+//! - it negotiates no MAX_PAGES, so a write carries 4 KiB.
+//!
+//! | thread | works on |
+//! |---|---|
+//! | `fs-<id>-0..n` | all queues, in parallel; own mount namespace with nothing in it, own umask and directory |
+
+mod credentials;
+mod device;
+mod directory;
+mod inodes;
+mod jail;
+mod share;
+mod sys;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+pub use device::{Fs, FsError};

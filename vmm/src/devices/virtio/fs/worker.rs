@@ -1,0 +1,201 @@
+//! The threads of a share: every one serves every queue.
+//!
+//! A queue is locked to take a chain and to return it, not while the request runs. A thread that takes a chain and sees
+//! more of them wakes another thread by ringing the queue's doorbell itself; one request at a time therefore costs one
+//! wake-up, many run in parallel.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle};
+
+use fuse_backend_rs::api::server::Server;
+use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
+use virtio_queue::DescriptorChain;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::jail;
+use super::share::Share;
+use crate::devices::virtio::served_queue::ServedQueue;
+use crate::memory::GuestMemory;
+
+/// Epoll data of the stop event; queues are their index.
+const STOP: u64 = u64::MAX;
+
+type Thread = JoinHandle<()>;
+
+/// What the threads work on.
+struct Pool {
+    id: String,
+    share: Arc<Share>,
+    server: Server<Arc<Share>>,
+    queues: Vec<Mutex<ServedQueue>>,
+    memory: Arc<GuestMemory>,
+    epoll: Epoll,
+}
+
+/// The running threads. [`FsWorkers::stop`] ends them.
+#[derive(Debug)]
+pub(super) struct FsWorkers {
+    stop: Arc<EventFd>,
+    threads: Vec<Thread>,
+}
+
+impl FsWorkers {
+    /// Starts `count` threads; `mount_point` is a directory the jail may mount on, in its own namespace.
+    pub(super) fn spawn(
+        id: &str,
+        count: u8,
+        share: Share,
+        mount_point: &Path,
+        queues: Vec<ServedQueue>,
+        memory: Arc<GuestMemory>,
+    ) -> io::Result<Self> {
+        let stop = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let epoll = Epoll::new()?;
+        // Level-triggered and never read: every thread sees it.
+        epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))?;
+        for (index, queue) in queues.iter().enumerate() {
+            // Edge-triggered: each ring of the doorbell wakes one thread.
+            let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, index as u64);
+            epoll.ctl(ControlOperation::Add, queue.kick().as_raw_fd(), event)?;
+        }
+        let share = Arc::new(share);
+        let pool = Arc::new(Pool {
+            id: id.to_owned(),
+            server: Server::new(share.clone()),
+            share,
+            queues: queues.into_iter().map(Mutex::new).collect(),
+            memory,
+            epoll,
+        });
+        let (sender, receiver) = channel();
+        let point = mount_point.to_owned();
+        let first = Builder::new()
+            .name(format!("fs-{id}-0"))
+            .spawn(move || first_thread(&pool, count, point, &sender))?;
+        let mut workers = Self {
+            stop,
+            threads: vec![first],
+        };
+        let ended = || Err(io::Error::other("the first worker ended early"));
+        let (others, result) = receiver.recv().unwrap_or_else(|_| (Vec::new(), ended()));
+        workers.threads.extend(others);
+        match result {
+            Ok(()) => Ok(workers),
+            Err(error) => {
+                workers.stop();
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits for the requests in hand and ends the threads.
+    pub(super) fn stop(self) {
+        if let Err(error) = self.stop.write(1) {
+            tracing::error!(%error, "fs: cannot wake the workers to stop them");
+        }
+        for thread in self.threads {
+            if thread.join().is_err() {
+                tracing::error!("fs: a worker panicked");
+            }
+        }
+    }
+}
+
+/// Goes to jail, starts the other threads there (they inherit namespace, directory and umask), and becomes a worker.
+fn first_thread(pool: &Arc<Pool>, count: u8, point: PathBuf, report: &Sender<(Vec<Thread>, io::Result<()>)>) {
+    let mut others = Vec::new();
+    let result = jail::enter(&point, pool.share.proc_fds().as_fd()).and_then(|()| {
+        for number in 1..count {
+            let pool = pool.clone();
+            let builder = Builder::new().name(format!("fs-{}-{number}", pool.id));
+            others.push(builder.spawn(move || pool.run())?);
+        }
+        Ok(())
+    });
+    let ready = result.is_ok();
+    // The receiver waits for exactly this.
+    if report.send((others, result)).is_ok() && ready {
+        pool.run();
+    }
+}
+
+impl Pool {
+    fn run(&self) {
+        let mut events = [EpollEvent::default()];
+        loop {
+            match self.epoll.wait(-1, &mut events) {
+                Ok(0) => {}
+                Ok(_) if events[0].data() == STOP => return,
+                Ok(_) => self.serve(usize::try_from(events[0].data()).unwrap_or(usize::MAX)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    tracing::error!(device = %self.id, %error, "fs: epoll failed, worker ends");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Serves a queue until it is empty.
+    fn serve(&self, index: usize) {
+        let Some(queue) = self.queues.get(index) else { return };
+        while let Some(chain) = self.take(queue) {
+            let head = chain.head_index();
+            let written = self.handle(chain);
+            let mut queue = lock(queue);
+            queue.complete(head, written);
+            queue.notify();
+        }
+    }
+
+    /// The next chain. Kicks stay enabled all the time, so that the next request finds a thread while this one runs.
+    fn take(&self, queue: &Mutex<ServedQueue>) -> Option<DescriptorChain<&GuestMemory>> {
+        let mut queue = lock(queue);
+        queue.take_kick();
+        loop {
+            if let Some(chain) = queue.pop(&self.memory) {
+                if queue.enable_kicks() {
+                    queue.kick_self();
+                }
+                return Some(chain);
+            }
+            if !queue.enable_kicks() {
+                return None;
+            }
+        }
+    }
+
+    /// One FUSE request; returns the bytes of its answer.
+    fn handle(&self, chain: DescriptorChain<&GuestMemory>) -> u32 {
+        let reader = match Reader::from_descriptor_chain(&*self.memory, chain.clone()) {
+            Ok(reader) => reader,
+            Err(error) => {
+                tracing::debug!(device = %self.id, ?error, "fs: unreadable request");
+                return 0;
+            }
+        };
+        let writer = match VirtioFsWriter::new(&*self.memory, chain) {
+            Ok(writer) => Writer::VirtioFs(writer),
+            Err(error) => {
+                tracing::debug!(device = %self.id, ?error, "fs: no room for an answer");
+                return 0;
+            }
+        };
+        match self.server.handle_message(reader, writer, None, None) {
+            Ok(written) => u32::try_from(written).unwrap_or(u32::MAX),
+            Err(error) => {
+                tracing::debug!(device = %self.id, %error, "fs: malformed request");
+                0
+            }
+        }
+    }
+}
+
+fn lock(queue: &Mutex<ServedQueue>) -> MutexGuard<'_, ServedQueue> {
+    queue.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,362 @@
+//! The virtio-mmio transport (virtio 1.2, 4.2): registers, feature negotiation and the device status state machine.
+//!
+//! The guest is not trusted: features and queues can only change in the states the specification allows, queues are
+//! checked against guest memory and frozen at DRIVER_OK, and anything else is ignored or answered with
+//! DEVICE_NEEDS_RESET.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::devices::virtio::{ActiveQueue, Activation, Interrupt, VirtioDevice};
+use crate::io_loop::IoLoop;
+use crate::memory::GuestMemory;
+
+/// Offset of QueueNotify; the ioeventfds of a slot watch it.
+pub const QUEUE_NOTIFY: u64 = 0x50;
+
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VERSION: u32 = 2;
+/// "DBAL".
+const VENDOR_ID: u32 = u32::from_le_bytes(*b"DBAL");
+const CONFIG: u64 = 0x100;
+
+/// Device status bits (virtio 1.2, 2.1).
+mod status {
+    pub const ACKNOWLEDGE: u32 = 1;
+    pub const DRIVER: u32 = 2;
+    pub const DRIVER_OK: u32 = 4;
+    pub const FEATURES_OK: u32 = 8;
+    pub const NEEDS_RESET: u32 = 64;
+    pub const FAILED: u32 = 128;
+}
+
+/// A queue as the driver wrote it, not yet validated.
+#[derive(Debug, Clone, Copy, Default)]
+struct QueueRegisters {
+    size: u32,
+    ready: bool,
+    desc: u64,
+    avail: u64,
+    used: u64,
+}
+
+/// What the transport needs from the machine, the same for all devices.
+#[derive(Debug, Clone)]
+pub struct Host {
+    /// Guest RAM.
+    pub memory: Arc<GuestMemory>,
+    /// Where workers run.
+    pub io: IoLoop,
+}
+
+/// One device behind the registers of one slot.
+pub struct MmioTransport {
+    device: Box<dyn VirtioDevice>,
+    host: Host,
+    interrupt: Interrupt,
+    /// One per queue, bound to QueueNotify.
+    kicks: Vec<Arc<EventFd>>,
+    status: u32,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    driver_features: u64,
+    queue_sel: u32,
+    queues: Vec<QueueRegisters>,
+}
+
+impl std::fmt::Debug for MmioTransport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MmioTransport")
+            .field("device", &self.device.id())
+            .field("status", &self.status)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A register read of a slot without device: enough for a driver to probe it and leave (device ID 0; virtio 1.2, 4.2.2).
+pub fn read_empty(offset: u64, data: &mut [u8]) {
+    let value = match offset {
+        0x00 => MAGIC,
+        0x04 => VERSION,
+        _ => 0,
+    };
+    put_register(data, value);
+}
+
+fn put_register(data: &mut [u8], value: u32) {
+    data.fill(0);
+    // Registers are 32 bits wide; other widths read as zero.
+    if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
+        *data = value.to_le_bytes();
+    }
+}
+
+fn set_low(target: &mut u64, value: u32) {
+    *target = (*target & !0xffff_ffff) | u64::from(value);
+}
+
+fn set_high(target: &mut u64, value: u32) {
+    *target = (*target & 0xffff_ffff) | u64::from(value) << 32;
+}
+
+impl MmioTransport {
+    /// Puts `device` behind registers. `kicks` are the ioeventfds of its queues, in order.
+    pub fn new(device: Box<dyn VirtioDevice>, host: Host, interrupt: Interrupt, kicks: Vec<Arc<EventFd>>) -> Self {
+        let queues = initial_queues(&*device);
+        Self {
+            device,
+            host,
+            interrupt,
+            kicks,
+            status: 0,
+            device_features_sel: 0,
+            driver_features_sel: 0,
+            driver_features: 0,
+            queue_sel: 0,
+            queues,
+        }
+    }
+
+    /// The device's id.
+    pub fn id(&self) -> &str {
+        self.device.id()
+    }
+
+    /// Whether a driver runs the device.
+    pub fn is_active(&self) -> bool {
+        self.status & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK
+    }
+
+    /// The ioeventfds, one per queue.
+    pub fn kicks(&self) -> &[Arc<EventFd>] {
+        &self.kicks
+    }
+
+    /// Interrupt of the device.
+    pub fn interrupt(&self) -> &Interrupt {
+        &self.interrupt
+    }
+
+    /// Guest read at `offset` into the slot.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            data.fill(0);
+            self.device.read_config(offset, data);
+            return;
+        }
+        put_register(data, self.read_register(offset));
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        let queue = usize::try_from(self.queue_sel).ok().and_then(|sel| self.queues.get(sel));
+        match offset {
+            0x00 => MAGIC,
+            0x04 => VERSION,
+            0x08 => self.device.device_type(),
+            0x0c => VENDOR_ID,
+            0x10 => match self.device_features_sel {
+                0 => self.device.features() as u32,
+                1 => (self.device.features() >> 32) as u32,
+                _ => 0,
+            },
+            0x34 => queue.map_or(0, |_| u32::from(self.max_queue_size(self.queue_sel))),
+            0x44 => u32::from(queue.is_some_and(|q| q.ready)),
+            0x60 => self.interrupt.status().load(Ordering::SeqCst),
+            0x70 => self.status,
+            // No shared memory region: length and base read as -1 (virtio 1.2, 4.2.2.1).
+            0xb0 | 0xb4 | 0xb8 | 0xbc => u32::MAX,
+            0xfc => self.interrupt.config_generation().load(Ordering::SeqCst),
+            _ => 0,
+        }
+    }
+
+    fn max_queue_size(&self, index: u32) -> u16 {
+        let index = usize::try_from(index).unwrap_or(usize::MAX);
+        self.device.queue_sizes().get(index).copied().unwrap_or(0)
+    }
+
+    /// Guest write at `offset` into the slot.
+    pub fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            // Before DRIVER the driver must not write the configuration (virtio 1.2, 2.5.2).
+            if self.status & status::DRIVER != 0 {
+                self.device.write_config(offset, data);
+            }
+            return;
+        }
+        let Ok(value) = <[u8; 4]>::try_from(data).map(u32::from_le_bytes) else {
+            tracing::debug!(device = self.device.id(), offset, len = data.len(), "virtio-mmio: register width ignored");
+            return;
+        };
+        match offset {
+            0x14 => self.device_features_sel = value,
+            0x20 => self.write_driver_features(value),
+            0x24 => self.driver_features_sel = value,
+            0x30 => self.queue_sel = value,
+            0x38 | 0x44 | 0x80 | 0x84 | 0x90 | 0x94 | 0xa0 | 0xa4 => self.write_queue(offset, value),
+            QUEUE_NOTIFY => self.notify_queue(value),
+            0x64 => {
+                self.interrupt.status().fetch_and(!value, Ordering::SeqCst);
+            }
+            0x70 => self.write_status(value),
+            _ => {}
+        }
+    }
+
+    fn write_driver_features(&mut self, value: u32) {
+        if self.status & status::DRIVER == 0 || self.status & status::FEATURES_OK != 0 {
+            return;
+        }
+        match self.driver_features_sel {
+            0 => set_low(&mut self.driver_features, value),
+            1 => set_high(&mut self.driver_features, value),
+            _ => {}
+        }
+    }
+
+    /// Queues may be configured between FEATURES_OK and DRIVER_OK only.
+    fn write_queue(&mut self, offset: u64, value: u32) {
+        if self.status & (status::FEATURES_OK | status::DRIVER_OK | status::NEEDS_RESET) != status::FEATURES_OK {
+            return;
+        }
+        let selected = usize::try_from(self.queue_sel).ok().and_then(|sel| self.queues.get_mut(sel));
+        let Some(queue) = selected else { return };
+        match offset {
+            0x44 => queue.ready = value == 1,
+            // A ready queue must not change (virtio 1.2, 4.2.2.2).
+            _ if queue.ready => {}
+            0x38 => queue.size = value,
+            0x80 => set_low(&mut queue.desc, value),
+            0x84 => set_high(&mut queue.desc, value),
+            0x90 => set_low(&mut queue.avail, value),
+            0x94 => set_high(&mut queue.avail, value),
+            0xa0 => set_low(&mut queue.used, value),
+            0xa4 => set_high(&mut queue.used, value),
+            _ => {}
+        }
+    }
+
+    /// Only reached when KVM did not consume the write through the queue's ioeventfd.
+    fn notify_queue(&self, index: u32) {
+        let kick = usize::try_from(index).ok().and_then(|index| self.kicks.get(index));
+        if let Some(kick) = kick
+            && self.is_active()
+            && let Err(error) = kick.write(1)
+        {
+            tracing::warn!(device = self.device.id(), %error, "virtio-mmio: cannot write a kick");
+        }
+    }
+
+    fn write_status(&mut self, value: u32) {
+        if value == 0 {
+            self.reset();
+            return;
+        }
+        let old = self.status & !status::NEEDS_RESET;
+        let added = value & !old & !status::NEEDS_RESET;
+        if value & old != old {
+            tracing::warn!(device = self.device.id(), value, old, "virtio-mmio: driver cleared status bits, ignored");
+            return;
+        }
+        // Each step requires the ones before it (virtio 1.2, 3.1.1).
+        let mut next = old | added & (status::ACKNOWLEDGE | status::FAILED);
+        if added & status::DRIVER != 0 && next & status::ACKNOWLEDGE != 0 {
+            next |= status::DRIVER;
+        }
+        if added & status::FEATURES_OK != 0 && next & status::DRIVER != 0 && self.features_acceptable() {
+            next |= status::FEATURES_OK;
+        }
+        let start = added & status::DRIVER_OK != 0 && next & status::FEATURES_OK != 0;
+        self.status = next | self.status & status::NEEDS_RESET;
+        if start && next & status::FAILED == 0 && self.status & status::NEEDS_RESET == 0 {
+            self.status |= status::DRIVER_OK;
+            self.activate();
+        }
+    }
+
+    fn features_acceptable(&self) -> bool {
+        let offered = self.device.features();
+        let unknown = self.driver_features & !offered;
+        let version_1 = self.driver_features & (1 << VIRTIO_F_VERSION_1) != 0;
+        if unknown != 0 || !version_1 {
+            tracing::warn!(
+                device = self.device.id(),
+                features = format_args!("{:#x}", self.driver_features),
+                offered = format_args!("{offered:#x}"),
+                "virtio-mmio: features refused"
+            );
+        }
+        unknown == 0 && version_1
+    }
+
+    fn activate(&mut self) {
+        let result = self.activation().and_then(|activation| {
+            self.device.activate(activation).map_err(|e| e.to_string())
+        });
+        if let Err(reason) = result {
+            tracing::error!(device = self.device.id(), reason, "virtio-mmio: device needs reset");
+            self.status |= status::NEEDS_RESET;
+            self.interrupt.signal_config();
+        }
+    }
+
+    fn activation(&self) -> Result<Activation, String> {
+        let mut queues = Vec::new();
+        let all = self.queues.iter().zip(self.device.queue_sizes()).zip(&self.kicks);
+        for (index, ((registers, max_size), kick)) in all.enumerate() {
+            if !registers.ready {
+                continue;
+            }
+            let queue = self.validate_queue(registers, *max_size).map_err(|e| format!("queue {index}: {e}"))?;
+            queues.push(ActiveQueue { index, queue, kick: kick.clone() });
+        }
+        Ok(Activation {
+            memory: self.host.memory.clone(),
+            features: self.driver_features,
+            queues,
+            interrupt: self.interrupt.clone(),
+            io: self.host.io.clone(),
+        })
+    }
+
+    fn validate_queue(&self, registers: &QueueRegisters, max_size: u16) -> Result<Queue, String> {
+        let invalid = |e: virtio_queue::Error| e.to_string();
+        let mut queue = Queue::new(max_size).map_err(invalid)?;
+        let size = u16::try_from(registers.size).map_err(|_| format!("size {}", registers.size))?;
+        queue.try_set_size(size).map_err(invalid)?;
+        queue.try_set_desc_table_address(GuestAddress(registers.desc)).map_err(invalid)?;
+        queue.try_set_avail_ring_address(GuestAddress(registers.avail)).map_err(invalid)?;
+        queue.try_set_used_ring_address(GuestAddress(registers.used)).map_err(invalid)?;
+        queue.set_event_idx(self.driver_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
+        queue.set_ready(true);
+        if queue.is_valid(&*self.host.memory) {
+            Ok(queue)
+        } else {
+            Err(format!("{registers:x?} is not inside guest memory"))
+        }
+    }
+
+    /// Stops the device and forgets everything the driver set up. When this returns the device no longer touches guest
+    /// memory.
+    pub fn reset(&mut self) {
+        self.device.reset();
+        self.status = 0;
+        self.device_features_sel = 0;
+        self.driver_features_sel = 0;
+        self.driver_features = 0;
+        self.queue_sel = 0;
+        self.queues = initial_queues(&*self.device);
+        self.interrupt.status().store(0, Ordering::SeqCst);
+    }
+}
+
+fn initial_queues(device: &dyn VirtioDevice) -> Vec<QueueRegisters> {
+    let queue = |max: &u16| QueueRegisters { size: u32::from(*max), ..QueueRegisters::default() };
+    device.queue_sizes().iter().map(queue).collect()
+}

@@ -1,0 +1,8 @@
+//! virtio-rng (virtio 1.2, section 5.4): the host's random bytes for the guest.
+
+mod device;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+pub use device::{Rng, RngError};

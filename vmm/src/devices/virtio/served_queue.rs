@@ -1,0 +1,200 @@
+//! A queue at work: what every device does around its own request handling.
+//!
+//! Kicks are suppressed while the queue is being served and enabled again before it sleeps (with the check that closes
+//! the race, virtio 1.2 section 2.7.10), interrupts are sent once per batch and only when the driver asks for them.
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{ActiveQueue, Interrupt};
+use crate::memory::GuestMemory;
+
+/// What a round of [`ServedQueue::serve`] left behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Served {
+    /// Nothing to do until the next kick.
+    Idle,
+    /// The budget ran out first: call again soon, a kick will not come.
+    More,
+}
+
+/// An [`ActiveQueue`] with the memory and interrupt it works on.
+#[derive(Debug)]
+pub struct ServedQueue {
+    device: String,
+    index: usize,
+    queue: Queue,
+    kick: Arc<EventFd>,
+    memory: Arc<GuestMemory>,
+    interrupt: Interrupt,
+    /// The driver broke a ring; nothing is taken any more.
+    broken: bool,
+    /// `enable_kicks` saw chains, so the next `pop` must find one.
+    promised: bool,
+    /// Chains were completed since the last `notify`.
+    completed: bool,
+}
+
+impl ServedQueue {
+    /// `device` is the id used in logs.
+    pub fn new(device: &str, active: ActiveQueue, memory: Arc<GuestMemory>, interrupt: Interrupt) -> Self {
+        Self {
+            device: device.to_owned(),
+            index: active.index,
+            queue: active.queue,
+            kick: active.kick,
+            memory,
+            interrupt,
+            broken: false,
+            promised: false,
+            completed: false,
+        }
+    }
+
+    /// The eventfd the driver's notifications arrive on.
+    pub fn kick(&self) -> &Arc<EventFd> {
+        &self.kick
+    }
+
+    /// Clears a kick that has been seen. The eventfd must be non-blocking.
+    pub fn take_kick(&self) {
+        // Nothing to read means somebody took it already.
+        let _ = self.kick.read();
+    }
+
+    /// Makes the kick's eventfd readable, to come back to the queue later.
+    pub fn kick_self(&self) {
+        if let Err(error) = self.kick.write(1) {
+            tracing::error!(device = %self.device, queue = self.index, %error, "virtio: cannot kick");
+        }
+    }
+
+    /// Guest memory the queue lives in.
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// Entries of the queue, which is also the longest chain allowed.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// Takes up to `budget` chains, gives each to `handle`, which returns the bytes it wrote into the chain.
+    pub fn serve(
+        &mut self,
+        budget: usize,
+        mut handle: impl FnMut(&GuestMemory, DescriptorChain<&GuestMemory>) -> u32,
+    ) -> Served {
+        let memory = self.memory.clone();
+        let mut left = budget;
+        let outcome = loop {
+            self.suppress_kicks();
+            while left > 0
+                && let Some(chain) = self.pop(&memory)
+            {
+                left -= 1;
+                let head = chain.head_index();
+                let written = handle(&memory, chain);
+                self.complete(head, written);
+            }
+            if left == 0 {
+                break Served::More;
+            }
+            if !self.enable_kicks() {
+                break Served::Idle;
+            }
+        };
+        self.notify();
+        outcome
+    }
+
+    /// The next chain, or `None` when the queue is empty or the driver broke it.
+    pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Option<DescriptorChain<&'m GuestMemory>> {
+        if self.broken {
+            return None;
+        }
+        match self.queue.iter(memory) {
+            Ok(mut chains) => {
+                let chain = chains.next();
+                if chain.is_none() && self.promised {
+                    self.stop(&"avail index and ring disagree");
+                }
+                self.promised = false;
+                chain
+            }
+            Err(error) => {
+                // E.g. an avail index more than a queue ahead.
+                self.stop(&error);
+                None
+            }
+        }
+    }
+
+    /// Returns a chain to the driver, with the number of bytes written into it.
+    pub fn complete(&mut self, head: u16, written: u32) {
+        if let Err(error) = self.queue.add_used(&*self.memory, head, written) {
+            // The head index came from the guest; there is no entry to return.
+            tracing::debug!(device = %self.device, queue = self.index, head, %error, "virtio: cannot return a chain");
+        }
+        self.completed = true;
+    }
+
+    /// Asks the driver not to kick: the queue is being looked at anyway.
+    pub fn suppress_kicks(&mut self) {
+        if let Err(error) = self.queue.disable_notification(&*self.memory) {
+            tracing::debug!(device = %self.device, queue = self.index, %error, "virtio: cannot suppress kicks");
+        }
+    }
+
+    /// Asks for kicks again; true when chains arrived meanwhile and must be taken without one.
+    pub fn enable_kicks(&mut self) -> bool {
+        if self.broken {
+            return false;
+        }
+        match self.queue.enable_notification(&*self.memory) {
+            Ok(more) => {
+                self.promised = more;
+                more
+            }
+            Err(error) => {
+                self.stop(&error);
+                false
+            }
+        }
+    }
+
+    /// Interrupts the driver if chains were completed since the last call and it wants to hear about them.
+    pub fn notify(&mut self) {
+        if !std::mem::take(&mut self.completed) {
+            return;
+        }
+        // `needs_notification` knows EVENT_IDX only; without it the driver has one flag (virtio 1.2, 2.7.7).
+        let wanted = if self.queue.event_idx_enabled() {
+            self.queue.needs_notification(&*self.memory)
+        } else {
+            fence(Ordering::SeqCst);
+            Ok(!self.interrupts_suppressed())
+        };
+        match wanted {
+            Ok(true) => self.interrupt.signal_used(),
+            Ok(false) => {}
+            Err(error) => self.stop(&error),
+        }
+    }
+
+    fn interrupts_suppressed(&self) -> bool {
+        let flags = self.memory.load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed);
+        flags.is_ok_and(|flags| u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT != 0)
+    }
+
+    /// Gives the queue up until the driver resets the device. Going on would never end: every look finds "new" work.
+    fn stop(&mut self, reason: &dyn std::fmt::Display) {
+        self.broken = true;
+        tracing::warn!(device = %self.device, queue = self.index, %reason, "virtio: the driver broke a ring, queue stopped");
+    }
+}

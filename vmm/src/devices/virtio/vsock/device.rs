@@ -1,0 +1,146 @@
+//! The device as the transport sees it.
+
+use std::sync::{Arc, Mutex};
+
+use event_manager::SubscriberId;
+use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_VERSION_1};
+use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+use super::error::VsockError;
+use super::handle::VsockHandle;
+use super::muxer::Muxer;
+use super::shared::{Shared, lock};
+use super::uds::Endpoint;
+use super::worker::{Transport, Worker};
+use crate::config::VsockConfig;
+use crate::devices::virtio::{ActivateError, Activation, ActiveQueue, VirtioDevice};
+use crate::io_loop::IoLoop;
+
+const ID: &str = "vsock";
+/// rx, tx, event.
+const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+
+/// The virtio-vsock device.
+#[derive(Debug)]
+pub struct Vsock {
+    guest_cid: u64,
+    shared: Arc<Shared>,
+    worker: Arc<Mutex<Worker>>,
+    active: Option<(IoLoop, SubscriberId)>,
+}
+
+impl Vsock {
+    /// Creates the device and the host's handle to it. Binds the Unix socket, if one is configured: clients that come
+    /// before the guest's driver is up wait in its backlog.
+    ///
+    /// # Errors
+    /// [`VsockError::Bind`] or [`VsockError::Create`].
+    pub fn new(config: &VsockConfig) -> Result<(Self, VsockHandle), VsockError> {
+        let shared = Shared::new().map_err(|source| VsockError::Create {
+            what: "an eventfd",
+            source,
+        })?;
+        let shared = Arc::new(shared);
+        let endpoint = config.uds_path.as_deref().map(Endpoint::bind).transpose()?;
+        let guest_cid = u64::from(config.guest_cid);
+        let muxer = Muxer::new(shared.clone(), guest_cid, endpoint)?;
+        let device = Self {
+            guest_cid,
+            shared: shared.clone(),
+            worker: Arc::new(Mutex::new(Worker::new(muxer))),
+            active: None,
+        };
+        Ok((device, VsockHandle::new(shared)))
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn id(&self) -> &str {
+        ID
+    }
+
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_VSOCK
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        // Stream sockets need no feature bit (virtio 1.2, 5.10.3). Both queues are used strictly in order.
+        (1 << VIRTIO_F_VERSION_1) | (1 << VIRTIO_F_IN_ORDER) | (1 << VIRTIO_RING_F_EVENT_IDX)
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let space = self.guest_cid.to_le_bytes();
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let present = space.get(start..).unwrap_or_default();
+        let values = present.iter().copied().chain(std::iter::repeat(0));
+        for (byte, value) in data.iter_mut().zip(values) {
+            *byte = value;
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Activation {
+            memory,
+            queues,
+            interrupt,
+            io,
+            ..
+        } = activation;
+        let mut queues = queues.into_iter();
+        let mut next = |index| {
+            let missing = ActivateError::QueueMissing {
+                device: ID.to_owned(),
+                index,
+            };
+            queues.next().filter(|queue| queue.index == index).ok_or(missing)
+        };
+        let ActiveQueue { queue: rx, kick: rx_kick, .. } = next(0)?;
+        let ActiveQueue { queue: tx, kick: tx_kick, .. } = next(1)?;
+        // The event queue only carries transport resets after a migration.
+        let transport = Transport {
+            memory,
+            rx,
+            tx,
+            kicks: [rx_kick, tx_kick],
+            interrupt,
+        };
+        lock(&self.worker).start(transport).map_err(|source| ActivateError::Host {
+            device: ID.to_owned(),
+            what: "cannot watch the queues",
+            source,
+        })?;
+        match io.add(self.worker.clone()) {
+            Ok(id) => {
+                self.active = Some((io, id));
+                Ok(())
+            }
+            Err(error) => {
+                lock(&self.worker).stop();
+                Err(error.into())
+            }
+        }
+    }
+
+    fn reset(&mut self) {
+        let Some((io, id)) = self.active.take() else {
+            return;
+        };
+        if let Err(error) = io.remove(id) {
+            // The loop has ended: nothing runs the worker any more either.
+            tracing::debug!(%error, "vsock: reset");
+        }
+        lock(&self.worker).stop();
+    }
+}
+
+impl Drop for Vsock {
+    fn drop(&mut self) {
+        self.reset();
+        self.shared.stop();
+    }
+}

@@ -1,0 +1,659 @@
+//! The table of connections and everything that decides about them; knows the guest's queues only as packets.
+
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::connection::{ConnId, Connection, Context, Next, Phase, PortPair, Verdict};
+use super::error::VsockError;
+use super::host::HostFd;
+use super::origin::{Caller, Origin};
+use super::packet::{HOST_CID, Header, Op, TYPE_STREAM, TxPacket};
+use super::rx_queue::RxQueue;
+use super::shared::{Command, Shared};
+use super::uds::{self, Endpoint, Handshake};
+
+/// Most connections at a time, clients that have not said CONNECT and last bytes on their way included.
+pub(super) const MAX_CONNECTIONS: usize = 1024;
+/// `buf_alloc` of a connection: four of Linux's largest packets, so that the guest keeps sending while we write.
+const LARGE_BUFFER: u32 = 256 * 1024;
+/// `buf_alloc` when there are more than [`LARGE_BUFFERS`] connections. Together: 88 MiB at the worst, when a guest fills
+/// 1,024 connections that nobody reads.
+const SMALL_BUFFER: u32 = 64 * 1024;
+const LARGE_BUFFERS: usize = 128;
+/// RSTs without a connection that wait for an rx buffer. When there are more, the tx queue waits.
+const MAX_RESETS: usize = 256;
+/// Clients of the Unix socket taken in one go.
+const ACCEPT_BATCH: usize = 64;
+/// How long not to accept clients after accept(2) has failed, e.g. without file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Epoll tokens; connections use their id.
+pub(super) const TOKEN_QUEUES: u64 = 0;
+pub(super) const TOKEN_WAKE: u64 = 1;
+pub(super) const TOKEN_TIMER: u64 = 2;
+pub(super) const TOKEN_CLIENTS: u64 = 3;
+const FIRST_CONNECTION: ConnId = 16;
+/// In the timers: accept clients again.
+const TIMER_ACCEPT: ConnId = 0;
+
+/// Why [`Muxer::fill`] stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Filled {
+    /// Nothing left for the guest.
+    Idle,
+    /// The guest has no rx buffers left.
+    NoBuffers,
+    /// The budget is used up.
+    Budget,
+}
+
+/// The muxer.
+#[derive(Debug)]
+pub(super) struct Muxer {
+    shared: Arc<Shared>,
+    guest_cid: u64,
+    epoll: Epoll,
+    timer: TimerFd,
+    timer_armed: Option<Instant>,
+    timers: BTreeSet<(Instant, ConnId)>,
+    endpoint: Option<Endpoint>,
+    connections: HashMap<ConnId, Connection>,
+    by_ports: HashMap<PortPair, ConnId>,
+    next_id: ConnId,
+    /// Connections that may have something for the guest, each once.
+    ready: VecDeque<ConnId>,
+    /// RSTs for pairs of ports that have no connection.
+    resets: VecDeque<Header>,
+    /// Connections in [`Phase::Backoff`].
+    waiting: HashSet<ConnId>,
+    /// Connections in [`Phase::Flushing`], oldest first.
+    flushing: BTreeSet<ConnId>,
+}
+
+impl Muxer {
+    /// A muxer without connections.
+    ///
+    /// # Errors
+    /// [`VsockError::Create`].
+    pub(super) fn new(shared: Arc<Shared>, guest_cid: u64, endpoint: Option<Endpoint>) -> Result<Self, VsockError> {
+        let failed = |what| move |source| VsockError::Create { what, source };
+        let epoll = Epoll::new().map_err(failed("an epoll"))?;
+        let timer = TimerFd::new().map_err(|errno| failed("a timerfd")(errno.into()))?;
+        // Edge triggered and never read: each write or expiry is an edge of its own.
+        let edge = |token| EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token);
+        let add = |fd, token| {
+            epoll.ctl(ControlOperation::Add, fd, edge(token)).map_err(failed("an epoll registration"))
+        };
+        use std::os::fd::AsRawFd;
+        add(shared.wake_fd().as_raw_fd(), TOKEN_WAKE)?;
+        add(timer.as_raw_fd(), TOKEN_TIMER)?;
+        if let Some(endpoint) = &endpoint {
+            add(endpoint.listener.as_raw_fd(), TOKEN_CLIENTS)?;
+        }
+        Ok(Self {
+            shared,
+            guest_cid,
+            epoll,
+            timer,
+            timer_armed: None,
+            timers: BTreeSet::new(),
+            endpoint,
+            connections: HashMap::new(),
+            by_ports: HashMap::new(),
+            next_id: FIRST_CONNECTION,
+            ready: VecDeque::new(),
+            resets: VecDeque::new(),
+            waiting: HashSet::new(),
+            flushing: BTreeSet::new(),
+        })
+    }
+
+    /// Everything the muxer waits for is in this epoll.
+    pub(super) fn epoll(&self) -> &Epoll {
+        &self.epoll
+    }
+
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Whether the guest's packets have to wait until it takes answers.
+    pub(super) fn is_congested(&self) -> bool {
+        self.resets.len() >= MAX_RESETS
+    }
+
+    /// Handles one event of the epoll.
+    pub(super) fn on_event(&mut self, token: u64, events: EventSet) {
+        match token {
+            TOKEN_QUEUES => {}
+            TOKEN_WAKE => self.run_commands(),
+            TOKEN_TIMER => self.run_timers(),
+            TOKEN_CLIENTS => self.accept_clients(),
+            id => self.on_host_event(id, events),
+        }
+    }
+
+    fn next_id(&mut self) -> ConnId {
+        let id = self.next_id;
+        // 2^64 connections are not reached.
+        self.next_id = self.next_id.wrapping_add(1);
+        id
+    }
+
+    fn buf_alloc(&self) -> u32 {
+        if self.connections.len() < LARGE_BUFFERS { LARGE_BUFFER } else { SMALL_BUFFER }
+    }
+
+    /// Makes sure one more connection fits; last bytes for a host that does not read go first.
+    fn make_room(&mut self) -> bool {
+        if self.connections.len() >= MAX_CONNECTIONS
+            && let Some(id) = self.flushing.pop_first()
+        {
+            tracing::warn!("vsock: table full, dropping the last bytes of a connection whose reader does not read");
+            self.remove(id);
+        }
+        self.connections.len() < MAX_CONNECTIONS
+    }
+
+    fn insert(&mut self, id: ConnId, connection: Connection) {
+        if let Some(pair) = connection.pair() {
+            self.by_ports.insert(pair, id);
+        }
+        self.connections.insert(id, connection);
+        self.shared.counters.open_connections.set(self.connections.len() as u64);
+        self.settle(id, Verdict::Keep);
+    }
+
+    /// Calls `f` on a connection, then does what follows from it.
+    fn with(&mut self, id: ConnId, f: impl FnOnce(&mut Connection, Context<'_>) -> Verdict) {
+        let context = Context {
+            epoll: &self.epoll,
+            counters: &self.shared.counters,
+            now: Instant::now(),
+            guest_cid: self.guest_cid,
+        };
+        if let Some(connection) = self.connections.get_mut(&id) {
+            let verdict = f(connection, context);
+            self.settle(id, verdict);
+        }
+    }
+
+    /// Brings the muxer's bookkeeping in line with a connection that has changed.
+    fn settle(&mut self, id: ConnId, verdict: Verdict) {
+        let Some(connection) = self.connections.get_mut(&id) else {
+            return;
+        };
+        if verdict != Verdict::Keep {
+            let pair = connection.pair();
+            if let (Verdict::Reset, Some(pair)) = (verdict, pair) {
+                self.push_reset(pair);
+            }
+            self.end(id);
+            return;
+        }
+        connection.update_interest(&self.epoll);
+        if connection.timer != connection.armed {
+            if let Some(armed) = connection.armed {
+                self.timers.remove(&(armed, id));
+            }
+            if let Some(timer) = connection.timer {
+                self.timers.insert((timer, id));
+            }
+            connection.armed = connection.timer;
+        }
+        if matches!(connection.phase(), Phase::Backoff { .. }) {
+            self.waiting.insert(id);
+        } else {
+            self.waiting.remove(&id);
+        }
+        if !connection.queued && connection.next().is_some() {
+            connection.queued = true;
+            self.ready.push_back(id);
+        }
+    }
+
+    /// The guest knows nothing of a connection any more: frees its ports, and everything unless the host still has to
+    /// take bytes.
+    fn end(&mut self, id: ConnId) {
+        let Some(connection) = self.connections.get_mut(&id) else {
+            return;
+        };
+        if let Some(pair) = connection.pair()
+            && self.by_ports.get(&pair) == Some(&id)
+        {
+            self.by_ports.remove(&pair);
+        }
+        if connection.linger() {
+            self.flushing.insert(id);
+            self.settle(id, Verdict::Keep);
+        } else {
+            self.remove(id);
+        }
+    }
+
+    fn remove(&mut self, id: ConnId) {
+        let Some(mut connection) = self.connections.remove(&id) else {
+            return;
+        };
+        self.flushing.remove(&id);
+        self.waiting.remove(&id);
+        if let Some(armed) = connection.armed {
+            self.timers.remove(&(armed, id));
+        }
+        self.shared.counters.open_connections.set(self.connections.len() as u64);
+        connection.release(&self.epoll);
+        if let Some(pair) = connection.pair() {
+            if self.by_ports.get(&pair) == Some(&id) {
+                self.by_ports.remove(&pair);
+            }
+            if !matches!(connection.origin(), Origin::Guest) {
+                self.shared.free_port(pair.local);
+            }
+            if connection.origin().is_attached() {
+                self.shared.end_attached(pair.local);
+            }
+        }
+    }
+
+    fn push_reset(&mut self, pair: PortPair) {
+        self.resets.push_back(Header {
+            src_cid: HOST_CID,
+            dst_cid: self.guest_cid,
+            src_port: pair.local,
+            dst_port: pair.peer,
+            type_: TYPE_STREAM,
+            op: Op::Rst as u16,
+            ..Header::default()
+        });
+    }
+
+    /// Takes a packet of the guest.
+    pub(super) fn on_packet(&mut self, packet: TxPacket<'_>) {
+        let TxPacket { header, mut payload } = packet;
+        self.shared.counters.tx_packets.inc();
+        let Some(pair) = self.check(&header) else {
+            return;
+        };
+        if let Some(&id) = self.by_ports.get(&pair) {
+            self.with(id, |connection, context| connection.on_packet(&header, &mut payload, context));
+            return;
+        }
+        match Op::from_wire(header.op) {
+            Some(Op::Request) => self.accept(pair, &header),
+            // Never answered: two sides that refuse each other's refusals would not end.
+            Some(Op::Rst) => {}
+            _ => self.resets.push_back(header.refusal()),
+        }
+    }
+
+    /// Takes the header of a packet whose payload is not there.
+    pub(super) fn on_malformed(&mut self, header: Option<Header>) {
+        self.shared.counters.malformed.inc();
+        let Some(pair) = header.and_then(|header| self.check(&header)) else {
+            return;
+        };
+        match self.by_ports.get(&pair) {
+            Some(&id) => self.settle(id, Verdict::Reset),
+            None => self.push_reset(pair),
+        }
+    }
+
+    /// The pair of ports of a packet from the guest to the host.
+    fn check(&mut self, header: &Header) -> Option<PortPair> {
+        if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID {
+            // As Linux's vhost does: there is nobody to answer.
+            self.shared.counters.malformed.inc();
+            return None;
+        }
+        if header.type_ != TYPE_STREAM {
+            self.shared.counters.malformed.inc();
+            if header.op != Op::Rst as u16 {
+                self.resets.push_back(header.refusal());
+            }
+            return None;
+        }
+        Some(PortPair {
+            local: header.dst_port,
+            peer: header.src_port,
+        })
+    }
+
+    /// The guest opens a connection.
+    fn accept(&mut self, pair: PortPair, header: &Header) {
+        // A guest that calls out, to say it is ready for instance, may have started to listen.
+        self.retry_waiting();
+        if !self.make_room() {
+            self.refuse(header, &"table of connections full");
+            return;
+        }
+        let opened = match self.shared.listener(pair.local) {
+            Some(backlog) => UnixStream::pair().and_then(|(ours, theirs)| {
+                let connection = self.prepare_accept(pair, ours.into(), header)?;
+                if backlog.push(theirs) { Ok(connection) } else { Err(io::ErrorKind::QuotaExceeded.into()) }
+            }),
+            None => match &self.endpoint {
+                Some(endpoint) => endpoint
+                    .connect_out(pair.local)
+                    .and_then(|socket| self.prepare_accept(pair, socket, header)),
+                None => Err(io::ErrorKind::ConnectionRefused.into()),
+            },
+        };
+        match opened {
+            Ok(connection) => {
+                self.shared.counters.connections.inc();
+                let id = self.next_id();
+                self.insert(id, connection);
+            }
+            Err(error) => self.refuse(header, &error),
+        }
+    }
+
+    /// The connection the next [`Self::next_id`] will name.
+    fn prepare_accept(&self, pair: PortPair, socket: OwnedFd, header: &Header) -> io::Result<Connection> {
+        let host = HostFd::new(socket)?;
+        let mut connection = Connection::accept(self.next_id, pair, host, self.buf_alloc(), header);
+        connection.start_host(Context {
+            epoll: &self.epoll,
+            counters: &self.shared.counters,
+            now: Instant::now(),
+            guest_cid: self.guest_cid,
+        })?;
+        Ok(connection)
+    }
+
+    fn refuse(&mut self, header: &Header, why: &dyn std::fmt::Display) {
+        tracing::debug!(port = header.dst_port, %why, "vsock: refusing a connection of the guest");
+        self.shared.counters.refused.inc();
+        self.resets.push_back(header.refusal());
+    }
+
+    fn retry_waiting(&mut self) {
+        for id in std::mem::take(&mut self.waiting) {
+            self.with(id, |connection, context| {
+                connection.retry(context);
+                Verdict::Keep
+            });
+        }
+    }
+
+    fn on_host_event(&mut self, id: ConnId, events: EventSet) {
+        match self.connections.get(&id).map(Connection::phase) {
+            Some(Phase::Handshake) => self.on_client(id),
+            Some(_) => self.with(id, |connection, context| connection.on_host_event(events, context)),
+            // Closed by an event before this one.
+            None => {}
+        }
+    }
+
+    /// Takes clients of the Unix socket.
+    fn accept_clients(&mut self) {
+        for _ in 0..ACCEPT_BATCH {
+            let Some(endpoint) = &self.endpoint else { return };
+            let client = match endpoint.listener.accept() {
+                Ok((client, _)) => client,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    tracing::warn!(%error, "vsock: cannot accept a client");
+                    self.timers.insert((Instant::now() + ACCEPT_PAUSE, TIMER_ACCEPT));
+                    return;
+                }
+            };
+            if let Err(error) = self.add_client(client.into()) {
+                tracing::warn!(%error, "vsock: cannot take a client");
+            }
+        }
+        // There may be more, of which no edge will tell.
+        self.timers.insert((Instant::now(), TIMER_ACCEPT));
+    }
+
+    fn add_client(&mut self, client: OwnedFd) -> io::Result<()> {
+        if !self.make_room() {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
+        let host = HostFd::new(client)?;
+        let now = Instant::now();
+        let mut connection = Connection::handshake(self.next_id, host, self.buf_alloc(), now);
+        connection.start_host(Context {
+            epoll: &self.epoll,
+            counters: &self.shared.counters,
+            now,
+            guest_cid: self.guest_cid,
+        })?;
+        let id = self.next_id();
+        self.insert(id, connection);
+        Ok(())
+    }
+
+    /// A client has sent something of its CONNECT line, or left.
+    fn on_client(&mut self, id: ConnId) {
+        let handshake = self.connections.get(&id).and_then(Connection::host).map_or(Handshake::Bad, uds::handshake);
+        match handshake {
+            Handshake::Incomplete => {}
+            Handshake::Bad => self.settle(id, Verdict::Forget),
+            Handshake::Port(port) => {
+                let pair = PortPair {
+                    local: self.shared.take_port(),
+                    peer: port,
+                };
+                self.by_ports.insert(pair, id);
+                self.with(id, |connection, context| {
+                    connection.handshake_done(pair, context.now);
+                    Verdict::Keep
+                });
+            }
+        }
+    }
+
+    /// Does what the handles ask for. Also called when the device is activated.
+    pub(super) fn run_commands(&mut self) {
+        for command in self.shared.take_commands() {
+            match command {
+                Command::Connect {
+                    local,
+                    port,
+                    deadline,
+                    reply,
+                    progress,
+                } => {
+                    let opened = self.room_for(port).and_then(|()| {
+                        let opened = UnixStream::pair()
+                            .and_then(|(ours, theirs)| Ok((HostFd::new(ours.into())?, theirs)));
+                        opened.map_err(|source| VsockError::Connect { port, source })
+                    });
+                    match opened {
+                        Ok((host, theirs)) => {
+                            let origin = Origin::Caller(Caller {
+                                stream: Some(theirs),
+                                reply,
+                                progress,
+                            });
+                            self.request(PortPair { local, peer: port }, origin, host, deadline);
+                        }
+                        Err(error) => {
+                            self.shared.free_port(local);
+                            // A caller that has given up does not care.
+                            let _ = reply.try_send(Err(error));
+                        }
+                    }
+                }
+                Command::Attach {
+                    host,
+                    local,
+                    port,
+                    direction,
+                    deadline,
+                } => match self.room_for(port) {
+                    Ok(()) => {
+                        let origin = Origin::Attached {
+                            direction,
+                            progress: super::origin::Progress::default(),
+                        };
+                        self.request(PortPair { local, peer: port }, origin, host, deadline);
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "vsock: attached descriptor closed");
+                        self.shared.free_port(local);
+                        self.shared.end_attached(local);
+                    }
+                },
+                Command::CloseAttached { local } => {
+                    let id = self.connections.iter().find_map(|(&id, connection)| {
+                        let pair = connection.pair()?;
+                        (pair.local == local && connection.origin().is_attached()).then_some(id)
+                    });
+                    if let Some(id) = id {
+                        self.with(id, |connection, context| connection.end(context));
+                    }
+                }
+            }
+        }
+    }
+
+    fn room_for(&mut self, port: u32) -> Result<(), VsockError> {
+        if self.make_room() {
+            return Ok(());
+        }
+        self.shared.counters.refused.inc();
+        Err(VsockError::TooManyConnections {
+            port,
+            limit: MAX_CONNECTIONS,
+        })
+    }
+
+    fn request(&mut self, pair: PortPair, origin: Origin, host: HostFd, deadline: Instant) {
+        let id = self.next_id();
+        let connection = Connection::request(id, pair, origin, host, self.buf_alloc(), deadline);
+        self.insert(id, connection);
+    }
+
+    fn run_timers(&mut self) {
+        self.timer_armed = None;
+        let now = Instant::now();
+        while let Some(&(when, id)) = self.timers.first()
+            && when <= now
+        {
+            self.timers.pop_first();
+            if id == TIMER_ACCEPT {
+                self.accept_clients();
+                // Not again at once, should it have asked for that.
+                if self.timers.first().is_some_and(|&(_, id)| id == TIMER_ACCEPT) {
+                    return;
+                }
+                continue;
+            }
+            if let Some(connection) = self.connections.get_mut(&id) {
+                connection.armed = None;
+            }
+            self.with(id, |connection, context| connection.on_timer(context));
+        }
+    }
+
+    /// Sets the timerfd to the next deadline; at the end of each turn.
+    pub(super) fn arm_timer(&mut self) {
+        let next = self.timers.first().map(|&(when, _)| when);
+        if next == self.timer_armed {
+            return;
+        }
+        let result = match next {
+            // Zero would disarm it.
+            Some(when) => {
+                let pause = when.saturating_duration_since(Instant::now()).max(Duration::from_micros(1));
+                self.timer.reset(pause, None)
+            }
+            None => self.timer.clear(),
+        };
+        match result {
+            Ok(()) => self.timer_armed = next,
+            Err(error) => tracing::error!(%error, "vsock: cannot set the timer"),
+        }
+    }
+
+    /// Gives the guest what there is for it, connection by connection in turn, at most about `budget` packets.
+    pub(super) fn fill(&mut self, rx: &mut RxQueue<'_>, budget: usize) -> Filled {
+        while rx.used() < budget {
+            if let Some(&header) = self.resets.front() {
+                let Some(buffer) = rx.take() else {
+                    return Filled::NoBuffers;
+                };
+                rx.put(&buffer, header);
+                self.resets.pop_front();
+                continue;
+            }
+            let Some(&id) = self.ready.front() else {
+                return Filled::Idle;
+            };
+            let context = Context {
+                epoll: &self.epoll,
+                counters: &self.shared.counters,
+                now: Instant::now(),
+                guest_cid: self.guest_cid,
+            };
+            let mut verdict = Verdict::Keep;
+            if let Some(connection) = self.connections.get_mut(&id) {
+                match connection.next() {
+                    None => {}
+                    Some(Next::Control(op, flags)) => {
+                        let Some(buffer) = rx.take() else {
+                            return Filled::NoBuffers;
+                        };
+                        rx.put(&buffer, connection.header(op, flags, 0, context));
+                    }
+                    Some(Next::Data(credit)) => {
+                        let connection = std::cell::RefCell::new(&mut *connection);
+                        let outcome = rx.put_data(
+                            credit,
+                            |room| connection.borrow().read(room),
+                            |len| connection.borrow_mut().header(Op::Rw, 0, len, context),
+                        );
+                        let Some(outcome) = outcome else {
+                            return Filled::NoBuffers;
+                        };
+                        verdict = connection.into_inner().on_read(outcome, context);
+                    }
+                }
+                connection.queued = false;
+            }
+            self.ready.pop_front();
+            self.settle(id, verdict);
+        }
+        Filled::Budget
+    }
+
+    /// The device was reset: the guest has forgotten its connections. Listeners, and connections that are being opened,
+    /// stay.
+    pub(super) fn reset(&mut self) {
+        self.resets.clear();
+        self.ready.clear();
+        let ids: Vec<ConnId> = self.connections.keys().copied().collect();
+        for id in ids {
+            let Some(connection) = self.connections.get_mut(&id) else {
+                continue;
+            };
+            connection.queued = false;
+            if connection.survive_reset() {
+                self.settle(id, Verdict::Keep);
+            } else {
+                self.with(id, |connection, context| {
+                    connection.flush_now(context);
+                    Verdict::Keep
+                });
+                self.remove(id);
+            }
+        }
+        self.resets.clear();
+    }
+}
+
+impl Drop for Muxer {
+    fn drop(&mut self) {
+        self.reset();
+        self.shared.stop();
+    }
+}

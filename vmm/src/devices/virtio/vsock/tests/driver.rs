@@ -1,0 +1,254 @@
+//! The guest's driver: packets in and out of the rings.
+
+use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use crate::config::VsockConfig;
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::test_ring::{BUFFERS, Buf, TestGuest, TestRing};
+use crate::devices::virtio::vsock::packet::{HEADER_LEN, Header};
+use crate::devices::virtio::vsock::{Vsock, VsockHandle};
+
+/// The guest's context id.
+pub(super) const GUEST_CID: u32 = 3;
+/// Size of the rings.
+pub(super) const RING: u16 = 128;
+/// Size of an rx buffer, as Linux posts them.
+pub(super) const RX_BUFFER: u32 = 4096;
+const RX_AREA: u64 = BUFFERS;
+const TX_AREA: u64 = 0x80_0000;
+const TX_SLOT: u64 = 0x1_1000;
+const TX_SLOTS: u64 = 64;
+
+/// A packet the guest received.
+#[derive(Debug, Clone)]
+pub(super) struct Packet {
+    pub(super) header: Header,
+    pub(super) payload: Vec<u8>,
+}
+
+/// A device with a guest.
+pub(super) struct Driver {
+    pub(super) guest: TestGuest,
+    pub(super) device: Vsock,
+    pub(super) handle: VsockHandle,
+    pub(super) rx: TestRing,
+    pub(super) tx: TestRing,
+    /// Address of each posted rx buffer; `None` for those made to be refused.
+    rx_posted: HashMap<u16, Option<u64>>,
+    rx_awkward: bool,
+    tx_free: VecDeque<u64>,
+    tx_busy: HashMap<u16, u64>,
+    /// The next rx and tx heads, to check that buffers come back in order.
+    rx_order: VecDeque<u16>,
+    tx_order: VecDeque<u16>,
+}
+
+impl Driver {
+    pub(super) fn new() -> Self {
+        Self::with(None, true)
+    }
+
+    pub(super) fn with(uds_path: Option<std::path::PathBuf>, event_idx: bool) -> Self {
+        let config = VsockConfig {
+            guest_cid: GUEST_CID,
+            uds_path,
+        };
+        let (device, handle) = Vsock::new(&config).unwrap();
+        Self::around(device, handle, event_idx)
+    }
+
+    /// A driver that posts no rx buffers until [`Self::post_all`].
+    pub(super) fn without_buffers() -> Self {
+        let (device, handle) = Vsock::new(&VsockConfig {
+            guest_cid: GUEST_CID,
+            uds_path: None,
+        })
+        .unwrap();
+        Self::bare(device, handle, true)
+    }
+
+    /// Brings the driver of a guest up.
+    pub(super) fn around(device: Vsock, handle: VsockHandle, event_idx: bool) -> Self {
+        let mut driver = Self::bare(device, handle, event_idx);
+        driver.post_all();
+        driver
+    }
+
+    fn bare(mut device: Vsock, handle: VsockHandle, event_idx: bool) -> Self {
+        let guest = TestGuest::new();
+        let (rx, tx) = activate(&guest, &mut device, event_idx);
+        Self {
+            guest,
+            device,
+            handle,
+            rx,
+            tx,
+            rx_posted: HashMap::new(),
+            rx_awkward: false,
+            tx_free: (0..TX_SLOTS).map(|slot| TX_AREA + slot * TX_SLOT).collect(),
+            tx_busy: HashMap::new(),
+            rx_order: VecDeque::new(),
+            tx_order: VecDeque::new(),
+        }
+    }
+
+    /// Resets the device and brings the driver up again.
+    pub(super) fn restart(&mut self) {
+        self.device.reset();
+        (self.rx, self.tx) = activate(&self.guest, &mut self.device, true);
+        self.rx_posted.clear();
+        self.rx_order.clear();
+        self.tx_order.clear();
+        self.tx_free.extend(self.tx_busy.drain().map(|(_, slot)| slot));
+        self.post_all();
+    }
+
+    pub(super) fn post_all(&mut self) {
+        for index in 0..u64::from(RING) {
+            self.post(RX_AREA + index * u64::from(RX_BUFFER));
+        }
+        self.rx.kick();
+    }
+
+    fn post(&mut self, address: u64) {
+        let head = if self.rx_awkward {
+            self.rx.submit(&[
+                Buf::Write(address, 10),
+                Buf::Write(address + 10, 1000),
+                Buf::Write(address + 1010, RX_BUFFER - 1010),
+            ])
+        } else {
+            self.rx.submit(&[Buf::Write(address, RX_BUFFER)])
+        };
+        self.posted(head, Some(address));
+    }
+
+    fn posted(&mut self, head: u16, address: Option<u64>) {
+        self.rx_posted.insert(head, address);
+        self.rx_order.push_back(head);
+    }
+
+    /// Posts buffers in three pieces, and after each one that is readable by the device only.
+    pub(super) fn post_awkward(&mut self) {
+        self.rx_awkward = true;
+        for index in 0..u64::from(RING) / 4 {
+            self.post(RX_AREA + index * u64::from(RX_BUFFER));
+            self.post_bad();
+        }
+        self.rx.kick();
+    }
+
+    fn post_bad(&mut self) {
+        let head = self.rx.submit(&[Buf::Read(RX_AREA, RX_BUFFER)]);
+        self.posted(head, None);
+    }
+
+    /// Sends a packet, as a header and a payload descriptor.
+    pub(super) fn send(&mut self, header: Header, payload: &[u8]) {
+        let slot = self.tx_slot();
+        self.guest.write(slot, &header.to_wire());
+        let mut buffers = vec![Buf::Read(slot, HEADER_LEN as u32)];
+        if !payload.is_empty() {
+            self.guest.write(slot + HEADER_LEN as u64, payload);
+            buffers.push(Buf::Read(slot + HEADER_LEN as u64, payload.len() as u32));
+        }
+        self.submit(slot, &buffers);
+    }
+
+    /// Puts a packet on the ring and does not tell the device.
+    pub(super) fn send_without_kick(&mut self, header: Header, payload: &[u8]) {
+        let slot = self.tx_slot();
+        self.guest.write(slot, &header.to_wire());
+        self.guest.write(slot + HEADER_LEN as u64, payload);
+        self.tx.submit(&[Buf::Read(slot, (HEADER_LEN + payload.len()) as u32)]);
+    }
+
+    /// Sends raw buffers, described by their offset in a slot filled with `bytes`.
+    pub(super) fn send_raw(&mut self, bytes: &[u8], buffers: &[(u64, u32)]) {
+        let slot = self.tx_slot();
+        self.guest.write(slot, bytes);
+        let buffers: Vec<_> = buffers.iter().map(|&(offset, len)| Buf::Read(slot + offset, len)).collect();
+        self.submit(slot, &buffers);
+    }
+
+    fn submit(&mut self, slot: u64, buffers: &[Buf]) {
+        let head = self.tx.submit(buffers);
+        self.tx_busy.insert(head, slot);
+        self.tx_order.push_back(head);
+        self.tx.kick();
+    }
+
+    fn tx_slot(&mut self) -> u64 {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            self.reap();
+            // Three descriptors per packet must always be free.
+            if self.tx_busy.len() < usize::from(RING) / 3 {
+                return self.tx_free.pop_front().unwrap();
+            }
+            assert!(Instant::now() < deadline, "the device does not take packets");
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+
+    /// Takes back sent buffers; returns how many are still with the device.
+    pub(super) fn reap(&mut self) -> usize {
+        while let Some(used) = self.tx.try_used() {
+            assert_eq!(self.tx_order.pop_front(), Some(used.head), "tx buffers out of order");
+            self.tx_free.push_back(self.tx_busy.remove(&used.head).unwrap());
+        }
+        self.tx_busy.len()
+    }
+
+    /// The next packet, if there is one.
+    pub(super) fn try_receive(&mut self) -> Option<Packet> {
+        let (used, address) = loop {
+            let used = self.rx.try_used()?;
+            assert_eq!(self.rx_order.pop_front(), Some(used.head), "rx buffers out of order");
+            if let Some(address) = self.rx_posted.remove(&used.head).unwrap() {
+                break (used, address);
+            }
+            assert_eq!(used.len, 0, "a refused buffer was written");
+            self.post_bad();
+            self.rx.kick();
+        };
+        assert!(used.len >= HEADER_LEN as u32 && used.len <= RX_BUFFER, "used length {}", used.len);
+        let bytes = self.guest.read(address, used.len as usize);
+        let header = Header::from_wire(bytes[..HEADER_LEN].try_into().unwrap());
+        let payload = bytes[HEADER_LEN..].to_vec();
+        assert_eq!(header.len as usize, payload.len());
+        assert_eq!((header.src_cid, header.dst_cid), (2, u64::from(GUEST_CID)));
+        self.post(address);
+        self.rx.kick();
+        Some(Packet { header, payload })
+    }
+
+    /// Waits for a packet.
+    pub(super) fn receive(&mut self) -> Packet {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Some(packet) = self.try_receive() {
+                return packet;
+            }
+            assert!(Instant::now() < deadline, "no packet for the guest");
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+
+    /// Checks that no packet comes within `time`.
+    pub(super) fn expect_silence(&mut self, time: Duration) {
+        let deadline = Instant::now() + time;
+        while Instant::now() < deadline {
+            if let Some(packet) = self.try_receive() {
+                panic!("unexpected packet {:?}", packet.header);
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+}
+
+fn activate(guest: &TestGuest, device: &mut Vsock, event_idx: bool) -> (TestRing, TestRing) {
+    let mut rings = guest.activate(device, RING, event_idx).into_iter();
+    (rings.next().unwrap(), rings.next().unwrap())
+}

@@ -1,0 +1,8 @@
+//! Virtual processors: one thread each, parked at a [`gate`] or inside KVM_RUN.
+
+pub mod cpuid;
+pub mod gate;
+pub mod kick;
+pub mod metrics;
+pub mod regs;
+pub mod run;

@@ -1,0 +1,188 @@
+//! The vCPU thread: gate, KVM_RUN, dispatch, again.
+
+use std::io;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use crate::bus::Bus;
+use crate::vcpu::gate::Passage;
+use crate::vcpu::kick;
+use crate::vcpu::metrics::VcpuCounters;
+use crate::vm::ExitReason;
+use crate::vm::lifecycle::Lifecycle;
+
+/// KVM_SYSTEM_EVENT_SHUTDOWN, _RESET and _CRASH (linux/kvm.h).
+const SYSTEM_EVENT_SHUTDOWN: u32 = 1;
+const SYSTEM_EVENT_RESET: u32 = 2;
+const SYSTEM_EVENT_CRASH: u32 = 3;
+
+/// A vCPU about to get its thread.
+#[derive(Debug)]
+pub struct Vcpu {
+    /// Index and APIC id.
+    pub index: u8,
+    /// KVM's side of it.
+    pub fd: VcpuFd,
+    /// Port I/O.
+    pub pio: Arc<Bus>,
+    /// Memory-mapped I/O.
+    pub mmio: Arc<Bus>,
+    /// Where the machine's end is reported.
+    pub lifecycle: Arc<Lifecycle>,
+    /// Exits.
+    pub counters: Arc<VcpuCounters>,
+}
+
+/// A running vCPU thread.
+#[derive(Debug)]
+pub struct VcpuThread {
+    /// vCPU index.
+    pub index: u8,
+    /// Kernel thread id, for cgroups and scheduling.
+    pub tid: i32,
+    /// Its counters.
+    pub counters: Arc<VcpuCounters>,
+    thread: JoinHandle<()>,
+}
+
+impl VcpuThread {
+    /// Gets the thread out of KVM_RUN and to the gate.
+    pub fn kick(&self) {
+        use std::os::unix::thread::JoinHandleExt;
+        // SAFETY: the thread is not joined while `self` exists, so its pthread_t is valid; the handler is installed
+        // before any vCPU thread is made.
+        let error = unsafe { libc::pthread_kill(self.thread.as_pthread_t(), kick::signal()) };
+        if error != 0 {
+            tracing::debug!(vcpu = self.index, error, "vCPU thread has already ended");
+        }
+    }
+
+    /// Waits for the thread to end.
+    pub fn join(self) {
+        if self.thread.join().is_err() {
+            tracing::error!(vcpu = self.index, "vCPU thread panicked");
+        }
+    }
+}
+
+/// Tells the lifecycle that a vCPU thread is gone, also when it unwinds.
+struct Leaving(Arc<Lifecycle>);
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.finish(ExitReason::Failure("vCPU thread panicked".to_owned()));
+        }
+        self.0.gate().leave();
+    }
+}
+
+impl Vcpu {
+    /// Starts the thread, which waits at the closed gate.
+    ///
+    /// # Errors
+    /// The host refuses the thread. The gate must then count one thread less; see [`Gate::leave`].
+    ///
+    /// [`Gate::leave`]: crate::vcpu::gate::Gate::leave
+    pub fn spawn(self) -> io::Result<VcpuThread> {
+        let (index, counters) = (self.index, self.counters.clone());
+        let (send_tid, tid) = mpsc::sync_channel(1);
+        let thread = thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
+            let leaving = Leaving(self.lifecycle.clone());
+            // SAFETY: gettid has no arguments and cannot fail.
+            let _ = send_tid.send(unsafe { libc::gettid() });
+            self.run();
+            drop(leaving);
+        })?;
+        let tid = tid.recv().map_err(|_| io::Error::other("vCPU thread ended before it started"))?;
+        Ok(VcpuThread { index, tid, counters, thread })
+    }
+
+    fn run(mut self) {
+        let registration = kick::Registration::new(&mut self.fd);
+        loop {
+            match self.lifecycle.gate().pass() {
+                Passage::Open => {}
+                Passage::Reopened => self.tell_kvmclock(),
+                Passage::End => break,
+            }
+            if let ControlFlow::Break(reason) = self.run_once() {
+                tracing::info!(vcpu = self.index, %reason, "machine ends");
+                self.lifecycle.finish(reason);
+            }
+        }
+        drop(registration);
+    }
+
+    /// Tells the guest's watchdogs that it was not running. The guest may not use kvmclock (yet): EINVAL.
+    fn tell_kvmclock(&self) {
+        if let Err(error) = self.fd.kvmclock_ctrl()
+            && error.errno() != libc::EINVAL
+        {
+            tracing::debug!(vcpu = self.index, %error, "KVM_KVMCLOCK_CTRL failed");
+        }
+    }
+
+    fn run_once(&mut self) -> ControlFlow<ExitReason> {
+        let failure = match self.fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => {
+                VcpuCounters::count(&self.counters.pio_in);
+                self.pio.read(u64::from(port), data);
+                return ControlFlow::Continue(());
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                VcpuCounters::count(&self.counters.pio_out);
+                return self.pio.write(u64::from(port), data);
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                VcpuCounters::count(&self.counters.mmio_read);
+                self.mmio.read(address, data);
+                return ControlFlow::Continue(());
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                VcpuCounters::count(&self.counters.mmio_write);
+                return self.mmio.write(address, data);
+            }
+            Ok(VcpuExit::Shutdown) => return ControlFlow::Break(ExitReason::TripleFault),
+            Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_SHUTDOWN, _)) => {
+                return ControlFlow::Break(ExitReason::PowerOff);
+            }
+            Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_RESET, _)) => return ControlFlow::Break(ExitReason::Reboot),
+            Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_CRASH, _)) => return ControlFlow::Break(ExitReason::Panic),
+            Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => return ControlFlow::Continue(()),
+            Ok(VcpuExit::InternalError) => self.describe_internal_error(),
+            Ok(VcpuExit::FailEntry(reason, _)) => format!("KVM cannot enter the guest, hardware reason {reason:#x}"),
+            Ok(other) => format!("unexpected exit {other:?}"),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                VcpuCounters::count(&self.counters.interrupted);
+                self.fd.set_kvm_immediate_exit(0);
+                return ControlFlow::Continue(());
+            }
+            Err(error) => format!("KVM_RUN: {error}"),
+        };
+        let index = self.index;
+        match self.fd.get_regs() {
+            Ok(regs) => tracing::error!(vcpu = index, failure, ?regs, "vCPU failed"),
+            Err(error) => tracing::error!(vcpu = index, failure, %error, "vCPU failed, registers unreadable"),
+        }
+        ControlFlow::Break(ExitReason::Failure(format!("vCPU {index}: {failure}")))
+    }
+
+    fn describe_internal_error(&mut self) -> String {
+        // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which KVM fills this member of the union.
+        let suberror = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
+        let what = match suberror {
+            1 => "instruction emulation failed",
+            2 => "simultaneous exceptions",
+            3 => "exit while delivering an event",
+            4 => "unexpected exit reason",
+            _ => "unknown",
+        };
+        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        format!("KVM internal error {suberror} ({what}) at rip {rip:#x}")
+    }
+}

@@ -1,0 +1,184 @@
+//! What can go wrong with a machine, one enum per operation.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::acpi::AcpiError;
+use crate::boot::BootError;
+use crate::bus::BusError;
+use crate::config::ConfigError;
+use crate::devices::virtio::vsock::VsockError;
+use crate::io_loop::IoLoopError;
+use crate::memory::MemoryError;
+use crate::vcpu::cpuid::CpuidError;
+use crate::vcpu::regs::RegsError;
+use crate::vm::VmState;
+
+/// KVM cannot be used at all.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// No device node: no virtualization, or the module is not loaded.
+    #[error("{0}: no such device: this host has no KVM (is the kvm module loaded, virtualization enabled?)")]
+    Missing(PathBuf),
+    /// The user may not open it.
+    #[error("{0}: permission denied: the process needs read and write access to KVM")]
+    Permission(PathBuf),
+    /// Anything else.
+    #[error("{path}: {source}")]
+    Open {
+        /// The device.
+        path: PathBuf,
+        /// Cause.
+        source: io::Error,
+    },
+    /// A KVM too old or too new.
+    #[error("{path}: KVM API version {version}, need 12")]
+    Version {
+        /// The device.
+        path: PathBuf,
+        /// Reported version.
+        version: i32,
+    },
+}
+
+/// A machine cannot be built. Nothing of it is left behind.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The configuration contradicts itself.
+    #[error("configuration: {0}")]
+    Config(#[from] ConfigError),
+    /// KVM cannot be used.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// A KVM request failed.
+    #[error("{ioctl}: {source}")]
+    Ioctl {
+        /// The ioctl.
+        ioctl: &'static str,
+        /// Cause.
+        source: io::Error,
+    },
+    /// More vCPUs than the host allows.
+    #[error("vcpus: {requested} requested, this host's KVM allows {supported}")]
+    TooManyVcpus {
+        /// Maximum of the configuration.
+        requested: u8,
+        /// KVM_CAP_MAX_VCPUS.
+        supported: usize,
+    },
+    /// More devices than slots.
+    #[error("devices: {requested} virtio-mmio slots requested (devices and hotplug slots), at most {max} exist")]
+    TooManySlots {
+        /// Devices and hotplug slots together.
+        requested: usize,
+        /// The limit.
+        max: u8,
+    },
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel, initramfs or command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// ACPI tables.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// CPUID.
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
+    /// vCPU registers.
+    #[error(transparent)]
+    Regs(#[from] RegsError),
+    /// Two devices at one address.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// A device.
+    #[error("device {id}: {reason}")]
+    Device {
+        /// Device id.
+        id: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The I/O loop.
+    #[error(transparent)]
+    Loop(#[from] IoLoopError),
+    /// An eventfd, signal handler or thread.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was attempted.
+        what: &'static str,
+        /// Cause.
+        source: io::Error,
+    },
+}
+
+/// A state change is not possible.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// The machine is in another state.
+    #[error("cannot {operation} a machine that is {state}")]
+    State {
+        /// What was asked.
+        operation: &'static str,
+        /// The state it is in.
+        state: VmState,
+    },
+    /// The machine has no vsock device.
+    #[error("the machine has no vsock device")]
+    NoVsock,
+    /// A vsock operation failed.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
+}
+
+/// A device cannot be added or removed. The machine is as before.
+#[derive(Debug, thiserror::Error)]
+pub enum HotplugError {
+    /// The configuration contradicts itself.
+    #[error("configuration: {0}")]
+    Config(#[from] ConfigError),
+    /// The machine is stopped.
+    #[error("device {id}: the machine is {state}")]
+    State {
+        /// Device id.
+        id: String,
+        /// The state it is in.
+        state: VmState,
+    },
+    /// The id is taken.
+    #[error("device {0}: a device with this id exists")]
+    Exists(String),
+    /// There is no such device.
+    #[error("device {0}: no such device")]
+    NotFound(String),
+    /// All slots are taken.
+    #[error("device {id}: all {slots} virtio-mmio slots are taken")]
+    NoFreeSlot {
+        /// Device id.
+        id: String,
+        /// Number of slots.
+        slots: usize,
+    },
+    /// The guest still uses it.
+    #[error("device {0}: the guest's driver is still bound to it")]
+    InUse(String),
+    /// The device itself.
+    #[error("device {id}: {reason}")]
+    Device {
+        /// Device id.
+        id: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// KVM or the host refused.
+    #[error("device {id}: {what}: {source}")]
+    Host {
+        /// Device id.
+        id: String,
+        /// What was attempted.
+        what: &'static str,
+        /// Cause.
+        source: io::Error,
+    },
+}

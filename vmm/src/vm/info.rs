@@ -1,0 +1,81 @@
+//! What a machine tells about itself.
+
+use std::time::{Instant, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use crate::vcpu::metrics::VcpuMetrics;
+
+/// A device and where the guest finds it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// Id from the configuration.
+    pub id: String,
+    /// First address of its registers.
+    pub mmio_address: u64,
+    /// Size of its address window.
+    pub size: u64,
+    /// Its interrupt.
+    pub gsi: u32,
+    /// Name of the platform device in the guest, e.g. `LNRO0005:03` (`/sys/bus/platform/devices/…`).
+    pub acpi_name: String,
+    /// The slot held another device before: Linux keeps the platform device then, so the guest must write `acpi_name` to
+    /// `/sys/bus/platform/drivers/virtio-mmio/bind` itself.
+    pub needs_bind: bool,
+}
+
+/// Kernel thread ids, for cgroups and scheduling.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThreadIds {
+    /// vCPU index and thread id.
+    pub vcpus: Vec<(u8, i32)>,
+    /// The I/O loop.
+    pub io: i32,
+}
+
+/// A moment, on both clocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mark {
+    /// For durations.
+    pub instant: Instant,
+    /// For timelines across processes.
+    pub time: SystemTime,
+}
+
+impl Mark {
+    /// Now.
+    pub fn now() -> Self {
+        Self { instant: Instant::now(), time: SystemTime::now() }
+    }
+}
+
+/// When the phases of a boot happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BootTimings {
+    /// `Vm::new` was called.
+    pub build_started: Mark,
+    /// `Vm::new` was done.
+    pub built: Mark,
+    /// The vCPUs were let into the guest.
+    pub started: Option<Mark>,
+}
+
+/// Counters of a machine.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmMetrics {
+    /// VM exits, by vCPU index.
+    pub vcpus: Vec<VcpuMetrics>,
+    /// Devices, in slot order.
+    pub devices: Vec<DeviceMetrics>,
+}
+
+/// Counters of a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceMetrics {
+    /// Device id.
+    pub id: String,
+    /// A driver runs it.
+    pub active: bool,
+    /// Interrupts sent to the guest.
+    pub interrupts: u64,
+}

@@ -1,0 +1,84 @@
+//! Opening KVM and creating a VM, with errors a person can act on.
+
+use std::io;
+use std::path::Path;
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::{Address, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
+
+use crate::memory::{GuestMemory, layout};
+use crate::vm::error::{BuildError, KvmError};
+
+/// The device node.
+pub const DEVICE: &str = "/dev/kvm";
+const API_VERSION: i32 = 12;
+/// Attempts at KVM_CREATE_VM while it says EINTR.
+const CREATE_ATTEMPTS: u32 = 5;
+
+/// Opens [`DEVICE`].
+///
+/// # Errors
+/// [`KvmError`] tells a missing device, a lack of permission and a wrong version apart.
+pub fn open() -> Result<Kvm, KvmError> {
+    let path = Path::new(DEVICE).to_owned();
+    // kvm-ioctls takes a C string; the path is constant.
+    let kvm = Kvm::new().map_err(|error| match error.errno() {
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Missing(path.clone()),
+        libc::EACCES | libc::EPERM => KvmError::Permission(path.clone()),
+        errno => KvmError::Open { path: path.clone(), source: io::Error::from_raw_os_error(errno) },
+    })?;
+    match kvm.get_api_version() {
+        API_VERSION => Ok(kvm),
+        version => Err(KvmError::Version { path, version }),
+    }
+}
+
+/// Creates a VM. KVM_CREATE_VM can say EINTR without a signal being meant for it (mm_take_all_locks gives up when any
+/// is pending), so it is tried again.
+///
+/// # Errors
+/// [`BuildError::Ioctl`].
+pub fn create_vm(kvm: &Kvm) -> Result<VmFd, BuildError> {
+    let mut attempt = 0;
+    loop {
+        attempt += 1;
+        match kvm.create_vm() {
+            Ok(vm) => return Ok(vm),
+            Err(error) if error.errno() == libc::EINTR && attempt < CREATE_ATTEMPTS => {}
+            Err(error) => return Err(ioctl_error("KVM_CREATE_VM")(error)),
+        }
+    }
+}
+
+/// Gives KVM all guest memory. Slow once an irqchip or ioeventfd exists (Linux 6.18 and later), so it comes first.
+///
+/// # Errors
+/// [`BuildError::Ioctl`].
+pub fn set_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), BuildError> {
+    // KVM's own memslots, needed by Intel CPUs.
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(ioctl_error("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    vm.set_tss_address(layout::KVM_TSS).map_err(ioctl_error("KVM_SET_TSS_ADDR"))?;
+    for (slot, region) in (0u32..).zip(memory.iter()) {
+        let host = region.get_host_address(MemoryRegionAddress(0)).map_err(|e| BuildError::Host {
+            what: "address of guest memory",
+            source: io::Error::other(e.to_string()),
+        })?;
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: host as u64,
+        };
+        // SAFETY: the range is one whole mapping owned by `memory`, which outlives the VM: the machine drops its VmFd
+        // and vCPUs first. Regions do not overlap.
+        unsafe { vm.set_user_memory_region(region) }.map_err(ioctl_error("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}
+
+/// Turns an errno into a [`BuildError::Ioctl`] that names the request.
+pub fn ioctl_error(ioctl: &'static str) -> impl Fn(kvm_ioctls::Error) -> BuildError {
+    move |error| BuildError::Ioctl { ioctl, source: io::Error::from_raw_os_error(error.errno()) }
+}

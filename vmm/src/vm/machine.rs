@@ -1,0 +1,237 @@
+//! The parts of a built machine and how they are taken apart.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::devices::ged::Ged;
+use crate::devices::virtio::mmio::{Host, MmioTransport, QUEUE_NOTIFY};
+use crate::devices::virtio::slots::{self, Slots};
+use crate::devices::virtio::{Interrupt, VirtioDevice};
+use crate::io_loop::IoLoop;
+use crate::memory::{GuestMemory, layout};
+use crate::vcpu::run::VcpuThread;
+use crate::vm::info::{DeviceInfo, DeviceMetrics, VmMetrics};
+
+/// A device cannot be connected to KVM.
+#[derive(Debug)]
+pub struct ConnectError {
+    /// What was attempted.
+    pub what: &'static str,
+    /// Cause.
+    pub source: io::Error,
+}
+
+/// What the machine knows about a slot, whatever is in it.
+#[derive(Debug)]
+struct SlotState {
+    gsi: u32,
+    irqfd: Option<Arc<EventFd>>,
+    /// A device was taken out of it.
+    used_before: bool,
+}
+
+/// A built machine; exists until the reaper takes it apart. Fields are dropped in this order.
+#[derive(Debug)]
+pub struct Machine {
+    /// vCPU threads, at the gate or in the guest.
+    pub vcpus: Vec<VcpuThread>,
+    /// The device slots.
+    pub slots: Arc<Slots>,
+    slot_states: Vec<SlotState>,
+    /// Tells the guest about slots.
+    pub ged: Arc<Ged>,
+    vm: Arc<VmFd>,
+    /// Guest RAM.
+    pub memory: Arc<GuestMemory>,
+    /// The loop of the device workers.
+    pub io: IoLoop,
+    io_thread: JoinHandle<()>,
+}
+
+impl Machine {
+    /// A machine without devices and vCPU threads.
+    pub fn new(
+        vm: Arc<VmFd>,
+        memory: Arc<GuestMemory>,
+        slots: Arc<Slots>,
+        slot_gsis: &[u32],
+        ged: Arc<Ged>,
+        (io, io_thread): (IoLoop, JoinHandle<()>),
+    ) -> Self {
+        let slot_states =
+            slot_gsis.iter().map(|gsi| SlotState { gsi: *gsi, irqfd: None, used_before: false }).collect();
+        Self { vcpus: Vec::new(), slots, slot_states, ged, vm, memory, io, io_thread }
+    }
+
+    /// The slot a new device goes to: preferably one that never had a device, because Linux binds its driver by itself
+    /// there.
+    pub fn free_slot(&self) -> Option<usize> {
+        let free = |index: &usize| self.slots.lock(*index).is_some_and(|slot| slot.is_none());
+        let fresh = |index: &usize| self.slot_states.get(*index).is_some_and(|s| !s.used_before);
+        let all = 0..self.slots.len();
+        all.clone().find(|i| free(i) && fresh(i)).or_else(|| all.clone().find(free))
+    }
+
+    /// The slot of the device called `id`.
+    pub fn slot_of(&self, id: &str) -> Option<usize> {
+        (0..self.slots.len())
+            .find(|index| self.slots.lock(*index).is_some_and(|slot| slot.as_ref().is_some_and(|t| t.id() == id)))
+    }
+
+    /// Puts `device` into the empty slot `index`: interrupt, doorbells, registers, presence, in this order.
+    ///
+    /// # Errors
+    /// [`ConnectError`]; the slot is empty as before.
+    pub fn plug(&mut self, index: usize, device: Box<dyn VirtioDevice>) -> Result<DeviceInfo, ConnectError> {
+        let no_slot = || ConnectError { what: "slot", source: io::ErrorKind::NotFound.into() };
+        let state = self.slot_states.get_mut(index).ok_or_else(no_slot)?;
+        let irqfd = new_eventfd()?;
+        self.vm.register_irqfd(&irqfd, state.gsi).map_err(connect_error("KVM_IRQFD"))?;
+        let kicks = match register_kicks(&self.vm, index, device.queue_sizes().len()) {
+            Ok(kicks) => kicks,
+            Err(error) => {
+                unregister("KVM_IRQFD", self.vm.unregister_irqfd(&irqfd, state.gsi));
+                return Err(error);
+            }
+        };
+        let info = DeviceInfo {
+            id: device.id().to_owned(),
+            mmio_address: Slots::address(index),
+            size: layout::VIRTIO_MMIO_SLOT_SIZE,
+            gsi: state.gsi,
+            acpi_name: slots::acpi_name(index),
+            needs_bind: state.used_before,
+        };
+        let host = Host { memory: self.memory.clone(), io: self.io.clone() };
+        let interrupt = Interrupt::new(Arc::default(), irqfd.clone());
+        state.irqfd = Some(irqfd);
+        if let Some(mut slot) = self.slots.lock(index) {
+            *slot = Some(MmioTransport::new(device, host, interrupt, kicks));
+        }
+        self.slots.set_present(index, true);
+        Ok(info)
+    }
+
+    /// Takes the device out of slot `index` and stops it.
+    pub fn unplug(&mut self, index: usize) -> Option<DeviceInfo> {
+        let mut transport = self.slots.lock(index)?.take()?;
+        self.slots.set_present(index, false);
+        transport.reset();
+        unregister_kicks(&self.vm, index, transport.kicks());
+        let state = self.slot_states.get_mut(index)?;
+        if let Some(irqfd) = state.irqfd.take() {
+            unregister("KVM_IRQFD", self.vm.unregister_irqfd(&irqfd, state.gsi));
+        }
+        state.used_before = true;
+        Some(DeviceInfo {
+            id: transport.id().to_owned(),
+            mmio_address: Slots::address(index),
+            size: layout::VIRTIO_MMIO_SLOT_SIZE,
+            gsi: state.gsi,
+            acpi_name: slots::acpi_name(index),
+            needs_bind: true,
+        })
+    }
+
+    /// Counters of all vCPUs and devices.
+    pub fn metrics(&self) -> VmMetrics {
+        let device = |index| {
+            let slot = self.slots.lock(index)?;
+            let transport = slot.as_ref()?;
+            Some(DeviceMetrics {
+                id: transport.id().to_owned(),
+                active: transport.is_active(),
+                interrupts: transport.interrupt().raised(),
+            })
+        };
+        VmMetrics {
+            vcpus: self.vcpus.iter().map(|vcpu| vcpu.counters.snapshot()).collect(),
+            devices: (0..self.slots.len()).filter_map(device).collect(),
+        }
+    }
+
+    /// Ends all threads and device workers; the gate must have been ended before. What is left is memory and file
+    /// descriptors, freed when the result is dropped.
+    pub fn shut_down(mut self) -> Remains {
+        let vcpus = std::mem::take(&mut self.vcpus);
+        for vcpu in &vcpus {
+            vcpu.kick();
+        }
+        for vcpu in vcpus {
+            vcpu.join();
+        }
+        // Output the guest had queued before its last breath still reaches the console.
+        if let Err(error) = self.io.drain() {
+            tracing::warn!(%error, "devices are stopped without draining");
+        }
+        for index in 0..self.slots.len() {
+            if let Some(mut slot) = self.slots.lock(index)
+                && let Some(transport) = slot.as_mut()
+            {
+                transport.reset();
+            }
+            if let Some(mut slot) = self.slots.lock(index) {
+                *slot = None;
+            }
+        }
+        self.io.stop();
+        if self.io_thread.join().is_err() {
+            tracing::error!("I/O loop panicked");
+        }
+        Remains { _vm: self.vm, _memory: self.memory }
+    }
+}
+
+/// What is slow to free: the VM's file descriptor and its memory, in this order.
+#[derive(Debug)]
+pub struct Remains {
+    _vm: Arc<VmFd>,
+    _memory: Arc<GuestMemory>,
+}
+
+fn register_kicks(vm: &VmFd, slot: usize, queues: usize) -> Result<Vec<Arc<EventFd>>, ConnectError> {
+    let address = IoEventAddress::Mmio(Slots::address(slot) + QUEUE_NOTIFY);
+    let mut kicks = Vec::new();
+    for queue in (0u32..).take(queues) {
+        let registered = new_eventfd().and_then(|kick| {
+            vm.register_ioevent(&kick, &address, queue).map_err(connect_error("KVM_IOEVENTFD"))?;
+            Ok(kick)
+        });
+        match registered {
+            Ok(kick) => kicks.push(kick),
+            Err(error) => {
+                unregister_kicks(vm, slot, &kicks);
+                return Err(error);
+            }
+        }
+    }
+    Ok(kicks)
+}
+
+fn unregister_kicks(vm: &VmFd, slot: usize, kicks: &[Arc<EventFd>]) {
+    let address = IoEventAddress::Mmio(Slots::address(slot) + QUEUE_NOTIFY);
+    for (queue, kick) in (0u32..).zip(kicks) {
+        unregister("KVM_IOEVENTFD", vm.unregister_ioevent(kick, &address, queue));
+    }
+}
+
+/// Undoing a registration fails only if it was not there; there is nobody to tell.
+fn unregister(what: &str, result: Result<(), kvm_ioctls::Error>) {
+    if let Err(error) = result {
+        tracing::warn!(what, %error, "cannot undo a registration");
+    }
+}
+
+fn new_eventfd() -> Result<Arc<EventFd>, ConnectError> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+        .map(Arc::new)
+        .map_err(|source| ConnectError { what: "eventfd", source })
+}
+
+fn connect_error(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> ConnectError {
+    move |error| ConnectError { what, source: io::Error::from_raw_os_error(error.errno()) }
+}

@@ -1,0 +1,235 @@
+//! The handle of a machine.
+
+mod build;
+mod devices;
+mod error;
+mod exit;
+mod hotplug;
+mod info;
+mod kvm;
+pub(crate) mod lifecycle;
+mod machine;
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+pub use error::{BuildError, HotplugError, KvmError, VmError};
+pub use exit::ExitReason;
+pub use info::{BootTimings, DeviceInfo, DeviceMetrics, Mark, ThreadIds, VmMetrics};
+pub use lifecycle::VmState;
+
+use crate::config::VmConfig;
+use crate::devices::virtio::console::ConsoleLog;
+use crate::devices::virtio::vsock::{AttachOptions, VsockHandle, VsockListener};
+use lifecycle::Lifecycle;
+use machine::Machine;
+
+/// A virtual machine. Methods may be called from any thread; dropping the handle stops the machine.
+#[derive(Debug)]
+pub struct Vm {
+    id: String,
+    lifecycle: Arc<Lifecycle>,
+    /// `None` once the reaper has taken it.
+    machine: Arc<Mutex<Option<Machine>>>,
+    /// Start, pause and resume one at a time.
+    operation: Mutex<()>,
+    console: ConsoleLog,
+    vsock: Option<VsockHandle>,
+    timings: Mutex<BootTimings>,
+}
+
+impl Vm {
+    /// Builds the machine: memory, kernel, devices, vCPU threads. No guest code runs yet.
+    ///
+    /// # Errors
+    /// [`BuildError`]; nothing is left behind.
+    pub fn new(config: VmConfig) -> Result<Self, BuildError> {
+        let build_started = Mark::now();
+        let build::Built { machine, lifecycle, console, vsock } = build::build(&config)?;
+        let thread_count = machine.vcpus.len();
+        let machine = Arc::new(Mutex::new(Some(machine)));
+        spawn_reaper(lifecycle.clone(), machine.clone()).inspect_err(|_| {
+            lifecycle.gate().end();
+            if let Some(machine) = lock(&machine).take() {
+                drop(machine.shut_down());
+            }
+        })?;
+        tracing::info!(id = config.id, vcpus = thread_count, "machine built");
+        let timings = BootTimings { build_started, built: Mark::now(), started: None };
+        Ok(Self {
+            id: config.id,
+            lifecycle,
+            machine,
+            operation: Mutex::new(()),
+            console,
+            vsock,
+            timings: Mutex::new(timings),
+        })
+    }
+
+    /// Lets the vCPUs into the guest.
+    ///
+    /// # Errors
+    /// [`VmError::State`] unless the machine is configured.
+    pub fn start(&self) -> Result<(), VmError> {
+        let _operation = lock(&self.operation);
+        self.transition("start", VmState::Configured, VmState::Running)?;
+        lock(&self.timings).started = Some(Mark::now());
+        self.lifecycle.gate().open();
+        Ok(())
+    }
+
+    /// Stops all vCPUs between two instructions; when this returns none is in the guest. Device workers go on.
+    ///
+    /// # Errors
+    /// [`VmError::State`] unless the machine is running, or when it ends meanwhile.
+    pub fn pause(&self) -> Result<(), VmError> {
+        let _operation = lock(&self.operation);
+        self.transition("pause", VmState::Running, VmState::Running)?;
+        self.lifecycle.gate().close();
+        if let Some(machine) = &*lock(&self.machine) {
+            for vcpu in &machine.vcpus {
+                vcpu.kick();
+            }
+        }
+        self.lifecycle.gate().wait_parked();
+        self.transition("pause", VmState::Running, VmState::Paused)
+    }
+
+    /// Lets paused vCPUs go on; the guest's clock and watchdogs are told.
+    ///
+    /// # Errors
+    /// [`VmError::State`] unless the machine is paused.
+    pub fn resume(&self) -> Result<(), VmError> {
+        let _operation = lock(&self.operation);
+        self.transition("resume", VmState::Paused, VmState::Running)?;
+        self.lifecycle.gate().open();
+        Ok(())
+    }
+
+    /// Ends the machine, in whatever state it is; when this returns no vCPU and no device worker runs. Memory and file
+    /// descriptors are freed in the background. On a stopped machine it does nothing.
+    ///
+    /// # Errors
+    /// None today; a stop that could fail would say so here.
+    pub fn stop(&self) -> Result<(), VmError> {
+        self.lifecycle.finish(ExitReason::Stopped);
+        self.wait();
+        Ok(())
+    }
+
+    /// Where the machine is in its life.
+    pub fn state(&self) -> VmState {
+        self.lifecycle.state()
+    }
+
+    /// Waits until the machine is stopped and says why. Any number of callers may wait.
+    pub fn wait(&self) -> ExitReason {
+        loop {
+            if let Some(reason) = self.lifecycle.wait_stopped(None) {
+                return reason;
+            }
+        }
+    }
+
+    /// Waits at most `timeout` until the machine is stopped.
+    pub fn wait_timeout(&self, timeout: Duration) -> Option<ExitReason> {
+        // A timeout beyond the clock's range waits for ever.
+        self.lifecycle.wait_stopped(Instant::now().checked_add(timeout))
+    }
+
+    /// The guest's console output.
+    pub fn console(&self) -> ConsoleLog {
+        self.console.clone()
+    }
+
+    /// The host side of the vsock device, if the machine has one.
+    pub fn vsock(&self) -> Option<VsockHandle> {
+        self.vsock.clone()
+    }
+
+    /// Connects to `port` in the guest; see [`VsockHandle::connect`].
+    ///
+    /// # Errors
+    /// [`VmError::NoVsock`] or [`VmError::Vsock`].
+    pub fn vsock_connect(&self, port: u32, timeout: Duration) -> Result<UnixStream, VmError> {
+        Ok(self.need_vsock()?.connect(port, timeout)?)
+    }
+
+    /// Accepts the guest's connections to `port`; see [`VsockHandle::listen`].
+    ///
+    /// # Errors
+    /// [`VmError::NoVsock`] or [`VmError::Vsock`].
+    pub fn vsock_listen(&self, port: u32) -> Result<VsockListener, VmError> {
+        Ok(self.need_vsock()?.listen(port)?)
+    }
+
+    /// Relays between `fd` and `port` in the guest; see [`VsockHandle::attach`].
+    ///
+    /// # Errors
+    /// [`VmError::NoVsock`] or [`VmError::Vsock`].
+    pub fn vsock_attach(&self, fd: OwnedFd, port: u32, options: AttachOptions) -> Result<u32, VmError> {
+        Ok(self.need_vsock()?.attach(fd, port, options)?)
+    }
+
+    fn need_vsock(&self) -> Result<&VsockHandle, VmError> {
+        self.vsock.as_ref().ok_or(VmError::NoVsock)
+    }
+
+    /// Counters of vCPUs and devices; empty once the machine is stopped.
+    pub fn metrics(&self) -> VmMetrics {
+        lock(&self.machine).as_ref().map(Machine::metrics).unwrap_or_default()
+    }
+
+    /// Kernel thread ids of the vCPUs and the I/O loop; empty, with an `io` of 0, once the machine is stopped.
+    pub fn thread_ids(&self) -> ThreadIds {
+        match &*lock(&self.machine) {
+            Some(machine) => ThreadIds {
+                vcpus: machine.vcpus.iter().map(|vcpu| (vcpu.index, vcpu.tid)).collect(),
+                io: machine.io.thread_id(),
+            },
+            None => ThreadIds { vcpus: Vec::new(), io: 0 },
+        }
+    }
+
+    /// When the phases of the boot happened.
+    pub fn timings(&self) -> BootTimings {
+        *lock(&self.timings)
+    }
+
+    fn transition(&self, operation: &'static str, from: VmState, to: VmState) -> Result<(), VmError> {
+        self.lifecycle.transition(&[from], to).map_err(|state| VmError::State { operation, state })
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        tracing::debug!(id = self.id, "machine handle dropped");
+        self.lifecycle.finish(ExitReason::Stopped);
+    }
+}
+
+/// Starts the thread that takes the machine apart when it ends. It exists from the beginning because at the end it might
+/// not be possible to start one.
+fn spawn_reaper(lifecycle: Arc<Lifecycle>, machine: Arc<Mutex<Option<Machine>>>) -> Result<(), BuildError> {
+    let reap = move || {
+        let reason = lifecycle.wait_ending();
+        let machine = lock(&machine).take();
+        let remains = machine.map(Machine::shut_down);
+        lifecycle.set_stopped(reason);
+        // Closing the VM and unmapping its memory takes long; nobody waits for it.
+        drop(remains);
+    };
+    thread::Builder::new()
+        .name("vmm-reaper".to_owned())
+        .spawn(reap)
+        .map(drop)
+        .map_err(|source| BuildError::Host { what: "reaper thread", source })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
