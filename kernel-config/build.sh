@@ -32,7 +32,7 @@ main() {
         2:--tree) tree="$(realpath -m "$2")" ;;
         *) die "usage: build.sh [--check | --tree DIR]" ;;
     esac
-    need_packages "$SOURCE_PACKAGE" gcc make flex bison bc libelf-dev libssl-dev lz4 xz-utils cpio
+    need_packages "${KERNEL_PACKAGES[@]}"
     if [ "$check_only" = yes ]; then
         unpack
         configure
@@ -76,8 +76,11 @@ unpack() {
     tree="${tree:-$work/tree}"
     [ ! -f "$tree/Makefile" ] || return 0
     say "unpacking $TARBALL"
-    mkdir -p "$tree"
-    tar -x -f "$TARBALL" -C "$tree" --strip-components=1
+    [ ! -e "$tree" ] || die "$tree exists and is not a kernel tree"
+    mkdir -p "$(dirname "$tree")" "$work/unpacked"
+    tar -x -f "$TARBALL" -C "$work/unpacked" --strip-components=1
+    # Only a complete tree gets the name that a second run trusts.
+    mv "$work/unpacked" "$tree"
 }
 
 # tinyconfig's choices first, then ours; what neither names is off. (allnoconfig, not olddefconfig over tinyconfig:

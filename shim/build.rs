@@ -15,11 +15,17 @@ fn main() -> Result<(), Box<dyn Error>> {
         .out_dir(&out)
         .run()?;
     // The generated file starts with inner attributes, so it must be a module file: options.rs includes this line.
-    std::fs::write(out.join("wire.rs"), "#[allow(missing_docs)]\nmod runtimeoptions;\n")?;
+    std::fs::write(
+        out.join("wire.rs"),
+        "#[allow(missing_docs)]\nmod runtimeoptions;\n",
+    )?;
     println!("cargo::rerun-if-changed=protos/runtimeoptions.proto");
 
     // A tarball without git builds too: its revision is "unknown".
-    println!("cargo::rustc-env=SHIM_REVISION={}", revision().as_deref().unwrap_or("unknown"));
+    println!(
+        "cargo::rustc-env=SHIM_REVISION={}",
+        revision().as_deref().unwrap_or("unknown")
+    );
     for file in ["../.git/HEAD", "../.git/logs/HEAD"] {
         if Path::new(file).exists() {
             println!("cargo::rerun-if-changed={file}");
@@ -29,7 +35,10 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 fn revision() -> Option<String> {
-    let output = Command::new("git").args(["rev-parse", "--short=12", "HEAD"]).output().ok()?;
+    let output = Command::new("git")
+        .args(["rev-parse", "--short=12", "HEAD"])
+        .output()
+        .ok()?;
     let revision = String::from_utf8(output.stdout).ok()?;
     (output.status.success() && !revision.trim().is_empty()).then(|| revision.trim().to_owned())
 }

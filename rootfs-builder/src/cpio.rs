@@ -63,11 +63,18 @@ impl<W: Write> Writer<W> {
         (major, minor): (u32, u32),
         data: &[u8],
     ) -> io::Result<()> {
-        let too_large = || io::Error::new(io::ErrorKind::InvalidInput, format!("{name} is larger than 4 GiB"));
+        let too_large = || {
+            io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{name} is larger than 4 GiB"),
+            )
+        };
         let size = u32::try_from(data.len()).map_err(|_| too_large())?;
         let name_size = u32::try_from(name.len() + 1).map_err(|_| too_large())?;
         // ino mode uid gid nlink mtime filesize devmajor devminor rdevmajor rdevminor namesize check
-        let fields = [inode, mode, 0, 0, links, 0, size, 0, 0, major, minor, name_size, 0];
+        let fields = [
+            inode, mode, 0, 0, links, 0, size, 0, 0, major, minor, name_size, 0,
+        ];
         self.out.write_all(MAGIC.as_bytes())?;
         for field in fields {
             write!(self.out, "{field:08x}")?;
@@ -82,7 +89,11 @@ impl<W: Write> Writer<W> {
     fn pad(&mut self, length: usize) -> io::Result<()> {
         const ALIGNMENT: usize = 4;
         let rest = length % ALIGNMENT;
-        if rest == 0 { Ok(()) } else { self.out.write_all(&[0; ALIGNMENT][rest..]) }
+        if rest == 0 {
+            Ok(())
+        } else {
+            self.out.write_all(&[0; ALIGNMENT][rest..])
+        }
     }
 }
 
@@ -93,8 +104,25 @@ mod tests {
     fn archive() -> Vec<u8> {
         let mut writer = Writer::new(Vec::new());
         writer.add("dev", &Node::Directory).unwrap();
-        writer.add("dev/console", &Node::CharDevice { mode: 0o600, major: 5, minor: 1 }).unwrap();
-        writer.add("init", &Node::File { mode: 0o755, data: b"hello".to_vec() }).unwrap();
+        writer
+            .add(
+                "dev/console",
+                &Node::CharDevice {
+                    mode: 0o600,
+                    major: 5,
+                    minor: 1,
+                },
+            )
+            .unwrap();
+        writer
+            .add(
+                "init",
+                &Node::File {
+                    mode: 0o755,
+                    data: b"hello".to_vec(),
+                },
+            )
+            .unwrap();
         writer.finish().unwrap()
     }
 
@@ -104,19 +132,20 @@ mod tests {
 
         let header = std::str::from_utf8(&bytes[..110]).unwrap();
         let expected = concat!(
-            "070701", "00000001", "000041ed", "00000000", "00000000", "00000002", "00000000", "00000000", "00000000",
-            "00000000", "00000000", "00000000", "00000004", "00000000"
+            "070701", "00000001", "000041ed", "00000000", "00000000", "00000002", "00000000", "00000000",
+            "00000000", "00000000", "00000000", "00000000", "00000004", "00000000"
         );
         assert_eq!(header, expected);
-        assert_eq!(&bytes[110..116], b"dev\0\0\0".split_at(6).0.as_ref());
+        assert_eq!(&bytes[110..116], b"dev\0\0\0");
     }
 
     #[test]
     fn members_when_written_stay_aligned() {
         let bytes = archive();
 
-        let starts: Vec<usize> =
-            (0..bytes.len() - 5).filter(|at| &bytes[*at..at + 6] == MAGIC.as_bytes()).collect();
+        let starts: Vec<usize> = (0..bytes.len() - 5)
+            .filter(|at| &bytes[*at..at + 6] == MAGIC.as_bytes())
+            .collect();
 
         assert_eq!(starts.len(), 4);
         assert!(starts.iter().all(|start| start % 4 == 0), "{starts:?}");

@@ -60,7 +60,10 @@ fn stage(tree: &Tree, folder: &Path) -> Result<(), ErofsError> {
                 match status {
                     Ok(status) if status.success() => {}
                     Ok(status) => {
-                        return Err(ErofsError::Device { path: target, source: io::Error::other(status.to_string()) });
+                        return Err(ErofsError::Device {
+                            path: target,
+                            source: io::Error::other(status.to_string()),
+                        });
                     }
                     Err(source) => return Err(ErofsError::Device { path: target, source }),
                 }
@@ -80,6 +83,8 @@ fn make(folder: &Path, output: &Path) -> Result<(), ErofsError> {
     if run.status.success() {
         Ok(())
     } else {
-        Err(ErofsError::Failed(String::from_utf8_lossy(&run.stderr).trim().to_owned()))
+        Err(ErofsError::Failed(
+            String::from_utf8_lossy(&run.stderr).trim().to_owned(),
+        ))
     }
 }

@@ -98,12 +98,19 @@ fn build(arguments: &Arguments) -> Result<(), BuildError> {
             tree.add_file(&module.target, 0o644, bytes);
             bar.inc(1);
         }
-        tree.add_file(&modules::list_path(&release), 0o644, modules::load_list(&plan).into_bytes());
+        tree.add_file(
+            &modules::list_path(&release),
+            0o644,
+            modules::load_list(&plan).into_bytes(),
+        );
         bar.finish_and_clear();
     }
 
     write(&tree, arguments)?;
-    let written = |source| BuildError::Write { path: arguments.output.clone(), source };
+    let written = |source| BuildError::Write {
+        path: arguments.output.clone(),
+        source,
+    };
     let total = fs::metadata(&arguments.output).map_err(written)?.len();
     println!("agent    {}", HumanBytes(agent_size));
     if module_count > 0 {
@@ -123,8 +130,10 @@ fn write(tree: &Tree, arguments: &Arguments) -> Result<(), BuildError> {
         Format::Erofs => erofs::build(tree, &partial).map_err(BuildError::from),
     };
     let result = result.and_then(|()| {
-        fs::rename(&partial, &arguments.output)
-            .map_err(|source| BuildError::Write { path: arguments.output.clone(), source })
+        fs::rename(&partial, &arguments.output).map_err(|source| BuildError::Write {
+            path: arguments.output.clone(),
+            source,
+        })
     });
     if result.is_err() {
         // The error below says more than a failure to remove what may not exist.
@@ -134,7 +143,10 @@ fn write(tree: &Tree, arguments: &Arguments) -> Result<(), BuildError> {
 }
 
 fn write_initramfs(tree: &Tree, path: &Path) -> Result<(), BuildError> {
-    let failed = |source| BuildError::Write { path: path.to_owned(), source };
+    let failed = |source| BuildError::Write {
+        path: path.to_owned(),
+        source,
+    };
     let bar = progress(tree.len() as u64, "initramfs");
     let file = fs::File::create(path).map_err(failed)?;
     let mut archive = cpio::Writer::new(io::BufWriter::new(file));
@@ -152,22 +164,37 @@ fn read_agent(path: &Path) -> Result<Vec<u8>, BuildError> {
     const ELF64: &[u8] = b"\x7fELF\x02";
     const PT_INTERP: u32 = 3;
 
-    let bytes = fs::read(path).map_err(|source| BuildError::Agent { path: path.to_owned(), source })?;
-    let not_elf = || BuildError::NotElf { path: path.to_owned() };
+    let bytes = fs::read(path).map_err(|source| BuildError::Agent {
+        path: path.to_owned(),
+        source,
+    })?;
+    let not_elf = || BuildError::NotElf {
+        path: path.to_owned(),
+    };
     if !bytes.starts_with(ELF64) {
         return Err(not_elf());
     }
     // Elf64_Ehdr: e_phoff at 32, e_phentsize at 54, e_phnum at 56. Elf64_Phdr: p_type at 0.
     let number = |offset: usize, size: usize| -> Option<usize> {
         let field = bytes.get(offset..offset.checked_add(size)?)?;
-        field.iter().rev().try_fold(0usize, |value, byte| value.checked_mul(256)?.checked_add(usize::from(*byte)))
+        field.iter().rev().try_fold(0usize, |value, byte| {
+            value.checked_mul(256)?.checked_add(usize::from(*byte))
+        })
     };
-    let (start, size, count) =
-        number(32, 8).zip(number(54, 2)).zip(number(56, 2)).map(|((a, b), c)| (a, b, c)).ok_or_else(not_elf)?;
+    let (start, size, count) = number(32, 8)
+        .zip(number(54, 2))
+        .zip(number(56, 2))
+        .map(|((a, b), c)| (a, b, c))
+        .ok_or_else(not_elf)?;
     for index in 0..count {
-        let kind = start.checked_add(index * size).and_then(|at| number(at, 4)).ok_or_else(not_elf)?;
+        let kind = start
+            .checked_add(index * size)
+            .and_then(|at| number(at, 4))
+            .ok_or_else(not_elf)?;
         if kind == PT_INTERP as usize {
-            return Err(BuildError::NotStatic { path: path.to_owned() });
+            return Err(BuildError::NotStatic {
+                path: path.to_owned(),
+            });
         }
     }
     Ok(bytes)

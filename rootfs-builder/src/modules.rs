@@ -66,9 +66,11 @@ impl Module {
         let bytes = read(&self.source)?;
         if self.source.extension().is_some_and(|extension| extension == "xz") {
             let mut out = Vec::new();
-            lzma_rs::xz_decompress(&mut bytes.as_slice(), &mut out).map_err(|error| ModuleError::Decompress {
-                path: self.source.clone(),
-                reason: format!("{error:?}"),
+            lzma_rs::xz_decompress(&mut bytes.as_slice(), &mut out).map_err(|error| {
+                ModuleError::Decompress {
+                    path: self.source.clone(),
+                    reason: format!("{error:?}"),
+                }
             })?;
             return Ok(out);
         }
@@ -82,7 +84,10 @@ pub fn release(folder: &Path, chosen: Option<&str>) -> Result<String, ModuleErro
         return Ok(release.to_owned());
     }
     let path = folder.join("lib/modules");
-    let failed = |source| ModuleError::Read { path: path.clone(), source };
+    let failed = |source| ModuleError::Read {
+        path: path.clone(),
+        source,
+    };
     let mut releases = Vec::new();
     for entry in fs::read_dir(&path).map_err(failed)? {
         releases.push(entry.map_err(failed)?.file_name().to_string_lossy().into_owned());
@@ -91,7 +96,10 @@ pub fn release(folder: &Path, chosen: Option<&str>) -> Result<String, ModuleErro
     match releases.as_slice() {
         [only] => Ok(only.clone()),
         [] => Err(ModuleError::NoRelease { path }),
-        several => Err(ModuleError::SeveralReleases { path, releases: several.join(", ") }),
+        several => Err(ModuleError::SeveralReleases {
+            path,
+            releases: several.join(", "),
+        }),
     }
 }
 
@@ -108,7 +116,10 @@ pub fn resolve(folder: &Path, release: &str, wanted: &[&str]) -> Result<Vec<Modu
         if let Some(path) = index.by_name.get(&key) {
             index.visit(path, &mut seen, &mut plan);
         } else if !index.builtin.contains(&key) && !DEFAULT.contains(name) {
-            return Err(ModuleError::Unknown { name: (*name).to_owned(), path: base });
+            return Err(ModuleError::Unknown {
+                name: (*name).to_owned(),
+                path: base,
+            });
         }
     }
     Ok(plan
@@ -131,7 +142,9 @@ pub fn list_path(release: &str) -> String {
 
 /// The load list's contents.
 pub fn load_list(plan: &[Module]) -> String {
-    plan.iter().map(|module| format!("{}\n", module.relative)).collect()
+    plan.iter()
+        .map(|module| format!("{}\n", module.relative))
+        .collect()
 }
 
 /// depmod's files.
@@ -146,16 +159,27 @@ impl Index {
         let mut by_name = BTreeMap::new();
         let mut dependencies = BTreeMap::new();
         for line in read_text(&base.join("modules.dep"))?.lines() {
-            let Some((path, needs)) = line.split_once(':') else { continue };
+            let Some((path, needs)) = line.split_once(':') else {
+                continue;
+            };
             by_name.insert(name_of(path), path.to_owned());
-            dependencies.insert(path.to_owned(), needs.split_whitespace().map(str::to_owned).collect());
+            dependencies.insert(
+                path.to_owned(),
+                needs.split_whitespace().map(str::to_owned).collect(),
+            );
         }
         let builtin = match read_text(&base.join("modules.builtin")) {
             Ok(text) => text.lines().map(name_of).collect(),
-            Err(ModuleError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => HashSet::new(),
+            Err(ModuleError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                HashSet::new()
+            }
             Err(error) => return Err(error),
         };
-        Ok(Self { by_name, dependencies, builtin })
+        Ok(Self {
+            by_name,
+            dependencies,
+            builtin,
+        })
     }
 
     /// Depth first, so that a dependency precedes its users.
@@ -181,9 +205,15 @@ fn normalized(name: &str) -> String {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, ModuleError> {
-    fs::read(path).map_err(|source| ModuleError::Read { path: path.to_owned(), source })
+    fs::read(path).map_err(|source| ModuleError::Read {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 fn read_text(path: &Path) -> Result<String, ModuleError> {
-    fs::read_to_string(path).map_err(|source| ModuleError::Read { path: path.to_owned(), source })
+    fs::read_to_string(path).map_err(|source| ModuleError::Read {
+        path: path.to_owned(),
+        source,
+    })
 }

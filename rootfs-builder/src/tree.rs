@@ -40,8 +40,22 @@ impl Tree {
         for folder in ["dev", "newroot", "proc", "sys"] {
             tree.add_parents(&format!("{folder}/x"));
         }
-        tree.nodes.insert("dev/console".into(), Node::CharDevice { mode: 0o600, major: 5, minor: 1 });
-        tree.nodes.insert("dev/null".into(), Node::CharDevice { mode: 0o666, major: 1, minor: 3 });
+        tree.nodes.insert(
+            "dev/console".into(),
+            Node::CharDevice {
+                mode: 0o600,
+                major: 5,
+                minor: 1,
+            },
+        );
+        tree.nodes.insert(
+            "dev/null".into(),
+            Node::CharDevice {
+                mode: 0o666,
+                major: 1,
+                minor: 3,
+            },
+        );
         tree.add_file("init", 0o755, agent);
         tree
     }
@@ -88,7 +102,10 @@ mod tests {
 
         let paths: Vec<&str> = tree.entries().map(|(path, _)| path).collect();
 
-        assert_eq!(paths, ["lib", "lib/modules", "lib/modules/6.1", "lib/modules/6.1/a.ko"]);
+        assert_eq!(
+            paths,
+            ["lib", "lib/modules", "lib/modules/6.1", "lib/modules/6.1/a.ko"]
+        );
     }
 
     #[test]
@@ -97,6 +114,9 @@ mod tests {
 
         let paths: Vec<&str> = tree.entries().map(|(path, _)| path).collect();
 
-        assert_eq!(paths, ["dev", "dev/console", "dev/null", "init", "newroot", "proc", "sys"]);
+        assert_eq!(
+            paths,
+            ["dev", "dev/console", "dev/null", "init", "newroot", "proc", "sys"]
+        );
     }
 }

@@ -41,17 +41,26 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// An error of `kind` that says `message`.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into() }
+        Self {
+            kind,
+            message: message.into(),
+        }
     }
 
     /// The method is part of the trait but its work belongs to a later release.
     pub fn unsupported(method: &'static str) -> Self {
-        Self::new(ErrorKind::Unimplemented, format!("{method} is not supported by this runtime"))
+        Self::new(
+            ErrorKind::Unimplemented,
+            format!("{method} is not supported by this runtime"),
+        )
     }
 
     /// Puts `context` in front of the message and keeps the kind.
     #[must_use]
     pub fn context(self, context: impl std::fmt::Display) -> Self {
-        Self { kind: self.kind, message: format!("{context}: {}", self.message) }
+        Self {
+            kind: self.kind,
+            message: format!("{context}: {}", self.message),
+        }
     }
 }

@@ -1,5 +1,8 @@
 //! The shim's entry into the runtime: one request in, one response out.
 
+#[cfg(test)]
+mod tests;
+
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -15,6 +18,7 @@ use crate::instance::{Backend, RuntimeInstance};
 use crate::journal;
 use crate::mounts;
 use crate::paths::SandboxPaths;
+use crate::resource::rootfs;
 use crate::sandbox::{Sandbox, VirtSandbox};
 use crate::types::{CreateContainerRequest, Event, RuntimeOptions, TaskRequest, TaskResponse};
 
@@ -69,7 +73,11 @@ impl RuntimeHandlerManager {
         Self::with_backend(context, events, Backend::default())
     }
 
-    pub(crate) fn with_backend(context: ShimContext, events: mpsc::UnboundedSender<Event>, backend: Backend) -> Self {
+    pub(crate) fn with_backend(
+        context: ShimContext,
+        events: mpsc::UnboundedSender<Event>,
+        backend: Backend,
+    ) -> Self {
         let inner = Inner {
             context,
             events,
@@ -78,7 +86,9 @@ impl RuntimeHandlerManager {
             booting: Mutex::default(),
             end: watch::Sender::new(false),
         };
-        Self { inner: Arc::new(inner) }
+        Self {
+            inner: Arc::new(inner),
+        }
     }
 
     /// Serves one request. It is carried out even when the caller goes away, except for waiting.
@@ -89,16 +99,27 @@ impl RuntimeHandlerManager {
         let inner = self.inner.clone();
         if let TaskRequest::WaitProcess(process) = request {
             let exit = inner.ready()?.containers.wait_process(&process).await?;
-            return Ok(TaskResponse::Exit { pid: std::process::id(), exit });
+            return Ok(TaskResponse::Exit {
+                pid: std::process::id(),
+                exit,
+            });
         }
         let served = tokio::spawn(async move { inner.serve(request).await });
-        served.await.unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("request: {error}"))))
+        served
+            .await
+            .unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("request: {error}"))))
     }
 
     /// Stops everything within a bounded time.
     pub async fn shutdown(&self) {
-        if tokio::time::timeout(SHUTDOWN, self.inner.wind_down()).await.is_err() {
-            tracing::error!(sandbox = self.inner.context.sandbox_id, "not everything has ended in {SHUTDOWN:?}");
+        if tokio::time::timeout(SHUTDOWN, self.inner.wind_down())
+            .await
+            .is_err()
+        {
+            tracing::error!(
+                sandbox = self.inner.context.sandbox_id,
+                "not everything has ended in {SHUTDOWN:?}"
+            );
         }
         self.inner.end.send_replace(true);
     }
@@ -124,9 +145,14 @@ impl Inner {
     async fn serve(self: Arc<Self>, request: TaskRequest) -> Result<TaskResponse> {
         let pid = std::process::id();
         let request = match request {
-            TaskRequest::CreateContainer(request) => return self.create(request).await.map(TaskResponse::Pid),
+            TaskRequest::CreateContainer(request) => {
+                return self.create(request).await.map(TaskResponse::Pid);
+            }
             TaskRequest::ShutdownContainer { container_id, now } => {
-                return self.shut_down(&container_id, now).await.map(TaskResponse::Shutdown);
+                return self
+                    .shut_down(&container_id, now)
+                    .await
+                    .map(TaskResponse::Shutdown);
             }
             request => request,
         };
@@ -134,7 +160,9 @@ impl Inner {
         let containers = &instance.containers;
         let done = |()| TaskResponse::Done;
         match request {
-            TaskRequest::StartProcess(process) => containers.start_process(&process).await.map(TaskResponse::Pid),
+            TaskRequest::StartProcess(process) => {
+                containers.start_process(&process).await.map(TaskResponse::Pid)
+            }
             TaskRequest::DeleteProcess(process) => {
                 let exit = containers.delete_process(&process).await?;
                 if containers.is_sandbox_container(&process).await {
@@ -151,19 +179,35 @@ impl Inner {
                 let exit = containers.wait_process(&process).await?;
                 Ok(TaskResponse::Exit { pid, exit })
             }
-            TaskRequest::StateProcess(process) => containers.state_process(&process).await.map(TaskResponse::State),
-            TaskRequest::ResizeProcessPty { process, width, height } => {
-                containers.resize_process_pty(&process, width, height).await.map(done)
+            TaskRequest::StateProcess(process) => {
+                containers.state_process(&process).await.map(TaskResponse::State)
             }
+            TaskRequest::ResizeProcessPty {
+                process,
+                width,
+                height,
+            } => containers
+                .resize_process_pty(&process, width, height)
+                .await
+                .map(done),
             TaskRequest::CloseProcessIo(process) => containers.close_process_io(&process).await.map(done),
             TaskRequest::PauseContainer(id) => containers.pause_container(&id).await.map(done),
             TaskRequest::ResumeContainer(id) => containers.resume_container(&id).await.map(done),
-            TaskRequest::Pids(id) => containers.connect_container(&id).await.map(|pid| TaskResponse::Pids(vec![pid])),
-            TaskRequest::ConnectContainer(id) => containers.connect_container(&id).await.map(TaskResponse::Pid),
-            TaskRequest::StatsContainer(id) => containers.stats_container(&id).await.map(TaskResponse::Stats),
-            TaskRequest::UpdateContainer { container_id, resources_json } => {
-                containers.update_container(&container_id, &resources_json).await.map(done)
+            TaskRequest::Pids(id) => containers
+                .connect_container(&id)
+                .await
+                .map(|pid| TaskResponse::Pids(vec![pid])),
+            TaskRequest::ConnectContainer(id) => {
+                containers.connect_container(&id).await.map(TaskResponse::Pid)
             }
+            TaskRequest::StatsContainer(id) => containers.stats_container(&id).await.map(TaskResponse::Stats),
+            TaskRequest::UpdateContainer {
+                container_id,
+                resources_json,
+            } => containers
+                .update_container(&container_id, &resources_json)
+                .await
+                .map(done),
             // Answered above.
             TaskRequest::CreateContainer(_) | TaskRequest::ShutdownContainer { .. } => {
                 Err(Error::unsupported("RuntimeHandlerManager::handle_task"))
@@ -173,6 +217,8 @@ impl Inner {
 
     async fn create(&self, request: CreateContainerRequest) -> Result<u32> {
         let spec = load_spec(&request.bundle)?;
+        rootfs::check(&request.bundle, &request.rootfs, &spec)
+            .map_err(|error| error.context(format!("rootfs of container {}", request.container_id)))?;
         let (instance, first) = self.instance(&request, &spec).await?;
         let created = instance.containers.create_container(request, spec).await;
         if created.is_err() && first {
@@ -184,7 +230,11 @@ impl Inner {
     }
 
     /// The runtime instance, and whether this request made it.
-    async fn instance(&self, request: &CreateContainerRequest, spec: &Spec) -> Result<(Arc<RuntimeInstance>, bool)> {
+    async fn instance(
+        &self,
+        request: &CreateContainerRequest,
+        spec: &Spec,
+    ) -> Result<(Arc<RuntimeInstance>, bool)> {
         let mut changes = self.instance.subscribe();
         loop {
             if self.enter_creating() {
@@ -220,12 +270,23 @@ impl Inner {
         })
     }
 
-    async fn make_instance(&self, request: &CreateContainerRequest, spec: &Spec) -> Result<Arc<RuntimeInstance>> {
+    async fn make_instance(
+        &self,
+        request: &CreateContainerRequest,
+        spec: &Spec,
+    ) -> Result<Arc<RuntimeInstance>> {
         if container_type(spec) == ContainerType::PodContainer {
-            let message = format!("container {}: its sandbox {} does not run", request.container_id, self.context.sandbox_id);
+            let message = format!(
+                "container {}: its sandbox {} does not run",
+                request.container_id, self.context.sandbox_id
+            );
             return Err(Error::new(ErrorKind::FailedPrecondition, message));
         }
-        let sandbox = Arc::new(self.backend.sandbox(&self.context, &request.options, spec, self.events.clone())?);
+        let sandbox =
+            Arc::new(
+                self.backend
+                    .sandbox(&self.context, &request.options, spec, self.events.clone())?,
+            );
         *self.booting() = Some(sandbox.clone());
         if let Err(error) = sandbox.start().await {
             if let Err(left) = sandbox.shutdown().await {
@@ -310,7 +371,10 @@ pub(crate) fn cleanup_paths(paths: &SandboxPaths, bundle: &Path) -> Result<()> {
     if errors.is_empty() {
         return Ok(());
     }
-    Err(Error::new(ErrorKind::Internal, format!("cleanup: {}", errors.join("; "))))
+    Err(Error::new(
+        ErrorKind::Internal,
+        format!("cleanup: {}", errors.join("; ")),
+    ))
 }
 
 /// Version of the runtime.

@@ -41,7 +41,11 @@ impl RuntimeInstance {
                 killed.vm_ended(&exit);
             }
         });
-        Arc::new(Self { sandbox, containers, ended: OnceCell::new() })
+        Arc::new(Self {
+            sandbox,
+            containers,
+            ended: OnceCell::new(),
+        })
     }
 
     /// Stops the VM and removes everything on the host, once; later callers wait for the first one.
@@ -67,7 +71,11 @@ pub(crate) struct Backend {
 
 impl Default for Backend {
     fn default() -> Self {
-        Self { root: "/run".into(), make_hypervisor: Box::new(make_dragonball), cgroups: true }
+        Self {
+            root: "/run".into(),
+            make_hypervisor: Box::new(make_dragonball),
+            cgroups: true,
+        }
     }
 }
 
@@ -93,13 +101,20 @@ impl Backend {
         hypervisor_config.check_assets(&file.origins)?;
         let paths = SandboxPaths::below(&self.root, &context.sandbox_id)?;
         let netns = netns(spec);
-        let cgroups_path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
+        let cgroups_path = spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.cgroups_path().clone());
         let use_cgroups = self.cgroups && file.config.runtime.sandbox_cgroup_only;
         let resources = SandboxResources {
             cgroups_path: cgroups_path.filter(|_| use_cgroups),
             netns: netns.clone(),
         };
-        let resources = Arc::new(ResourceManager::new(paths.clone(), hypervisor_config, &resources)?);
+        let resources = Arc::new(ResourceManager::new(
+            paths.clone(),
+            hypervisor_config,
+            &resources,
+        )?);
         let hypervisor = (self.make_hypervisor)(hypervisor_config, &file.config, &paths, context.debug);
         let address = format!("hvsock://{}", paths.hvsock().display());
         let agent = Arc::new(KataAgent::new(file.config.agent.kata.clone(), address));
@@ -110,6 +125,14 @@ impl Backend {
             netns: netns.map(|path| path.display().to_string()),
             annotations: pod_annotations,
         };
-        Ok(VirtSandbox::new(&context.sandbox_id, file.config, start, hypervisor, agent, resources, events))
+        Ok(VirtSandbox::new(
+            &context.sandbox_id,
+            file.config,
+            start,
+            hypervisor,
+            agent,
+            resources,
+            events,
+        ))
     }
 }

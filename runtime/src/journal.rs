@@ -57,7 +57,10 @@ impl Journal {
             fs::create_dir_all(folder)?;
         }
         let file = OpenOptions::new().create(true).append(true).open(path)?;
-        Ok(Self { path: path.to_owned(), file: Mutex::new(file) })
+        Ok(Self {
+            path: path.to_owned(),
+            file: Mutex::new(file),
+        })
     }
 
     /// Writes `undo` down. Call it before doing what it undoes.
@@ -68,7 +71,10 @@ impl Journal {
         let mut line = serde_json::to_vec(undo)?;
         line.push(b'\n');
         // One write: a crash leaves at most one torn line, the last.
-        self.file.lock().unwrap_or_else(PoisonError::into_inner).write_all(&line)
+        self.file
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .write_all(&line)
     }
 
     /// Undoes everything, last first. The journal itself is left: the last entries usually remove its folder.
@@ -90,18 +96,27 @@ pub fn replay(path: &Path) -> Result<(), Vec<String>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(vec![format!("journal {}: {error}", path.display())]),
     };
-    let errors: Vec<String> =
-        entries(path, &bytes).iter().rev().filter_map(|undo| undo.run().err()).collect();
+    let errors: Vec<String> = entries(path, &bytes)
+        .iter()
+        .rev()
+        .filter_map(|undo| undo.run().err())
+        .collect();
     if errors.is_empty() { Ok(()) } else { Err(errors) }
 }
 
 fn entries(path: &Path, bytes: &[u8]) -> Vec<Undo> {
     let mut entries = Vec::new();
-    for (number, line) in bytes.split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
+    for (number, line) in bytes
+        .split(|byte| *byte == b'\n')
+        .enumerate()
+        .filter(|(_, line)| !line.is_empty())
+    {
         match serde_json::from_slice(line) {
             Ok(undo) => entries.push(undo),
             // A crash in the middle of a write: what the line was about has not been done.
-            Err(error) => tracing::warn!(journal = %path.display(), line = number + 1, %error, "journal entry skipped"),
+            Err(error) => {
+                tracing::warn!(journal = %path.display(), line = number + 1, %error, "journal entry skipped");
+            }
         }
     }
     entries
@@ -138,10 +153,18 @@ mod tests {
     #[test]
     fn replay_is_idempotent_and_needs_nothing_done() {
         let (folder, journal) = journal();
-        journal.record(&Undo::RemoveFile(folder.path().join("never"))).unwrap();
-        journal.record(&Undo::Unmount(folder.path().join("never"))).unwrap();
-        journal.record(&Undo::RemoveTree(folder.path().join("never"))).unwrap();
-        journal.record(&Undo::RemoveCgroup("/sys/fs/cgroup/never-made-by-anyone".into())).unwrap();
+        journal
+            .record(&Undo::RemoveFile(folder.path().join("never")))
+            .unwrap();
+        journal
+            .record(&Undo::Unmount(folder.path().join("never")))
+            .unwrap();
+        journal
+            .record(&Undo::RemoveTree(folder.path().join("never")))
+            .unwrap();
+        journal
+            .record(&Undo::RemoveCgroup("/sys/fs/cgroup/never-made-by-anyone".into()))
+            .unwrap();
 
         journal.replay().unwrap();
         journal.replay().unwrap();
@@ -154,7 +177,12 @@ mod tests {
         let file = folder.path().join("file");
         fs::write(&file, "x").unwrap();
         journal.record(&Undo::RemoveFile(file.clone())).unwrap();
-        journal.file.lock().unwrap().write_all(b"{\"undo\":\"unmount\",\"pa").unwrap();
+        journal
+            .file
+            .lock()
+            .unwrap()
+            .write_all(b"{\"undo\":\"unmount\",\"pa")
+            .unwrap();
 
         journal.replay().unwrap();
 

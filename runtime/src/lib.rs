@@ -4,13 +4,17 @@
 //! crate in the types of [`types`]; no containerd wire type enters it.
 
 pub mod agent;
+pub mod check;
 pub mod config;
+pub mod containers;
 pub mod error;
 pub mod handler;
 pub mod hypervisor;
+mod instance;
 pub mod journal;
 mod mounts;
 pub mod paths;
 pub mod resource;
+pub mod sandbox;
 pub mod timeline;
 pub mod types;

@@ -84,7 +84,11 @@ impl From<MountError> for crate::error::Error {
 /// [`MountError::Mount`] naming source, target, type and options.
 pub fn mount_request(request: &Mount, target: &Path) -> Result<(), MountError> {
     let (flags, propagation, data) = parse_options(&request.options);
-    let fs_type = if flags.contains(MsFlags::MS_BIND) { "" } else { request.fs_type.as_str() };
+    let fs_type = if flags.contains(MsFlags::MS_BIND) {
+        ""
+    } else {
+        request.fs_type.as_str()
+    };
     let error = |errno: nix::Error| MountError::Mount {
         source_path: request.source.clone(),
         target: target.to_owned(),
@@ -92,9 +96,22 @@ pub fn mount_request(request: &Mount, target: &Path) -> Result<(), MountError> {
         options: request.options.join(","),
         source: errno.into(),
     };
-    let some = |text: &str| if text.is_empty() { None } else { Some(text.to_owned()) };
+    let some = |text: &str| {
+        if text.is_empty() {
+            None
+        } else {
+            Some(text.to_owned())
+        }
+    };
     let source = request.source.as_str();
-    mount(Some(source), target, some(fs_type).as_deref(), flags, some(&data).as_deref()).map_err(error)?;
+    mount(
+        Some(source),
+        target,
+        some(fs_type).as_deref(),
+        flags,
+        some(&data).as_deref(),
+    )
+    .map_err(error)?;
     // The kernel ignores every other flag of a bind mount; a second call applies them.
     let rest = flags & !(MsFlags::MS_BIND | MsFlags::MS_REC);
     if flags.contains(MsFlags::MS_BIND) && !rest.is_empty() {
@@ -119,7 +136,14 @@ pub fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), MountEr
         source: errno.into(),
     };
     let none = None::<&str>;
-    mount(Some(source), target, none, MsFlags::MS_BIND | MsFlags::MS_REC, none).map_err(error)?;
+    mount(
+        Some(source),
+        target,
+        none,
+        MsFlags::MS_BIND | MsFlags::MS_REC,
+        none,
+    )
+    .map_err(error)?;
     // Unmounts below the copy must not travel back to the original.
     let mut result = mount(none, target, none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none);
     if result.is_ok() && read_only {
@@ -139,7 +163,14 @@ pub fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), MountEr
 /// [`MountError::Mount`].
 pub fn bind_shared(folder: &Path) -> Result<(), MountError> {
     bind(folder, folder, false)?;
-    mount(None::<&str>, folder, None::<&str>, MsFlags::MS_SHARED, None::<&str>).map_err(|errno| MountError::Mount {
+    mount(
+        None::<&str>,
+        folder,
+        None::<&str>,
+        MsFlags::MS_SHARED,
+        None::<&str>,
+    )
+    .map_err(|errno| MountError::Mount {
         source_path: folder.display().to_string(),
         target: folder.to_owned(),
         fs_type: "none".into(),
@@ -162,7 +193,12 @@ pub fn unmount(target: &Path) -> Result<(), MountError> {
         match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) => {}
             Err(nix::Error::EINVAL | nix::Error::ENOENT) => return Ok(()),
-            Err(errno) => return Err(MountError::Unmount { target: target.to_owned(), source: errno.into() }),
+            Err(errno) => {
+                return Err(MountError::Unmount {
+                    target: target.to_owned(),
+                    source: errno.into(),
+                });
+            }
         }
     }
 }
@@ -185,7 +221,10 @@ pub fn unmount_below(folder: &Path) -> Result<(), MountError> {
 pub fn remove_tree(folder: &Path) -> Result<(), MountError> {
     unmount_below(folder)?;
     if let Some(mount) = mounts_below(folder)?.into_iter().next() {
-        return Err(MountError::Busy { folder: folder.to_owned(), mount });
+        return Err(MountError::Busy {
+            folder: folder.to_owned(),
+            mount,
+        });
     }
     gone(folder, fs::remove_dir_all(folder))
 }
@@ -200,9 +239,10 @@ pub fn remove_file(path: &Path) -> Result<(), MountError> {
 
 fn gone(path: &Path, result: io::Result<()>) -> Result<(), MountError> {
     match result {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            Err(MountError::Remove { path: path.to_owned(), source })
-        }
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(MountError::Remove {
+            path: path.to_owned(),
+            source,
+        }),
         _ => Ok(()),
     }
 }
@@ -210,11 +250,16 @@ fn gone(path: &Path, result: io::Result<()>) -> Result<(), MountError> {
 /// Mount points on and below `folder`, in the order they were mounted.
 fn mounts_below(folder: &Path) -> Result<Vec<PathBuf>, MountError> {
     let text = fs::read_to_string("/proc/self/mountinfo").map_err(MountError::MountInfo)?;
-    Ok(mount_points(&text).filter(|point| point.starts_with(folder)).collect())
+    Ok(mount_points(&text)
+        .filter(|point| point.starts_with(folder))
+        .collect())
 }
 
 fn mount_points(mountinfo: &str) -> impl Iterator<Item = PathBuf> {
-    mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(|field| PathBuf::from(unescape(field)))
+    mountinfo
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(|field| PathBuf::from(unescape(field)))
 }
 
 /// mountinfo writes space, tab, newline and backslash as three octal digits.
@@ -287,7 +332,16 @@ mod tests {
 
     #[test]
     fn options_split_into_flags_and_data() {
-        let options = ["ro", "rbind", "nosuid", "suid", "rslave", "lowerdir=/a:/b", "index=off"].map(String::from);
+        let options = [
+            "ro",
+            "rbind",
+            "nosuid",
+            "suid",
+            "rslave",
+            "lowerdir=/a:/b",
+            "index=off",
+        ]
+        .map(String::from);
 
         let (flags, propagation, data) = parse_options(&options);
 
@@ -298,7 +352,8 @@ mod tests {
 
     #[test]
     fn mount_points_are_unescaped() {
-        let text = "36 35 98:0 / /run/a\\040b rw shared:1 - ext4 /dev/x rw\n37 36 0:1 / /run/c rw - proc proc rw\n";
+        let text =
+            "36 35 98:0 / /run/a\\040b rw shared:1 - ext4 /dev/x rw\n37 36 0:1 / /run/c rw - proc proc rw\n";
         let points: Vec<_> = mount_points(text).collect();
         assert_eq!(points, [PathBuf::from("/run/a b"), PathBuf::from("/run/c")]);
     }
@@ -323,7 +378,11 @@ mod tests {
 
     #[test]
     fn failed_mount_names_everything() {
-        let request = Mount { fs_type: "ext4".into(), source: "/nonexistent".into(), ..Default::default() };
+        let request = Mount {
+            fs_type: "ext4".into(),
+            source: "/nonexistent".into(),
+            ..Default::default()
+        };
         let folder = tempfile::tempdir().unwrap();
         let text = mount_request(&request, folder.path()).unwrap_err().to_string();
         assert!(text.contains("/nonexistent") && text.contains("ext4"), "{text}");

@@ -33,7 +33,10 @@ impl SandboxPaths {
     /// `InvalidArgument` for an id that is no file name.
     pub fn below(root: &Path, id: &str) -> Result<Self> {
         check_id("sandbox", id)?;
-        Ok(Self { root: root.to_owned(), id: id.to_owned() })
+        Ok(Self {
+            root: root.to_owned(),
+            id: id.to_owned(),
+        })
     }
 
     /// State folder: `/run/kata/<id>`.
@@ -89,12 +92,16 @@ pub fn guest_passthrough(name: &str) -> String {
 pub fn check_id(what: &str, id: &str) -> Result<()> {
     let good = id.starts_with(|c: char| c.is_ascii_alphanumeric())
         && id.len() <= 255
-        && id.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'));
+        && id
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'));
     if good {
         return Ok(());
     }
     Err(Error::new(
         ErrorKind::InvalidArgument,
-        format!("{what} id {id:?} must be 1 to 255 characters of [A-Za-z0-9._-], starting with a letter or digit"),
+        format!(
+            "{what} id {id:?} must be 1 to 255 characters of [A-Za-z0-9._-], starting with a letter or digit"
+        ),
     ))
 }

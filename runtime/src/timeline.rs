@@ -10,6 +10,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 static FILE: OnceLock<Option<File>> = OnceLock::new();
 
+/// Whether anybody measures.
+pub fn is_enabled() -> bool {
+    FILE.get_or_init(open).is_some()
+}
+
 /// Appends `phase` with the current time to the timeline, if there is one. Never fails: a timeline that cannot be
 /// written must not stop a container.
 pub fn mark(phase: &str) {
@@ -18,7 +23,9 @@ pub fn mark(phase: &str) {
 
 /// As [`mark`], for something that happened at `time`.
 pub fn mark_at(phase: &str, time: SystemTime) {
-    let Some(mut file) = FILE.get_or_init(open).as_ref() else { return };
+    let Some(mut file) = FILE.get_or_init(open).as_ref() else {
+        return;
+    };
     let line = line(phase, time);
     // One write per line: with O_APPEND lines of several threads (and of `start` and `run`) do not mix.
     if let Err(error) = file.write_all(line.as_bytes()) {
@@ -28,7 +35,10 @@ pub fn mark_at(phase: &str, time: SystemTime) {
 
 fn line(phase: &str, time: SystemTime) -> String {
     let unix_us = time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_micros());
-    format!("{{\"phase\":{},\"unix_us\":{unix_us}}}\n", serde_json::Value::from(phase))
+    format!(
+        "{{\"phase\":{},\"unix_us\":{unix_us}}}\n",
+        serde_json::Value::from(phase)
+    )
 }
 
 fn open() -> Option<File> {
@@ -47,7 +57,10 @@ mod tests {
 
     #[test]
     fn line_is_one_json_object() {
-        let text = line("agent \"ready\"", UNIX_EPOCH + std::time::Duration::from_micros(1_500));
+        let text = line(
+            "agent \"ready\"",
+            UNIX_EPOCH + std::time::Duration::from_micros(1_500),
+        );
 
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(value["phase"], "agent \"ready\"");

@@ -78,7 +78,12 @@ impl std::fmt::Display for Address {
 
 /// Go's `filepath.Join`: skips empty elements and cleans the result lexically.
 fn go_join(elements: &[&str]) -> String {
-    let joined = elements.iter().filter(|e| !e.is_empty()).copied().collect::<Vec<_>>().join("/");
+    let joined = elements
+        .iter()
+        .filter(|e| !e.is_empty())
+        .copied()
+        .collect::<Vec<_>>()
+        .join("/");
     let rooted = joined.starts_with('/');
     let mut parts: Vec<&str> = Vec::new();
     for part in joined.split('/') {
@@ -101,9 +106,13 @@ mod tests {
     #[test]
     fn address_is_the_one_containerd_computes() {
         // printf '/run/containerd/containerd.sock/default/hello' | sha256sum
-        let address =
-            Address::of_sandbox(Path::new(DEFAULT_SOCKET_DIR), "/run/containerd/containerd.sock", "default", "hello")
-                .unwrap();
+        let address = Address::of_sandbox(
+            Path::new(DEFAULT_SOCKET_DIR),
+            "/run/containerd/containerd.sock",
+            "default",
+            "hello",
+        )
+        .unwrap();
 
         assert_eq!(
             address.to_string(),
@@ -124,7 +133,8 @@ mod tests {
     fn longest_namespace_and_id_fit() {
         let (namespace, id) = ("n".repeat(76), "i".repeat(64));
 
-        let address = Address::of_sandbox(Path::new(DEFAULT_SOCKET_DIR), "/run/c.sock", &namespace, &id).unwrap();
+        let address =
+            Address::of_sandbox(Path::new(DEFAULT_SOCKET_DIR), "/run/c.sock", &namespace, &id).unwrap();
 
         assert!(address.path().as_os_str().len() < MAX_SOCKET_PATH);
     }

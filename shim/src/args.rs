@@ -114,7 +114,10 @@ impl Args {
                 && value != ".."
                 && !value.contains(|c: char| c == '/' || c.is_control());
             if !safe {
-                return Err(ArgsError::BadIdentifier { flag, value: value.clone() });
+                return Err(ArgsError::BadIdentifier {
+                    flag,
+                    value: value.clone(),
+                });
             }
         }
         Ok(())
@@ -155,8 +158,9 @@ impl Parser {
                 continue;
             }
             if let Some(slot) = self.slot(flag) {
-                *slot =
-                    inline.or_else(|| words.next()).ok_or_else(|| ArgsError::MissingValue(flag.to_owned()))?;
+                *slot = inline
+                    .or_else(|| words.next())
+                    .ok_or_else(|| ArgsError::MissingValue(flag.to_owned()))?;
                 continue;
             }
             // The word after an unknown flag is its value, unless it is plainly something else.
@@ -181,7 +185,10 @@ impl Parser {
             None | Some("1" | "t" | "T" | "true" | "TRUE" | "True") => true,
             Some("0" | "f" | "F" | "false" | "FALSE" | "False") => false,
             Some(value) => {
-                return Err(ArgsError::NotBoolean { flag: flag.to_owned(), value: value.to_owned() });
+                return Err(ArgsError::NotBoolean {
+                    flag: flag.to_owned(),
+                    value: value.to_owned(),
+                });
             }
         };
         match action {
@@ -206,7 +213,8 @@ impl Parser {
 
     fn action(&mut self, word: &str) -> Result<(), ArgsError> {
         if self.action_word.is_some() {
-            self.warnings.push(format!("argument {word:?} after the action ignored"));
+            self.warnings
+                .push(format!("argument {word:?} after the action ignored"));
             return Ok(());
         }
         self.action_word = Some(action_of(word).ok_or_else(|| ArgsError::UnknownAction(word.to_owned()))?);
@@ -283,13 +291,20 @@ mod tests {
     fn double_dash_and_equals_are_understood() {
         let args = parse("--namespace=ns --id=a=b --debug=false --bundle /b delete").unwrap();
 
-        assert_eq!((args.namespace.as_str(), args.id.as_str(), args.debug), ("ns", "a=b", false));
+        assert_eq!(
+            (args.namespace.as_str(), args.id.as_str(), args.debug),
+            ("ns", "a=b", false)
+        );
         assert_eq!((args.action, args.bundle.as_str()), (Action::Delete, "/b"));
     }
 
     #[test]
     fn unknown_flags_warn_and_do_not_swallow_the_action() {
-        for line in ["-id i -namespace n -new start", "-id i -new value -namespace n start", "-id i -new=value -namespace n start"] {
+        for line in [
+            "-id i -namespace n -new start",
+            "-id i -new value -namespace n start",
+            "-id i -new=value -namespace n start",
+        ] {
             let args = parse(line).unwrap();
 
             assert_eq!(args.action, Action::Start, "{line}");
@@ -321,8 +336,14 @@ mod tests {
             ("-id a start", "action start needs flag -namespace"),
             ("-namespace a delete", "action delete needs flag -id"),
             ("", "action run needs flag -namespace"),
-            ("-namespace a -id ../b start", "flag -id: \"../b\" is not a containerd identifier"),
-            ("-namespace .. -id b start", "flag -namespace: \"..\" is not a containerd identifier"),
+            (
+                "-namespace a -id ../b start",
+                "flag -id: \"../b\" is not a containerd identifier",
+            ),
+            (
+                "-namespace .. -id b start",
+                "flag -namespace: \"..\" is not a containerd identifier",
+            ),
         ];
         for (line, message) in cases {
             let error = parse(line).unwrap_err().to_string();

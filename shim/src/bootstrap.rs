@@ -38,8 +38,13 @@ fn read_bounded(source: impl Read + AsFd, limit: u64, patience: Duration) -> Vec
     let mut chunk = [0; 8192];
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let Ok(timeout) = Timespec::try_from(left) else { return bytes };
-        match poll(&mut [PollFd::new(source.get_ref(), PollFlags::IN)], Some(&timeout)) {
+        let Ok(timeout) = Timespec::try_from(left) else {
+            return bytes;
+        };
+        match poll(
+            &mut [PollFd::new(source.get_ref(), PollFlags::IN)],
+            Some(&timeout),
+        ) {
             Ok(0) => return bytes,
             Err(rustix::io::Errno::INTR) => continue,
             Err(_) => return bytes,
@@ -74,8 +79,12 @@ pub fn reply(params: Option<&BootstrapParams>, address: &Address) -> Result<Vec<
     if params.is_none() {
         return Ok(address.into_bytes());
     }
-    let result =
-        BootstrapResult { version: TASK_API_VERSION, address, protocol: "ttrpc".to_owned(), ..Default::default() };
+    let result = BootstrapResult {
+        version: TASK_API_VERSION,
+        address,
+        protocol: "ttrpc".to_owned(),
+        ..Default::default()
+    };
     result.write_to_bytes()
 }
 
@@ -85,9 +94,13 @@ mod tests {
     use std::io::Write;
 
     fn encoded(id: &str, namespace: &str) -> Vec<u8> {
-        BootstrapParams { instance_id: id.into(), namespace: namespace.into(), ..Default::default() }
-            .write_to_bytes()
-            .unwrap()
+        BootstrapParams {
+            instance_id: id.into(),
+            namespace: namespace.into(),
+            ..Default::default()
+        }
+        .write_to_bytes()
+        .unwrap()
     }
 
     #[test]
@@ -99,7 +112,13 @@ mod tests {
     fn anything_else_is_legacy() {
         // `Any{type_url, value}` has the same field numbers and wire types as instance_id and namespace.
         let any = encoded("runtimeoptions.v1.Options", "\u{12}\u{2}/c");
-        for stdin in [any, encoded("other", "n"), encoded("i", "other"), Vec::new(), b"{\"version\":3}".to_vec()] {
+        for stdin in [
+            any,
+            encoded("other", "n"),
+            encoded("i", "other"),
+            Vec::new(),
+            b"{\"version\":3}".to_vec(),
+        ] {
             assert!(params(&stdin, "n", "i").is_none(), "{stdin:?}");
         }
     }
@@ -113,7 +132,10 @@ mod tests {
 
         assert_eq!(bare, b"unix:///s");
         let result = BootstrapResult::parse_from_bytes(&result).unwrap();
-        assert_eq!((result.version, result.address.as_str(), result.protocol.as_str()), (3, "unix:///s", "ttrpc"));
+        assert_eq!(
+            (result.version, result.address.as_str(), result.protocol.as_str()),
+            (3, "unix:///s", "ttrpc")
+        );
     }
 
     #[test]

@@ -72,9 +72,24 @@ pub enum BundleError {
 
 /// Annotation keys of the CRI implementations: type, its value for a sandbox, its value for a member, sandbox id.
 const CRI_KEYS: [(&str, &str, &str, &str); 3] = [
-    ("io.kubernetes.cri.container-type", "sandbox", "container", "io.kubernetes.cri.sandbox-id"),
-    ("io.kubernetes.cri-o.ContainerType", "sandbox", "container", "io.kubernetes.cri-o.SandboxID"),
-    ("io.kubernetes.docker.type", "podsandbox", "container", "io.kubernetes.sandbox.id"),
+    (
+        "io.kubernetes.cri.container-type",
+        "sandbox",
+        "container",
+        "io.kubernetes.cri.sandbox-id",
+    ),
+    (
+        "io.kubernetes.cri-o.ContainerType",
+        "sandbox",
+        "container",
+        "io.kubernetes.cri-o.SandboxID",
+    ),
+    (
+        "io.kubernetes.docker.type",
+        "podsandbox",
+        "container",
+        "io.kubernetes.sandbox.id",
+    ),
 ];
 
 /// The part of config.json that decides about `start`.
@@ -102,20 +117,33 @@ impl Bundle {
         let path = self.dir.join(CONFIG);
         let bytes = fs::read(&path).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => BundleError::NoConfig(path.clone()),
-            _ => BundleError::Io { path: path.clone(), source },
+            _ => BundleError::Io {
+                path: path.clone(),
+                source,
+            },
         })?;
-        let config: Config = serde_json::from_slice(&bytes)
-            .map_err(|source| BundleError::Config { path: path.clone(), source })?;
+        let config: Config = serde_json::from_slice(&bytes).map_err(|source| BundleError::Config {
+            path: path.clone(),
+            source,
+        })?;
         let annotations = config.annotations.unwrap_or_default();
         for (type_key, sandbox, member, id_key) in CRI_KEYS {
             match annotations.get(type_key).map(String::as_str) {
                 Some(value) if value == sandbox => return Ok(ContainerKind::Sandbox),
                 Some(value) if value == member => {
                     let sandbox_id =
-                        annotations.get(id_key).filter(|id| !id.is_empty()).ok_or_else(|| {
-                            BundleError::NoSandboxId { path: path.clone(), type_key, type_value: value.to_owned(), id_key }
-                        })?;
-                    return Ok(ContainerKind::Member { sandbox_id: sandbox_id.clone() });
+                        annotations
+                            .get(id_key)
+                            .filter(|id| !id.is_empty())
+                            .ok_or_else(|| BundleError::NoSandboxId {
+                                path: path.clone(),
+                                type_key,
+                                type_value: value.to_owned(),
+                                id_key,
+                            })?;
+                    return Ok(ContainerKind::Member {
+                        sandbox_id: sandbox_id.clone(),
+                    });
                 }
                 _ => {}
             }
@@ -146,7 +174,12 @@ impl Bundle {
 
     /// The recorded pid, if any.
     pub fn pid(&self) -> Option<u32> {
-        fs::read_to_string(self.dir.join(PID)).ok()?.trim().parse().ok().filter(|pid| *pid > 1)
+        fs::read_to_string(self.dir.join(PID))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
+            .filter(|pid| *pid > 1)
     }
 
     /// Forgets address and pid.
@@ -184,11 +217,20 @@ mod tests {
     #[test]
     fn kind_follows_the_annotations_of_every_cri() {
         for (type_key, sandbox, member, id_key) in CRI_KEYS {
-            let (_dir, bundle) = bundle(&format!(r#"{{"annotations":{{"{type_key}":"{sandbox}","{id_key}":"s"}}}}"#));
+            let (_dir, bundle) = bundle(&format!(
+                r#"{{"annotations":{{"{type_key}":"{sandbox}","{id_key}":"s"}}}}"#
+            ));
             assert_eq!(bundle.kind().unwrap(), ContainerKind::Sandbox);
 
-            let (_dir, bundle) = self::bundle(&format!(r#"{{"annotations":{{"{type_key}":"{member}","{id_key}":"s"}}}}"#));
-            assert_eq!(bundle.kind().unwrap(), ContainerKind::Member { sandbox_id: "s".into() });
+            let (_dir, bundle) = self::bundle(&format!(
+                r#"{{"annotations":{{"{type_key}":"{member}","{id_key}":"s"}}}}"#
+            ));
+            assert_eq!(
+                bundle.kind().unwrap(),
+                ContainerKind::Member {
+                    sandbox_id: "s".into()
+                }
+            );
 
             let (_dir, bundle) = self::bundle(&format!(r#"{{"annotations":{{"{type_key}":"{member}"}}}}"#));
             let error = bundle.kind().unwrap_err().to_string();
@@ -198,7 +240,11 @@ mod tests {
 
     #[test]
     fn container_without_annotations_is_single() {
-        for config in [r#"{"ociVersion":"1.0.2"}"#, r#"{"annotations":null}"#, r#"{"annotations":{"a":"b"}}"#] {
+        for config in [
+            r#"{"ociVersion":"1.0.2"}"#,
+            r#"{"annotations":null}"#,
+            r#"{"annotations":{"a":"b"}}"#,
+        ] {
             assert_eq!(bundle(config).1.kind().unwrap(), ContainerKind::Single);
         }
     }
@@ -207,7 +253,10 @@ mod tests {
     fn missing_and_broken_config_are_named() {
         let dir = tempfile::tempdir().unwrap();
         let error = Bundle::new(dir.path()).kind().unwrap_err().to_string();
-        assert!(error.starts_with(&format!("{}/config.json does not exist", dir.path().display())), "{error}");
+        assert!(
+            error.starts_with(&format!("{}/config.json does not exist", dir.path().display())),
+            "{error}"
+        );
 
         let (dir, bundle) = bundle("{\"annotations\":");
         let error = bundle.kind().unwrap_err().to_string();
@@ -223,8 +272,15 @@ mod tests {
         bundle.write_pid(4242).unwrap();
 
         assert_eq!((bundle.address(), bundle.pid()), (Some(address), Some(4242)));
-        assert_eq!(fs::read_to_string(dir.path().join("address")).unwrap(), "unix:///run/x");
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3, "no temporary file is left");
+        assert_eq!(
+            fs::read_to_string(dir.path().join("address")).unwrap(),
+            "unix:///run/x"
+        );
+        assert_eq!(
+            fs::read_dir(dir.path()).unwrap().count(),
+            3,
+            "no temporary file is left"
+        );
 
         bundle.clear();
         assert_eq!((bundle.address(), bundle.pid()), (None, None));

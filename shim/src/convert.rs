@@ -25,7 +25,10 @@ const RESOURCES_TYPE: &str = "opencontainers/runtime-spec/1/LinuxResources";
 
 /// A container's process; an empty `exec_id` is its init.
 pub fn process(container_id: &str, exec_id: &str) -> ContainerProcess {
-    ContainerProcess { container_id: container_id.to_owned(), exec_id: exec_id.to_owned() }
+    ContainerProcess {
+        container_id: container_id.to_owned(),
+        exec_id: exec_id.to_owned(),
+    }
 }
 
 /// A point in time as protobuf has it.
@@ -46,7 +49,10 @@ pub fn create_request(request: api::CreateTaskRequest) -> Result<CreateContainer
     if !request.checkpoint.is_empty() {
         return Err(Error::new(
             ErrorKind::Unimplemented,
-            format!("restoring container {} from checkpoint {} is not supported", request.id, request.checkpoint),
+            format!(
+                "restoring container {} from checkpoint {} is not supported",
+                request.id, request.checkpoint
+            ),
         ));
     }
     Ok(CreateContainerRequest {
@@ -109,7 +115,12 @@ fn json_of(any: Option<Any>, wanted: &str, what: &str) -> Result<Vec<u8>> {
 }
 
 fn mount(mount: api::Mount) -> Mount {
-    Mount { fs_type: mount.type_, source: mount.source, target: mount.target, options: mount.options }
+    Mount {
+        fs_type: mount.type_,
+        source: mount.source,
+        target: mount.target,
+        options: mount.options,
+    }
 }
 
 /// The way back of [`mount`], for the create event.
@@ -177,7 +188,12 @@ pub fn stats(stats: &ContainerStats) -> Result<Any> {
             limit: stats.pids_limit,
             ..Default::default()
         }),
-        cpu: MessageField::some(metrics::CPUStat { usage_usec, user_usec, system_usec, ..Default::default() }),
+        cpu: MessageField::some(metrics::CPUStat {
+            usage_usec,
+            user_usec,
+            system_usec,
+            ..Default::default()
+        }),
         memory: MessageField::some(memory),
         memory_events: MessageField::some(events),
         ..Default::default()
@@ -185,7 +201,11 @@ pub fn stats(stats: &ContainerStats) -> Result<Any> {
     let value = message
         .write_to_bytes()
         .map_err(|error| Error::new(ErrorKind::Internal, format!("encoding metrics: {error}")))?;
-    Ok(Any { type_url: METRICS_TYPE_URL.to_owned(), value, ..Default::default() })
+    Ok(Any {
+        type_url: METRICS_TYPE_URL.to_owned(),
+        value,
+        ..Default::default()
+    })
 }
 
 /// The message field of a line of the kernel's memory.stat.
@@ -241,16 +261,32 @@ mod tests {
 
         let created = create_request(request).unwrap();
 
-        assert_eq!((created.container_id.as_str(), created.bundle.as_path()), ("c1", Path::new("/b")));
+        assert_eq!(
+            (created.container_id.as_str(), created.bundle.as_path()),
+            ("c1", Path::new("/b"))
+        );
         assert_eq!(wire_mount(&created.rootfs[0]).options, ["ro"]);
-        assert_eq!((created.rootfs[0].fs_type.as_str(), created.rootfs[0].target.as_str()), ("overlay", "t"));
-        assert_eq!((created.stdio.stdin.as_str(), created.stdio.stdout.as_str()), ("i", "o"));
+        assert_eq!(
+            (
+                created.rootfs[0].fs_type.as_str(),
+                created.rootfs[0].target.as_str()
+            ),
+            ("overlay", "t")
+        );
+        assert_eq!(
+            (created.stdio.stdin.as_str(), created.stdio.stdout.as_str()),
+            ("i", "o")
+        );
         assert!(created.stdio.terminal);
     }
 
     #[test]
     fn restore_from_a_checkpoint_is_unimplemented() {
-        let request = api::CreateTaskRequest { id: "c1".into(), checkpoint: "/cp".into(), ..Default::default() };
+        let request = api::CreateTaskRequest {
+            id: "c1".into(),
+            checkpoint: "/cp".into(),
+            ..Default::default()
+        };
 
         let error = create_request(request).unwrap_err();
 
@@ -260,15 +296,35 @@ mod tests {
 
     #[test]
     fn exec_needs_an_id_and_an_oci_process() {
-        let mut request = api::ExecProcessRequest { id: "c".into(), ..Default::default() };
-        assert_eq!(exec_request(request.clone()).unwrap_err().kind, ErrorKind::InvalidArgument);
+        let mut request = api::ExecProcessRequest {
+            id: "c".into(),
+            ..Default::default()
+        };
+        assert_eq!(
+            exec_request(request.clone()).unwrap_err().kind,
+            ErrorKind::InvalidArgument
+        );
 
         request.exec_id = "e".into();
-        assert!(exec_request(request.clone()).unwrap_err().message.contains("missing"));
+        assert!(
+            exec_request(request.clone())
+                .unwrap_err()
+                .message
+                .contains("missing")
+        );
 
-        let mut any = Any { type_url: "x/y".into(), value: b"{}".to_vec(), ..Default::default() };
+        let mut any = Any {
+            type_url: "x/y".into(),
+            value: b"{}".to_vec(),
+            ..Default::default()
+        };
         request.spec = MessageField::some(any.clone());
-        assert!(exec_request(request.clone()).unwrap_err().message.contains("\"x/y\""));
+        assert!(
+            exec_request(request.clone())
+                .unwrap_err()
+                .message
+                .contains("\"x/y\"")
+        );
 
         any.type_url = format!("types.containerd.io/{PROCESS_TYPE}");
         request.spec = MessageField::some(any);
@@ -290,7 +346,14 @@ mod tests {
         let response = state_response(state);
 
         assert_eq!(response.status.enum_value(), Ok(api::Status::STOPPED));
-        assert_eq!((response.exit_status, response.exited_at.seconds, response.exited_at.nanos), (137, 7, 9));
+        assert_eq!(
+            (
+                response.exit_status,
+                response.exited_at.seconds,
+                response.exited_at.nanos
+            ),
+            (137, 7, 9)
+        );
         assert_eq!((response.id.as_str(), response.exec_id.as_str()), ("c", "e"));
     }
 
@@ -323,7 +386,14 @@ mod tests {
         let message = metrics::Metrics::parse_from_bytes(&any.value).unwrap();
 
         assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
-        assert_eq!((message.cpu.usage_usec, message.cpu.user_usec, message.cpu.system_usec), (30, 20, 10));
+        assert_eq!(
+            (
+                message.cpu.usage_usec,
+                message.cpu.user_usec,
+                message.cpu.system_usec
+            ),
+            (30, 20, 10)
+        );
         assert_eq!((message.memory.usage, message.memory.inactive_file), (4096, 5));
         assert_eq!(message.pids.current, 2);
     }

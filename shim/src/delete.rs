@@ -3,11 +3,13 @@
 use std::env;
 use std::io;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::thread::sleep;
+use std::time::{Duration, Instant, SystemTime};
 
 use containerd_shim_protos::api::DeleteResponse;
 use protobuf::{Message, MessageField};
 
+use crate::address::Address;
 use crate::args::Args;
 use crate::bundle::{Bundle, ContainerKind};
 use crate::process::ShimProcess;
@@ -18,10 +20,13 @@ const KILLED: u32 = 137;
 
 /// How long a leftover shim may take to end by itself; twice this and [`CLEANUP_PATIENCE`] stay below the 5 s that
 /// containerd allows.
-const SHIM_PATIENCE: Duration = Duration::from_millis(1200);
+const SHIM_PATIENCE: Duration = Duration::from_millis(1000);
 
 /// How long undoing may take.
 const CLEANUP_PATIENCE: Duration = Duration::from_millis(2000);
+
+/// How long a dying process may take to close its socket.
+const CLOSE_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Why `delete` failed. Leftovers that could not be removed are warnings, not errors: containerd would keep the bundle.
 #[derive(Debug, thiserror::Error)]
@@ -73,23 +78,46 @@ fn delete_sandbox(args: &Args, bundle: &Bundle, pid: Option<u32>) -> Result<(), 
     if process.is_some_and(|process| !process.end(SHIM_PATIENCE)) {
         tracing::warn!(pid, "shim process does not end");
     }
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(DeleteError::Runtime)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(DeleteError::Runtime)?;
     let cleanup = runtime.block_on(async {
-        tokio::time::timeout(CLEANUP_PATIENCE, runtime::handler::cleanup(&args.id, bundle.dir())).await
+        tokio::time::timeout(
+            CLEANUP_PATIENCE,
+            runtime::handler::cleanup(&args.id, bundle.dir()),
+        )
+        .await
     });
     match cleanup {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::warn!(%error, "cleaning up"),
-        Err(_) => tracing::warn!(seconds = CLEANUP_PATIENCE.as_secs(), "cleaning up takes too long, left"),
+        Err(_) => tracing::warn!(
+            seconds = CLEANUP_PATIENCE.as_secs(),
+            "cleaning up takes too long, left"
+        ),
     }
     // Blocking work of a clean-up that hangs must not hold the process.
     runtime.shutdown_background();
-    if let Some(address) = bundle.address().filter(|address| !socket::is_served(address.path()))
-        && let Err(error) = socket::remove(address.path())
-    {
-        tracing::warn!(%error, "socket");
+    if let Some(address) = bundle.address() {
+        remove_socket(&address);
     }
     bundle.clear();
     Ok(())
+}
+
+/// Removes the socket once nobody listens on it: of a process that was just killed, threads may still hold it for a
+/// moment.
+fn remove_socket(address: &Address) {
+    let deadline = Instant::now() + CLOSE_PATIENCE;
+    while socket::is_served(address.path()) {
+        if Instant::now() > deadline {
+            tracing::warn!(%address, "still served, left");
+            return;
+        }
+        sleep(Duration::from_millis(5));
+    }
+    if let Err(error) = socket::remove(address.path()) {
+        tracing::warn!(%error, "socket");
+    }
 }

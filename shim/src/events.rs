@@ -27,7 +27,13 @@ pub fn envelope(namespace: &str, event: &Event, time: SystemTime) -> Result<Enve
 
 fn message(event: &Event) -> Result<(&'static str, Any), protobuf::Error> {
     match event {
-        Event::TaskCreate { container_id, bundle, rootfs, stdio, pid } => pack(
+        Event::TaskCreate {
+            container_id,
+            bundle,
+            rootfs,
+            stdio,
+            pid,
+        } => pack(
             "/tasks/create",
             &wire::TaskCreate {
                 container_id: container_id.clone(),
@@ -40,7 +46,11 @@ fn message(event: &Event) -> Result<(&'static str, Any), protobuf::Error> {
         ),
         Event::TaskStart { container_id, pid } => pack(
             "/tasks/start",
-            &wire::TaskStart { container_id: container_id.clone(), pid: *pid, ..Default::default() },
+            &wire::TaskStart {
+                container_id: container_id.clone(),
+                pid: *pid,
+                ..Default::default()
+            },
         ),
         Event::TaskExecAdded { process } => pack(
             "/tasks/exec-added",
@@ -83,21 +93,35 @@ fn message(event: &Event) -> Result<(&'static str, Any), protobuf::Error> {
         ),
         Event::TaskPaused { container_id } => pack(
             "/tasks/paused",
-            &wire::TaskPaused { container_id: container_id.clone(), ..Default::default() },
+            &wire::TaskPaused {
+                container_id: container_id.clone(),
+                ..Default::default()
+            },
         ),
         Event::TaskResumed { container_id } => pack(
             "/tasks/resumed",
-            &wire::TaskResumed { container_id: container_id.clone(), ..Default::default() },
+            &wire::TaskResumed {
+                container_id: container_id.clone(),
+                ..Default::default()
+            },
         ),
-        Event::TaskOom { container_id } => {
-            pack("/tasks/oom", &wire::TaskOOM { container_id: container_id.clone(), ..Default::default() })
-        }
+        Event::TaskOom { container_id } => pack(
+            "/tasks/oom",
+            &wire::TaskOOM {
+                container_id: container_id.clone(),
+                ..Default::default()
+            },
+        ),
     }
 }
 
 /// In exit and delete events init goes by the container's id, which is how clients tell it from an exec.
 fn process_id(process: &ContainerProcess) -> String {
-    if process.exec_id.is_empty() { process.container_id.clone() } else { process.exec_id.clone() }
+    if process.exec_id.is_empty() {
+        process.container_id.clone()
+    } else {
+        process.exec_id.clone()
+    }
 }
 
 fn task_io(stdio: &Stdio) -> wire::TaskIO {
@@ -113,7 +137,14 @@ fn task_io(stdio: &Stdio) -> wire::TaskIO {
 /// containerd's type URLs are bare message names. `NAME` has no package, and these messages all live in one.
 fn pack<M: Message>(topic: &'static str, message: &M) -> Result<(&'static str, Any), protobuf::Error> {
     let value = message.write_to_bytes()?;
-    Ok((topic, Any { type_url: format!("containerd.events.{}", M::NAME), value, ..Default::default() }))
+    Ok((
+        topic,
+        Any {
+            type_url: format!("containerd.events.{}", M::NAME),
+            value,
+            ..Default::default()
+        },
+    ))
 }
 
 #[cfg(test)]
@@ -132,26 +163,79 @@ mod tests {
 
     #[test]
     fn every_event_has_its_topic_and_type() {
-        let exit = ProcessExit { status: 1, at: UNIX_EPOCH };
+        let exit = ProcessExit {
+            status: 1,
+            at: UNIX_EPOCH,
+        };
         let id = || "c".to_owned();
         let cases = [
             (
-                Event::TaskCreate { container_id: id(), bundle: "/b".into(), rootfs: vec![], stdio: Stdio::default(), pid: 1 },
+                Event::TaskCreate {
+                    container_id: id(),
+                    bundle: "/b".into(),
+                    rootfs: vec![],
+                    stdio: Stdio::default(),
+                    pid: 1,
+                },
                 "/tasks/create",
                 "containerd.events.TaskCreate",
             ),
-            (Event::TaskStart { container_id: id(), pid: 1 }, "/tasks/start", "containerd.events.TaskStart"),
-            (Event::TaskExecAdded { process: process("c", "e") }, "/tasks/exec-added", "containerd.events.TaskExecAdded"),
             (
-                Event::TaskExecStarted { process: process("c", "e"), pid: 1 },
+                Event::TaskStart {
+                    container_id: id(),
+                    pid: 1,
+                },
+                "/tasks/start",
+                "containerd.events.TaskStart",
+            ),
+            (
+                Event::TaskExecAdded {
+                    process: process("c", "e"),
+                },
+                "/tasks/exec-added",
+                "containerd.events.TaskExecAdded",
+            ),
+            (
+                Event::TaskExecStarted {
+                    process: process("c", "e"),
+                    pid: 1,
+                },
                 "/tasks/exec-started",
                 "containerd.events.TaskExecStarted",
             ),
-            (Event::TaskExit { process: process("c", ""), pid: 1, exit }, "/tasks/exit", "containerd.events.TaskExit"),
-            (Event::TaskDelete { process: process("c", ""), pid: 1, exit }, "/tasks/delete", "containerd.events.TaskDelete"),
-            (Event::TaskPaused { container_id: id() }, "/tasks/paused", "containerd.events.TaskPaused"),
-            (Event::TaskResumed { container_id: id() }, "/tasks/resumed", "containerd.events.TaskResumed"),
-            (Event::TaskOom { container_id: id() }, "/tasks/oom", "containerd.events.TaskOOM"),
+            (
+                Event::TaskExit {
+                    process: process("c", ""),
+                    pid: 1,
+                    exit,
+                },
+                "/tasks/exit",
+                "containerd.events.TaskExit",
+            ),
+            (
+                Event::TaskDelete {
+                    process: process("c", ""),
+                    pid: 1,
+                    exit,
+                },
+                "/tasks/delete",
+                "containerd.events.TaskDelete",
+            ),
+            (
+                Event::TaskPaused { container_id: id() },
+                "/tasks/paused",
+                "containerd.events.TaskPaused",
+            ),
+            (
+                Event::TaskResumed { container_id: id() },
+                "/tasks/resumed",
+                "containerd.events.TaskResumed",
+            ),
+            (
+                Event::TaskOom { container_id: id() },
+                "/tasks/oom",
+                "containerd.events.TaskOOM",
+            ),
         ];
         for (event, topic, type_url) in cases {
             let packed = packed(&event);
@@ -161,14 +245,33 @@ mod tests {
 
     #[test]
     fn exit_of_init_goes_by_the_container_id() {
-        let exit = ProcessExit { status: 137, at: UNIX_EPOCH };
+        let exit = ProcessExit {
+            status: 137,
+            at: UNIX_EPOCH,
+        };
 
-        let (_, _, init) = packed(&Event::TaskExit { process: process("c", ""), pid: 9, exit });
-        let (_, _, exec) = packed(&Event::TaskExit { process: process("c", "e"), pid: 9, exit });
+        let (_, _, init) = packed(&Event::TaskExit {
+            process: process("c", ""),
+            pid: 9,
+            exit,
+        });
+        let (_, _, exec) = packed(&Event::TaskExit {
+            process: process("c", "e"),
+            pid: 9,
+            exit,
+        });
 
         let init = wire::TaskExit::parse_from_bytes(&init).unwrap();
         let exec = wire::TaskExit::parse_from_bytes(&exec).unwrap();
-        assert_eq!((init.id.as_str(), init.container_id.as_str(), init.exit_status, init.pid), ("c", "c", 137, 9));
+        assert_eq!(
+            (
+                init.id.as_str(),
+                init.container_id.as_str(),
+                init.exit_status,
+                init.pid
+            ),
+            ("c", "c", 137, 9)
+        );
         assert_eq!((exec.id.as_str(), exec.container_id.as_str()), ("e", "c"));
     }
 }

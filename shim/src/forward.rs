@@ -48,7 +48,12 @@ impl Publisher {
     /// events: CRI-O has no such endpoint.
     pub fn spawn(events: mpsc::UnboundedReceiver<Event>, namespace: &str, address: &str) -> Self {
         let stop = Arc::new(Notify::new());
-        let queue = Queue { events, namespace: namespace.to_owned(), waiting: VecDeque::new(), dropped: 0 };
+        let queue = Queue {
+            events,
+            namespace: namespace.to_owned(),
+            waiting: VecDeque::new(),
+            dropped: 0,
+        };
         let path = address.strip_prefix("unix://").unwrap_or(address).to_owned();
         let task = tokio::spawn(run(queue, path, Arc::clone(&stop)));
         Self { task, stop }
@@ -58,7 +63,10 @@ impl Publisher {
     pub async fn flush(mut self, patience: Duration) {
         self.stop.notify_one();
         if timeout(patience, &mut self.task).await.is_err() {
-            tracing::error!(seconds = patience.as_secs(), "containerd takes no events, the last ones are lost");
+            tracing::error!(
+                seconds = patience.as_secs(),
+                "containerd takes no events, the last ones are lost"
+            );
             self.task.abort();
         }
     }
@@ -77,7 +85,7 @@ async fn run(mut queue: Queue, path: String, stop: Arc<Notify>) {
             tokio::select! {
                 () = &mut delivery => break,
                 // Taken off the channel while the delivery waits, so that the bound below holds.
-                () = queue.take_in(&stop) => {}
+                () = queue.take_in(&stop), if !queue.has_ended() => {}
             }
         }
     }
@@ -97,22 +105,26 @@ impl Queue {
             if let Some(envelope) = self.waiting.pop_front() {
                 return Some(envelope);
             }
-            if self.events.is_closed() && self.events.is_empty() {
+            if self.has_ended() {
                 return None;
             }
             self.take_in(stop).await;
         }
     }
 
-    /// Waits for one event, or for the order to stop. Never returns once the channel is closed and drained.
+    /// Nothing more can come out of the channel.
+    fn has_ended(&self) -> bool {
+        self.events.is_closed() && self.events.is_empty()
+    }
+
+    /// Waits for one event, for the order to stop, or for the end of the channel.
     async fn take_in(&mut self, stop: &Notify) {
         tokio::select! {
             biased;
             () = stop.notified() => self.events.close(),
-            event = self.events.recv() => match event {
-                Some(event) => self.push(&event),
-                None => std::future::pending().await,
-            }
+            event = self.events.recv() => if let Some(event) = event {
+                self.push(&event);
+            },
         }
     }
 
@@ -149,7 +161,10 @@ impl Containerd {
     /// Returns once containerd has the event, or will never take it.
     async fn deliver(&mut self, envelope: Envelope) {
         let topic = envelope.topic.clone();
-        let request = ForwardRequest { envelope: MessageField::some(envelope), ..Default::default() };
+        let request = ForwardRequest {
+            envelope: MessageField::some(envelope),
+            ..Default::default()
+        };
         let mut pause = PAUSES.0;
         let mut refusals = 0;
         let mut away = false;
@@ -190,16 +205,22 @@ impl Containerd {
                     Ok(Err(error)) => return Err(Failure::Away(format!("{}: {error}", self.path))),
                     Err(_) => return Err(Failure::Away(format!("{}: connecting takes too long", self.path))),
                 };
-                self.client.insert(EventsClient::new(Client::new(Socket::from(stream))))
+                self.client
+                    .insert(EventsClient::new(Client::new(Socket::from(stream))))
             }
         };
-        match client.forward(context::with_duration(CALL_PATIENCE), request).await {
+        match client
+            .forward(context::with_duration(CALL_PATIENCE), request)
+            .await
+        {
             Ok(_) => Ok(()),
             Err(ttrpc::Error::RpcStatus(status)) => {
                 let text = format!("{:?}: {}", status.code(), status.message());
                 Err(match status.code() {
                     Code::DEADLINE_EXCEEDED | Code::UNAVAILABLE => Failure::Away(text),
-                    Code::INVALID_ARGUMENT | Code::UNIMPLEMENTED | Code::PERMISSION_DENIED => Failure::Invalid(text),
+                    Code::INVALID_ARGUMENT | Code::UNIMPLEMENTED | Code::PERMISSION_DENIED => {
+                        Failure::Invalid(text)
+                    }
                     _ => Failure::Refused(text),
                 })
             }

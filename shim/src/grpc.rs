@@ -32,7 +32,9 @@ mod tests {
     fn status_carries_code_and_message() {
         let error = Error::new(ErrorKind::NotFound, "container c1 does not exist");
 
-        let ttrpc::Error::RpcStatus(status) = status(&error) else { panic!("not a status") };
+        let ttrpc::Error::RpcStatus(status) = status(&error) else {
+            panic!("not a status")
+        };
 
         assert_eq!(status.code(), Code::NOT_FOUND);
         assert_eq!(status.message(), "container c1 does not exist");

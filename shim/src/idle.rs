@@ -29,8 +29,14 @@ pub struct Request(Arc<Activity>);
 impl Activity {
     /// Nothing served yet; the clock starts now.
     pub fn new() -> Arc<Self> {
-        let state = State { containers: HashSet::new(), requests: 0, last: Instant::now() };
-        Arc::new(Self { state: Mutex::new(state) })
+        let state = State {
+            containers: HashSet::new(),
+            requests: 0,
+            last: Instant::now(),
+        };
+        Arc::new(Self {
+            state: Mutex::new(state),
+        })
     }
 
     /// A request came in.
@@ -47,6 +53,11 @@ impl Activity {
     /// A container is gone.
     pub fn deleted(&self, container_id: &str) {
         self.with(|state| state.containers.remove(container_id));
+    }
+
+    /// Whether any container exists.
+    pub fn has_containers(&self) -> bool {
+        self.with(|state| !state.containers.is_empty())
     }
 
     /// Returns once there has been no container and no request for `limit`.

@@ -39,7 +39,10 @@ mod tests {
         let info = RuntimeInfo::parse_from_bytes(&info(b"").unwrap()).unwrap();
 
         assert_eq!(info.name, "io.containerd.kata.v2");
-        assert_eq!((info.version.version.as_str(), info.options.is_none()), (version::VERSION, true));
+        assert_eq!(
+            (info.version.version.as_str(), info.options.is_none()),
+            (version::VERSION, true)
+        );
         // containerd ≥ 2.2 takes "containerd.io/runtime-allow-mounts" as a promise to mount erofs and loop files ourselves.
         assert!(info.annotations.is_empty());
     }

@@ -15,6 +15,7 @@ pub mod args;
 pub mod bootstrap;
 pub mod bundle;
 pub mod convert;
+pub mod ctl;
 pub mod delete;
 pub mod events;
 pub mod forward;

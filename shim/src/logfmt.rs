@@ -35,7 +35,11 @@ where
         write!(writer, "\" level={} msg=", level(*event.metadata().level()))?;
         value(&mut writer, &fields.message)?;
         for span in context.event_scope().into_iter().flatten() {
-            if let Some(text) = span.extensions().get::<FormattedFields<N>>().filter(|text| !text.is_empty()) {
+            if let Some(text) = span
+                .extensions()
+                .get::<FormattedFields<N>>()
+                .filter(|text| !text.is_empty())
+            {
                 write!(writer, " {text}")?;
             }
         }
@@ -58,8 +62,14 @@ fn level(level: Level) -> &'static str {
 /// Writes `text` bare if that is unambiguous, else quoted and escaped, so that a line stays one line.
 pub fn value(writer: &mut dyn fmt::Write, text: &str) -> fmt::Result {
     let bare = !text.is_empty()
-        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b'/' | b'@' | b'^' | b'+' | b':'));
-    if bare { writer.write_str(text) } else { write!(writer, "{text:?}") }
+        && text.bytes().all(|b| {
+            b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b'/' | b'@' | b'^' | b'+' | b':')
+        });
+    if bare {
+        writer.write_str(text)
+    } else {
+        write!(writer, "{text:?}")
+    }
 }
 
 #[derive(Default)]

@@ -26,14 +26,24 @@ const PIPE_BUF: usize = 4096;
 /// Lets the process log into the FIFO of the bundle at `bundle`; without such a FIFO the logs are discarded, because
 /// stdout and stderr belong to containerd's protocol.
 pub fn to_fifo(bundle: &Path, namespace: &str, sandbox: &str, debug: bool) {
-    let Some(fifo) = Fifo::open(&bundle.join(FIFO)) else { return };
-    let level = if debug { LevelFilter::DEBUG } else { LevelFilter::INFO };
+    let Some(fifo) = Fifo::open(&bundle.join(FIFO)) else {
+        return;
+    };
+    let level = if debug {
+        LevelFilter::DEBUG
+    } else {
+        LevelFilter::INFO
+    };
     install(fifo, namespace, sandbox, level);
 }
 
 /// Lets the process log warnings to stderr.
 pub fn to_stderr(namespace: &str, sandbox: &str, debug: bool) {
-    let level = if debug { LevelFilter::DEBUG } else { LevelFilter::WARN };
+    let level = if debug {
+        LevelFilter::DEBUG
+    } else {
+        LevelFilter::WARN
+    };
     install(io::stderr, namespace, sandbox, level);
 }
 
@@ -43,7 +53,9 @@ where
 {
     let layer = tracing_subscriber::fmt::layer()
         .with_ansi(false)
-        .event_format(Logfmt { suffix: suffix(namespace, sandbox) })
+        .event_format(Logfmt {
+            suffix: suffix(namespace, sandbox),
+        })
         .with_writer(writer)
         .with_filter(Targets::new().with_default(level));
     // Fails only if a subscriber is installed already, which then keeps serving.
@@ -87,7 +99,10 @@ impl Fifo {
             .open(path)
             .ok()?;
         let is_fifo = file.metadata().is_ok_and(|meta| meta.file_type().is_fifo());
-        is_fifo.then(|| Self { file, dropped: AtomicU64::new(0) })
+        is_fifo.then(|| Self {
+            file,
+            dropped: AtomicU64::new(0),
+        })
     }
 
     fn put(&self, line: &[u8]) -> bool {
@@ -172,14 +187,19 @@ mod tests {
         fifo.make_writer().write_all(b"after\n").unwrap();
 
         let dropped = 100 - kept;
-        assert_eq!(drain(&fifo), format!("level=warning msg=\"log lines dropped\" count={dropped}\nafter\n"));
+        assert_eq!(
+            drain(&fifo),
+            format!("level=warning msg=\"log lines dropped\" count={dropped}\nafter\n")
+        );
     }
 
     #[test]
     fn long_line_is_cut_to_one_atomic_write() {
         let (_dir, fifo) = fifo();
 
-        fifo.make_writer().write_all("y".repeat(10_000).as_bytes()).unwrap();
+        fifo.make_writer()
+            .write_all("y".repeat(10_000).as_bytes())
+            .unwrap();
 
         let text = drain(&fifo);
         assert_eq!(text.len(), PIPE_BUF);

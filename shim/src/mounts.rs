@@ -15,10 +15,16 @@ const MOUNTINFO: &str = "/proc/self/mountinfo";
 /// The first failure, after having tried the rest.
 pub fn unmount_below(dir: &Path) -> io::Result<()> {
     // The mount table has real paths.
-    let Ok(dir) = dir.canonicalize() else { return Ok(()) };
+    let Ok(dir) = dir.canonicalize() else {
+        return Ok(());
+    };
     let table = std::fs::read(MOUNTINFO)?;
     let mut result = Ok(());
-    for point in mount_points(&table).into_iter().rev().filter(|point| point.starts_with(&dir)) {
+    for point in mount_points(&table)
+        .into_iter()
+        .rev()
+        .filter(|point| point.starts_with(&dir))
+    {
         let done = unmount(&point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
         if let (Err(errno), true) = (done, result.is_ok()) {
             result = Err(io::Error::new(
@@ -71,7 +77,10 @@ mod tests {
     fn mount_points_are_unescaped_in_order() {
         let table = b"22 1 0:20 / / rw - ext4 a rw\n23 22 0:21 / /a\\040b/c\\134 rw shared:1 - tmpfs t rw\n";
 
-        assert_eq!(mount_points(table), [PathBuf::from("/"), PathBuf::from("/a b/c\\")]);
+        assert_eq!(
+            mount_points(table),
+            [PathBuf::from("/"), PathBuf::from("/a b/c\\")]
+        );
     }
 
     #[test]

@@ -24,9 +24,15 @@ pub fn decode(any: Option<&Any>) -> Result<RuntimeOptions> {
         return Ok(RuntimeOptions::default());
     }
     let options = runtimeoptions::Options::parse_from_bytes(&any.value).map_err(|error| {
-        Error::new(ErrorKind::InvalidArgument, format!("options {}: {error}", any.type_url))
+        Error::new(
+            ErrorKind::InvalidArgument,
+            format!("options {}: {error}", any.type_url),
+        )
     })?;
-    Ok(RuntimeOptions { config_path: options.config_path, config_body: options.config_body })
+    Ok(RuntimeOptions {
+        config_path: options.config_path,
+        config_body: options.config_body,
+    })
 }
 
 #[cfg(test)]
@@ -34,17 +40,29 @@ mod tests {
     use super::*;
 
     fn any(type_url: &str, value: &[u8]) -> Any {
-        Any { type_url: type_url.to_owned(), value: value.to_vec(), ..Default::default() }
+        Any {
+            type_url: type_url.to_owned(),
+            value: value.to_vec(),
+            ..Default::default()
+        }
     }
 
     #[test]
     fn config_path_is_found_under_every_type_url() {
         // Field 2 (config_path), length 2, "/c"; field 3 (config_body), length 1, "x".
         let value = b"\x12\x02/c\x1a\x01x";
-        for url in ["runtimeoptions.v1.Options", "cri.runtimeoptions.v1.Options", "type.googleapis.com/runtimeoptions.v1.Options"] {
+        for url in [
+            "runtimeoptions.v1.Options",
+            "cri.runtimeoptions.v1.Options",
+            "type.googleapis.com/runtimeoptions.v1.Options",
+        ] {
             let options = decode(Some(&any(url, value))).unwrap();
 
-            assert_eq!((options.config_path.as_str(), options.config_body.as_slice()), ("/c", &b"x"[..]), "{url}");
+            assert_eq!(
+                (options.config_path.as_str(), options.config_body.as_slice()),
+                ("/c", &b"x"[..]),
+                "{url}"
+            );
         }
     }
 
@@ -52,7 +70,10 @@ mod tests {
     fn absent_and_foreign_options_are_the_default() {
         assert_eq!(decode(None).unwrap(), RuntimeOptions::default());
         assert_eq!(decode(Some(&Any::new())).unwrap(), RuntimeOptions::default());
-        assert_eq!(decode(Some(&any("containerd.runc.v1.Options", b"\x08\x01"))).unwrap(), RuntimeOptions::default());
+        assert_eq!(
+            decode(Some(&any("containerd.runc.v1.Options", b"\x08\x01"))).unwrap(),
+            RuntimeOptions::default()
+        );
     }
 
     #[test]

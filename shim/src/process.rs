@@ -39,7 +39,9 @@ impl ShimProcess {
         let deadline = Instant::now() + patience;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let Ok(timeout) = Timespec::try_from(left) else { return false };
+            let Ok(timeout) = Timespec::try_from(left) else {
+                return false;
+            };
             match poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&timeout)) {
                 Ok(0) => return false,
                 Ok(_) => return true,
@@ -52,9 +54,17 @@ impl ShimProcess {
 
 /// Whether a command line (NUL-separated) is that of the serving shim of sandbox `id`.
 fn is_ours(cmdline: &[u8], id: &str) -> bool {
-    let words: Vec<&str> = cmdline.split(|b| *b == 0).filter_map(|word| std::str::from_utf8(word).ok()).collect();
-    let named = words.first().and_then(|word| Path::new(word).file_name()).is_some_and(|name| name == version::NAME);
-    let serves = words.windows(2).any(|pair| matches!(pair, ["-id", value] if *value == id));
+    let words: Vec<&str> = cmdline
+        .split(|b| *b == 0)
+        .filter_map(|word| std::str::from_utf8(word).ok())
+        .collect();
+    let named = words
+        .first()
+        .and_then(|word| Path::new(word).file_name())
+        .is_some_and(|name| name == version::NAME);
+    let serves = words
+        .windows(2)
+        .any(|pair| matches!(pair, ["-id", value] if *value == id));
     let helper = words.iter().any(|word| matches!(*word, "start" | "delete"));
     named && serves && !helper
 }
@@ -66,7 +76,10 @@ mod tests {
     #[test]
     fn only_the_serving_shim_of_the_sandbox_is_ours() {
         let cases: [(&[u8], bool); 6] = [
-            (b"/usr/local/bin/containerd-shim-kata-v2\0-namespace\0n\0-id\0abc\0", true),
+            (
+                b"/usr/local/bin/containerd-shim-kata-v2\0-namespace\0n\0-id\0abc\0",
+                true,
+            ),
             (b"containerd-shim-kata-v2\0-id\0abc\0-debug\0", true),
             (b"/usr/bin/containerd-shim-runc-v2\0-id\0abc\0", false),
             (b"containerd-shim-kata-v2\0-id\0abcd\0", false),
@@ -74,7 +87,12 @@ mod tests {
             (b"", false),
         ];
         for (cmdline, expected) in cases {
-            assert_eq!(is_ours(cmdline, "abc"), expected, "{:?}", String::from_utf8_lossy(cmdline));
+            assert_eq!(
+                is_ours(cmdline, "abc"),
+                expected,
+                "{:?}",
+                String::from_utf8_lossy(cmdline)
+            );
         }
     }
 
@@ -95,7 +113,9 @@ mod tests {
         let mut ready = [0; 6];
         std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut ready).unwrap();
         let pid = Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
-        let process = ShimProcess { pidfd: pidfd_open(pid, PidfdFlags::empty()).unwrap() };
+        let process = ShimProcess {
+            pidfd: pidfd_open(pid, PidfdFlags::empty()).unwrap(),
+        };
 
         assert!(process.end(Duration::from_millis(200)));
 

@@ -34,8 +34,8 @@ const IDLE: Duration = Duration::from_secs(60);
 /// The same once its sandbox has ended.
 const IDLE_AFTER_END: Duration = Duration::from_secs(10);
 
-/// How long stopping the sandbox may take.
-const STOP_PATIENCE: Duration = Duration::from_secs(10);
+/// How long stopping the sandbox may take; the runtime bounds it by itself, this is for one that does not.
+const STOP_PATIENCE: Duration = Duration::from_secs(20);
 
 /// How long the last events may take.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(5);
@@ -84,17 +84,29 @@ fn failed(what: &'static str) -> impl FnOnce(io::Error) -> RunError {
 /// [`RunError`], which is also reported to the parent and logged.
 pub fn run(args: &Args) -> Result<(), RunError> {
     let spawn::Inherited { listener, report } = spawn::inherited().ok_or(RunError::NotStarted)?;
-    let bundle = match set_up(args, &listener) {
-        Ok(bundle) => bundle,
-        Err(error) => {
-            tracing::error!(%error, "cannot serve");
-            report.failed(&error);
-            return Err(error);
+    let mut report = Some(report);
+    let result = set_up(args, &listener).and_then(|bundle| {
+        serve_bundle(args, &bundle, listener, || {
+            if let Some(report) = report.take() {
+                report.ready();
+            }
+        })
+    });
+    if let Err(error) = &result {
+        tracing::error!(%error, "cannot serve");
+        if let Some(report) = report {
+            report.failed(error);
         }
-    };
-    report.ready();
-    tracing::info!(bundle = %bundle.dir().display(), "serving");
+    }
+    result
+}
 
+fn serve_bundle(
+    args: &Args,
+    bundle: &Bundle,
+    listener: UnixListener,
+    ready: impl FnOnce(),
+) -> Result<(), RunError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .enable_all()
@@ -111,11 +123,8 @@ pub fn run(args: &Args) -> Result<(), RunError> {
         };
         let handler = Arc::new(RuntimeHandlerManager::new(context, events));
         let publisher = Publisher::spawn(receiver, &args.namespace, &ttrpc_address);
-        serve(listener, handler, publisher, IDLE).await
+        serve(listener, handler, publisher, IDLE, ready).await
     });
-    if let Err(error) = &result {
-        tracing::error!(%error, "cannot serve");
-    }
     runtime.shutdown_timeout(BACKGROUND_PATIENCE);
     result
 }
@@ -144,10 +153,18 @@ fn set_up(args: &Args, listener: &UnixListener) -> Result<Bundle, RunError> {
 /// large before there are threads.
 fn grow_fd_table(any: &impl AsFd) -> Result<(), RunError> {
     let limit = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+    if let Err(error) = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limit.maximum,
+            maximum: limit.maximum,
+        },
+    ) {
         tracing::warn!(%error, "raising the limit of open files");
     }
-    let highest = getrlimit(Resource::Nofile).current.and_then(|limit| i32::try_from(limit).ok());
+    let highest = getrlimit(Resource::Nofile)
+        .current
+        .and_then(|limit| i32::try_from(limit).ok());
     let last = highest.map_or(FD_TABLE, |limit| limit.min(FD_TABLE)) - 1;
     // Opening the highest descriptor sizes the table; closing it again does not shrink it.
     rustix::io::fcntl_dupfd_cloexec(any, last)
@@ -174,7 +191,8 @@ fn private_mounts() -> Result<(), RunError> {
 }
 
 /// Serves `handler` on `listener` until it is shut down, a signal comes or nobody needs it for `idle`; then removes the
-/// socket, stops the sandbox and publishes the last events, each in bounded time.
+/// socket, stops the sandbox and publishes the last events, each in bounded time. Calls `ready` once it serves and
+/// handles signals.
 ///
 /// # Errors
 /// [`RunError`] when the server does not start.
@@ -183,6 +201,7 @@ pub async fn serve(
     handler: Arc<dyn TaskHandler>,
     publisher: Publisher,
     idle: Duration,
+    ready: impl FnOnce(),
 ) -> Result<(), RunError> {
     let path = socket_path(&listener);
     let mut signals = Termination::new().map_err(failed("installing signal handlers"))?;
@@ -191,8 +210,12 @@ pub async fn serve(
     let mut end = handler.watch_end();
     let task = TaskService::new(Arc::clone(&handler), Arc::clone(&activity), Arc::clone(&shutdown));
     let sandbox = SandboxService::new(Arc::clone(&shutdown));
-    let mut server =
-        server::serve(listener, task, sandbox).await.map_err(RunError::Server)?;
+    let mut server = server::serve(listener, task, sandbox)
+        .await
+        .map_err(RunError::Server)?;
+
+    ready();
+    tracing::info!("serving");
 
     let ended = async {
         if end.wait_for(|ended| *ended).await.is_err() {
@@ -216,7 +239,10 @@ pub async fn serve(
         tracing::warn!(%error, "socket");
     }
     if timeout(STOP_PATIENCE, handler.shutdown()).await.is_err() {
-        tracing::error!(seconds = STOP_PATIENCE.as_secs(), "sandbox does not stop, leaving it to the kernel");
+        tracing::error!(
+            seconds = STOP_PATIENCE.as_secs(),
+            "sandbox does not stop, leaving it to the kernel"
+        );
     }
     publisher.flush(FLUSH_PATIENCE).await;
     // Waits for a Wait that nobody answers any more: not longer than it takes to send what is ready.

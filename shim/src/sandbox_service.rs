@@ -59,8 +59,15 @@ impl Sandbox for SandboxService {
             "aarch64" => "arm64",
             other => other,
         };
-        let platform = Platform { os: "linux".into(), architecture: architecture.into(), ..Default::default() };
-        Ok(wire::PlatformResponse { platform: MessageField::some(platform), ..Default::default() })
+        let platform = Platform {
+            os: "linux".into(),
+            architecture: architecture.into(),
+            ..Default::default()
+        };
+        Ok(wire::PlatformResponse {
+            platform: MessageField::some(platform),
+            ..Default::default()
+        })
     }
 
     async fn stop_sandbox(
@@ -87,7 +94,11 @@ impl Sandbox for SandboxService {
         unsupported("SandboxStatus")
     }
 
-    async fn ping_sandbox(&self, _: &TtrpcContext, _: wire::PingRequest) -> ttrpc::Result<wire::PingResponse> {
+    async fn ping_sandbox(
+        &self,
+        _: &TtrpcContext,
+        _: wire::PingRequest,
+    ) -> ttrpc::Result<wire::PingResponse> {
         Ok(wire::PingResponse::new())
     }
 

@@ -39,5 +39,9 @@ pub async fn serve(
 
 /// Task v2 and v3 differ in nothing but the service's name, and methods are found by their bare names.
 fn as_v2(mut services: HashMap<String, Service>) -> HashMap<String, Service> {
-    services.remove(TASK_V3).map(|service| (TASK_V2.to_owned(), service)).into_iter().collect()
+    services
+        .remove(TASK_V3)
+        .map(|service| (TASK_V2.to_owned(), service))
+        .into_iter()
+        .collect()
 }

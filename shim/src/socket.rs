@@ -40,14 +40,22 @@ pub enum SocketError {
 pub fn bind(address: &Address) -> Result<UnixListener, SocketError> {
     let path = address.path();
     let failed = |what| {
-        move |source| SocketError::Io { what, path: path.to_owned(), source }
+        move |source| SocketError::Io {
+            what,
+            path: path.to_owned(),
+            source,
+        }
     };
     if let Some(dir) = path.parent() {
-        DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|source| SocketError::Io {
-            what: "creating socket folder",
-            path: dir.to_owned(),
-            source,
-        })?;
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(|source| SocketError::Io {
+                what: "creating socket folder",
+                path: dir.to_owned(),
+                source,
+            })?;
     }
     let listener = match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
@@ -66,9 +74,13 @@ pub fn bind(address: &Address) -> Result<UnixListener, SocketError> {
 
 /// Whether something listens at `path`. Does not block on a listener whose backlog is full.
 pub fn is_served(path: &Path) -> bool {
-    let Ok(address) = SocketAddrUnix::new(path) else { return false };
+    let Ok(address) = SocketAddrUnix::new(path) else {
+        return false;
+    };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let Ok(socket) = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None) else { return false };
+    let Ok(socket) = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None) else {
+        return false;
+    };
     matches!(connect(&socket, &address), Ok(()) | Err(Errno::AGAIN))
 }
 
@@ -83,9 +95,11 @@ pub fn remove(path: &Path) -> Result<(), SocketError> {
         _ => {}
     }
     match fs::remove_file(path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            Err(SocketError::Io { what: "removing socket", path: path.to_owned(), source })
-        }
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(SocketError::Io {
+            what: "removing socket",
+            path: path.to_owned(),
+            source,
+        }),
         _ => Ok(()),
     }
 }
@@ -121,7 +135,10 @@ mod tests {
         let _listener = bind(&address).unwrap();
 
         let error = bind(&address).unwrap_err();
-        assert_eq!(error.to_string(), format!("a shim already serves {}", address.path().display()));
+        assert_eq!(
+            error.to_string(),
+            format!("a shim already serves {}", address.path().display())
+        );
     }
 
     #[test]
@@ -163,6 +180,9 @@ mod tests {
 
         let error = bind(&address).unwrap_err().to_string();
 
-        assert!(error.starts_with(&format!("creating socket folder {}/s:", file.display())), "{error}");
+        assert!(
+            error.starts_with(&format!("creating socket folder {}/s:", file.display())),
+            "{error}"
+        );
     }
 }

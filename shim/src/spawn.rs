@@ -73,7 +73,12 @@ pub fn close_inherited_on_exec() {
     // SAFETY: close_range with CLOSE_RANGE_CLOEXEC closes nothing, it only sets a flag. Kernels before 5.11 refuse the
     // flag, and then the descriptors stay as they are.
     unsafe {
-        libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC);
+        libc::syscall(
+            libc::SYS_close_range,
+            FIRST,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        );
     }
 }
 
@@ -91,11 +96,20 @@ pub fn spawn(
     let (report, child_end) = io::pipe().map_err(failed("making a pipe"))?;
     let program = env::current_exe().map_err(failed("finding its own program"))?;
     for fd in [listener.as_fd(), child_end.as_fd()] {
-        fcntl_setfd(fd, FdFlags::empty()).map_err(io::Error::from).map_err(failed("keeping a descriptor open"))?;
+        fcntl_setfd(fd, FdFlags::empty())
+            .map_err(io::Error::from)
+            .map_err(failed("keeping a descriptor open"))?;
     }
     let mut command = Command::new(program);
     command
-        .args(["-namespace", &args.namespace, "-id", &args.id, "-address", &args.address])
+        .args([
+            "-namespace",
+            &args.namespace,
+            "-id",
+            &args.id,
+            "-address",
+            &args.address,
+        ])
         .args(["-publish-binary", &args.publish_binary])
         .args(debug.then_some("-debug"))
         .envs(environment.iter().copied())
@@ -121,14 +135,23 @@ fn wait_ready(child: &mut Child, report: io::PipeReader) -> Result<u32, SpawnErr
         return Err(SpawnError::Silent { pid });
     }
     let mut text = Vec::new();
-    report.take(MAX_REPORT).read_to_end(&mut text).map_err(failed("reading its report"))?;
+    report
+        .take(MAX_REPORT)
+        .read_to_end(&mut text)
+        .map_err(failed("reading its report"))?;
     match text.as_slice() {
         READY => Ok(pid),
         [] => {
             let status = child.wait().map_err(failed("waiting for it"))?;
-            Err(SpawnError::Died { pid, status: describe(status) })
+            Err(SpawnError::Died {
+                pid,
+                status: describe(status),
+            })
         }
-        message => Err(SpawnError::Refused { pid, message: String::from_utf8_lossy(message).into_owned() }),
+        message => Err(SpawnError::Refused {
+            pid,
+            message: String::from_utf8_lossy(message).into_owned(),
+        }),
     }
 }
 
@@ -182,7 +205,10 @@ impl Report {
 pub fn inherited() -> Option<Inherited> {
     let listener = from_environment(LISTENER_ENV, FileType::Socket)?;
     let report = from_environment(REPORT_ENV, FileType::Fifo)?;
-    Some(Inherited { listener: listener.into(), report: Report(report.into()) })
+    Some(Inherited {
+        listener: listener.into(),
+        report: Report(report.into()),
+    })
 }
 
 fn from_environment(name: &str, kind: FileType) -> Option<OwnedFd> {

@@ -92,7 +92,11 @@ fn join_sandbox(
     let address = Address::of_sandbox(&socket_dir(params), &args.address, &args.namespace, sandbox_id)?;
     if !socket::is_served(address.path()) {
         let (sandbox_id, id) = (sandbox_id.to_owned(), args.id.clone());
-        return Err(StartError::NoSandbox { sandbox_id, id, address });
+        return Err(StartError::NoSandbox {
+            sandbox_id,
+            id,
+            address,
+        });
     }
     bundle.write_address(&address)?;
     Ok(address)
@@ -132,9 +136,14 @@ fn serve(
     if let Err(error) = raise_oom_score() {
         tracing::warn!(%error, "oom_score_adj");
     }
-    let ttrpc_address = params.map(|params| params.containerd_ttrpc_address.as_str()).unwrap_or_default();
-    let environment: &[_] =
-        if ttrpc_address.is_empty() { &[] } else { &[(TTRPC_ADDRESS_ENV, ttrpc_address)] };
+    let ttrpc_address = params
+        .map(|params| params.containerd_ttrpc_address.as_str())
+        .unwrap_or_default();
+    let environment: &[_] = if ttrpc_address.is_empty() {
+        &[]
+    } else {
+        &[(TTRPC_ADDRESS_ENV, ttrpc_address)]
+    };
     spawn::spawn(args, debug, environment, listener)?;
     Ok(())
 }
@@ -153,7 +162,10 @@ fn socket_dir(params: Option<&BootstrapParams>) -> PathBuf {
 fn raise_oom_score() -> io::Result<()> {
     let parent = rustix::process::getppid().map_or(1, |pid| pid.as_raw_nonzero().get());
     let score = read_oom_score(Path::new(&format!("/proc/{parent}/oom_score_adj")))?;
-    fs::write("/proc/self/oom_score_adj", (score + 1).min(OOM_SCORE_ADJ_MAX).to_string())
+    fs::write(
+        "/proc/self/oom_score_adj",
+        (score + 1).min(OOM_SCORE_ADJ_MAX).to_string(),
+    )
 }
 
 fn read_oom_score(path: &Path) -> io::Result<i32> {
@@ -166,10 +178,16 @@ mod tests {
 
     #[test]
     fn socket_dir_of_the_parameters_wins() {
-        let params = BootstrapParams { socket_dir: Some("/run/other".into()), ..Default::default() };
+        let params = BootstrapParams {
+            socket_dir: Some("/run/other".into()),
+            ..Default::default()
+        };
         assert_eq!(socket_dir(Some(&params)), PathBuf::from("/run/other"));
 
-        let params = BootstrapParams { socket_dir: Some(String::new()), ..Default::default() };
+        let params = BootstrapParams {
+            socket_dir: Some(String::new()),
+            ..Default::default()
+        };
         assert_eq!(socket_dir(Some(&params)), PathBuf::from(DEFAULT_SOCKET_DIR));
     }
 

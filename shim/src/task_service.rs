@@ -30,25 +30,31 @@ impl TaskService {
     /// A service over `handler` that notes what it serves in `activity` and asks for the end of the process through
     /// `shutdown`.
     pub fn new(handler: Arc<dyn TaskHandler>, activity: Arc<Activity>, shutdown: Arc<Notify>) -> Self {
-        Self { handler, activity, shutdown }
+        Self {
+            handler,
+            activity,
+            shutdown,
+        }
     }
 
     /// Answers a query. It ends with the client: a Wait whose caller is gone waits for nobody.
     async fn query<T>(
         &self,
         name: &'static str,
-        target: String,
+        task: String,
         work: impl Future<Output = Result<T>>,
     ) -> ttrpc::Result<T> {
         let _request = self.activity.request();
         let start = Instant::now();
         let result = work.await;
-        let ms = start.elapsed().as_secs_f64() * 1e3;
+        let us = start.elapsed().as_micros();
         match &result {
-            Ok(_) => tracing::debug!(target, ms, "{name}"),
-            // Asking for what is gone is how clients find out.
-            Err(error) if error.kind == ErrorKind::NotFound => tracing::debug!(target, ms, %error, "{name} failed"),
-            Err(error) => tracing::warn!(target, ms, kind = ?error.kind, %error, "{name} failed"),
+            Ok(_) => tracing::debug!(task, us, "{name}"),
+            // Clients learn from such answers that a process is gone; only a create has to find things.
+            Err(error) if error.kind == ErrorKind::NotFound && name != "Create" => {
+                tracing::debug!(task, us, %error, "{name} failed");
+            }
+            Err(error) => tracing::warn!(task, us, kind = ?error.kind, %error, "{name} failed"),
         }
         result.map_err(|error| grpc::status(&error))
     }
@@ -58,16 +64,18 @@ impl TaskService {
     async fn change<T: Send + 'static>(
         &self,
         name: &'static str,
-        target: String,
+        task: String,
         work: impl Future<Output = Result<T>> + Send + 'static,
     ) -> ttrpc::Result<T> {
         let request = self.activity.request();
-        let task = tokio::spawn(async move {
+        let running = tokio::spawn(async move {
             let _request = request;
             work.await
         });
-        self.query(name, target, async {
-            task.await.unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("{name}: {error}"))))
+        self.query(name, task, async {
+            running
+                .await
+                .unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("{name}: {error}"))))
         })
         .await
     }
@@ -77,15 +85,23 @@ impl TaskService {
         async move { handler.handle_task(request).await }
     }
 
-    async fn change_only(&self, name: &'static str, target: String, request: TaskRequest) -> ttrpc::Result<api::Empty> {
-        self.change(name, target, self.handle(request)).await?;
+    async fn change_only(
+        &self,
+        name: &'static str,
+        task: String,
+        request: TaskRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        self.change(name, task, self.handle(request)).await?;
         Ok(api::Empty::new())
     }
 }
 
 /// An answer that does not belong to the request: a defect of the runtime, which the client must not misread.
 fn mismatch<T>(response: &TaskResponse) -> Result<T> {
-    Err(Error::new(ErrorKind::Internal, format!("the runtime answered with {response:?}")))
+    Err(Error::new(
+        ErrorKind::Internal,
+        format!("the runtime answered with {response:?}"),
+    ))
 }
 
 fn pid_of(response: TaskResponse) -> Result<u32> {
@@ -96,7 +112,11 @@ fn pid_of(response: TaskResponse) -> Result<u32> {
 }
 
 fn target(id: &str, exec_id: &str) -> String {
-    if exec_id.is_empty() { id.to_owned() } else { format!("{id}/{exec_id}") }
+    if exec_id.is_empty() {
+        id.to_owned()
+    } else {
+        format!("{id}/{exec_id}")
+    }
 }
 
 #[async_trait]
@@ -116,17 +136,27 @@ impl Task for TaskService {
                 Ok(pid)
             })
             .await?;
-        Ok(api::CreateTaskResponse { pid, ..Default::default() })
+        Ok(api::CreateTaskResponse {
+            pid,
+            ..Default::default()
+        })
     }
 
     async fn start(&self, _: &TtrpcContext, request: api::StartRequest) -> ttrpc::Result<api::StartResponse> {
         let work = self.handle(TaskRequest::StartProcess(process(&request.id, &request.exec_id)));
         let name = target(&request.id, &request.exec_id);
         let pid = self.change("Start", name, async { pid_of(work.await?) }).await?;
-        Ok(api::StartResponse { pid, ..Default::default() })
+        Ok(api::StartResponse {
+            pid,
+            ..Default::default()
+        })
     }
 
-    async fn delete(&self, _: &TtrpcContext, request: api::DeleteRequest) -> ttrpc::Result<api::DeleteResponse> {
+    async fn delete(
+        &self,
+        _: &TtrpcContext,
+        request: api::DeleteRequest,
+    ) -> ttrpc::Result<api::DeleteResponse> {
         let work = self.handle(TaskRequest::DeleteProcess(process(&request.id, &request.exec_id)));
         let activity = Arc::clone(&self.activity);
         let name = target(&request.id, &request.exec_id);
@@ -162,7 +192,11 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: api::KillRequest) -> ttrpc::Result<api::Empty> {
-        let name = format!("{} signal {}", target(&request.id, &request.exec_id), request.signal);
+        let name = format!(
+            "{} signal {}",
+            target(&request.id, &request.exec_id),
+            request.signal
+        );
         let kill = TaskRequest::KillProcess {
             process: process(&request.id, &request.exec_id),
             signal: request.signal,
@@ -211,17 +245,35 @@ impl Task for TaskService {
                 }
             })
             .await?;
-        let processes =
-            pids.into_iter().map(|pid| api::ProcessInfo { pid, ..Default::default() }).collect();
-        Ok(api::PidsResponse { processes, ..Default::default() })
+        let processes = pids
+            .into_iter()
+            .map(|pid| api::ProcessInfo {
+                pid,
+                ..Default::default()
+            })
+            .collect();
+        Ok(api::PidsResponse {
+            processes,
+            ..Default::default()
+        })
     }
 
     async fn pause(&self, _: &TtrpcContext, request: api::PauseRequest) -> ttrpc::Result<api::Empty> {
-        self.change_only("Pause", request.id.clone(), TaskRequest::PauseContainer(request.id)).await
+        self.change_only(
+            "Pause",
+            request.id.clone(),
+            TaskRequest::PauseContainer(request.id),
+        )
+        .await
     }
 
     async fn resume(&self, _: &TtrpcContext, request: api::ResumeRequest) -> ttrpc::Result<api::Empty> {
-        self.change_only("Resume", request.id.clone(), TaskRequest::ResumeContainer(request.id)).await
+        self.change_only(
+            "Resume",
+            request.id.clone(),
+            TaskRequest::ResumeContainer(request.id),
+        )
+        .await
     }
 
     async fn checkpoint(
@@ -229,10 +281,17 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::CheckpointTaskRequest,
     ) -> ttrpc::Result<api::Empty> {
-        self.query("Checkpoint", request.id, async { Err(Error::unsupported("Checkpoint")) }).await
+        self.query("Checkpoint", request.id, async {
+            Err(Error::unsupported("Checkpoint"))
+        })
+        .await
     }
 
-    async fn resize_pty(&self, _: &TtrpcContext, request: api::ResizePtyRequest) -> ttrpc::Result<api::Empty> {
+    async fn resize_pty(
+        &self,
+        _: &TtrpcContext,
+        request: api::ResizePtyRequest,
+    ) -> ttrpc::Result<api::Empty> {
         let name = target(&request.id, &request.exec_id);
         let resize = TaskRequest::ResizeProcessPty {
             process: process(&request.id, &request.exec_id),
@@ -248,7 +307,12 @@ impl Task for TaskService {
             return Ok(api::Empty::new());
         }
         let name = target(&request.id, &request.exec_id);
-        self.change_only("CloseIO", name, TaskRequest::CloseProcessIo(process(&request.id, &request.exec_id))).await
+        self.change_only(
+            "CloseIO",
+            name,
+            TaskRequest::CloseProcessIo(process(&request.id, &request.exec_id)),
+        )
+        .await
     }
 
     async fn update(&self, _: &TtrpcContext, request: api::UpdateTaskRequest) -> ttrpc::Result<api::Empty> {
@@ -256,7 +320,12 @@ impl Task for TaskService {
         let handler = Arc::clone(&self.handler);
         self.change("Update", id.clone(), async move {
             let resources_json = convert::resources_json(request)?;
-            handler.handle_task(TaskRequest::UpdateContainer { container_id: id, resources_json }).await
+            handler
+                .handle_task(TaskRequest::UpdateContainer {
+                    container_id: id,
+                    resources_json,
+                })
+                .await
         })
         .await?;
         Ok(api::Empty::new())
@@ -272,10 +341,17 @@ impl Task for TaskService {
                 }
             })
             .await?;
-        Ok(api::StatsResponse { stats: MessageField::some(stats), ..Default::default() })
+        Ok(api::StatsResponse {
+            stats: MessageField::some(stats),
+            ..Default::default()
+        })
     }
 
-    async fn connect(&self, _: &TtrpcContext, request: api::ConnectRequest) -> ttrpc::Result<api::ConnectResponse> {
+    async fn connect(
+        &self,
+        _: &TtrpcContext,
+        request: api::ConnectRequest,
+    ) -> ttrpc::Result<api::ConnectResponse> {
         let work = self.handle(TaskRequest::ConnectContainer(request.id.clone()));
         let task_pid = self
             .query("Connect", request.id, async {
@@ -296,8 +372,10 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: api::ShutdownRequest) -> ttrpc::Result<api::Empty> {
-        let work = self
-            .handle(TaskRequest::ShutdownContainer { container_id: request.id.clone(), now: request.now });
+        let work = self.handle(TaskRequest::ShutdownContainer {
+            container_id: request.id.clone(),
+            now: request.now,
+        });
         let end = self
             .change("Shutdown", request.id, async {
                 match work.await? {
@@ -305,10 +383,16 @@ impl Task for TaskService {
                     other => mismatch(&other),
                 }
             })
-            .await?;
-        if end {
+            .await;
+        // Nobody will ask again: a runtime that cannot say must not keep an empty shim alive.
+        if end
+            .as_ref()
+            .copied()
+            .unwrap_or_else(|_| !self.activity.has_containers())
+        {
             self.shutdown.notify_one();
         }
+        end?;
         Ok(api::Empty::new())
     }
 }

@@ -12,6 +12,12 @@ use crate::diagnosis::{entries, processes_mentioning};
 /// How long cleaning up may take after the last visible step.
 const SETTLE_LIMIT: Duration = Duration::from_secs(60);
 
+/// Folders that a runtime makes once, for all containers.
+const FIXED: [&str; 2] = [
+    "/run/kata-containers/shared",
+    "/run/kata-containers/shared/sandboxes",
+];
+
 /// Everything on the host that a container could have added to, one item a line.
 #[derive(Debug)]
 pub struct Host(BTreeSet<String>);
@@ -59,8 +65,7 @@ impl Host {
             "/run/vc",
         ] {
             walk(Path::new(folder), 6, &mut |path| {
-                // Fixed folders that a runtime makes once are not a leftover of a container.
-                if path.is_dir() && path.components().count() <= 5 && entries(path).is_empty() {
+                if FIXED.iter().any(|fixed| path == Path::new(fixed)) {
                     return;
                 }
                 add("file", &path.display().to_string());

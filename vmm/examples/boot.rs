@@ -1,7 +1,7 @@
 //! Boots a kernel and an initramfs, with the guest's console on stdout; for trying the VMM by itself.
 //!
 //! `boot --kernel vmlinux --initramfs initrd [--cmdline TEXT] [--vcpus N] [--memory MIB] [--serial | --no-console]
-//! [--disk FILE]… [--share DIR]… [--slots N] [--timeout SECONDS]`
+//! [--disk FILE]… [--share DIR]… [--rng] [--slots N] [--timeout SECONDS]`
 
 use std::io;
 use std::os::fd::AsFd;
@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use dragonball::Vm;
 use dragonball::config::{
-    BlockConfig, BootConfig, ConsoleConfig, DeviceConfig, FsCache, FsConfig, MemoryConfig, VcpuConfig, VmConfig,
+    BlockConfig, BootConfig, ConsoleConfig, DeviceConfig, FsCache, FsConfig, MemoryConfig, RngConfig,
+    VcpuConfig, VmConfig,
 };
 use dragonball::vm::ExitReason;
 
@@ -48,12 +49,20 @@ fn parse() -> Result<Arguments, String> {
             "--cmdline" => config.boot.cmdline = value()?,
             "--vcpus" => {
                 let count = u8::try_from(integer(value()?)?).map_err(|e| e.to_string())?;
-                config.vcpus = VcpuConfig { boot: count, max: count };
+                config.vcpus = VcpuConfig {
+                    boot: count,
+                    max: count,
+                };
             }
             "--memory" => config.memory.size_mib = integer(value()?)?,
             "--serial" => config.console = ConsoleConfig::Serial,
             "--no-console" => config.console = ConsoleConfig::Off,
-            "--slots" => config.hotplug_slots = u8::try_from(integer(value()?)?).map_err(|e| e.to_string())?,
+            "--rng" => config.devices.push(DeviceConfig::Rng(RngConfig {
+                id: format!("rng{number}"),
+            })),
+            "--slots" => {
+                config.hotplug_slots = u8::try_from(integer(value()?)?).map_err(|e| e.to_string())?;
+            }
             "--timeout" => timeout = Duration::from_secs(integer(value()?)?),
             "--disk" => config.devices.push(DeviceConfig::Block(BlockConfig {
                 id: format!("disk{number}"),
@@ -75,7 +84,10 @@ fn parse() -> Result<Arguments, String> {
 
 fn boot(arguments: Arguments) -> Result<ExitReason, String> {
     let vm = Vm::new(arguments.config).map_err(|e| e.to_string())?;
-    let stdout = io::stdout().as_fd().try_clone_to_owned().map_err(|e| e.to_string())?;
+    let stdout = io::stdout()
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(|e| e.to_string())?;
     vm.console().set_sink(stdout).map_err(|e| e.to_string())?;
     vm.start().map_err(|e| e.to_string())?;
     let started = std::time::Instant::now();

@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 
 /// Smallest guest memory, in MiB.
 pub const MIN_MEMORY_MIB: u64 = 64;
+/// Largest guest memory, in MiB: 1 TiB.
+pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 /// Most vCPUs of one VM: x2APIC ids in the MADT start at 0 and stay below 255.
 pub const MAX_VCPUS: u8 = 254;
 
@@ -165,6 +167,9 @@ pub enum ConfigError {
     /// Memory below the minimum.
     #[error("memory: {0} MiB is below the minimum of {MIN_MEMORY_MIB} MiB")]
     Memory(u64),
+    /// Memory above the maximum.
+    #[error("memory: {0} MiB is above the maximum of {MAX_MEMORY_MIB} MiB")]
+    MemoryTooLarge(u64),
     /// Two devices share an id.
     #[error("device id {0:?} is used twice")]
     DuplicateDevice(String),
@@ -204,6 +209,9 @@ impl VmConfig {
         }
         if self.memory.size_mib < MIN_MEMORY_MIB {
             return Err(ConfigError::Memory(self.memory.size_mib));
+        }
+        if self.memory.size_mib > MAX_MEMORY_MIB {
+            return Err(ConfigError::MemoryTooLarge(self.memory.size_mib));
         }
         if let Some(vsock) = &self.vsock
             && vsock.guest_cid < 3

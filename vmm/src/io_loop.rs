@@ -58,7 +58,10 @@ impl IoLoop {
         let endpoint = manager.remote_endpoint();
         let ended = stop.clone();
         let (send_id, thread_id) = mpsc::sync_channel(1);
-        let spawn_error = |source| IoLoopError::Spawn { name: name.to_owned(), source };
+        let spawn_error = |source| IoLoopError::Spawn {
+            name: name.to_owned(),
+            source,
+        };
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
@@ -72,7 +75,14 @@ impl IoLoop {
             })
             .map_err(spawn_error)?;
         let thread_id = thread_id.recv().map_err(|e| spawn_error(io::Error::other(e)))?;
-        Ok((Self { endpoint, stop, thread_id }, thread))
+        Ok((
+            Self {
+                endpoint,
+                stop,
+                thread_id,
+            },
+            thread,
+        ))
     }
 
     /// Kernel thread id of the loop.

@@ -14,6 +14,7 @@ pub mod devices;
 pub mod io_loop;
 mod irq;
 pub mod memory;
+pub mod probe;
 mod vcpu;
 pub mod vm;
 

@@ -81,7 +81,9 @@ impl Log {
         let mut out = Vec::new();
         if *next < ring.first {
             let lost = ring.first - *next;
-            out.extend_from_slice(format!("{{\"level\":\"WARN\",\"message\":\"{lost} log lines lost\"}}\n").as_bytes());
+            out.extend_from_slice(
+                format!("{{\"level\":\"WARN\",\"message\":\"{lost} log lines lost\"}}\n").as_bytes(),
+            );
             *next = ring.first;
         }
         let skip = usize::try_from(*next - ring.first).unwrap_or(usize::MAX);
@@ -101,7 +103,9 @@ impl Log {
         ring.bytes += line.len();
         ring.lines.push_back(line);
         while ring.bytes > RING_BYTES {
-            let Some(oldest) = ring.lines.pop_front() else { break };
+            let Some(oldest) = ring.lines.pop_front() else {
+                break;
+            };
             ring.bytes -= oldest.len();
             ring.first += 1;
         }
@@ -153,7 +157,11 @@ mod tests {
         let mut next = 0;
         let text = String::from_utf8(log.lines_from(&mut next)).unwrap();
 
-        assert!(text.starts_with("{\"level\":\"WARN\",\"message\":\"44 log lines lost\"}\n"), "{}", &text[..60]);
+        assert!(
+            text.starts_with("{\"level\":\"WARN\",\"message\":\"44 log lines lost\"}\n"),
+            "{}",
+            &text[..60]
+        );
         assert_eq!(text.lines().count(), 1 + 256);
         assert_eq!(next, 300);
         assert!(log.lines_from(&mut next).is_empty());
@@ -179,7 +187,9 @@ mod tests {
         });
         log.push(b"one");
         let mut buffer = [0; 4];
-        tokio::io::AsyncReadExt::read_exact(&mut near, &mut buffer).await.unwrap();
+        tokio::io::AsyncReadExt::read_exact(&mut near, &mut buffer)
+            .await
+            .unwrap();
 
         assert_eq!(&buffer, b"one\n");
         follower.abort();

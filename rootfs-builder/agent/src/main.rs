@@ -4,10 +4,15 @@
 //! `kata-agent --no-init agent.server_addr=unix:///tmp/agent.sock …` in private mount, PID, IPC and UTS
 //! namespaces, with cgroup v2 mounted on /sys/fs/cgroup. `--listen ADDRESS` is short for `agent.server_addr=`.
 
+mod container;
 mod init;
 mod logging;
+mod machine;
 mod options;
+mod reaper;
+mod sandbox;
 mod server;
+mod storage;
 mod transport;
 
 use std::process::ExitCode;
@@ -15,12 +20,13 @@ use std::process::ExitCode;
 use logging::Log;
 use options::Options;
 
-/// First argument of the agent's own short-lived helpers.
+/// First argument of the agent outside of a guest.
 const TEST_MODE: &str = "--no-init";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.first().map(String::as_str) {
+        Some(container::helper::ARGUMENT) => container::helper::main(arguments.get(1)),
         Some("--version") => {
             println!("kata-agent {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS
@@ -28,7 +34,9 @@ fn main() -> ExitCode {
         Some(TEST_MODE) => run_test_mode(&arguments[1..]),
         _ if std::process::id() == 1 => run_init(),
         _ => {
-            eprintln!("kata-agent is PID 1 of a guest; outside of one use: kata-agent {TEST_MODE} --listen unix:///PATH");
+            eprintln!(
+                "kata-agent is PID 1 of a guest; outside of one use: kata-agent {TEST_MODE} --listen unix:///PATH"
+            );
             ExitCode::FAILURE
         }
     }
@@ -41,7 +49,7 @@ fn run_init() -> ExitCode {
         Ok((command_line, warnings)) => {
             let (options, option_warnings) = Options::parse(&command_line);
             let warnings = warnings.iter().map(ToString::to_string).chain(option_warnings);
-            run(&options, warnings);
+            run(&options, warnings, true);
         }
         Err(error) => eprintln!("kata-agent: {error}; powering off"),
     }
@@ -51,11 +59,15 @@ fn run_init() -> ExitCode {
 fn run_test_mode(arguments: &[String]) -> ExitCode {
     let line = arguments.join(" ").replace("--listen ", "agent.server_addr=");
     let (options, warnings) = Options::parse(&line);
-    if run(&options, warnings.into_iter()) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if run(&options, warnings.into_iter(), false) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 /// Serves until the sandbox is destroyed. Says on the console why, if it cannot; returns whether it could.
-fn run(options: &Options, warnings: impl Iterator<Item = String>) -> bool {
+fn run(options: &Options, warnings: impl Iterator<Item = String>, is_init: bool) -> bool {
     let log = Log::default();
     log.install(options.log_level);
     for warning in warnings {
@@ -69,7 +81,7 @@ fn run(options: &Options, warnings: impl Iterator<Item = String>) -> bool {
             return false;
         }
     };
-    let outcome = runtime.block_on(server::serve(options, &log));
+    let outcome = runtime.block_on(server::serve(options, &log, is_init));
     // Helper threads may sit in a system call that never ends; the machine goes down anyway.
     runtime.shutdown_background();
     match outcome {

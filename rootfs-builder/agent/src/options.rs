@@ -91,7 +91,9 @@ impl Options {
                 }
                 self.pipe_size = Some(size).filter(|size| *size > 0);
             }
-            "agent.debug_console" | "agent.debug_console_vport" => return Err("this agent has no debug console"),
+            "agent.debug_console" | "agent.debug_console_vport" => {
+                return Err("this agent has no debug console");
+            }
             _ => return Err("unknown option"),
         }
         Ok(())
@@ -168,7 +170,10 @@ mod tests {
 
     #[test]
     fn address_when_unix_needs_an_absolute_path() {
-        assert_eq!(address("unix:///run/a.sock"), Ok(Address::Unix("/run/a.sock".into())));
+        assert_eq!(
+            address("unix:///run/a.sock"),
+            Ok(Address::Unix("/run/a.sock".into()))
+        );
         assert_eq!(address("unix://a.sock"), Err("not an absolute path"));
         assert_eq!(address("vsock://-1"), Err("no port"));
     }

@@ -33,7 +33,9 @@ impl Listener {
     /// The kernel has no vsock, or the address is taken.
     pub fn bind(address: &Address) -> io::Result<Self> {
         match address {
-            Address::Vsock(port) => VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, *port)).map(Self::Vsock),
+            Address::Vsock(port) => {
+                VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, *port)).map(Self::Vsock)
+            }
             Address::Unix(path) => {
                 if Path::new(path).exists() {
                     std::fs::remove_file(path)?;
@@ -68,7 +70,11 @@ impl Listener {
                 if peer.cid() == VMADDR_CID_HOST {
                     return Ok((Box::new(stream), peer.port()));
                 }
-                tracing::warn!(cid = peer.cid(), port = peer.port(), "refused a connection that is not the host's");
+                tracing::warn!(
+                    cid = peer.cid(),
+                    port = peer.port(),
+                    "refused a connection that is not the host's"
+                );
             },
             Self::Unix(listener) => {
                 let (mut stream, _) = listener.accept().await?;

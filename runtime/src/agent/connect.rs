@@ -35,7 +35,8 @@ pub async fn wait_ready(
     let announced = {
         let (wanted, hypervisor) = (wanted.0.clone(), hypervisor.clone());
         async move {
-            let accepted = tokio::task::spawn_blocking(move || announcement(listener, &wanted, deadline)).await;
+            let accepted =
+                tokio::task::spawn_blocking(move || announcement(listener, &wanted, deadline)).await;
             if !accepted.unwrap_or(false) {
                 // Nobody announces: only the attempt below can succeed.
                 std::future::pending::<()>().await;
@@ -92,7 +93,9 @@ fn read_message(mut stream: UnixStream) -> std::io::Result<()> {
     let mut message = [0; READY_MESSAGE.len()];
     stream.read_exact(&mut message)?;
     if message != READY_MESSAGE {
-        return Err(std::io::Error::other(format!("unexpected message {message:02x?}")));
+        return Err(std::io::Error::other(format!(
+            "unexpected message {message:02x?}"
+        )));
     }
     Ok(())
 }

@@ -33,7 +33,11 @@ pub struct KataAgent {
 impl KataAgent {
     /// An agent without a connection; `address` is how tools outside of this process reach it.
     pub fn new(config: AgentConfig, address: impl Into<String>) -> Self {
-        Self { config, address: address.into(), clients: Mutex::new(None) }
+        Self {
+            config,
+            address: address.into(),
+            clients: Mutex::new(None),
+        }
     }
 
     fn clients(&self, method: &'static str) -> Result<Clients> {
@@ -51,7 +55,10 @@ impl AgentManager for KataAgent {
         stream.set_nonblocking(true).map_err(failed)?;
         let stream = tokio::net::UnixStream::from_std(stream).map_err(failed)?;
         let client = ttrpc::r#async::Client::new(ttrpc::r#async::transport::Socket::new(stream));
-        let clients = Clients { agent: AgentServiceClient::new(client.clone()), health: HealthClient::new(client) };
+        let clients = Clients {
+            agent: AgentServiceClient::new(client.clone()),
+            health: HealthClient::new(client),
+        };
         *self.clients.lock().unwrap_or_else(PoisonError::into_inner) = Some(clients);
         Ok(())
     }
@@ -80,13 +87,19 @@ impl HealthService for KataAgent {
         let timeout = Duration::from_millis(self.config.health_check_request_timeout_ms);
         let request = health::CheckRequest::new();
         let client = self.clients("Check")?.health;
-        client.check(with_duration(timeout), &request).await.map_err(|error| rpc_error("Check", error))
+        client
+            .check(with_duration(timeout), &request)
+            .await
+            .map_err(|error| rpc_error("Check", error))
     }
 
     async fn version(&self) -> Result<health::VersionCheckResponse> {
         let request = health::CheckRequest::new();
         let client = self.clients("Version")?.health;
-        client.version(with_duration(CALL), &request).await.map_err(|error| rpc_error("Version", error))
+        client
+            .version(with_duration(CALL), &request)
+            .await
+            .map_err(|error| rpc_error("Version", error))
     }
 }
 

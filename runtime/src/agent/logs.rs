@@ -20,7 +20,9 @@ pub async fn forward_logs(hypervisor: Arc<dyn Hypervisor>, port: u32, timeout: D
             return;
         }
     };
-    let stream = stream.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(stream));
+    let stream = stream
+        .set_nonblocking(true)
+        .and_then(|()| tokio::net::UnixStream::from_std(stream));
     let mut reader = match stream {
         Ok(stream) => BufReader::new(stream),
         Err(error) => {
@@ -72,14 +74,32 @@ fn parse(line: &str) -> (Level, String) {
         "DEBG" | "DEBUG" | "TRCE" | "TRACE" => Level::Debug,
         _ => Level::Info,
     };
-    let Some(message) = text("msg").or_else(|| text("message")) else { return (level, line.to_owned()) };
-    let known = ["level", "msg", "message", "ts", "pid", "version", "name", "source", "timestamp"];
+    let Some(message) = text("msg").or_else(|| text("message")) else {
+        return (level, line.to_owned());
+    };
+    let known = [
+        "level",
+        "msg",
+        "message",
+        "ts",
+        "pid",
+        "version",
+        "name",
+        "source",
+        "timestamp",
+    ];
     let fields: Vec<String> = object
         .iter()
         .filter(|(key, _)| !known.contains(&key.as_str()))
         .map(|(key, value)| format!("{key}={value}"))
         .collect();
-    (level, [message.to_owned(), fields.join(" ")].join(" ").trim_end().to_owned())
+    (
+        level,
+        [message.to_owned(), fields.join(" ")]
+            .join(" ")
+            .trim_end()
+            .to_owned(),
+    )
 }
 
 #[cfg(test)]
@@ -89,7 +109,10 @@ mod tests {
     #[test]
     fn json_lines_keep_level_message_and_fields() {
         let line = r#"{"msg":"container created","level":"DEBG","ts":"x","pid":"1","container":"c1"}"#;
-        assert_eq!(parse(line), (Level::Debug, r#"container created container="c1""#.to_owned()));
+        assert_eq!(
+            parse(line),
+            (Level::Debug, r#"container created container="c1""#.to_owned())
+        );
     }
 
     #[test]

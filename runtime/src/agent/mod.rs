@@ -1,6 +1,8 @@
 //! The guest agent as the rest of the runtime sees it: Kata's three traits over the wire messages of [`protocols`].
 
 mod connect;
+#[cfg(test)]
+pub(crate) mod fake;
 mod kata;
 mod logs;
 

@@ -13,14 +13,22 @@ const PREFIX: &str = "io.katacontainers.config.";
 ///
 /// # Errors
 /// [`ConfigError::Value`] for an allowed annotation whose value has the wrong type.
-pub fn apply(file: &mut ConfigFile, annotations: &HashMap<String, String>) -> Result<Vec<String>, ConfigError> {
+pub fn apply(
+    file: &mut ConfigFile,
+    annotations: &HashMap<String, String>,
+) -> Result<Vec<String>, ConfigError> {
     let mut warnings = Vec::new();
-    let mut names: Vec<_> = annotations.iter().filter(|(name, _)| name.starts_with(PREFIX)).collect();
+    let mut names: Vec<_> = annotations
+        .iter()
+        .filter(|(name, _)| name.starts_with(PREFIX))
+        .collect();
     names.sort();
     for (name, value) in names {
         let suffix = &name[PREFIX.len()..];
         let applied = match suffix.split_once('.') {
-            Some(("hypervisor", key)) if !allowed(&file.config.hypervisor.dragonball.enable_annotations, key) => {
+            Some(("hypervisor", key))
+                if !allowed(&file.config.hypervisor.dragonball.enable_annotations, key) =>
+            {
                 warnings.push(format!("annotation {name} is not in enable_annotations: ignored"));
                 continue;
             }
@@ -83,7 +91,8 @@ fn hypervisor(file: &mut ConfigFile, name: &str, key: &str, value: &str) -> Resu
         "enable_debug" => set(&mut config.enable_debug, name, value, key)?,
         _ => return Ok(false),
     };
-    file.origins.annotated(name, &format!("hypervisor.dragonball.{target}"));
+    file.origins
+        .annotated(name, &format!("hypervisor.dragonball.{target}"));
     Ok(true)
 }
 
@@ -92,7 +101,12 @@ fn agent(file: &mut ConfigFile, name: &str, key: &str, value: &str) -> Result<bo
     match key {
         // Kata separates modules with `;`.
         "kernel_modules" => {
-            config.kernel_modules = value.split(';').map(str::trim).filter(|m| !m.is_empty()).map(Into::into).collect();
+            config.kernel_modules = value
+                .split(';')
+                .map(str::trim)
+                .filter(|m| !m.is_empty())
+                .map(Into::into)
+                .collect();
         }
         "container_pipe_size" => {
             set(&mut config.container_pipe_size, name, value, key)?;
@@ -115,7 +129,12 @@ fn runtime(file: &mut ConfigFile, name: &str, key: &str, value: &str) -> Result<
             file.config.runtime.disable_guest_seccomp = disable;
         }
         "create_container_timeout" => {
-            set(&mut file.config.agent.kata.create_container_timeout, name, value, key)?;
+            set(
+                &mut file.config.agent.kata.create_container_timeout,
+                name,
+                value,
+                key,
+            )?;
         }
         _ => return Ok(false),
     }

@@ -21,7 +21,10 @@ const HYPERVISOR: &[(&str, &[&str])] = &[
     ("valid_ctlpaths", &["[]"]),
     ("valid_jailer_paths", &["[]"]),
     ("vm_rootfs_driver", &["\"virtio-blk-mmio\"", "\"virtio-blk-pci\""]),
-    ("block_device_driver", &["\"virtio-blk-mmio\"", "\"virtio-blk-pci\""]),
+    (
+        "block_device_driver",
+        &["\"virtio-blk-mmio\"", "\"virtio-blk-pci\""],
+    ),
     ("block_device_aio", &[]),
     ("block_device_cache_set", &["false"]),
     ("block_device_cache_direct", &["false"]),

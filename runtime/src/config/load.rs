@@ -56,7 +56,10 @@ impl Origins {
             .iter()
             .rev()
             .find(|(_, table)| lookup(table, key).is_some())
-            .map_or_else(|| "built-in configuration".to_owned(), |(origin, _)| origin.to_string())
+            .map_or_else(
+                || "built-in configuration".to_owned(),
+                |(origin, _)| origin.to_string(),
+            )
     }
 
     /// Whether anyone set the dotted `key`.
@@ -99,7 +102,9 @@ pub struct ConfigFile {
 /// # Errors
 /// A [`ConfigError`] naming file, key and value.
 pub fn load(options: &RuntimeOptions) -> Result<ConfigFile, ConfigError> {
-    let environment = std::env::var_os(ENVIRONMENT).filter(|path| !path.is_empty()).map(PathBuf::from);
+    let environment = std::env::var_os(ENVIRONMENT)
+        .filter(|path| !path.is_empty())
+        .map(PathBuf::from);
     let file = load_with(options, environment.as_deref(), &SEARCH.map(Path::new))?;
     for warning in &file.warnings {
         tracing::warn!("{warning}");
@@ -127,8 +132,10 @@ pub fn load_with(
         file.add(Origin::Request, text)?;
     } else if let Some(path) = choose(options, environment, search)? {
         for path in std::iter::once(path.clone()).chain(drop_ins(&path)?) {
-            let text =
-                fs::read_to_string(&path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
+            let text = fs::read_to_string(&path).map_err(|source| ConfigError::Read {
+                path: path.clone(),
+                source,
+            })?;
             file.add(Origin::File(path), &text)?;
         }
     } else {
@@ -143,11 +150,19 @@ fn choose(
     environment: Option<&Path>,
     search: &[&Path],
 ) -> Result<Option<PathBuf>, ConfigError> {
-    let named = Some(options.config_path.as_str()).filter(|path| !path.is_empty()).map(Path::new).or(environment);
+    let named = Some(options.config_path.as_str())
+        .filter(|path| !path.is_empty())
+        .map(Path::new)
+        .or(environment);
     match named {
         Some(path) if path.is_file() => Ok(Some(path.to_owned())),
-        Some(path) => Err(ConfigError::Missing { path: path.to_owned() }),
-        None => Ok(search.iter().find(|path| path.is_file()).map(|path| path.to_path_buf())),
+        Some(path) => Err(ConfigError::Missing {
+            path: path.to_owned(),
+        }),
+        None => Ok(search
+            .iter()
+            .find(|path| path.is_file())
+            .map(|path| path.to_path_buf())),
     }
 }
 
@@ -161,7 +176,12 @@ fn drop_ins(path: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     };
     let mut paths = Vec::new();
     for entry in entries {
-        let path = entry.map_err(|source| ConfigError::Read { path: folder.clone(), source })?.path();
+        let path = entry
+            .map_err(|source| ConfigError::Read {
+                path: folder.clone(),
+                source,
+            })?
+            .path();
         if path.extension().is_some_and(|extension| extension == "toml") && path.is_file() {
             paths.push(path);
         }
@@ -175,7 +195,9 @@ impl ConfigFile {
     fn add(&mut self, origin: Origin, text: &str) -> Result<(), ConfigError> {
         let parse_error = |error: &toml::de::Error| ConfigError::Parse {
             origin: origin.to_string(),
-            line: error.span().map_or(1, |span| text.get(..span.start).unwrap_or("").matches('\n').count() + 1),
+            line: error.span().map_or(1, |span| {
+                text.get(..span.start).unwrap_or("").matches('\n').count() + 1
+            }),
             message: error.message().replace('\n', " "),
         };
         let table: toml::Table = text.parse().map_err(|error| parse_error(&error))?;
@@ -188,7 +210,8 @@ impl ConfigFile {
             match judge(&key, &value) {
                 Verdict::Harmless => {}
                 Verdict::NoEffect => {
-                    self.warnings.push(format!("{origin}: {key} = {value} has no effect in this runtime"));
+                    self.warnings
+                        .push(format!("{origin}: {key} = {value} has no effect in this runtime"));
                 }
                 Verdict::Unknown => self.warnings.push(format!("{origin}: unknown key {key}")),
             }
@@ -211,22 +234,32 @@ impl ConfigFile {
         })?;
         let hypervisor = &self.config.hypervisor.dragonball;
         if hypervisor.factory.enable_template {
-            self.warn_unused("hypervisor.dragonball.factory.enable_template", "VM templates are not provided");
+            self.warn_unused(
+                "hypervisor.dragonball.factory.enable_template",
+                "VM templates are not provided",
+            );
         }
         if self.config.agent.kata.mem_agent.get("mem_agent_enable") == Some(&toml::Value::Boolean(true)) {
-            self.warn_unused("agent.kata.mem_agent.mem_agent_enable", "the memory agent is not provided");
+            self.warn_unused(
+                "agent.kata.mem_agent.mem_agent_enable",
+                "the memory agent is not provided",
+            );
         }
         for arg in self.config.hypervisor.dragonball.virtio_fs_extra_args.clone() {
             let used = arg.starts_with("--thread-pool-size=") || arg == "-o" || arg == "announce_submounts";
             if !used {
-                self.warn_unused("hypervisor.dragonball.virtio_fs_extra_args", &format!("{arg:?} has no effect"));
+                self.warn_unused(
+                    "hypervisor.dragonball.virtio_fs_extra_args",
+                    &format!("{arg:?} has no effect"),
+                );
             }
         }
         Ok(())
     }
 
     fn warn_unused(&mut self, key: &str, reason: &str) {
-        self.warnings.push(format!("{}: {key}: {reason}", self.origins.of(key)));
+        self.warnings
+            .push(format!("{}: {key}: {reason}", self.origins.of(key)));
     }
 }
 

@@ -166,7 +166,9 @@ impl Default for HypervisorConfig {
             initrd: None,
             rootfs_type: "ext4".into(),
             kernel_params: String::new(),
-            enable_annotations: ["kernel_params", "default_vcpus", "default_memory"].map(String::from).into(),
+            enable_annotations: ["kernel_params", "default_vcpus", "default_memory"]
+                .map(String::from)
+                .into(),
             default_vcpus: 1.0,
             default_maxvcpus: 0,
             default_memory: 2048,
@@ -206,15 +208,25 @@ impl HypervisorConfig {
 
     /// vCPUs at boot, at least 1.
     pub fn boot_vcpus(&self) -> u8 {
-        let wanted = if self.default_vcpus < 0.0 { f64::from(host_cpus()) } else { self.default_vcpus.ceil() };
+        let wanted = if self.default_vcpus < 0.0 {
+            f64::from(host_cpus())
+        } else {
+            self.default_vcpus.ceil()
+        };
         // `as` saturates; the clamp bounds it to what fits.
         wanted.clamp(1.0, f64::from(MAX_VCPUS)) as u8
     }
 
     /// vCPUs the VM can grow to, at least [`Self::boot_vcpus`].
     pub fn max_vcpus(&self) -> u8 {
-        let wanted = if self.default_maxvcpus == 0 { host_cpus() } else { self.default_maxvcpus };
-        u8::try_from(wanted).unwrap_or(MAX_VCPUS).clamp(self.boot_vcpus(), MAX_VCPUS)
+        let wanted = if self.default_maxvcpus == 0 {
+            host_cpus()
+        } else {
+            self.default_maxvcpus
+        };
+        u8::try_from(wanted)
+            .unwrap_or(MAX_VCPUS)
+            .clamp(self.boot_vcpus(), MAX_VCPUS)
     }
 
     /// Worker threads of the share, from `virtio_fs_extra_args`.
@@ -245,7 +257,10 @@ pub struct FactoryConfig {
 
 impl Default for FactoryConfig {
     fn default() -> Self {
-        Self { enable_template: false, template_path: "/run/vc/vm/template".into() }
+        Self {
+            enable_template: false,
+            template_path: "/run/vc/vm/template".into(),
+        }
     }
 }
 

@@ -7,7 +7,10 @@ use crate::error::{Error, ErrorKind};
 use crate::types::RuntimeOptions;
 
 fn body(text: &str) -> Result<ConfigFile, ConfigError> {
-    let options = RuntimeOptions { config_body: text.as_bytes().to_vec(), ..Default::default() };
+    let options = RuntimeOptions {
+        config_body: text.as_bytes().to_vec(),
+        ..Default::default()
+    };
     let file = load_with(&options, None, &[])?;
     file.config.validate(&file.origins)?;
     Ok(file)
@@ -23,7 +26,10 @@ fn message(text: &str) -> String {
 #[test]
 fn shipped_file_is_the_defaults_without_warnings() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/configuration-dragonball.toml");
-    let options = RuntimeOptions { config_path: path.display().to_string(), ..Default::default() };
+    let options = RuntimeOptions {
+        config_path: path.display().to_string(),
+        ..Default::default()
+    };
 
     let file = load_with(&options, None, &[]).unwrap();
 
@@ -41,7 +47,10 @@ fn defaults_apply_when_nothing_is_found() {
     let file = load_with(&RuntimeOptions::default(), None, &[missing]).unwrap();
 
     assert_eq!(file.config, TomlConfig::default());
-    assert_eq!(file.config.hypervisor.dragonball.boot_asset(), BootAsset::Initrd(DEFAULT_INITRD.into()));
+    assert_eq!(
+        file.config.hypervisor.dragonball.boot_asset(),
+        BootAsset::Initrd(DEFAULT_INITRD.into())
+    );
 }
 
 #[test]
@@ -49,7 +58,11 @@ fn search_order_prefers_body_then_options_then_environment_then_list() {
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, memory: u32| -> PathBuf {
         let path = folder.path().join(name);
-        fs::write(&path, format!("[hypervisor.dragonball]\ndefault_memory = {memory}\n")).unwrap();
+        fs::write(
+            &path,
+            format!("[hypervisor.dragonball]\ndefault_memory = {memory}\n"),
+        )
+        .unwrap();
         path
     };
     let (named, environment, listed) = (write("a.toml", 201), write("b.toml", 202), write("c.toml", 203));
@@ -72,12 +85,18 @@ fn search_order_prefers_body_then_options_then_environment_then_list() {
 
 #[test]
 fn named_file_that_is_missing_is_not_found() {
-    let options = RuntimeOptions { config_path: "/nonexistent/kata.toml".into(), ..Default::default() };
+    let options = RuntimeOptions {
+        config_path: "/nonexistent/kata.toml".into(),
+        ..Default::default()
+    };
 
     let error = Error::from(load_with(&options, None, &[]).unwrap_err());
 
     assert_eq!(error.kind, ErrorKind::NotFound);
-    assert_eq!(error.message, "configuration /nonexistent/kata.toml: no such file");
+    assert_eq!(
+        error.message,
+        "configuration /nonexistent/kata.toml: no such file"
+    );
 }
 
 #[test]
@@ -86,18 +105,36 @@ fn drop_ins_apply_in_alphabetical_order_and_are_named_in_errors() {
     let base = folder.path().join("configuration.toml");
     let drop_ins = folder.path().join("config.d");
     fs::create_dir(&drop_ins).unwrap();
-    fs::write(&base, "[hypervisor.dragonball]\ndefault_memory = 512\nkernel_params = \"a\"\n").unwrap();
-    fs::write(drop_ins.join("50-b.toml"), "[hypervisor.dragonball]\ndefault_memory = 3\n").unwrap();
-    fs::write(drop_ins.join("10-a.toml"), "[hypervisor.dragonball]\ndefault_memory = 1024\n").unwrap();
+    fs::write(
+        &base,
+        "[hypervisor.dragonball]\ndefault_memory = 512\nkernel_params = \"a\"\n",
+    )
+    .unwrap();
+    fs::write(
+        drop_ins.join("50-b.toml"),
+        "[hypervisor.dragonball]\ndefault_memory = 3\n",
+    )
+    .unwrap();
+    fs::write(
+        drop_ins.join("10-a.toml"),
+        "[hypervisor.dragonball]\ndefault_memory = 1024\n",
+    )
+    .unwrap();
     fs::write(drop_ins.join("99-z.conf"), "not toml").unwrap();
-    let options = RuntimeOptions { config_path: base.display().to_string(), ..Default::default() };
+    let options = RuntimeOptions {
+        config_path: base.display().to_string(),
+        ..Default::default()
+    };
 
     let file = load_with(&options, None, &[]).unwrap();
 
     assert_eq!(file.config.hypervisor.dragonball.default_memory, 3);
     assert_eq!(file.config.hypervisor.dragonball.kernel_params, "a");
     let error = file.config.validate(&file.origins).unwrap_err().to_string();
-    assert!(error.contains("50-b.toml") && error.contains("default_memory = 3"), "{error}");
+    assert!(
+        error.contains("50-b.toml") && error.contains("default_memory = 3"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -129,20 +166,41 @@ fn bad_values_name_key_value_and_range() {
     for (line, expected) in [
         ("default_vcpus = 0", "default_vcpus = 0: must be 1 to 254"),
         ("default_vcpus = 300", "default_vcpus = 300: must be 1 to 254"),
-        ("default_vcpus = 4\ndefault_maxvcpus = 2", "must not exceed default_maxvcpus = 2"),
-        ("default_maxvcpus = 1000", "default_maxvcpus = 1000: must be 0 (the host's) to 254"),
-        ("default_memory = 8", "default_memory = 8: must be 64 to 1048576 MiB"),
-        ("shared_fs = \"virtio-9p\"", "shared_fs = \"virtio-9p\": must be one of inline-virtio-fs, virtio-fs"),
+        (
+            "default_vcpus = 4\ndefault_maxvcpus = 2",
+            "must not exceed default_maxvcpus = 2",
+        ),
+        (
+            "default_maxvcpus = 1000",
+            "default_maxvcpus = 1000: must be 0 (the host's) to 254",
+        ),
+        (
+            "default_memory = 8",
+            "default_memory = 8: must be 64 to 1048576 MiB",
+        ),
+        (
+            "shared_fs = \"virtio-9p\"",
+            "shared_fs = \"virtio-9p\": must be one of inline-virtio-fs, virtio-fs",
+        ),
         ("virtio_fs_cache = \"some\"", "must be one of never, auto, always"),
-        ("image = \"/a\"\ninitrd = \"/b\"", "image = \"/a\": and initrd exclude each other"),
+        (
+            "image = \"/a\"\ninitrd = \"/b\"",
+            "image = \"/a\": and initrd exclude each other",
+        ),
         ("kernel_params = \"a\\nb\"", "must be one line"),
     ] {
         let text = message(&format!("{table}{line}\n"));
         assert!(text.contains(expected), "{text}");
-        assert!(text.starts_with("configuration of the create request: hypervisor.dragonball."), "{text}");
+        assert!(
+            text.starts_with("configuration of the create request: hypervisor.dragonball."),
+            "{text}"
+        );
     }
     let text = message("[runtime]\nhypervisor_name = \"qemu\"\n");
-    assert!(text.contains("runtime.hypervisor_name = \"qemu\": must be one of dragonball"), "{text}");
+    assert!(
+        text.contains("runtime.hypervisor_name = \"qemu\": must be one of dragonball"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -162,22 +220,43 @@ fn missing_assets_are_named_with_their_path() {
     ))
     .unwrap();
 
-    let error = Error::from(file.config.hypervisor.dragonball.check_assets(&file.origins).unwrap_err());
+    let error = Error::from(
+        file.config
+            .hypervisor
+            .dragonball
+            .check_assets(&file.origins)
+            .unwrap_err(),
+    );
     assert_eq!(error.kind, ErrorKind::NotFound);
     assert!(error.message.contains(&kernel.display().to_string()), "{error}");
 
     fs::write(&kernel, "x").unwrap();
-    let error = file.config.hypervisor.dragonball.check_assets(&file.origins).unwrap_err().to_string();
+    let error = file
+        .config
+        .hypervisor
+        .dragonball
+        .check_assets(&file.origins)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("initrd = \"/nonexistent/initrd\""), "{error}");
 
     file.config.hypervisor.dragonball.initrd = Some(folder.path().into());
-    let error = file.config.hypervisor.dragonball.check_assets(&file.origins).unwrap_err().to_string();
+    let error = file
+        .config
+        .hypervisor
+        .dragonball
+        .check_assets(&file.origins)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("is a directory"), "{error}");
 }
 
 #[test]
 fn sizes_round_up_and_stay_in_range() {
-    let mut config = HypervisorConfig { default_vcpus: 1.2, ..Default::default() };
+    let mut config = HypervisorConfig {
+        default_vcpus: 1.2,
+        ..Default::default()
+    };
     assert_eq!(config.boot_vcpus(), 2);
     config.default_maxvcpus = 1;
     assert_eq!(config.max_vcpus(), 2, "never below the boot count");
@@ -218,8 +297,14 @@ fn allowed_annotations_apply_and_others_are_warned_about() {
     assert_eq!(hypervisor.kernel, Path::new("/usr/share/kata-containers/vmlinux"));
     assert_eq!(file.config.agent.kata.create_container_timeout, 60);
     let all = warnings.join("\n");
-    assert!(all.contains("hypervisor.kernel is not in enable_annotations"), "{all}");
-    assert!(all.contains("hypervisor.machine_type is not in enable_annotations"), "{all}");
+    assert!(
+        all.contains("hypervisor.kernel is not in enable_annotations"),
+        "{all}"
+    );
+    assert!(
+        all.contains("hypervisor.machine_type is not in enable_annotations"),
+        "{all}"
+    );
     assert!(all.contains("agent.enable_tracing has no effect"), "{all}");
     assert_eq!(warnings.len(), 3, "{all}");
 }
@@ -228,11 +313,17 @@ fn allowed_annotations_apply_and_others_are_warned_about() {
 fn enable_annotations_understands_names_and_wildcards() {
     let (file, warnings) = annotated(
         "[hypervisor.dragonball]\nenable_annotations = [\".*\"]\ninitrd = \"/initrd\"\n",
-        &[("hypervisor.image", "/pod.img"), ("hypervisor.kernel", "/pod.kernel")],
+        &[
+            ("hypervisor.image", "/pod.img"),
+            ("hypervisor.kernel", "/pod.kernel"),
+        ],
     );
 
     assert!(warnings.is_empty(), "{warnings:?}");
-    assert_eq!(file.config.hypervisor.dragonball.boot_asset(), BootAsset::Image("/pod.img".into()));
+    assert_eq!(
+        file.config.hypervisor.dragonball.boot_asset(),
+        BootAsset::Image("/pod.img".into())
+    );
     assert_eq!(file.config.hypervisor.dragonball.kernel, Path::new("/pod.kernel"));
     assert!(file.config.validate(&file.origins).is_ok());
 }
@@ -242,7 +333,9 @@ fn bad_annotation_value_names_the_annotation() {
     let mut file = body("").unwrap();
     let name = "io.katacontainers.config.hypervisor.default_memory";
     let annotations = HashMap::from([(name.to_owned(), "lots".to_owned())]);
-    let error = annotations::apply(&mut file, &annotations).unwrap_err().to_string();
+    let error = annotations::apply(&mut file, &annotations)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains(name) && error.contains("\"lots\""), "{error}");
 
     let annotations = HashMap::from([(name.to_owned(), "1".to_owned())]);

@@ -23,7 +23,12 @@ impl TomlConfig {
         let agent = &self.agent.kata;
         for (key, port) in [("server_port", agent.server_port), ("log_port", agent.log_port)] {
             if port == 0 || port == u32::MAX {
-                return Err(bad(origins, &format!("agent.kata.{key}"), port, "must be a vsock port, 1 to 4294967294"));
+                return Err(bad(
+                    origins,
+                    &format!("agent.kata.{key}"),
+                    port,
+                    "must be a vsock port, 1 to 4294967294",
+                ));
             }
         }
         Ok(())
@@ -57,19 +62,48 @@ impl HypervisorConfig {
         if !(0.0..=f64::from(MAX_VCPUS)).contains(&self.overhead_vcpus) {
             return Err(value("overhead_vcpus", &self.overhead_vcpus, "must be 0 or more"));
         }
-        one_of(&value, "shared_fs", &self.shared_fs, &["inline-virtio-fs", "virtio-fs"])?;
-        one_of(&value, "virtio_fs_cache", &self.virtio_fs_cache, &["never", "auto", "always"])?;
-        one_of(&value, "rootfs_type", &self.rootfs_type, &["ext4", "xfs", "erofs"])?;
+        one_of(
+            &value,
+            "shared_fs",
+            &self.shared_fs,
+            &["inline-virtio-fs", "virtio-fs"],
+        )?;
+        one_of(
+            &value,
+            "virtio_fs_cache",
+            &self.virtio_fs_cache,
+            &["never", "auto", "always"],
+        )?;
+        one_of(
+            &value,
+            "rootfs_type",
+            &self.rootfs_type,
+            &["ext4", "xfs", "erofs"],
+        )?;
         if self.hotplug_slots > 32 {
             return Err(value("hotplug_slots", &self.hotplug_slots, "must be 0 to 32"));
         }
         if self.kernel_params.contains(['\n', '\0']) {
-            return Err(value("kernel_params", &format!("{:?}", self.kernel_params), "must be one line"));
+            return Err(value(
+                "kernel_params",
+                &format!("{:?}", self.kernel_params),
+                "must be one line",
+            ));
         }
-        let set = |path: &Option<std::path::PathBuf>| path.as_ref().is_some_and(|p| !p.as_os_str().is_empty());
+        let set =
+            |path: &Option<std::path::PathBuf>| path.as_ref().is_some_and(|p| !p.as_os_str().is_empty());
         if set(&self.image) && set(&self.initrd) {
-            let image = self.image.as_deref().unwrap_or(Path::new("")).display().to_string();
-            return Err(value("image", &format!("{image:?}"), "and initrd exclude each other, set one"));
+            let image = self
+                .image
+                .as_deref()
+                .unwrap_or(Path::new(""))
+                .display()
+                .to_string();
+            return Err(value(
+                "image",
+                &format!("{image:?}"),
+                "and initrd exclude each other, set one",
+            ));
         }
         Ok(())
     }
@@ -89,8 +123,9 @@ impl HypervisorConfig {
 
 impl RuntimeConfig {
     fn validate(&self, origins: &Origins) -> Result<(), ConfigError> {
-        let value =
-            |key: &str, value: &dyn std::fmt::Display, allowed: &str| bad(origins, &format!("runtime.{key}"), value, allowed);
+        let value = |key: &str, value: &dyn std::fmt::Display, allowed: &str| {
+            bad(origins, &format!("runtime.{key}"), value, allowed)
+        };
         one_of(&value, "name", &self.name, &["virt_container"])?;
         one_of(&value, "hypervisor_name", &self.hypervisor_name, &["dragonball"])?;
         one_of(&value, "agent_name", &self.agent_name, &["kata"])
@@ -115,7 +150,11 @@ fn one_of(
     if allowed.contains(&value) {
         return Ok(());
     }
-    Err(error(key, &format!("{value:?}"), &format!("must be one of {}", allowed.join(", "))))
+    Err(error(
+        key,
+        &format!("{value:?}"),
+        &format!("must be one of {}", allowed.join(", ")),
+    ))
 }
 
 fn check_file(origins: &Origins, key: &str, path: &Path) -> Result<(), ConfigError> {

@@ -33,9 +33,17 @@ pub fn load_spec(bundle: &Path) -> Result<Spec> {
         };
         Error::new(kind, format!("{}: {error}", path.display()))
     })?;
-    let invalid = |message: String| Error::new(ErrorKind::InvalidArgument, format!("{}: {message}", path.display()));
+    let invalid = |message: String| {
+        Error::new(
+            ErrorKind::InvalidArgument,
+            format!("{}: {message}", path.display()),
+        )
+    };
     let spec: Spec = serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
-    let args = spec.process().as_ref().and_then(|process| process.args().as_ref());
+    let args = spec
+        .process()
+        .as_ref()
+        .and_then(|process| process.args().as_ref());
     if args.is_none_or(Vec::is_empty) {
         return Err(invalid("process.args is missing or empty".into()));
     }
@@ -60,16 +68,29 @@ pub fn container_type(spec: &Spec) -> ContainerType {
 /// Path of the network namespace the spec names.
 pub fn netns(spec: &Spec) -> Option<std::path::PathBuf> {
     let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
-    let network = namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Network)?;
+    let network = namespaces
+        .iter()
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)?;
     network.path().clone().filter(|path| !path.as_os_str().is_empty())
 }
 
 /// Lines of the file that is mounted on /etc/resolv.conf.
 pub fn dns(spec: &Spec) -> Vec<String> {
-    let mount = spec.mounts().iter().flatten().find(|mount| mount.destination() == Path::new("/etc/resolv.conf"));
-    let Some(source) = mount.and_then(|mount| mount.source().as_ref()) else { return Vec::new() };
+    let mount = spec
+        .mounts()
+        .iter()
+        .flatten()
+        .find(|mount| mount.destination() == Path::new("/etc/resolv.conf"));
+    let Some(source) = mount.and_then(|mount| mount.source().as_ref()) else {
+        return Vec::new();
+    };
     match fs::read_to_string(source) {
-        Ok(text) => text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).map(Into::into).collect(),
+        Ok(text) => text
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty() && !line.starts_with('#'))
+            .map(Into::into)
+            .collect(),
         Err(error) => {
             tracing::warn!(path = %source.display(), %error, "DNS configuration");
             Vec::new()
@@ -90,7 +111,12 @@ mod tests {
         assert_eq!(error.kind, ErrorKind::NotFound);
         assert!(error.message.starts_with(&path), "{error}");
 
-        for text in ["{", "[]", r#"{"ociVersion":"1.0.2"}"#, r#"{"ociVersion":"1","process":{"cwd":"/","args":[]}}"#] {
+        for text in [
+            "{",
+            "[]",
+            r#"{"ociVersion":"1.0.2"}"#,
+            r#"{"ociVersion":"1","process":{"cwd":"/","args":[]}}"#,
+        ] {
             fs::write(bundle.path().join("config.json"), text).unwrap();
             let error = load_spec(bundle.path()).unwrap_err();
             assert_eq!(error.kind, ErrorKind::InvalidArgument, "{text}");

@@ -44,7 +44,13 @@ pub(super) struct Container {
 
 impl Container {
     pub(super) fn new(id: String, bundle: PathBuf, init: Arc<Process>, host: HostSide) -> Self {
-        Self { id, bundle, init, host: Arc::new(host), execs: Mutex::default() }
+        Self {
+            id,
+            bundle,
+            init,
+            host: Arc::new(host),
+            execs: Mutex::default(),
+        }
     }
 
     /// The process with `exec_id`; empty means init.
@@ -53,7 +59,10 @@ impl Container {
             return Ok(self.init.clone());
         }
         self.execs().get(exec_id).cloned().ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, format!("process {exec_id} of container {} does not exist", self.id))
+            Error::new(
+                ErrorKind::NotFound,
+                format!("process {exec_id} of container {} does not exist", self.id),
+            )
         })
     }
 
@@ -76,7 +85,11 @@ impl Container {
     /// Execs that have not ended, or were never started.
     pub(super) fn live_execs(&self) -> Vec<Arc<Process>> {
         let execs = self.execs();
-        execs.values().filter(|process| !matches!(process.phase(), Phase::Stopped(_))).cloned().collect()
+        execs
+            .values()
+            .filter(|process| !matches!(process.phase(), Phase::Stopped(_)))
+            .cloned()
+            .collect()
     }
 
     /// Init has ended: its exit is the container's last. Execs get a moment to report their own.
@@ -90,7 +103,10 @@ impl Container {
             }
         };
         if tokio::time::timeout(FOLLOW, follow).await.is_err() {
-            tracing::warn!(container = self.id, "processes have not ended with their container");
+            tracing::warn!(
+                container = self.id,
+                "processes have not ended with their container"
+            );
         }
         self.all_exited(exit);
     }
@@ -98,20 +114,29 @@ impl Container {
     /// Everything has ended, execs first.
     pub(super) fn all_exited(&self, exit: ProcessExit) {
         for process in self.live_execs() {
-            process.exited(ProcessExit { status: KILLED, at: exit.at });
+            process.exited(ProcessExit {
+                status: KILLED,
+                at: exit.at,
+            });
         }
         self.init.exited(exit);
     }
 
     /// The VM is gone.
     pub(super) fn killed(&self) {
-        self.all_exited(ProcessExit { status: KILLED, at: SystemTime::now() });
+        self.all_exited(ProcessExit {
+            status: KILLED,
+            at: SystemTime::now(),
+        });
     }
 
     pub(super) fn state(&self, process: &Process) -> ProcessState {
         let (status, exit) = process.status();
         ProcessState {
-            process: ContainerProcess { container_id: self.id.clone(), exec_id: process.id().exec_id.clone() },
+            process: ContainerProcess {
+                container_id: self.id.clone(),
+                exec_id: process.id().exec_id.clone(),
+            },
             bundle: self.bundle.clone(),
             pid: std::process::id(),
             status,

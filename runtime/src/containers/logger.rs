@@ -7,9 +7,7 @@ use std::io::{PipeReader, PipeWriter, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
-
-use tokio::sync::watch;
+use std::time::{Duration, Instant};
 
 use super::stdio::Owner;
 use crate::error::{Error, ErrorKind, Result};
@@ -42,7 +40,11 @@ impl Logger {
         let (stdout_read, stdout_write) = std::io::pipe().map_err(failed)?;
         let (stderr_read, stderr_write) = std::io::pipe().map_err(failed)?;
         let (ready_read, ready_write) = std::io::pipe().map_err(failed)?;
-        let fds = [stdout_read.as_raw_fd(), stderr_read.as_raw_fd(), ready_write.as_raw_fd()];
+        let fds = [
+            stdout_read.as_raw_fd(),
+            stderr_read.as_raw_fd(),
+            ready_write.as_raw_fd(),
+        ];
         let mut command = Command::new(&program);
         command
             .args(args)
@@ -58,27 +60,31 @@ impl Logger {
         // Only the child may hold these ends now, or the end of a stream would never be seen.
         drop((stdout_read, stderr_read, ready_write));
         wait_ready(ready_read).map_err(failed)?;
-        Ok((logger, nonblocking(stdout_write).map_err(failed)?, nonblocking(stderr_write).map_err(failed)?))
+        Ok((
+            logger,
+            nonblocking(stdout_write).map_err(failed)?,
+            nonblocking(stderr_write).map_err(failed)?,
+        ))
     }
 
-    /// Reaps the program after the end of the output; ends it when it does not end by itself.
-    pub(super) fn supervise(mut self, mut open_outputs: watch::Receiver<usize>) {
-        tokio::spawn(async move {
-            // An error means that the streams are gone, which is an end as well.
-            let _ = open_outputs.wait_for(|open| *open == 0).await;
-            drop(open_outputs);
-            let reaped = tokio::task::spawn_blocking(move || {
-                for _ in 0..FINISH.as_millis() / 50 {
-                    if !matches!(self.child.try_wait(), Ok(None)) {
-                        return;
-                    }
-                    std::thread::sleep(Duration::from_millis(50));
+    /// Reaps the program in the background, now that its input ends; kills it when it does not end by itself.
+    pub(super) fn finish(mut self) {
+        std::thread::spawn(move || {
+            let deadline = Instant::now() + FINISH;
+            while Instant::now() < deadline {
+                // An error means that there is nothing to reap.
+                if !matches!(self.child.try_wait(), Ok(None)) {
+                    return;
                 }
-                tracing::warn!(pid = self.child.id(), "logger does not end after its output: killed");
-                let _ = self.child.kill();
-                let _ = self.child.wait();
-            });
-            let _ = reaped.await;
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            tracing::warn!(
+                pid = self.child.id(),
+                "logger does not end after its output: killed"
+            );
+            // Both only fail for a process that is gone.
+            let _ = self.child.kill();
+            let _ = self.child.wait();
         });
     }
 }
@@ -117,7 +123,10 @@ fn wait_ready(mut pipe: PipeReader) -> std::io::Result<()> {
         let _ = sender.send(result);
     });
     receiver.recv_timeout(READY).unwrap_or_else(|_| {
-        Err(std::io::Error::new(std::io::ErrorKind::TimedOut, format!("not ready after {READY:?}")))
+        Err(std::io::Error::new(
+            std::io::ErrorKind::TimedOut,
+            format!("not ready after {READY:?}"),
+        ))
     })
 }
 
@@ -140,7 +149,10 @@ fn decode(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((first, tail)) = rest.split_first() {
-        let code = tail.get(..2).and_then(|hex| str::from_utf8(hex).ok()).and_then(|hex| u8::from_str_radix(hex, 16).ok());
+        let code = tail
+            .get(..2)
+            .and_then(|hex| str::from_utf8(hex).ok())
+            .and_then(|hex| u8::from_str_radix(hex, 16).ok());
         match (first, code) {
             (b'%', Some(byte)) => {
                 bytes.push(byte);
@@ -184,8 +196,14 @@ mod tests {
         std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let uri = format!("binary://{}?{}", script.display(), out.display());
 
-        let (mut logger, stdout, stderr) =
-            Logger::spawn(&uri, Owner { container: "c1", namespace: "ns" }).unwrap();
+        let (mut logger, stdout, stderr) = Logger::spawn(
+            &uri,
+            Owner {
+                container: "c1",
+                namespace: "ns",
+            },
+        )
+        .unwrap();
         std::fs::File::from(stdout).write_all(b"to stdout\n").unwrap();
         std::fs::File::from(stderr).write_all(b"to stderr\n").unwrap();
         assert!(logger.child.wait().unwrap().success());
@@ -196,8 +214,15 @@ mod tests {
 
     #[test]
     fn missing_logger_is_named() {
-        let error =
-            Logger::spawn("binary:///nonexistent/logger", Owner { container: "c", namespace: "n" }).err().unwrap();
+        let error = Logger::spawn(
+            "binary:///nonexistent/logger",
+            Owner {
+                container: "c",
+                namespace: "n",
+            },
+        )
+        .err()
+        .unwrap();
         assert_eq!(error.kind, ErrorKind::NotFound);
         assert!(error.message.contains("/nonexistent/logger"), "{error}");
     }

@@ -24,7 +24,8 @@ use crate::paths::check_id;
 use crate::sandbox::{SandboxState, VirtSandbox};
 use crate::timeline;
 use crate::types::{
-    ContainerProcess, ContainerStats, CreateContainerRequest, Event, ExecProcessRequest, ProcessExit, ProcessState,
+    ContainerProcess, ContainerStats, CreateContainerRequest, Event, ExecProcessRequest, ProcessExit,
+    ProcessState,
 };
 
 /// How long a removal waits for output that nobody has read to its end.
@@ -62,7 +63,13 @@ impl VirtContainerManager {
         events: mpsc::UnboundedSender<Event>,
     ) -> Self {
         let (sandbox_id, namespace) = (sandbox_id.into(), namespace.into());
-        Self { sandbox_id, namespace, sandbox, events, containers: Mutex::default() }
+        Self {
+            sandbox_id,
+            namespace,
+            sandbox,
+            events,
+            containers: Mutex::default(),
+        }
     }
 
     /// Whether any container is left.
@@ -99,9 +106,10 @@ impl VirtContainerManager {
     fn reserve(&self, id: &str) -> Result<()> {
         check_id("container", id)?;
         match self.containers().entry(id.to_owned()) {
-            Entry::Occupied(_) => {
-                Err(Error::new(ErrorKind::AlreadyExists, format!("container {id} exists already")))
-            }
+            Entry::Occupied(_) => Err(Error::new(
+                ErrorKind::AlreadyExists,
+                format!("container {id} exists already"),
+            )),
             Entry::Vacant(entry) => {
                 entry.insert(Slot::Creating);
                 Ok(())
@@ -126,18 +134,28 @@ impl VirtContainerManager {
     /// Rootfs and volumes: mounts, so off the async threads.
     async fn host_side(&self, request: &CreateContainerRequest, spec: Spec) -> Result<(Spec, HostSide)> {
         let resources = self.sandbox.resources().clone();
-        let (id, bundle, mounts) = (request.container_id.clone(), request.bundle.clone(), request.rootfs.clone());
+        let (id, bundle, mounts) = (
+            request.container_id.clone(),
+            request.bundle.clone(),
+            request.rootfs.clone(),
+        );
         let prepared = tokio::task::spawn_blocking(move || {
             let rootfs = resources.handle_rootfs(&id, &bundle, &mounts, &spec)?;
             match resources.handle_volumes(&id, &spec) {
                 Ok(volumes) => Ok((spec, HostSide { rootfs, volumes })),
                 Err(error) => {
-                    HostSide { rootfs, volumes: Default::default() }.cleanup();
+                    HostSide {
+                        rootfs,
+                        volumes: Default::default(),
+                    }
+                    .cleanup();
                     Err(error)
                 }
             }
         });
-        prepared.await.unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("rootfs: {error}"))))
+        prepared
+            .await
+            .unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("rootfs: {error}"))))
     }
 
     async fn create_in_guest(
@@ -159,12 +177,20 @@ impl VirtContainerManager {
         for warning in amend(&mut spec, guest, kind) {
             tracing::warn!(container = id, "{warning}");
         }
-        let init = ContainerProcess { container_id: id.clone(), exec_id: String::new() };
+        let init = ContainerProcess {
+            container_id: id.clone(),
+            exec_id: String::new(),
+        };
         let init = Arc::new(Process::new(init, request.stdio.clone(), self.events.clone()));
         let io = self.open_io(&init)?;
         let create = wire::CreateContainerRequest {
             container_id: id.clone(),
-            storages: host.rootfs.get_storage().into_iter().chain(host.volumes.storages()).collect(),
+            storages: host
+                .rootfs
+                .get_storage()
+                .into_iter()
+                .chain(host.volumes.storages())
+                .collect(),
             OCI: MessageField::some(spec_to_wire(&spec)),
             stdin_port: io.stdin_port,
             stdout_port: io.stdout_port,
@@ -174,7 +200,10 @@ impl VirtContainerManager {
         if let Err(error) = self.sandbox.agent().create_container(create).await {
             io.close();
             // The agent may have got half way.
-            let remove = wire::RemoveContainerRequest { container_id: id.clone(), ..Default::default() };
+            let remove = wire::RemoveContainerRequest {
+                container_id: id.clone(),
+                ..Default::default()
+            };
             if let Err(undo) = self.sandbox.agent().remove_container(remove).await {
                 tracing::debug!(container = id, error = %undo, "after a failed create");
             }
@@ -186,7 +215,10 @@ impl VirtContainerManager {
 
     fn open_io(&self, process: &Process) -> Result<Arc<ProcessIo>> {
         let port = self.sandbox.config().runtime.passfd_listener_port;
-        let owner = Owner { container: &process.id().container_id, namespace: &self.namespace };
+        let owner = Owner {
+            container: &process.id().container_id,
+            namespace: &self.namespace,
+        };
         ProcessIo::open(self.sandbox.hypervisor().clone(), process.stdio(), port, owner)
     }
 
@@ -211,7 +243,10 @@ impl VirtContainerManager {
                     UNKNOWN_STATUS
                 }
             };
-            let exit = ProcessExit { status, at: SystemTime::now() };
+            let exit = ProcessExit {
+                status,
+                at: SystemTime::now(),
+            };
             if process.is_init() {
                 container.init_exited(exit).await;
             } else {
@@ -221,7 +256,10 @@ impl VirtContainerManager {
     }
 
     async fn start_init(&self, container: &Container) -> Result<()> {
-        let request = wire::StartContainerRequest { container_id: container.id.clone(), ..Default::default() };
+        let request = wire::StartContainerRequest {
+            container_id: container.id.clone(),
+            ..Default::default()
+        };
         self.sandbox.agent().start_container(request).await
     }
 
@@ -257,7 +295,11 @@ impl VirtContainerManager {
 
     async fn signal(&self, process: &Process, signal: u32, all: bool) -> Result<()> {
         // The agent takes an empty exec id for the container as a whole.
-        let exec_id = if all { String::new() } else { process.id().exec_id.clone() };
+        let exec_id = if all {
+            String::new()
+        } else {
+            process.id().exec_id.clone()
+        };
         let request = wire::SignalProcessRequest {
             container_id: process.id().container_id.clone(),
             exec_id,
@@ -273,7 +315,10 @@ impl VirtContainerManager {
         // What waits there for its start is PID 1 of a namespace: it ignores everything but SIGKILL.
         if let Err(error) = self.signal(&container.init, SIGKILL, false).await {
             tracing::debug!(container = container.id, %error, "created container is declared dead");
-            container.all_exited(ProcessExit { status, at: SystemTime::now() });
+            container.all_exited(ProcessExit {
+                status,
+                at: SystemTime::now(),
+            });
         }
     }
 
@@ -293,7 +338,10 @@ impl VirtContainerManager {
         if let Some(io) = init.io() {
             io.drain(DRAIN).await;
         }
-        let remove = wire::RemoveContainerRequest { container_id: container.id.clone(), ..Default::default() };
+        let remove = wire::RemoveContainerRequest {
+            container_id: container.id.clone(),
+            ..Default::default()
+        };
         match self.sandbox.agent().remove_container(remove).await {
             Ok(()) => {}
             Err(error) if matches!(error.kind, ErrorKind::NotFound | ErrorKind::Unavailable) => {}
@@ -308,8 +356,13 @@ impl VirtContainerManager {
     async fn delete_exec(&self, container: &Container, process: &Process) -> Result<ProcessExit> {
         let exit = match process.phase() {
             Phase::Stopped(exit) => exit,
-            Phase::Created => ProcessExit { status: KILLED, at: SystemTime::now() },
-            Phase::Starting { .. } | Phase::Running | Phase::Paused => return Err(process.wrong_state("delete")),
+            Phase::Created => ProcessExit {
+                status: KILLED,
+                at: SystemTime::now(),
+            },
+            Phase::Starting { .. } | Phase::Running | Phase::Paused => {
+                return Err(process.wrong_state("delete"));
+            }
         };
         process.exited(exit);
         if let Some(io) = process.io() {
@@ -362,7 +415,8 @@ impl ContainerManager for VirtContainerManager {
             stdio: request.stdio,
             pid,
         });
-        self.containers().insert(request.container_id, Slot::Ready(container.clone()));
+        self.containers()
+            .insert(request.container_id, Slot::Ready(container.clone()));
         if matches!(*self.sandbox.watch_state().borrow(), SandboxState::Stopped(_)) {
             // The VM ended between the agent's answer and the entry in the map.
             container.killed();
@@ -376,10 +430,15 @@ impl ContainerManager for VirtContainerManager {
         if container.init.phase() != Phase::Running {
             return Err(container.init.wrong_state("pause"));
         }
-        let request = wire::PauseContainerRequest { container_id: container.id.clone(), ..Default::default() };
+        let request = wire::PauseContainerRequest {
+            container_id: container.id.clone(),
+            ..Default::default()
+        };
         self.sandbox.agent().pause_container(request).await?;
         container.init.pause();
-        let _ = self.events.send(Event::TaskPaused { container_id: container.id.clone() });
+        let _ = self.events.send(Event::TaskPaused {
+            container_id: container.id.clone(),
+        });
         Ok(())
     }
 
@@ -388,23 +447,38 @@ impl ContainerManager for VirtContainerManager {
         if container.init.phase() != Phase::Paused {
             return Err(container.init.wrong_state("resume"));
         }
-        let request = wire::ResumeContainerRequest { container_id: container.id.clone(), ..Default::default() };
+        let request = wire::ResumeContainerRequest {
+            container_id: container.id.clone(),
+            ..Default::default()
+        };
         self.sandbox.agent().resume_container(request).await?;
         container.init.resume();
-        let _ = self.events.send(Event::TaskResumed { container_id: container.id.clone() });
+        let _ = self.events.send(Event::TaskResumed {
+            container_id: container.id.clone(),
+        });
         Ok(())
     }
 
     async fn stats_container(&self, container: &str) -> Result<ContainerStats> {
         let container = self.container(container)?;
-        let request = wire::StatsContainerRequest { container_id: container.id.clone(), ..Default::default() };
-        self.sandbox.agent().stats_container(request).await.map(stats::convert)
+        let request = wire::StatsContainerRequest {
+            container_id: container.id.clone(),
+            ..Default::default()
+        };
+        self.sandbox
+            .agent()
+            .stats_container(request)
+            .await
+            .map(stats::convert)
     }
 
     async fn update_container(&self, container: &str, resources: &[u8]) -> Result<()> {
         let container = self.container(container)?;
         let resources: LinuxResources = serde_json::from_slice(resources).map_err(|error| {
-            Error::new(ErrorKind::InvalidArgument, format!("resources of container {}: {error}", container.id))
+            Error::new(
+                ErrorKind::InvalidArgument,
+                format!("resources of container {}: {error}", container.id),
+            )
         })?;
         let request = wire::UpdateContainerRequest {
             container_id: container.id.clone(),
@@ -434,19 +508,29 @@ impl ContainerManager for VirtContainerManager {
         } else {
             self.delete_exec(&container, &process).await?
         };
-        let _ = self.events.send(Event::TaskDelete { process: id.clone(), pid: std::process::id(), exit });
+        let _ = self.events.send(Event::TaskDelete {
+            process: id.clone(),
+            pid: std::process::id(),
+            exit,
+        });
         Ok(exit)
     }
 
     async fn exec_process(&self, request: ExecProcessRequest) -> Result<()> {
         let container = self.container(&request.process.container_id)?;
         check_id("exec", &request.process.exec_id)?;
-        if !matches!(container.init.phase(), Phase::Running | Phase::Paused | Phase::Created) {
+        if !matches!(
+            container.init.phase(),
+            Phase::Running | Phase::Paused | Phase::Created
+        ) {
             return Err(container.init.wrong_state("execute a process in"));
         }
         let invalid = |message: String| {
             let exec = &request.process.exec_id;
-            Error::new(ErrorKind::InvalidArgument, format!("process {exec} of container {}: {message}", container.id))
+            Error::new(
+                ErrorKind::InvalidArgument,
+                format!("process {exec} of container {}: {message}", container.id),
+            )
         };
         let mut spec: OciProcess =
             serde_json::from_slice(&request.spec_json).map_err(|error| invalid(error.to_string()))?;
@@ -455,24 +539,31 @@ impl ContainerManager for VirtContainerManager {
         }
         spec.set_terminal(Some(request.stdio.terminal));
         amend_process(&mut spec);
-        let process = Process::new(request.process.clone(), request.stdio, self.events.clone()).with_spec(spec);
+        let process =
+            Process::new(request.process.clone(), request.stdio, self.events.clone()).with_spec(spec);
         container.add_exec(Arc::new(process))?;
-        let _ = self.events.send(Event::TaskExecAdded { process: request.process });
+        let _ = self.events.send(Event::TaskExecAdded {
+            process: request.process,
+        });
         Ok(())
     }
 
     async fn kill_process(&self, id: &ContainerProcess, signal: u32, all: bool) -> Result<()> {
         let (container, process) = self.process(id)?;
         match process.phase() {
-            Phase::Stopped(_) => {
-                Err(Error::new(ErrorKind::NotFound, format!("cannot kill {process}: it has already exited")))
-            }
+            Phase::Stopped(_) => Err(Error::new(
+                ErrorKind::NotFound,
+                format!("cannot kill {process}: it has already exited"),
+            )),
             Phase::Created if process.is_init() => {
                 self.kill_created(&container, signal).await;
                 Ok(())
             }
             Phase::Created => {
-                process.exited(ProcessExit { status: 128 + signal, at: SystemTime::now() });
+                process.exited(ProcessExit {
+                    status: 128 + signal,
+                    at: SystemTime::now(),
+                });
                 Ok(())
             }
             Phase::Starting { .. } | Phase::Running | Phase::Paused => self
@@ -502,7 +593,11 @@ impl ContainerManager for VirtContainerManager {
         };
         if let Err(error) = started {
             // 127 as shells say for a command that cannot be found.
-            process.fail_start(if error.kind == ErrorKind::NotFound { 127 } else { UNKNOWN_STATUS });
+            process.fail_start(if error.kind == ErrorKind::NotFound {
+                127
+            } else {
+                UNKNOWN_STATUS
+            });
             return Err(error.context(format!("start {process}")));
         }
         if let Some((width, height)) = process.take_size()

@@ -2,6 +2,7 @@
 
 mod bundle;
 mod container;
+mod first_output;
 mod logger;
 mod manager;
 mod process;
@@ -24,7 +25,11 @@ pub use manager::VirtContainerManager;
 #[async_trait]
 pub trait ContainerManager: Send + Sync {
     /// Creates a container; its init waits. Returns the host pid that stands for it.
-    async fn create_container(&self, request: CreateContainerRequest, spec: oci_spec::runtime::Spec) -> Result<u32>;
+    async fn create_container(
+        &self,
+        request: CreateContainerRequest,
+        spec: oci_spec::runtime::Spec,
+    ) -> Result<u32>;
     /// Freezes a container.
     async fn pause_container(&self, container: &str) -> Result<()>;
     /// Thaws a container.

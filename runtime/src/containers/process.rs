@@ -55,7 +55,15 @@ pub(super) struct Process {
 impl Process {
     pub(super) fn new(id: ContainerProcess, stdio: Stdio, events: mpsc::UnboundedSender<Event>) -> Self {
         let phase = watch::Sender::new(Phase::Created);
-        Self { id, stdio, spec: None, phase, events, io: Mutex::default(), size: Mutex::default() }
+        Self {
+            id,
+            stdio,
+            spec: None,
+            phase,
+            events,
+            io: Mutex::default(),
+            size: Mutex::default(),
+        }
     }
 
     /// Makes it an exec that runs `spec`.
@@ -109,13 +117,19 @@ impl Process {
             }
             created
         });
-        if changed { Ok(()) } else { Err(self.wrong_state("start")) }
+        if changed {
+            Ok(())
+        } else {
+            Err(self.wrong_state("start"))
+        }
     }
 
     /// Starting → Running, or Stopped when the process has already ended. Publishes the start, then the exit.
     pub(super) fn finish_start(&self) {
         self.phase.send_if_modified(|phase| {
-            let Phase::Starting { exit } = *phase else { return false };
+            let Phase::Starting { exit } = *phase else {
+                return false;
+            };
             self.publish(self.start_event());
             match exit {
                 Some(exit) => {
@@ -132,8 +146,13 @@ impl Process {
     /// Starting → Stopped: it never ran. containerd knows of init since its creation and hears of its end.
     pub(super) fn fail_start(&self, status: u32) {
         self.phase.send_if_modified(|phase| {
-            let Phase::Starting { exit } = *phase else { return false };
-            let exit = exit.unwrap_or(ProcessExit { status, at: SystemTime::now() });
+            let Phase::Starting { exit } = *phase else {
+                return false;
+            };
+            let exit = exit.unwrap_or(ProcessExit {
+                status,
+                at: SystemTime::now(),
+            });
             if self.is_init() {
                 self.publish(self.exit_event(exit));
             }
@@ -165,12 +184,14 @@ impl Process {
 
     /// Running → Paused.
     pub(super) fn pause(&self) {
-        self.phase.send_if_modified(|phase| replace(phase, Phase::Running, Phase::Paused));
+        self.phase
+            .send_if_modified(|phase| replace(phase, Phase::Running, Phase::Paused));
     }
 
     /// Paused → Running.
     pub(super) fn resume(&self) {
-        self.phase.send_if_modified(|phase| replace(phase, Phase::Paused, Phase::Running));
+        self.phase
+            .send_if_modified(|phase| replace(phase, Phase::Paused, Phase::Running));
     }
 
     /// Waits for the end, from any phase.
@@ -179,7 +200,10 @@ impl Process {
         let ended = phase.wait_for(|phase| matches!(phase, Phase::Stopped(_))).await;
         match ended.as_deref() {
             Ok(Phase::Stopped(exit)) => Ok(*exit),
-            _ => Err(Error::new(ErrorKind::Internal, format!("{self}: removed while it was waited for"))),
+            _ => Err(Error::new(
+                ErrorKind::Internal,
+                format!("{self}: removed while it was waited for"),
+            )),
         }
     }
 
@@ -219,9 +243,15 @@ impl Process {
     fn start_event(&self) -> Event {
         let pid = std::process::id();
         if self.is_init() {
-            Event::TaskStart { container_id: self.id.container_id.clone(), pid }
+            Event::TaskStart {
+                container_id: self.id.container_id.clone(),
+                pid,
+            }
         } else {
-            Event::TaskExecStarted { process: self.id.clone(), pid }
+            Event::TaskExecStarted {
+                process: self.id.clone(),
+                pid,
+            }
         }
     }
 
@@ -229,7 +259,11 @@ impl Process {
         if self.is_init() {
             crate::timeline::mark_at("exit", exit.at);
         }
-        Event::TaskExit { process: self.id.clone(), pid: std::process::id(), exit }
+        Event::TaskExit {
+            process: self.id.clone(),
+            pid: std::process::id(),
+            exit,
+        }
     }
 
     /// Called inside of a phase change, so events have the order of the changes.
@@ -244,7 +278,11 @@ impl std::fmt::Display for Process {
         if self.is_init() {
             write!(f, "container {}", self.id.container_id)
         } else {
-            write!(f, "process {} of container {}", self.id.exec_id, self.id.container_id)
+            write!(
+                f,
+                "process {} of container {}",
+                self.id.exec_id, self.id.container_id
+            )
         }
     }
 }
@@ -263,12 +301,18 @@ mod tests {
 
     fn process(exec_id: &str) -> (Arc<Process>, mpsc::UnboundedReceiver<Event>) {
         let (sender, receiver) = mpsc::unbounded_channel();
-        let id = ContainerProcess { container_id: "c".into(), exec_id: exec_id.into() };
+        let id = ContainerProcess {
+            container_id: "c".into(),
+            exec_id: exec_id.into(),
+        };
         (Arc::new(Process::new(id, Stdio::default(), sender)), receiver)
     }
 
     fn exit(status: u32) -> ProcessExit {
-        ProcessExit { status, at: SystemTime::now() }
+        ProcessExit {
+            status,
+            at: SystemTime::now(),
+        }
     }
 
     fn names(events: &mut mpsc::UnboundedReceiver<Event>) -> Vec<&'static str> {
@@ -294,7 +338,10 @@ mod tests {
         process.finish_start();
 
         assert_eq!(names(&mut events), ["start", "exit"]);
-        assert!(matches!(process.phase(), Phase::Stopped(ProcessExit { status: 3, .. })));
+        assert!(matches!(
+            process.phase(),
+            Phase::Stopped(ProcessExit { status: 3, .. })
+        ));
     }
 
     #[test]
@@ -306,16 +353,25 @@ mod tests {
         process.exited(exit(137));
 
         assert_eq!(names(&mut events), ["exec-started", "exit"]);
-        assert!(matches!(process.phase(), Phase::Stopped(ProcessExit { status: 1, .. })));
+        assert!(matches!(
+            process.phase(),
+            Phase::Stopped(ProcessExit { status: 1, .. })
+        ));
     }
 
     #[test]
     fn start_is_refused_in_every_phase_but_created() {
         let (process, _events) = process("");
         process.begin_start().unwrap();
-        assert_eq!(process.begin_start().unwrap_err().kind, ErrorKind::FailedPrecondition);
+        assert_eq!(
+            process.begin_start().unwrap_err().kind,
+            ErrorKind::FailedPrecondition
+        );
         process.finish_start();
-        assert_eq!(process.begin_start().unwrap_err().kind, ErrorKind::FailedPrecondition);
+        assert_eq!(
+            process.begin_start().unwrap_err().kind,
+            ErrorKind::FailedPrecondition
+        );
         process.exited(exit(0));
         let error = process.begin_start().unwrap_err();
         assert_eq!(error.message, "cannot start container c: it is stopped");
@@ -332,7 +388,10 @@ mod tests {
         exec.begin_start().unwrap();
         exec.fail_start(127);
         assert_eq!(names(&mut events), Vec::<&str>::new());
-        assert!(matches!(exec.phase(), Phase::Stopped(ProcessExit { status: 127, .. })));
+        assert!(matches!(
+            exec.phase(),
+            Phase::Stopped(ProcessExit { status: 127, .. })
+        ));
     }
 
     #[test]

@@ -27,8 +27,10 @@ pub struct GuestSpec {
 
 /// Changes `spec` for the guest; returns the warnings.
 pub fn amend(spec: &mut Spec, guest: GuestSpec, kind: ContainerType) -> Vec<String> {
-    let mut warnings: Vec<String> =
-        uncarried(spec).into_iter().map(|field| format!("{field} is set and cannot be passed to the guest")).collect();
+    let mut warnings: Vec<String> = uncarried(spec)
+        .into_iter()
+        .map(|field| format!("{field} is set and cannot be passed to the guest"))
+        .collect();
     if let Some(hooks) = spec.hooks_mut().take() {
         let names = hook_names(&hooks);
         if !names.is_empty() {
@@ -44,9 +46,15 @@ pub fn amend(spec: &mut Spec, guest: GuestSpec, kind: ContainerType) -> Vec<Stri
         amend_process(process);
     }
     let annotations = spec.annotations_mut().get_or_insert_default();
-    annotations
-        .insert("io.katacontainers.pkg.oci.bundle_path".into(), guest.bundle.display().to_string());
-    let kind = if kind == ContainerType::PodContainer { "pod_container" } else { "pod_sandbox" };
+    annotations.insert(
+        "io.katacontainers.pkg.oci.bundle_path".into(),
+        guest.bundle.display().to_string(),
+    );
+    let kind = if kind == ContainerType::PodContainer {
+        "pod_container"
+    } else {
+        "pod_sandbox"
+    };
     annotations.insert("io.katacontainers.pkg.oci.container_type".into(), kind.into());
     amend_linux(spec, &guest.container, guest.disable_seccomp, &mut warnings);
     warnings
@@ -76,9 +84,11 @@ fn amend_linux(spec: &mut Spec, container: &str, disable_seccomp: bool, warnings
     }
     if let Some(devices) = linux.devices_mut().take() {
         let is_standard = |path: &str| {
-            ["null", "zero", "full", "random", "urandom", "tty", "ptmx", "console"]
-                .iter()
-                .any(|name| path == format!("/dev/{name}"))
+            [
+                "null", "zero", "full", "random", "urandom", "tty", "ptmx", "console",
+            ]
+            .iter()
+            .any(|name| path == format!("/dev/{name}"))
         };
         for device in devices {
             let path = device.path().display().to_string();
@@ -87,12 +97,18 @@ fn amend_linux(spec: &mut Spec, container: &str, disable_seccomp: bool, warnings
             }
         }
     }
-    let Some(resources) = linux.resources_mut() else { return };
+    let Some(resources) = linux.resources_mut() else {
+        return;
+    };
     // Device numbers, processors and nodes of the host; limits on them are the host cgroup's business.
     resources.set_devices(None);
     resources.set_block_io(None);
     resources.set_network(None);
-    if resources.hugepage_limits_mut().take().is_some_and(|limits| limits.iter().any(|limit| limit.limit() > 0)) {
+    if resources
+        .hugepage_limits_mut()
+        .take()
+        .is_some_and(|limits| limits.iter().any(|limit| limit.limit() > 0))
+    {
         warnings.push("linux.resources.hugepageLimits: the guest has no huge pages".into());
     }
     if let Some(cpu) = resources.cpu_mut() {
@@ -102,17 +118,20 @@ fn amend_linux(spec: &mut Spec, container: &str, disable_seccomp: bool, warnings
 }
 
 fn hook_names(hooks: &Hooks) -> Vec<String> {
-    #[expect(deprecated, reason = "containerd and nvidia still write prestart hooks")]
-    let prestart = hooks.prestart();
     let lists = [
-        prestart,
+        hooks.prestart(),
         hooks.create_runtime(),
         hooks.create_container(),
         hooks.start_container(),
         hooks.poststart(),
         hooks.poststop(),
     ];
-    lists.into_iter().flatten().flatten().map(|hook| hook.path().display().to_string()).collect()
+    lists
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|hook| hook.path().display().to_string())
+        .collect()
 }
 
 #[cfg(test)]
@@ -159,10 +178,20 @@ mod tests {
         let (spec, _) = amended(true);
 
         let linux = spec.linux().as_ref().unwrap();
-        let namespaces: Vec<_> =
-            linux.namespaces().iter().flatten().map(|n| (n.typ(), n.path().clone())).collect();
-        assert_eq!(namespaces, [(LinuxNamespaceType::Pid, None), (LinuxNamespaceType::Ipc, None)]);
-        assert_eq!(linux.cgroups_path().as_deref(), Some(std::path::Path::new("/kata/c1")));
+        let namespaces: Vec<_> = linux
+            .namespaces()
+            .iter()
+            .flatten()
+            .map(|n| (n.typ(), n.path().clone()))
+            .collect();
+        assert_eq!(
+            namespaces,
+            [(LinuxNamespaceType::Pid, None), (LinuxNamespaceType::Ipc, None)]
+        );
+        assert_eq!(
+            linux.cgroups_path().as_deref(),
+            Some(std::path::Path::new("/kata/c1"))
+        );
         assert!(linux.seccomp().is_none() && linux.devices().is_none() && linux.mount_label().is_none());
         let resources = linux.resources().as_ref().unwrap();
         assert!(resources.devices().is_none() && resources.hugepage_limits().is_none());
@@ -178,7 +207,10 @@ mod tests {
         let (spec, _) = amended(false);
 
         let root = spec.root().as_ref().unwrap();
-        assert_eq!((root.path().to_str(), root.readonly()), (Some("/guest/rootfs"), Some(true)));
+        assert_eq!(
+            (root.path().to_str(), root.readonly()),
+            (Some("/guest/rootfs"), Some(true))
+        );
         let process = spec.process().as_ref().unwrap();
         assert!(process.capabilities().as_ref().unwrap().bounding().is_some());
         assert_eq!(process.terminal(), Some(true));

@@ -16,7 +16,11 @@ pub(super) fn convert(response: wire::StatsContainerResponse) -> ContainerStats 
     let mut memory_stat: Vec<(String, u64)> = memory.stats.into_iter().collect();
     memory_stat.sort();
     ContainerStats {
-        cpu_usec: [cpu.total_usage / NS, cpu.usage_in_usermode / NS, cpu.usage_in_kernelmode / NS],
+        cpu_usec: [
+            cpu.total_usage / NS,
+            cpu.usage_in_usermode / NS,
+            cpu.usage_in_kernelmode / NS,
+        ],
         memory_usage: usage.usage,
         memory_limit: if usage.limit == 0 { u64::MAX } else { usage.limit },
         memory_stat,
@@ -33,12 +37,28 @@ mod tests {
     #[test]
     fn figures_keep_their_meaning() {
         let mut response = wire::StatsContainerResponse::new();
-        assert_eq!(convert(response.clone()).memory_limit, u64::MAX, "no figures, no limit");
+        assert_eq!(
+            convert(response.clone()).memory_limit,
+            u64::MAX,
+            "no figures, no limit"
+        );
 
-        let cpu = wire::CpuUsage { total_usage: 3_000, usage_in_usermode: 2_000, usage_in_kernelmode: 1_000, ..Default::default() };
-        let memory = wire::MemoryData { usage: 7, limit: 9, ..Default::default() };
+        let cpu = wire::CpuUsage {
+            total_usage: 3_000,
+            usage_in_usermode: 2_000,
+            usage_in_kernelmode: 1_000,
+            ..Default::default()
+        };
+        let memory = wire::MemoryData {
+            usage: 7,
+            limit: 9,
+            ..Default::default()
+        };
         response.cgroup_stats = MessageField::some(wire::CgroupStats {
-            cpu_stats: MessageField::some(wire::CpuStats { cpu_usage: MessageField::some(cpu), ..Default::default() }),
+            cpu_stats: MessageField::some(wire::CpuStats {
+                cpu_usage: MessageField::some(cpu),
+                ..Default::default()
+            }),
             memory_stats: MessageField::some(wire::MemoryStats {
                 usage: MessageField::some(memory),
                 stats: [("inactive_file".to_owned(), 4)].into(),

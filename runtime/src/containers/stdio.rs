@@ -12,16 +12,12 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use tokio::sync::watch;
-
-use super::logger;
+use super::{first_output, logger};
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::{Attach, AttachDirection, Hypervisor, Notify};
-use crate::timeline;
+use crate::hypervisor::{Attach, AttachDirection, Hypervisor};
 use crate::types::Stdio;
 
 /// Who a logger logs for.
@@ -49,10 +45,14 @@ fn parse(stream: &'static str, uri: &str) -> Result<Target> {
         Some(("fifo", path)) => Ok(Target::Fifo(path.into())),
         Some(("file", path)) => Ok(Target::File(path.into())),
         Some(("binary", _)) if stream != "stdin" => Ok(Target::Binary(uri.to_owned())),
-        Some((scheme, _)) => {
-            Err(Error::new(ErrorKind::Unimplemented, format!("{stream} {uri:?}: {scheme}:// is not supported")))
-        }
-        None => Err(Error::new(ErrorKind::InvalidArgument, format!("{stream} {uri:?} is not an absolute path"))),
+        Some((scheme, _)) => Err(Error::new(
+            ErrorKind::Unimplemented,
+            format!("{stream} {uri:?}: {scheme}:// is not supported"),
+        )),
+        None => Err(Error::new(
+            ErrorKind::InvalidArgument,
+            format!("{stream} {uri:?} is not an absolute path"),
+        )),
     }
 }
 
@@ -67,8 +67,8 @@ pub(super) struct ProcessIo {
     pub stderr_port: u32,
     /// Our write end of the stdin FIFO.
     stdin: Mutex<Option<File>>,
-    /// Output relays that are not at their end.
-    open_outputs: watch::Sender<usize>,
+    /// The program that reads the outputs, if it is not a client of containerd.
+    logger: Mutex<Option<logger::Logger>>,
 }
 
 impl ProcessIo {
@@ -76,22 +76,28 @@ impl ProcessIo {
     ///
     /// # Errors
     /// Naming the stream and its path; nothing is left open then.
-    pub(super) fn open(hypervisor: Arc<dyn Hypervisor>, stdio: &Stdio, port: u32, owner: Owner<'_>) -> Result<Arc<Self>> {
+    pub(super) fn open(
+        hypervisor: Arc<dyn Hypervisor>,
+        stdio: &Stdio,
+        port: u32,
+        owner: Owner<'_>,
+    ) -> Result<Arc<Self>> {
         let mut io = Self {
             hypervisor,
             stdin_port: 0,
             stdout_port: 0,
             stderr_port: 0,
             stdin: Mutex::default(),
-            open_outputs: watch::Sender::new(0),
+            logger: Mutex::default(),
         };
         io.open_stdin(&stdio.stdin, port)?;
-        let (mut outputs, logger) = outputs(stdio, owner)?;
-        io.stdout_port = io.attach_output(outputs.0.take(), port, true)?;
-        io.stderr_port = io.attach_output(outputs.1.take(), port, false)?;
-        if let Some(logger) = logger {
-            logger.supervise(io.open_outputs.subscribe());
+        let ((stdout, stderr), logger) = outputs(stdio, owner)?;
+        *io.logger.lock().unwrap_or_else(PoisonError::into_inner) = logger;
+        if stdout.is_some() {
+            first_output::watch(&stdio.stdout);
         }
+        io.stdout_port = io.attach_output(stdout, port)?;
+        io.stderr_port = io.attach_output(stderr, port)?;
         Ok(Arc::new(io))
     }
 
@@ -101,27 +107,30 @@ impl ProcessIo {
             Target::None | Target::Binary(_) => return Ok(()),
             Target::File(path) => File::open(path).map_err(named)?.into(),
             Target::Fifo(path) => {
-                let Some(read) = open_fifo(&path, OpenOptions::new().read(true)).map_err(named)? else { return Ok(()) };
+                let Some(read) = open_fifo(&path, OpenOptions::new().read(true)).map_err(named)? else {
+                    return Ok(());
+                };
                 // Cannot block or fail with ENXIO: the read end is open.
-                let write = OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(&path);
+                let write = OpenOptions::new()
+                    .write(true)
+                    .custom_flags(libc::O_NONBLOCK)
+                    .open(&path);
                 *self.stdin.lock().unwrap_or_else(PoisonError::into_inner) = Some(write.map_err(named)?);
                 read.into()
             }
         };
         let direction = AttachDirection::ToGuest;
-        let attach = Attach { fd, port, direction, on_end: Box::new(|| {}), on_first_byte: None };
-        self.stdin_port = self.hypervisor.vsock_attach(attach)?;
+        self.stdin_port = self.hypervisor.vsock_attach(Attach { fd, port, direction })?;
         Ok(())
     }
 
-    fn attach_output(&self, fd: Option<OwnedFd>, port: u32, first: bool) -> Result<u32> {
+    fn attach_output(&self, fd: Option<OwnedFd>, port: u32) -> Result<u32> {
         let Some(fd) = fd else { return Ok(0) };
-        self.open_outputs.send_modify(|open| *open += 1);
-        let open_outputs = self.open_outputs.clone();
-        let on_end: Notify = Box::new(move || open_outputs.send_modify(|open| *open = open.saturating_sub(1)));
-        let on_first_byte = first.then(|| Box::new(mark_first_output) as Notify);
-        let attach = Attach { fd, port, direction: AttachDirection::FromGuest, on_end, on_first_byte };
-        self.hypervisor.vsock_attach(attach)
+        self.hypervisor.vsock_attach(Attach {
+            fd,
+            port,
+            direction: AttachDirection::FromGuest,
+        })
     }
 
     /// Lets go of our write end: stdin ends as soon as the client has let go of its own.
@@ -139,10 +148,18 @@ impl ProcessIo {
 
     /// Waits until every output has come to its end, at most `timeout`; then closes what is left.
     pub(super) async fn drain(&self, timeout: Duration) {
-        let mut open = self.open_outputs.subscribe();
-        let drained = tokio::time::timeout(timeout, open.wait_for(|open| *open == 0)).await;
-        if drained.is_err() {
-            tracing::warn!(?timeout, "output is not read to its end, or a process still holds it: closed");
+        let deadline = Instant::now() + timeout;
+        for port in [self.stdout_port, self.stderr_port]
+            .into_iter()
+            .filter(|port| *port != 0)
+        {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !self.hypervisor.vsock_wait(port, left).await {
+                tracing::warn!(
+                    ?timeout,
+                    "output is not read to its end, or a process still holds it: closed"
+                );
+            }
         }
         self.close();
     }
@@ -150,8 +167,14 @@ impl ProcessIo {
     /// Closes everything.
     pub(super) fn close(&self) {
         self.end_stdin();
-        for port in [self.stdout_port, self.stderr_port].into_iter().filter(|port| *port != 0) {
+        for port in [self.stdout_port, self.stderr_port]
+            .into_iter()
+            .filter(|port| *port != 0)
+        {
             self.hypervisor.vsock_close(port);
+        }
+        if let Some(logger) = self.logger.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            logger.finish();
         }
     }
 }
@@ -167,16 +190,26 @@ type Outputs = (Option<OwnedFd>, Option<OwnedFd>);
 fn outputs(stdio: &Stdio, owner: Owner<'_>) -> Result<(Outputs, Option<logger::Logger>)> {
     let stdout = parse("stdout", &stdio.stdout)?;
     // With a terminal everything comes out of the one pty.
-    let stderr = if stdio.terminal { Target::None } else { parse("stderr", &stdio.stderr)? };
+    let stderr = if stdio.terminal {
+        Target::None
+    } else {
+        parse("stderr", &stdio.stderr)?
+    };
     if let Target::Binary(uri) = &stdout {
         if !matches!(&stderr, Target::None) && stdio.stderr != stdio.stdout {
             let message = format!("stderr {:?}: must be the logger of stdout, {uri:?}", stdio.stderr);
             return Err(Error::new(ErrorKind::InvalidArgument, message));
         }
         let (logger, stdout, stderr) = logger::Logger::spawn(uri, owner)?;
-        return Ok(((Some(stdout), Some(stderr).filter(|_| !stdio.terminal)), Some(logger)));
+        return Ok((
+            (Some(stdout), Some(stderr).filter(|_| !stdio.terminal)),
+            Some(logger),
+        ));
     }
-    Ok(((open_output("stdout", stdout)?, open_output("stderr", stderr)?), None))
+    Ok((
+        (open_output("stdout", stdout)?, open_output("stderr", stderr)?),
+        None,
+    ))
 }
 
 fn open_output(stream: &'static str, target: Target) -> Result<Option<OwnedFd>> {
@@ -191,9 +224,10 @@ fn open_output(stream: &'static str, target: Target) -> Result<Option<OwnedFd>> 
             .open(&path)
             .map(|file| Some(file.into()))
             .map_err(|error| stream_error(stream, &path.display().to_string(), &error)),
-        Target::Binary(uri) => {
-            Err(Error::new(ErrorKind::InvalidArgument, format!("{stream} {uri:?}: stdout must use the same logger")))
-        }
+        Target::Binary(uri) => Err(Error::new(
+            ErrorKind::InvalidArgument,
+            format!("{stream} {uri:?}: stdout must use the same logger"),
+        )),
     }
 }
 
@@ -224,14 +258,6 @@ fn stream_error(stream: &str, path: &str, error: &io::Error) -> Error {
     Error::new(kind, format!("{stream} {path}: {error}"))
 }
 
-/// The first output of the sandbox is a mark of the timeline.
-fn mark_first_output() {
-    static SEEN: AtomicBool = AtomicBool::new(false);
-    if !SEEN.swap(true, Ordering::Relaxed) {
-        timeline::mark("first output");
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -240,9 +266,18 @@ mod tests {
     fn uris_are_told_apart() {
         assert_eq!(parse("stdin", "").unwrap(), Target::None);
         assert_eq!(parse("stdout", "/run/x").unwrap(), Target::Fifo("/run/x".into()));
-        assert_eq!(parse("stdout", "fifo:///run/x").unwrap(), Target::Fifo("/run/x".into()));
-        assert_eq!(parse("stdout", "file:///log").unwrap(), Target::File("/log".into()));
-        assert!(matches!(parse("stdout", "binary:///bin/logger?a=b").unwrap(), Target::Binary(_)));
+        assert_eq!(
+            parse("stdout", "fifo:///run/x").unwrap(),
+            Target::Fifo("/run/x".into())
+        );
+        assert_eq!(
+            parse("stdout", "file:///log").unwrap(),
+            Target::File("/log".into())
+        );
+        assert!(matches!(
+            parse("stdout", "binary:///bin/logger?a=b").unwrap(),
+            Target::Binary(_)
+        ));
         let error = parse("stdout", "ttrpc+unix:///x?streaming_id=1").unwrap_err();
         assert_eq!(error.kind, ErrorKind::Unimplemented);
         assert_eq!(parse("stdout", "x").unwrap_err().kind, ErrorKind::InvalidArgument);
@@ -252,11 +287,19 @@ mod tests {
     fn missing_fifo_means_nothing_attached_and_opening_never_blocks() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("fifo");
-        assert!(open_fifo(&path, OpenOptions::new().read(true).write(true)).unwrap().is_none());
+        assert!(
+            open_fifo(&path, OpenOptions::new().read(true).write(true))
+                .unwrap()
+                .is_none()
+        );
 
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
         // No reader and no writer exists: a blocking or write-only open would hang or fail here.
-        assert!(open_fifo(&path, OpenOptions::new().read(true).write(true)).unwrap().is_some());
+        assert!(
+            open_fifo(&path, OpenOptions::new().read(true).write(true))
+                .unwrap()
+                .is_some()
+        );
         assert!(open_fifo(&path, OpenOptions::new().read(true)).unwrap().is_some());
     }
 }

@@ -1,6 +1,11 @@
 //! The virtual machine as the rest of the runtime sees it: one trait, Kata's method names.
 //!
-//! The production implementation runs the library `dragonball` in this process; tests use a fake.
+//! The production implementation ([`make_dragonball`]) runs the library `dragonball` in this process; tests use a fake.
+
+mod console;
+mod dragonball;
+#[cfg(test)]
+pub(crate) mod fake;
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -12,6 +17,8 @@ use async_trait::async_trait;
 
 use crate::config::HypervisorConfig;
 use crate::error::{Error, Result};
+
+pub use dragonball::{Dragonball, make_dragonball};
 
 /// Why a VM ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -114,9 +121,6 @@ pub enum AttachDirection {
     FromGuest,
 }
 
-/// Called once, from any thread.
-pub type Notify = Box<dyn FnOnce() + Send + 'static>;
-
 /// A descriptor handed to the vsock muxer.
 pub struct Attach {
     /// The descriptor; the muxer owns it from now on and closes it at the end of the stream.
@@ -125,10 +129,6 @@ pub struct Attach {
     pub port: u32,
     /// Which way bytes flow.
     pub direction: AttachDirection,
-    /// After the relay is over and `fd` is closed.
-    pub on_end: Notify,
-    /// When the first byte has moved.
-    pub on_first_byte: Option<Notify>,
 }
 
 /// Accepts what the guest opens towards one host port; closing it stops listening.
@@ -147,7 +147,12 @@ pub trait Hypervisor: Send + Sync {
     ///
     /// # Errors
     /// `FailedPrecondition` when called twice.
-    async fn prepare_vm(&self, id: &str, netns: Option<String>, annotations: &HashMap<String, String>) -> Result<()>;
+    async fn prepare_vm(
+        &self,
+        id: &str,
+        netns: Option<String>,
+        annotations: &HashMap<String, String>,
+    ) -> Result<()>;
 
     /// Builds the machine and runs it. `timeout` bounds the set-up on the host, not the guest's boot.
     ///
@@ -315,6 +320,9 @@ pub trait Hypervisor: Send + Sync {
     /// # Errors
     /// `ResourceExhausted` without a free port, `Unavailable` when the VM is gone.
     fn vsock_attach(&self, attach: Attach) -> Result<u32>;
+
+    /// Waits until the relay on host port `port` is over and its descriptor closed; false after `timeout`.
+    async fn vsock_wait(&self, port: u32, timeout: Duration) -> bool;
 
     /// Ends the relay on host port `port`, as if the descriptor had come to its end; unknown ports are ignored.
     fn vsock_close(&self, port: u32);

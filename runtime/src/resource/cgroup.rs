@@ -22,7 +22,10 @@ impl CgroupsResource {
     /// `InvalidArgument` for a path that leaves the hierarchy.
     pub fn new(cgroups_path: &Path) -> Result<Self> {
         let relative = relative(cgroups_path)?;
-        let folders = hierarchies(Path::new(ROOT)).into_iter().map(|root| root.join(&relative)).collect();
+        let folders = hierarchies(Path::new(ROOT))
+            .into_iter()
+            .map(|root| root.join(&relative))
+            .collect();
         Ok(Self { folders })
     }
 
@@ -75,7 +78,9 @@ fn relative(cgroups_path: &Path) -> Result<PathBuf> {
         [slice, prefix, name] => slice_path(slice).join(format!("{prefix}-{name}.scope")),
         _ => PathBuf::from(text.trim_start_matches('/')),
     };
-    let normal = path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+    let normal = path
+        .components()
+        .all(|part| matches!(part, std::path::Component::Normal(_)));
     if !normal || path.as_os_str().is_empty() {
         let message = format!("linux.cgroupsPath {text:?} is not a path below the cgroup root");
         return Err(Error::new(ErrorKind::InvalidArgument, message));
@@ -103,10 +108,15 @@ fn hierarchies(root: &Path) -> Vec<PathBuf> {
     if root.join("cgroup.controllers").exists() {
         return vec![root.to_owned()];
     }
-    let entries = fs::read_dir(root).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
+    let entries = fs::read_dir(root)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()));
     // `cpu` and `cpuacct` are links to `cpu,cpuacct`; one way to each hierarchy is enough.
     let mut found: Vec<PathBuf> = entries
-        .filter(|path| path.symlink_metadata().is_ok_and(|m| m.is_dir()) && path.join("cgroup.procs").exists())
+        .filter(|path| {
+            path.symlink_metadata().is_ok_and(|m| m.is_dir()) && path.join("cgroup.procs").exists()
+        })
         .collect();
     found.sort();
     found
@@ -124,7 +134,10 @@ fn join(folder: &Path) -> io::Result<()> {
 /// Copies `file` from the parent, in every level that has none; only where the file exists (v1).
 fn inherit(folder: &Path, file: &str) -> io::Result<()> {
     let path = folder.join(file);
-    if folder.join("cgroup.controllers").exists() || !path.exists() || !fs::read_to_string(&path)?.trim().is_empty() {
+    if folder.join("cgroup.controllers").exists()
+        || !path.exists()
+        || !fs::read_to_string(&path)?.trim().is_empty()
+    {
         return Ok(());
     }
     if let Some(parent) = folder.parent().filter(|parent| parent.join(file).exists()) {
@@ -160,7 +173,11 @@ pub fn remove(folder: &Path) -> io::Result<()> {
 /// The nearest ancestor that takes the process; cgroup v2 allows processes only in leaves and in the root.
 fn leave(folder: &Path, pid: &str) -> io::Result<()> {
     let mut result = Ok(());
-    for ancestor in folder.ancestors().skip(1).take_while(|ancestor| ancestor.join("cgroup.procs").exists()) {
+    for ancestor in folder
+        .ancestors()
+        .skip(1)
+        .take_while(|ancestor| ancestor.join("cgroup.procs").exists())
+    {
         result = fs::write(ancestor.join("cgroup.procs"), pid);
         if result.is_ok() {
             break;
@@ -196,7 +213,10 @@ mod tests {
             fs::write(root.path().join(controller).join("cgroup.procs"), "").unwrap();
         }
         std::os::unix::fs::symlink("cpu,cpuacct", root.path().join("cpu")).unwrap();
-        assert_eq!(hierarchies(root.path()), [root.path().join("cpu,cpuacct"), root.path().join("memory")]);
+        assert_eq!(
+            hierarchies(root.path()),
+            [root.path().join("cpu,cpuacct"), root.path().join("memory")]
+        );
 
         fs::write(root.path().join("cgroup.controllers"), "").unwrap();
         assert_eq!(hierarchies(root.path()), [root.path()]);

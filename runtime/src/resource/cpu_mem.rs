@@ -23,16 +23,27 @@ impl InitialSizeManager {
         let empty = HashMap::new();
         let annotations = spec.annotations().as_ref().unwrap_or(&empty);
         let number = |name: &str| -> Option<i64> {
-            annotations.get(&format!("io.kubernetes.cri.sandbox-{name}")).and_then(|text| text.parse().ok())
+            annotations
+                .get(&format!("io.kubernetes.cri.sandbox-{name}"))
+                .and_then(|text| text.parse().ok())
         };
         let annotated = Self {
-            vcpus: vcpus(number("cpu-quota"), number("cpu-period").and_then(|period| u64::try_from(period).ok())),
+            vcpus: vcpus(
+                number("cpu-quota"),
+                number("cpu-period").and_then(|period| u64::try_from(period).ok()),
+            ),
             memory_mib: mib(number("memory")),
         };
-        if annotations.keys().any(|name| name.starts_with("io.kubernetes.cri.sandbox-")) {
+        if annotations
+            .keys()
+            .any(|name| name.starts_with("io.kubernetes.cri.sandbox-"))
+        {
             return annotated;
         }
-        spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()).map_or(annotated, Self::of_resources)
+        spec.linux()
+            .as_ref()
+            .and_then(|linux| linux.resources().as_ref())
+            .map_or(annotated, Self::of_resources)
     }
 
     fn of_resources(resources: &LinuxResources) -> Self {
@@ -46,10 +57,15 @@ impl InitialSizeManager {
     /// Puts the size into `config`: limit plus overhead; without a limit the configured default stays.
     pub fn setup_config(&self, config: &mut HypervisorConfig) {
         if let Some(vcpus) = self.vcpus {
-            config.default_vcpus = (vcpus + config.overhead_vcpus).ceil().clamp(1.0, f64::from(crate::config::MAX_VCPUS));
+            config.default_vcpus = (vcpus + config.overhead_vcpus)
+                .ceil()
+                .clamp(1.0, f64::from(crate::config::MAX_VCPUS));
         }
         if let Some(memory) = self.memory_mib {
-            config.default_memory = memory.saturating_add(config.overhead_memory).next_multiple_of(2).max(MIN_SIZED_MIB);
+            config.default_memory = memory
+                .saturating_add(config.overhead_memory)
+                .next_multiple_of(2)
+                .max(MIN_SIZED_MIB);
         }
     }
 }
@@ -76,7 +92,9 @@ pub struct CpuResource {
 impl CpuResource {
     /// Starts with what the VM boots with.
     pub fn new(config: &HypervisorConfig) -> Self {
-        Self { current: u32::from(config.boot_vcpus()) }
+        Self {
+            current: u32::from(config.boot_vcpus()),
+        }
     }
 
     /// Follows a change of a container's limits.
@@ -102,7 +120,9 @@ pub struct MemResource {
 impl MemResource {
     /// Starts with what the VM boots with.
     pub fn new(config: &HypervisorConfig) -> Self {
-        Self { current_mib: config.default_memory }
+        Self {
+            current_mib: config.default_memory,
+        }
     }
 
     /// Follows a change of a container's limits.
@@ -162,7 +182,8 @@ mod tests {
     #[test]
     fn no_limits_keep_the_default_and_small_ones_boot() {
         assert_eq!(sized(r#"{"ociVersion":"1.0.2"}"#), (1.0, 2048));
-        let json = r#"{"ociVersion":"1.0.2","linux":{"resources":{"cpu":{"quota":-1},"memory":{"limit":-1}}}}"#;
+        let json =
+            r#"{"ociVersion":"1.0.2","linux":{"resources":{"cpu":{"quota":-1},"memory":{"limit":-1}}}}"#;
         assert_eq!(sized(json), (1.0, 2048));
         let json = r#"{"ociVersion":"1.0.2","linux":{"resources":{"memory":{"limit":4194304}}}}"#;
         assert_eq!(sized(json), (1.0, MIN_SIZED_MIB));

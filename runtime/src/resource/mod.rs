@@ -52,9 +52,19 @@ impl ResourceManager {
     pub fn new(paths: SandboxPaths, config: &HypervisorConfig, resources: &SandboxResources) -> Result<Self> {
         let journal = Arc::new(open_journal(&paths)?);
         let share_fs = Arc::new(InlineVirtioFs::new(&paths, config, journal.clone()));
-        let cgroups = resources.cgroups_path.as_deref().map(CgroupsResource::new).transpose()?;
+        let cgroups = resources
+            .cgroups_path
+            .as_deref()
+            .map(CgroupsResource::new)
+            .transpose()?;
         let network = Box::new(network::NoNetwork::new(resources.netns.clone()));
-        Ok(Self { paths, journal, share_fs, cgroups, network })
+        Ok(Self {
+            paths,
+            journal,
+            share_fs,
+            cgroups,
+            network,
+        })
     }
 
     /// Paths of the sandbox.
@@ -101,7 +111,13 @@ impl ResourceManager {
     ///
     /// # Errors
     /// Naming the mount that failed, or the folder that is missing.
-    pub fn handle_rootfs(&self, container: &str, bundle: &Path, mounts: &[Mount], spec: &Spec) -> Result<Box<dyn Rootfs>> {
+    pub fn handle_rootfs(
+        &self,
+        container: &str,
+        bundle: &Path,
+        mounts: &[Mount],
+        spec: &Spec,
+    ) -> Result<Box<dyn Rootfs>> {
         let mount = self.share_fs.get_share_fs_mount();
         ShareFsRootfs::new(mount, &self.journal, container, bundle, mounts, spec)
             .map(|rootfs| Box::new(rootfs) as Box<dyn Rootfs>)
@@ -139,14 +155,23 @@ fn open_journal(paths: &SandboxPaths) -> Result<Journal> {
         // What a crashed shim of the same sandbox left; its `delete` may not have run.
         tracing::warn!(journal = %journal.display(), "state of an earlier sandbox is cleaned up");
         crate::journal::replay(&journal).map_err(|errors| {
-            Error::new(ErrorKind::AlreadyExists, format!("sandbox state {}: {}", paths.state().display(), errors.join("; ")))
+            Error::new(
+                ErrorKind::AlreadyExists,
+                format!("sandbox state {}: {}", paths.state().display(), errors.join("; ")),
+            )
         })?;
     }
-    let failed = |error| Error::new(ErrorKind::Internal, format!("journal {}: {error}", journal.display()));
+    let failed = |error| {
+        Error::new(
+            ErrorKind::Internal,
+            format!("journal {}: {error}", journal.display()),
+        )
+    };
     let open = Journal::open(&journal).map_err(failed)?;
     // First in, last out: the state folder goes when everything else is gone.
     open.record(&Undo::RemoveTree(paths.state())).map_err(failed)?;
-    open.record(&Undo::RemoveTree(paths.sandbox_share())).map_err(failed)?;
+    open.record(&Undo::RemoveTree(paths.sandbox_share()))
+        .map_err(failed)?;
     std::fs::create_dir_all(paths.jail()).map_err(failed)?;
     Ok(open)
 }

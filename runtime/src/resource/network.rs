@@ -103,7 +103,9 @@ impl Network for NoNetwork {
         if let Some(netns) = self.netns.clone() {
             // Entering a namespace changes the thread: use one that nobody else uses.
             let path = netns.clone();
-            let found = std::thread::spawn(move || interfaces_in(&path)).join().unwrap_or_default();
+            let found = std::thread::spawn(move || interfaces_in(&path))
+                .join()
+                .unwrap_or_default();
             if !found.is_empty() {
                 let interfaces = found.join(", ");
                 tracing::warn!(netns = %netns.display(), interfaces, "networking is not provided yet: the container has no network");
@@ -151,7 +153,10 @@ fn interfaces_in(netns: &Path) -> Vec<String> {
 }
 
 fn parse_net_dev(text: &str) -> Vec<String> {
-    let names = text.lines().filter_map(|line| line.split_once(':')).map(|(name, _)| name.trim().to_owned());
+    let names = text
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(name, _)| name.trim().to_owned());
     names.filter(|name| name != "lo").collect()
 }
 

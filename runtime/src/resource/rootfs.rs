@@ -73,7 +73,11 @@ impl ShareFsRootfs {
     }
 
     fn set_up(&mut self, journal: &Journal, bundle: &Path, spec: &Spec) -> Result<()> {
-        let folder = if self.mounts.is_empty() { spec_root(bundle, spec)? } else { bundle.join("rootfs") };
+        let folder = if self.mounts.is_empty() {
+            spec_root(bundle, spec)?
+        } else {
+            bundle.join("rootfs")
+        };
         for request in self.mounts.clone() {
             let target = match request.target.as_str() {
                 "" => folder.clone(),
@@ -87,7 +91,10 @@ impl ShareFsRootfs {
             mounts::mount_request(&request, &target)?;
         }
         if !folder.is_dir() {
-            return Err(Error::new(ErrorKind::NotFound, format!("{} is not a folder", folder.display())));
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("{} is not a folder", folder.display()),
+            ));
         }
         // Shared writable even for a read-only root: mount points may have to be made first. The guest remounts it.
         self.guest_path = self.mount.share_rootfs(&self.container, &folder, false)?;
@@ -95,14 +102,32 @@ impl ShareFsRootfs {
     }
 }
 
+/// Checks what can be checked before a VM is booted for it.
+///
+/// # Errors
+/// As [`ShareFsRootfs::new`] for a missing folder.
+pub fn check(bundle: &Path, mounts: &[Mount], spec: &Spec) -> Result<()> {
+    if mounts.is_empty() {
+        spec_root(bundle, spec).map(drop)
+    } else {
+        Ok(())
+    }
+}
+
 fn spec_root(bundle: &Path, spec: &Spec) -> Result<PathBuf> {
     let root = spec.root().as_ref().ok_or_else(|| {
-        Error::new(ErrorKind::InvalidArgument, format!("{}: no root", bundle.join("config.json").display()))
+        Error::new(
+            ErrorKind::InvalidArgument,
+            format!("{}: no root", bundle.join("config.json").display()),
+        )
     })?;
     let path = bundle.join(root.path());
     match fs::metadata(&path) {
         Ok(metadata) if metadata.is_dir() => Ok(path),
-        Ok(_) => Err(Error::new(ErrorKind::InvalidArgument, format!("{} is not a folder", path.display()))),
+        Ok(_) => Err(Error::new(
+            ErrorKind::InvalidArgument,
+            format!("{} is not a folder", path.display()),
+        )),
         Err(error) => {
             let kind = match error.kind() {
                 io::ErrorKind::NotFound => ErrorKind::NotFound,
@@ -116,7 +141,9 @@ fn spec_root(bundle: &Path, spec: &Spec) -> Result<PathBuf> {
 /// `relative` below `bundle`, without a way out.
 fn below(bundle: &Path, relative: &str) -> Result<PathBuf> {
     let relative = Path::new(relative.trim_start_matches('/'));
-    let normal = relative.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+    let normal = relative
+        .components()
+        .all(|part| matches!(part, std::path::Component::Normal(_)));
     if !normal {
         let message = format!("mount target {} leaves the bundle", relative.display());
         return Err(Error::new(ErrorKind::InvalidArgument, message));
@@ -125,8 +152,12 @@ fn below(bundle: &Path, relative: &str) -> Result<PathBuf> {
 }
 
 fn make_folder(folder: &Path) -> Result<()> {
-    fs::create_dir_all(folder)
-        .map_err(|error| Error::new(ErrorKind::Internal, format!("create {}: {error}", folder.display())))
+    fs::create_dir_all(folder).map_err(|error| {
+        Error::new(
+            ErrorKind::Internal,
+            format!("create {}: {error}", folder.display()),
+        )
+    })
 }
 
 impl Rootfs for ShareFsRootfs {

@@ -92,8 +92,15 @@ impl InlineVirtioFs {
             cache: config.virtio_fs_cache.clone(),
             threads: config.virtio_fs_threads(),
         };
-        let mount = ShareMounts { paths: paths.clone(), journal, shared: Mutex::default() };
-        Self { device, mount: Arc::new(mount) }
+        let mount = ShareMounts {
+            paths: paths.clone(),
+            journal,
+            shared: Mutex::default(),
+        };
+        Self {
+            device,
+            mount: Arc::new(mount),
+        }
     }
 }
 
@@ -112,7 +119,10 @@ impl ShareFs for InlineVirtioFs {
         self.mount.record(&Undo::Unmount(share.clone()))?;
         // Later bind mounts must reach the mount namespace of the threads that serve the share.
         mounts::bind_shared(&share)?;
-        hypervisor.add_device(DeviceType::ShareFs(self.device.clone())).await.map(drop)
+        hypervisor
+            .add_device(DeviceType::ShareFs(self.device.clone()))
+            .await
+            .map(drop)
     }
 
     async fn setup_device_after_start_vm(&self, _hypervisor: &dyn Hypervisor) -> Result<()> {
@@ -131,7 +141,11 @@ impl ShareFs for InlineVirtioFs {
     }
 
     fn mounted_info_set(&self) -> HashSet<String> {
-        self.mount.shared.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.mount
+            .shared
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     fn stop(&self) {
@@ -149,7 +163,9 @@ struct ShareMounts {
 
 impl ShareMounts {
     fn record(&self, undo: &Undo) -> Result<()> {
-        self.journal.record(undo).map_err(|error| Error::new(ErrorKind::Internal, format!("journal: {error}")))
+        self.journal
+            .record(undo)
+            .map_err(|error| Error::new(ErrorKind::Internal, format!("journal: {error}")))
     }
 
     fn share(&self, name: &str, source: &Path, read_only: bool) -> Result<String> {
@@ -161,11 +177,18 @@ impl ShareMounts {
             };
             Error::new(kind, format!("share {}: {error}", source.display()))
         })?;
-        make_target(&target, metadata.is_dir())
-            .map_err(|error| Error::new(ErrorKind::Internal, format!("mount point {}: {error}", target.display())))?;
+        make_target(&target, metadata.is_dir()).map_err(|error| {
+            Error::new(
+                ErrorKind::Internal,
+                format!("mount point {}: {error}", target.display()),
+            )
+        })?;
         self.record(&Undo::Unmount(target.clone()))?;
         mounts::bind(source, &target, read_only)?;
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
+        self.shared
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(name.to_owned());
         Ok(guest_passthrough(name))
     }
 
@@ -173,13 +196,20 @@ impl ShareMounts {
         let target = self.paths.passthrough(name);
         mounts::unmount(&target)?;
         // The mount point only; what was shared stays untouched.
-        let removed = if target.is_dir() { fs::remove_dir(&target) } else { fs::remove_file(&target) };
+        let removed = if target.is_dir() {
+            fs::remove_dir(&target)
+        } else {
+            fs::remove_file(&target)
+        };
         if let Err(error) = removed
             && error.kind() != std::io::ErrorKind::NotFound
         {
             tracing::debug!(target = %target.display(), %error, "mount point stays until the sandbox ends");
         }
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+        self.shared
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(name);
         Ok(())
     }
 }
@@ -191,7 +221,11 @@ fn make_target(target: &PathBuf, folder: bool) -> std::io::Result<()> {
     if let Some(parent) = target.parent() {
         fs::create_dir_all(parent)?;
     }
-    fs::OpenOptions::new().create(true).append(true).open(target).map(drop)
+    fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(target)
+        .map(drop)
 }
 
 impl ShareFsMount for ShareMounts {

@@ -59,12 +59,18 @@ impl Volumes {
 
     /// The mounts for the guest's spec.
     pub fn mounts(&self) -> Vec<OciMount> {
-        self.volumes.iter().filter_map(|volume| volume.get_volume_mount()).collect()
+        self.volumes
+            .iter()
+            .filter_map(|volume| volume.get_volume_mount())
+            .collect()
     }
 
     /// What the agent has to mount first.
     pub fn storages(&self) -> Vec<Storage> {
-        self.volumes.iter().filter_map(|volume| volume.get_storage()).collect()
+        self.volumes
+            .iter()
+            .filter_map(|volume| volume.get_storage())
+            .collect()
     }
 
     /// Takes all of them away; what stays is logged and left to the journal. Blocks.
@@ -85,10 +91,7 @@ enum Kind {
     /// The pod's shared memory.
     Shm,
     /// Bind of a host file or folder.
-    Share {
-        source: PathBuf,
-        read_only: bool,
-    },
+    Share { source: PathBuf, read_only: bool },
     /// Left out, with a warning.
     Dropped,
 }
@@ -101,11 +104,13 @@ fn classify(mount: &OciMount) -> Result<Kind> {
     let bind = fs_type == "bind" || option("bind") || option("rbind");
     if !bind {
         return match fs_type {
-            "proc" | "sysfs" | "tmpfs" | "devpts" | "mqueue" | "cgroup" | "cgroup2" | "securityfs" | "debugfs"
-            | "tracefs" | "bpf" => Ok(Kind::Guest),
+            "proc" | "sysfs" | "tmpfs" | "devpts" | "mqueue" | "cgroup" | "cgroup2" | "securityfs"
+            | "debugfs" | "tracefs" | "bpf" => Ok(Kind::Guest),
             other => Err(Error::new(
                 ErrorKind::Unimplemented,
-                format!("filesystem type {other:?} is not supported inside the VM; bind-mount a host folder instead"),
+                format!(
+                    "filesystem type {other:?} is not supported inside the VM; bind-mount a host folder instead"
+                ),
             )),
         };
     }
@@ -119,7 +124,11 @@ fn classify(mount: &OciMount) -> Result<Kind> {
     }
     let read_only = option("ro");
     let metadata = fs::metadata(&source).map_err(|error| {
-        let kind = if error.kind() == std::io::ErrorKind::NotFound { ErrorKind::NotFound } else { ErrorKind::Internal };
+        let kind = if error.kind() == std::io::ErrorKind::NotFound {
+            ErrorKind::NotFound
+        } else {
+            ErrorKind::Internal
+        };
         Error::new(kind, format!("source {}: {error}", source.display()))
     })?;
     let file_type = metadata.file_type();
@@ -146,7 +155,9 @@ fn set_up(
     kind: Kind,
 ) -> Result<Box<dyn Volume>> {
     match kind {
-        Kind::Guest => Ok(Box::new(GuestVolume { mount: Some(mount.clone()) })),
+        Kind::Guest => Ok(Box::new(GuestVolume {
+            mount: Some(mount.clone()),
+        })),
         Kind::Dropped => Ok(Box::new(GuestVolume { mount: None })),
         Kind::Shm => {
             let mut mount = mount.clone();
@@ -157,13 +168,20 @@ fn set_up(
         }
         Kind::Share { source, read_only } => {
             // Kata's naming: container, something unique, and the name people know it by.
-            let base = mount.destination().file_name().map_or("root".into(), |name| name.to_string_lossy());
+            let base = mount
+                .destination()
+                .file_name()
+                .map_or("root".into(), |name| name.to_string_lossy());
             let name = format!("{container}-{index:08x}-{base}");
             let guest_path = share.share_volume(&name, &source, read_only)?;
             let mut mount = mount.clone();
             mount.set_typ(Some("bind".into()));
             mount.set_source(Some(guest_path.into()));
-            Ok(Box::new(ShareFsVolume { share: share.clone(), name, mount }))
+            Ok(Box::new(ShareFsVolume {
+                share: share.clone(),
+                name,
+                mount,
+            }))
         }
     }
 }
@@ -210,9 +228,17 @@ impl Volume for ShareFsVolume {
 
 /// Size of the pod's shared memory: that of the host folder bound to /dev/shm, or the default.
 pub fn shm_size(spec: &Spec) -> u64 {
-    let bound = spec.mounts().iter().flatten().find(|mount| mount.destination() == Path::new("/dev/shm"));
-    let source = bound.filter(|mount| mount.typ().as_deref() == Some("bind")).and_then(|mount| mount.source().as_ref());
-    let Some(source) = source else { return DEFAULT_SHM_SIZE };
+    let bound = spec
+        .mounts()
+        .iter()
+        .flatten()
+        .find(|mount| mount.destination() == Path::new("/dev/shm"));
+    let source = bound
+        .filter(|mount| mount.typ().as_deref() == Some("bind"))
+        .and_then(|mount| mount.source().as_ref());
+    let Some(source) = source else {
+        return DEFAULT_SHM_SIZE;
+    };
     match nix::sys::statfs::statfs(source) {
         Ok(stat) if stat.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC => {
             stat.blocks() * u64::try_from(stat.block_size()).unwrap_or(4096)
@@ -227,7 +253,9 @@ pub(super) fn shm_storage(size: u64) -> Storage {
         driver: "ephemeral".into(),
         source: "shm".into(),
         fstype: "tmpfs".into(),
-        options: ["noexec", "nosuid", "nodev", "mode=1777", &format!("size={size}")].map(String::from).into(),
+        options: ["noexec", "nosuid", "nodev", "mode=1777", &format!("size={size}")]
+            .map(String::from)
+            .into(),
         mount_point: format!("{GUEST_SANDBOX}/shm"),
         ..Default::default()
     }
@@ -250,7 +278,10 @@ mod tests {
     fn mounts_are_made_in_the_guest_shared_or_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().to_str().unwrap();
-        let share = |read_only| Kind::Share { source: path.into(), read_only };
+        let share = |read_only| Kind::Share {
+            source: path.into(),
+            read_only,
+        };
         for (mount, expected) in [
             (mount("/proc", "proc", "proc", &["nosuid"]), Kind::Guest),
             (mount("/dev", "tmpfs", "tmpfs", &["mode=755"]), Kind::Guest),

@@ -20,7 +20,11 @@ const HEALTH_INTERVAL: Duration = Duration::from_secs(30);
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Publishes the end of the VM. An end that nobody asked for is an error with the guest's last words.
-pub(super) async fn vm_end(hypervisor: Arc<dyn Hypervisor>, state: watch::Sender<SandboxState>, sandbox: String) {
+pub(super) async fn vm_end(
+    hypervisor: Arc<dyn Hypervisor>,
+    state: watch::Sender<SandboxState>,
+    sandbox: String,
+) {
     let exit = hypervisor.wait_vm().await;
     let wanted = matches!(*state.borrow(), SandboxState::Stopping);
     if wanted {
@@ -36,10 +40,19 @@ pub(super) fn console_line(hypervisor: &dyn Hypervisor) -> String {
     let lines = hypervisor.console_tail(CONSOLE_LINES);
     let lines: Vec<String> = lines
         .iter()
-        .map(|line| line.chars().filter(|c| !c.is_control()).take(CONSOLE_WIDTH).collect::<String>())
+        .map(|line| {
+            line.chars()
+                .filter(|c| !c.is_control())
+                .take(CONSOLE_WIDTH)
+                .collect::<String>()
+        })
         .filter(|line: &String| !line.trim().is_empty())
         .collect();
-    if lines.is_empty() { "(empty)".to_owned() } else { lines.join(" | ") }
+    if lines.is_empty() {
+        "(empty)".to_owned()
+    } else {
+        lines.join(" | ")
+    }
 }
 
 /// Asks the agent for its health from time to time. A guest that does not answer is reported, not killed: it may be
@@ -61,7 +74,9 @@ pub(super) async fn oom(agent: Arc<dyn Agent>, events: mpsc::UnboundedSender<Eve
         match agent.get_oom_event(wire::GetOOMEventRequest::default()).await {
             Ok(event) if !event.container_id.is_empty() => {
                 // Nobody listens once the shim ends.
-                let _ = events.send(Event::TaskOom { container_id: event.container_id });
+                let _ = events.send(Event::TaskOom {
+                    container_id: event.container_id,
+                });
             }
             Err(error) if matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Unimplemented) => return,
             Ok(_) => tokio::time::sleep(RETRY).await,

@@ -19,7 +19,7 @@ use crate::timeline;
 use crate::types::Event;
 
 /// Bound of building the VM on the host.
-const START_VM: Duration = Duration::from_secs(30);
+const START_VM: Duration = Duration::from_secs(120);
 /// How long a guest may take to say goodbye; the VM is stopped afterwards anyway.
 const GOODBYE: Duration = Duration::from_secs(2);
 /// Bound of the VM's own end.
@@ -67,7 +67,17 @@ impl VirtSandbox {
     ) -> Self {
         let state = watch::Sender::new(SandboxState::Init);
         let background = Mutex::default();
-        Self { id: id.into(), config, start, hypervisor, agent, resources, state, events, background }
+        Self {
+            id: id.into(),
+            config,
+            start,
+            hypervisor,
+            agent,
+            resources,
+            state,
+            events,
+            background,
+        }
     }
 
     /// Its VM.
@@ -112,7 +122,13 @@ impl VirtSandbox {
         // be missed all the same, the repeated connection attempt finds the agent.
         let listener = self.hypervisor.vsock_listen(READY_PORT)?;
         let kata = &self.config.agent.kata;
-        let ready = wait_ready(self.hypervisor.clone(), listener, kata.server_port, kata.boot_timeout()).await;
+        let ready = wait_ready(
+            self.hypervisor.clone(),
+            listener,
+            kata.server_port,
+            kata.boot_timeout(),
+        )
+        .await;
         let stream = ready.map_err(|error| self.boot_error("waiting for the agent", begin, error))?;
         self.agent.start(stream).await?;
         timeline::mark("agent ready");
@@ -122,13 +138,19 @@ impl VirtSandbox {
             exit = self.hypervisor.wait_vm() => Err(Error::new(ErrorKind::Unavailable, exit.to_string())),
         };
         create.map_err(|error| self.boot_error("setting the sandbox up in the guest", begin, error))?;
-        self.resources.setup_after_start_vm(self.hypervisor.as_ref()).await
+        self.resources
+            .setup_after_start_vm(self.hypervisor.as_ref())
+            .await
     }
 
     async fn set_up_vm(&self) -> Result<()> {
         let netns = self.start.netns.clone();
-        self.hypervisor.prepare_vm(&self.id, netns, &self.start.annotations).await?;
-        self.resources.prepare_before_start_vm(self.hypervisor.as_ref()).await?;
+        self.hypervisor
+            .prepare_vm(&self.id, netns, &self.start.annotations)
+            .await?;
+        self.resources
+            .prepare_before_start_vm(self.hypervisor.as_ref())
+            .await?;
         self.hypervisor.start_vm(START_VM).await?;
         timeline::mark("vm set-up");
         let (hypervisor, state, id) = (self.hypervisor.clone(), self.state.clone(), self.id.clone());
@@ -142,7 +164,14 @@ impl VirtSandbox {
             dns: self.start.dns.clone(),
             storages: self.resources.storages(self.start.shm_size),
             sandbox_id: self.id.clone(),
-            kernel_modules: self.config.agent.kata.kernel_modules.iter().map(|line| kernel_module(line)).collect(),
+            kernel_modules: self
+                .config
+                .agent
+                .kata
+                .kernel_modules
+                .iter()
+                .map(|line| kernel_module(line))
+                .collect(),
             ..Default::default()
         }
     }
@@ -151,7 +180,10 @@ impl VirtSandbox {
     fn boot_error(&self, phase: &str, begin: Instant, error: Error) -> Error {
         let seconds = begin.elapsed().as_secs_f32();
         let tail = monitor::console_line(self.hypervisor.as_ref());
-        let message = format!("{phase} failed after {seconds:.1} s: {}; guest console: {tail}", error.message);
+        let message = format!(
+            "{phase} failed after {seconds:.1} s: {}; guest console: {tail}",
+            error.message
+        );
         Error::new(error.kind, message)
     }
 
@@ -171,7 +203,9 @@ impl VirtSandbox {
 
     async fn ended(&self) -> VmExit {
         let mut state = self.state.subscribe();
-        let ended = state.wait_for(|state| matches!(state, SandboxState::Stopped(_))).await;
+        let ended = state
+            .wait_for(|state| matches!(state, SandboxState::Stopped(_)))
+            .await;
         match ended.as_deref() {
             Ok(SandboxState::Stopped(exit)) => exit.clone(),
             _ => VmExit::Stopped,
@@ -181,7 +215,11 @@ impl VirtSandbox {
 
 fn kernel_module(line: &str) -> wire::KernelModule {
     let mut words = line.split_whitespace().map(str::to_owned);
-    wire::KernelModule { name: words.next().unwrap_or_default(), parameters: words.collect(), ..Default::default() }
+    wire::KernelModule {
+        name: words.next().unwrap_or_default(),
+        parameters: words.collect(),
+        ..Default::default()
+    }
 }
 
 #[async_trait]
@@ -222,15 +260,24 @@ impl Sandbox for VirtSandbox {
         if was_running {
             let goodbye = self.agent.destroy_sandbox(wire::DestroySandboxRequest::default());
             if !matches!(tokio::time::timeout(GOODBYE, goodbye).await, Ok(Ok(()))) {
-                tracing::debug!(sandbox = self.id, "the agent did not confirm the end of the sandbox");
+                tracing::debug!(
+                    sandbox = self.id,
+                    "the agent did not confirm the end of the sandbox"
+                );
             }
         } else {
             self.enter(&SandboxState::Starting, SandboxState::Stopping);
         }
-        self.background.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
+        self.background
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .abort_all();
         self.hypervisor.stop_vm().await?;
         if tokio::time::timeout(STOP_VM, self.ended()).await.is_err() {
-            let message = format!("sandbox {}: the VM has not ended {STOP_VM:?} after it was stopped", self.id);
+            let message = format!(
+                "sandbox {}: the VM has not ended {STOP_VM:?} after it was stopped",
+                self.id
+            );
             return Err(Error::new(ErrorKind::DeadlineExceeded, message));
         }
         Ok(())
@@ -256,7 +303,12 @@ impl Sandbox for VirtSandbox {
         Ok(SandboxStatus {
             sandbox_id: self.id.clone(),
             pid: std::process::id(),
-            state: if ready { "SANDBOX_READY" } else { "SANDBOX_NOTREADY" }.into(),
+            state: if ready {
+                "SANDBOX_READY"
+            } else {
+                "SANDBOX_NOTREADY"
+            }
+            .into(),
             info: self.resources.info(),
         })
     }
@@ -266,17 +318,35 @@ impl Sandbox for VirtSandbox {
     }
 
     async fn set_iptables(&self, is_ipv6: bool, data: Vec<u8>) -> Result<Vec<u8>> {
-        let request = wire::SetIPTablesRequest { is_ipv6, data, ..Default::default() };
-        self.agent.set_ip_tables(request).await.map(|response| response.data)
+        let request = wire::SetIPTablesRequest {
+            is_ipv6,
+            data,
+            ..Default::default()
+        };
+        self.agent
+            .set_ip_tables(request)
+            .await
+            .map(|response| response.data)
     }
 
     async fn get_iptables(&self, is_ipv6: bool) -> Result<Vec<u8>> {
-        let request = wire::GetIPTablesRequest { is_ipv6, ..Default::default() };
-        self.agent.get_ip_tables(request).await.map(|response| response.data)
+        let request = wire::GetIPTablesRequest {
+            is_ipv6,
+            ..Default::default()
+        };
+        self.agent
+            .get_ip_tables(request)
+            .await
+            .map(|response| response.data)
     }
 
     async fn set_policy(&self, policy: &str) -> Result<()> {
-        self.agent.set_policy(wire::SetPolicyRequest { policy: policy.to_owned(), ..Default::default() }).await
+        self.agent
+            .set_policy(wire::SetPolicyRequest {
+                policy: policy.to_owned(),
+                ..Default::default()
+            })
+            .await
     }
 
     async fn agent_sock(&self) -> Result<String> {
@@ -284,7 +354,10 @@ impl Sandbox for VirtSandbox {
     }
 
     async fn agent_metrics(&self) -> Result<String> {
-        self.agent.get_metrics(wire::GetMetricsRequest::default()).await.map(|response| response.metrics)
+        self.agent
+            .get_metrics(wire::GetMetricsRequest::default())
+            .await
+            .map(|response| response.metrics)
     }
 
     async fn hypervisor_metrics(&self) -> Result<String> {

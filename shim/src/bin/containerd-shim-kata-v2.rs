@@ -7,9 +7,14 @@ use shim::args::{Action, Args, USAGE};
 use shim::{bootstrap, delete, info, run, start, version};
 
 fn main() -> ExitCode {
-    let result = Args::parse(std::env::args().skip(1)).map_err(|error| error.to_string()).and_then(|args| act(&args));
+    let result = Args::parse(std::env::args().skip(1))
+        .map_err(|error| error.to_string())
+        .and_then(|args| act(&args));
     match result {
-        Ok(output) => match io::stdout().write_all(&output).and_then(|()| io::stdout().flush()) {
+        Ok(output) => match io::stdout()
+            .write_all(&output)
+            .and_then(|()| io::stdout().flush())
+        {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&format!("stdout: {error}")),
         },
@@ -31,7 +36,9 @@ fn act(args: &Args) -> Result<Vec<u8>, String> {
         Action::Info => info::info(&bootstrap::read_stdin()).map_err(|error| format!("-info: {error}")),
         Action::Start => start::start(args).map_err(|error| format!("start {}: {error}", args.id)),
         Action::Delete => delete::delete(args).map_err(|error| format!("delete {}: {error}", args.id)),
-        Action::Run => run::run(args).map(|()| Vec::new()).map_err(|error| format!("run {}: {error}", args.id)),
+        Action::Run => run::run(args)
+            .map(|()| Vec::new())
+            .map_err(|error| format!("run {}: {error}", args.id)),
     }
 }
 

@@ -2,8 +2,8 @@
 
 use std::process::Command;
 
-use containerd_shim_protos::types::introspection::RuntimeInfo;
 use crate::harness::{SHIM, failure, run, stderr, stdout};
+use containerd_shim_protos::types::introspection::RuntimeInfo;
 use protobuf::Message;
 
 fn shim(words: &[&str], stdin: &[u8]) -> std::process::Output {
@@ -19,7 +19,12 @@ fn version_names_program_version_revision_and_runtime() {
 
         assert!(output.status.success());
         let text = stdout(&output);
-        for part in ["containerd-shim-kata-v2", env!("CARGO_PKG_VERSION"), "Revision: ", "io.containerd.kata.v2"] {
+        for part in [
+            "containerd-shim-kata-v2",
+            env!("CARGO_PKG_VERSION"),
+            "Revision: ",
+            "io.containerd.kata.v2",
+        ] {
             assert!(text.contains(part), "{text}");
         }
         assert_eq!(stderr(&output), "");
@@ -41,7 +46,10 @@ fn info_is_protobuf() {
     let output = shim(&["-info"], stdin);
 
     let info = RuntimeInfo::parse_from_bytes(&output.stdout).unwrap();
-    assert_eq!((info.name.as_str(), info.options.type_url.as_str()), ("io.containerd.kata.v2", "runtimeoptions.v1.Options"));
+    assert_eq!(
+        (info.name.as_str(), info.options.type_url.as_str()),
+        ("io.containerd.kata.v2", "runtimeoptions.v1.Options")
+    );
     assert_eq!(stderr(&output), "");
 }
 
@@ -49,9 +57,15 @@ fn info_is_protobuf() {
 fn unusable_command_lines_fail_with_one_line() {
     let cases: [(&[&str], &str); 5] = [
         (&["-id"], "containerd-shim-kata-v2: flag -id needs a value"),
-        (&["-namespace", "n", "-id", "i", "restart"], "unknown action \"restart\""),
+        (
+            &["-namespace", "n", "-id", "i", "restart"],
+            "unknown action \"restart\"",
+        ),
         (&["-namespace", "n", "start"], "action start needs flag -id"),
-        (&["-namespace", "n", "-id", "a/b", "start"], "flag -id: \"a/b\" is not a containerd identifier"),
+        (
+            &["-namespace", "n", "-id", "a/b", "start"],
+            "flag -id: \"a/b\" is not a containerd identifier",
+        ),
         (&["-namespace", "n", "-id", "i"], "run i: no socket to serve"),
     ];
     for (words, message) in cases {
@@ -66,5 +80,8 @@ fn unknown_flag_is_only_a_warning() {
     let output = shim(&["-frobnicate", "-version"], b"");
 
     assert!(output.status.success());
-    assert_eq!(stderr(&output), "containerd-shim-kata-v2: unknown flag -frobnicate ignored\n");
+    assert_eq!(
+        stderr(&output),
+        "containerd-shim-kata-v2: unknown flag -frobnicate ignored\n"
+    );
 }

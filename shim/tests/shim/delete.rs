@@ -4,8 +4,8 @@ use std::fs;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use containerd_shim_protos::api::DeleteResponse;
 use crate::harness::{Pod, is_alive, run, stderr, wait_until};
+use containerd_shim_protos::api::DeleteResponse;
 use protobuf::Message;
 use rustix::process::{Signal, kill_process};
 
@@ -32,7 +32,11 @@ fn delete_after_a_crash_removes_everything_and_again_is_fine() {
     assert_eq!(i64::from(answer.pid), i64::from(pid.as_raw_nonzero().get()));
     assert!(answer.exited_at.seconds > 1_700_000_000);
     assert!(!pod.socket().exists());
-    assert_eq!(fs::read_dir(pod.bundle()).unwrap().count(), 1, "only config.json is left");
+    assert_eq!(
+        fs::read_dir(pod.bundle()).unwrap().count(),
+        1,
+        "only config.json is left"
+    );
 
     assert_eq!(response(&pod.delete()).exit_status, 137);
 }
@@ -48,13 +52,20 @@ fn delete_ends_a_shim_that_still_lives() {
 
     assert!(!is_alive(pid));
     assert!(!pod.socket().exists());
-    assert!(start.elapsed() < Duration::from_secs(20), "containerd allows 5 s on an idle machine");
+    assert!(
+        start.elapsed() < Duration::from_secs(20),
+        "containerd allows 5 s on an idle machine"
+    );
 }
 
 #[test]
 fn process_with_a_reused_pid_is_left_alone() {
     let pod = Pod::new("reused", Some(CONFIG));
-    let mut bystander = Command::new("sleep").arg("60").stdin(Stdio::null()).spawn().unwrap();
+    let mut bystander = Command::new("sleep")
+        .arg("60")
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
     fs::write(pod.bundle().join("shim.pid"), bystander.id().to_string()).unwrap();
 
     response(&pod.delete());
@@ -87,7 +98,9 @@ fn bundle_flag_wins_over_the_working_folder_and_a_missing_bundle_is_fine() {
     command = {
         let mut again = Command::new(command.get_program());
         again.args(command.get_args().take_while(|word| !word.is_empty()));
-        again.args(["-bundle", "/nonexistent/bundle", "delete"]).current_dir("/");
+        again
+            .args(["-bundle", "/nonexistent/bundle", "delete"])
+            .current_dir("/");
         again
     };
 
@@ -108,7 +121,11 @@ fn root_filesystem_is_unmounted_recursively() {
     "#;
     let delete = pod.command(&pod.id, "delete");
     let mut command = Command::new("unshare");
-    command.args(["-m", "sh", "-c", script]).arg(pod.bundle()).arg(delete.get_program()).args(delete.get_args());
+    command
+        .args(["-m", "sh", "-c", script])
+        .arg(pod.bundle())
+        .arg(delete.get_program())
+        .args(delete.get_args());
     command.current_dir(pod.bundle());
 
     let output = run(command, b"");

@@ -24,7 +24,10 @@ impl Pod {
     /// A bundle with `config` as its config.json; `None` for one without.
     pub fn new(id: &str, config: Option<&str>) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let pod = Self { folder, id: id.to_owned() };
+        let pod = Self {
+            folder,
+            id: id.to_owned(),
+        };
         pod.add_bundle(id, config);
         pod
     }
@@ -55,7 +58,14 @@ impl Pod {
     pub fn command(&self, id: &str, action: &str) -> Command {
         let mut command = Command::new(SHIM);
         command
-            .args(["-namespace", "test", "-address", CONTAINERD, "-publish-binary", "/usr/bin/containerd"])
+            .args([
+                "-namespace",
+                "test",
+                "-address",
+                CONTAINERD,
+                "-publish-binary",
+                "/usr/bin/containerd",
+            ])
             .args(["-id", id])
             .arg(action)
             .current_dir(self.bundle_of(id))
@@ -74,7 +84,10 @@ impl Pod {
 
     /// Where the shim of sandbox `id` listens.
     pub fn socket_of(&self, id: &str) -> PathBuf {
-        shim::address::Address::of_sandbox(&self.sockets(), CONTAINERD, "test", id).unwrap().path().to_owned()
+        shim::address::Address::of_sandbox(&self.sockets(), CONTAINERD, "test", id)
+            .unwrap()
+            .path()
+            .to_owned()
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -98,8 +111,12 @@ impl Drop for Pod {
 
 /// Runs `command` with `stdin`, bounded in time.
 pub fn run(mut command: Command, stdin: &[u8]) -> Output {
-    let mut child =
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     // A program that does not read its input may close it first.
     let _ = child.stdin.take().unwrap().write_all(stdin);
     wait_until("the command ends", || child.try_wait().unwrap().is_some());
@@ -134,7 +151,10 @@ pub fn failure(output: &Output) -> &str {
 
 pub fn is_alive(pid: Pid) -> bool {
     let state = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
-    let zombie = state.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z'));
+    let zombie = state
+        .rsplit(')')
+        .next()
+        .is_some_and(|rest| rest.trim_start().starts_with('Z'));
     test_kill_process(pid).is_ok() && !zombie
 }
 

@@ -1,6 +1,8 @@
 //! The shim from outside: the binary run as containerd runs it, and its services over a real socket.
 
 mod cli;
+mod containerd;
+mod ctl;
 mod delete;
 mod fake;
 mod harness;

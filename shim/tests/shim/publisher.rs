@@ -37,7 +37,10 @@ impl Events for Containerd {
             return Err(ttrpc::Error::RpcStatus(ttrpc::get_status(code, "no")));
         }
         let envelope = request.envelope.unwrap();
-        assert_eq!((envelope.namespace.as_str(), envelope.topic.as_str()), ("ns", "/tasks/oom"));
+        assert_eq!(
+            (envelope.namespace.as_str(), envelope.topic.as_str()),
+            ("ns", "/tasks/oom")
+        );
         assert!(envelope.timestamp.seconds > 1_700_000_000);
         let event = TaskOOM::parse_from_bytes(&envelope.event.value).unwrap();
         self.got.lock().unwrap().push(event.container_id);
@@ -81,7 +84,11 @@ impl Shim {
         let folder = tempfile::tempdir().unwrap();
         let (events, receiver) = unbounded_channel();
         let publisher = Publisher::spawn(receiver, "ns", folder.path().join("ttrpc").to_str().unwrap());
-        Self { folder, events, publisher }
+        Self {
+            folder,
+            events,
+            publisher,
+        }
     }
 
     fn socket(&self) -> PathBuf {
@@ -90,7 +97,11 @@ impl Shim {
 
     fn send(&self, numbers: std::ops::Range<usize>) {
         for number in numbers {
-            self.events.send(Event::TaskOom { container_id: number.to_string() }).unwrap();
+            self.events
+                .send(Event::TaskOom {
+                    container_id: number.to_string(),
+                })
+                .unwrap();
         }
     }
 }
@@ -102,7 +113,10 @@ fn numbers(range: std::ops::Range<usize>) -> Vec<String> {
 #[tokio::test]
 async fn events_arrive_in_order_and_flush_waits_for_them() {
     let shim = Shim::new();
-    let containerd = Containerd { delay: Duration::from_millis(1), ..Default::default() };
+    let containerd = Containerd {
+        delay: Duration::from_millis(1),
+        ..Default::default()
+    };
     let _server = containerd.listen(&shim.socket()).await;
 
     shim.send(0..200);
@@ -205,7 +219,33 @@ async fn flush_gives_up_when_containerd_is_not_there() {
 async fn without_an_address_events_are_only_logged() {
     let (events, receiver) = unbounded_channel();
     let publisher = Publisher::spawn(receiver, "ns", "");
-    events.send(Event::TaskOom { container_id: "c".into() }).unwrap();
+    events
+        .send(Event::TaskOom {
+            container_id: "c".into(),
+        })
+        .unwrap();
+
+    timeout(PATIENCE, publisher.flush(PATIENCE * 2)).await.unwrap();
+}
+
+#[tokio::test]
+async fn publisher_ends_with_its_source() {
+    let Shim {
+        folder,
+        events,
+        publisher,
+    } = Shim::new();
+    let containerd = Containerd::default();
+    let _server = containerd.listen(&folder.path().join("ttrpc")).await;
+    events
+        .send(Event::TaskOom {
+            container_id: "0".into(),
+        })
+        .unwrap();
+    containerd.has(1).await;
+
+    // The publisher is waiting for the next event now.
+    drop(events);
 
     timeout(PATIENCE, publisher.flush(PATIENCE * 2)).await.unwrap();
 }

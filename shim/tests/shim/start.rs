@@ -6,8 +6,8 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use crate::harness::{Pod, failure, is_alive, mode, run, stderr, stdout, wait_until};
+use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message;
 use rustix::process::{Signal, kill_process};
 
@@ -20,8 +20,12 @@ fn member_of(sandbox: &str) -> String {
 }
 
 fn nothing_left(pod: &Pod, id: &str) {
-    let names = fs::read_dir(pod.bundle_of(id)).unwrap().map(|entry| entry.unwrap().file_name());
-    let left: Vec<_> = names.filter(|name| name != "config.json" && name != "log").collect();
+    let names = fs::read_dir(pod.bundle_of(id))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name());
+    let left: Vec<_> = names
+        .filter(|name| name != "config.json" && name != "log")
+        .collect();
     assert!(left.is_empty(), "left in the bundle: {left:?}");
     assert!(!pod.socket_of(id).exists());
 }
@@ -49,26 +53,46 @@ fn serving_process_is_detached() {
 
     let proc = Path::new("/proc").join(pid.to_string());
     for fd in 0..3 {
-        assert_eq!(fs::read_link(proc.join(format!("fd/{fd}"))).unwrap(), Path::new("/dev/null"), "fd {fd}");
+        assert_eq!(
+            fs::read_link(proc.join(format!("fd/{fd}"))).unwrap(),
+            Path::new("/dev/null"),
+            "fd {fd}"
+        );
     }
     assert_eq!(fs::read_link(proc.join("cwd")).unwrap(), pod.bundle());
-    assert_ne!(fs::read_link(proc.join("ns/mnt")).unwrap(), fs::read_link("/proc/self/ns/mnt").unwrap());
+    assert_ne!(
+        fs::read_link(proc.join("ns/mnt")).unwrap(),
+        fs::read_link("/proc/self/ns/mnt").unwrap()
+    );
     // Field 6 of stat is the session, counted after the name in parentheses.
     let stat = fs::read_to_string(proc.join("stat")).unwrap();
-    let session = stat.rsplit(')').next().unwrap().split_whitespace().nth(3).unwrap();
+    let session = stat
+        .rsplit(')')
+        .next()
+        .unwrap()
+        .split_whitespace()
+        .nth(3)
+        .unwrap();
     assert_eq!(session, pid.to_string());
 }
 
 #[test]
 fn oom_score_is_one_above_containerds() {
     let read = |pid: &str| -> i32 {
-        fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().parse().unwrap()
+        fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap()
     };
     let pod = Pod::new("oom", Some(CONFIG));
 
     pod.start();
 
-    assert_eq!(read(&pod.pid().unwrap().as_raw_nonzero().to_string()), (read("self") + 1).min(1000));
+    assert_eq!(
+        read(&pod.pid().unwrap().as_raw_nonzero().to_string()),
+        (read("self") + 1).min(1000)
+    );
 }
 
 #[test]
@@ -107,14 +131,23 @@ fn flags_of_the_future_do_not_disturb_the_answer() {
     let mut command = pod.command(&pod.id, "");
     command = {
         let mut again = std::process::Command::new(command.get_program());
-        again.arg("-future=1").args(command.get_args().take_while(|word| !word.is_empty())).arg("start");
-        again.current_dir(pod.bundle()).env("SHIM_SOCKET_DIR", pod.sockets()).env_remove("TTRPC_ADDRESS");
+        again
+            .arg("-future=1")
+            .args(command.get_args().take_while(|word| !word.is_empty()))
+            .arg("start");
+        again
+            .current_dir(pod.bundle())
+            .env("SHIM_SOCKET_DIR", pod.sockets())
+            .env_remove("TTRPC_ADDRESS");
         again
     };
 
     let output = run(command, b"");
 
-    assert_eq!((stdout(&output), stderr(&output)), (format!("unix://{}", pod.socket().display()).as_str(), ""));
+    assert_eq!(
+        (stdout(&output), stderr(&output)),
+        (format!("unix://{}", pod.socket().display()).as_str(), "")
+    );
 }
 
 #[test]
@@ -139,14 +172,20 @@ fn second_shim_for_the_same_id_is_refused() {
     let output = pod.start();
 
     let line = failure(&output);
-    assert!(line.contains(&format!("a shim already serves {}", pod.socket().display())), "{line}");
+    assert!(
+        line.contains(&format!("a shim already serves {}", pod.socket().display())),
+        "{line}"
+    );
     assert_eq!(pod.pid(), first, "the first shim is untouched");
     assert!(shim::socket::is_served(&pod.socket()));
 }
 
 #[test]
 fn container_of_a_pod_joins_its_sandbox() {
-    let pod = Pod::new("sandbox", Some(r#"{"annotations":{"io.kubernetes.cri.container-type":"sandbox"}}"#));
+    let pod = Pod::new(
+        "sandbox",
+        Some(r#"{"annotations":{"io.kubernetes.cri.container-type":"sandbox"}}"#),
+    );
     pod.start();
     let bundle = pod.add_bundle("member", Some(&member_of("sandbox")));
 
@@ -165,7 +204,10 @@ fn container_of_a_dead_sandbox_is_refused() {
     let output = pod.start();
 
     let line = failure(&output);
-    assert!(line.contains("sandbox gone of container orphan is not served at"), "{line}");
+    assert!(
+        line.contains("sandbox gone of container orphan is not served at"),
+        "{line}"
+    );
     nothing_left(&pod, "orphan");
 }
 
@@ -176,7 +218,10 @@ fn bundle_without_config_is_refused_by_name() {
     let output = pod.start();
 
     let line = failure(&output);
-    assert!(line.contains(&format!("{}/config.json does not exist", pod.bundle().display())), "{line}");
+    assert!(
+        line.contains(&format!("{}/config.json does not exist", pod.bundle().display())),
+        "{line}"
+    );
     nothing_left(&pod, "empty");
 }
 
@@ -199,7 +244,10 @@ fn unusable_socket_folder_is_named_and_leaves_nothing() {
     let output = run(command, b"");
 
     let line = failure(&output);
-    assert!(line.contains(&format!("creating socket folder {}/s", file.display())), "{line}");
+    assert!(
+        line.contains(&format!("creating socket folder {}/s", file.display())),
+        "{line}"
+    );
     nothing_left(&pod, "nodir");
 }
 
@@ -211,7 +259,10 @@ fn too_long_socket_folder_is_named() {
 
     let output = run(command, b"");
 
-    assert!(failure(&output).contains("Unix sockets take at most 107"), "{output:?}");
+    assert!(
+        failure(&output).contains("Unix sockets take at most 107"),
+        "{output:?}"
+    );
 }
 
 #[test]
@@ -245,7 +296,11 @@ fn logs_reach_the_fifo_and_nothing_blocks_without_a_reader() {
     let fifo = pod.bundle().join("log");
     rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();
     let flags = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap();
-    let mut reader = fs::File::options().read(true).custom_flags(flags).open(&fifo).unwrap();
+    let mut reader = fs::File::options()
+        .read(true)
+        .custom_flags(flags)
+        .open(&fifo)
+        .unwrap();
     assert!(reader.metadata().unwrap().file_type().is_fifo());
     let output = pod.start();
     assert!(output.status.success(), "{output:?}");
@@ -258,7 +313,10 @@ fn logs_reach_the_fifo_and_nothing_blocks_without_a_reader() {
         text.contains("msg=serving")
     });
     assert!(text.starts_with("time=\"2"), "{text}");
-    assert!(text.contains("level=info") && text.contains("sandbox=logs") && text.contains("namespace=test"), "{text}");
+    assert!(
+        text.contains("level=info") && text.contains("sandbox=logs") && text.contains("namespace=test"),
+        "{text}"
+    );
 
     // containerd is gone: the shim must still end when told to.
     drop(reader);

@@ -47,12 +47,18 @@ impl Served {
         let listener = UnixListener::bind(&socket).unwrap();
         let (_, events) = mpsc::unbounded_channel();
         let publisher = Publisher::spawn(events, "test", "");
-        let task = tokio::spawn(serve(listener, runtime.clone(), publisher, idle));
-        Self { _folder: folder, socket, task }
+        let task = tokio::spawn(serve(listener, runtime.clone(), publisher, idle, || ()));
+        Self {
+            _folder: folder,
+            socket,
+            task,
+        }
     }
 
     async fn client(&self) -> Client {
-        Client::connect(&format!("unix://{}", self.socket.display())).await.unwrap()
+        Client::connect(&format!("unix://{}", self.socket.display()))
+            .await
+            .unwrap()
     }
 
     async fn task(&self) -> TaskClient {
@@ -79,11 +85,17 @@ fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
 }
 
 fn wait_request() -> api::WaitRequest {
-    api::WaitRequest { id: "c".into(), ..Default::default() }
+    api::WaitRequest {
+        id: "c".into(),
+        ..Default::default()
+    }
 }
 
 fn exit(status: u32) -> ProcessExit {
-    ProcessExit { status, at: UNIX_EPOCH + Duration::from_secs(5) }
+    ProcessExit {
+        status,
+        at: UNIX_EPOCH + Duration::from_secs(5),
+    }
 }
 
 #[tokio::test]
@@ -92,14 +104,32 @@ async fn v2_and_v3_reach_the_same_runtime() {
     let served = Served::new(&runtime);
 
     for service in ["containerd.task.v2.Task", "containerd.task.v3.Task"] {
-        let payload = api::StartRequest { id: "c".into(), ..Default::default() }.write_to_bytes().unwrap();
-        let request =
-            Request { service: service.into(), method: "Start".into(), payload, ..Default::default() };
+        let payload = api::StartRequest {
+            id: "c".into(),
+            ..Default::default()
+        }
+        .write_to_bytes()
+        .unwrap();
+        let request = Request {
+            service: service.into(),
+            method: "Start".into(),
+            payload,
+            ..Default::default()
+        };
         let response = served.client().await.request(request).await.unwrap();
-        assert_eq!(api::StartResponse::parse_from_bytes(&response.payload).unwrap().pid, 7, "{service}");
+        assert_eq!(
+            api::StartResponse::parse_from_bytes(&response.payload)
+                .unwrap()
+                .pid,
+            7,
+            "{service}"
+        );
     }
 
-    assert_eq!(runtime.seen(), vec![TaskRequest::StartProcess(process("c", "")); 2]);
+    assert_eq!(
+        runtime.seen(),
+        vec![TaskRequest::StartProcess(process("c", "")); 2]
+    );
 }
 
 #[tokio::test]
@@ -135,7 +165,11 @@ async fn requests_carry_their_arguments() {
     let served = Served::new(&runtime);
     let client = served.task().await;
     let any = |type_url: &str, value: &[u8]| {
-        MessageField::some(Any { type_url: type_url.into(), value: value.to_vec(), ..Default::default() })
+        MessageField::some(Any {
+            type_url: type_url.into(),
+            value: value.to_vec(),
+            ..Default::default()
+        })
     };
 
     let create = api::CreateTaskRequest {
@@ -153,34 +187,109 @@ async fn requests_carry_their_arguments() {
         ..Default::default()
     };
     client.exec(ctx(), &exec).await.unwrap();
-    let kill = api::KillRequest { id: "c".into(), exec_id: "e".into(), signal: 15, all: true, ..Default::default() };
+    let kill = api::KillRequest {
+        id: "c".into(),
+        exec_id: "e".into(),
+        signal: 15,
+        all: true,
+        ..Default::default()
+    };
     client.kill(ctx(), &kill).await.unwrap();
-    let resize = api::ResizePtyRequest { id: "c".into(), width: 80, height: 24, ..Default::default() };
+    let resize = api::ResizePtyRequest {
+        id: "c".into(),
+        width: 80,
+        height: 24,
+        ..Default::default()
+    };
     client.resize_pty(ctx(), &resize).await.unwrap();
-    client.close_io(ctx(), &api::CloseIORequest { id: "c".into(), stdin: true, ..Default::default() }).await.unwrap();
-    client.close_io(ctx(), &api::CloseIORequest { id: "c".into(), ..Default::default() }).await.unwrap();
+    client
+        .close_io(
+            ctx(),
+            &api::CloseIORequest {
+                id: "c".into(),
+                stdin: true,
+                ..Default::default()
+            },
+        )
+        .await
+        .unwrap();
+    client
+        .close_io(
+            ctx(),
+            &api::CloseIORequest {
+                id: "c".into(),
+                ..Default::default()
+            },
+        )
+        .await
+        .unwrap();
     let update = api::UpdateTaskRequest {
         id: "c".into(),
-        resources: any("types.containerd.io/opencontainers/runtime-spec/1/LinuxResources", b"{\"cpu\":{}}"),
+        resources: any(
+            "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources",
+            b"{\"cpu\":{}}",
+        ),
         ..Default::default()
     };
     client.update(ctx(), &update).await.unwrap();
-    client.pause(ctx(), &api::PauseRequest { id: "c".into(), ..Default::default() }).await.unwrap();
-    client.resume(ctx(), &api::ResumeRequest { id: "c".into(), ..Default::default() }).await.unwrap();
+    client
+        .pause(
+            ctx(),
+            &api::PauseRequest {
+                id: "c".into(),
+                ..Default::default()
+            },
+        )
+        .await
+        .unwrap();
+    client
+        .resume(
+            ctx(),
+            &api::ResumeRequest {
+                id: "c".into(),
+                ..Default::default()
+            },
+        )
+        .await
+        .unwrap();
 
     let seen = runtime.seen();
-    let TaskRequest::CreateContainer(created) = &seen[0] else { panic!("{seen:?}") };
-    assert_eq!((created.options.config_path.as_str(), created.stdio.stdout.as_str()), ("/c", "/out"));
-    let TaskRequest::ExecProcess(exec) = &seen[1] else { panic!("{seen:?}") };
-    assert_eq!((exec.process.clone(), exec.spec_json.as_slice()), (process("c", "e"), &b"{}"[..]));
+    let TaskRequest::CreateContainer(created) = &seen[0] else {
+        panic!("{seen:?}")
+    };
+    assert_eq!(
+        (
+            created.options.config_path.as_str(),
+            created.stdio.stdout.as_str()
+        ),
+        ("/c", "/out")
+    );
+    let TaskRequest::ExecProcess(exec) = &seen[1] else {
+        panic!("{seen:?}")
+    };
+    assert_eq!(
+        (exec.process.clone(), exec.spec_json.as_slice()),
+        (process("c", "e"), &b"{}"[..])
+    );
     assert_eq!(
         seen[2..],
         [
-            TaskRequest::KillProcess { process: process("c", "e"), signal: 15, all: true },
-            TaskRequest::ResizeProcessPty { process: process("c", ""), width: 80, height: 24 },
+            TaskRequest::KillProcess {
+                process: process("c", "e"),
+                signal: 15,
+                all: true
+            },
+            TaskRequest::ResizeProcessPty {
+                process: process("c", ""),
+                width: 80,
+                height: 24
+            },
             // The request without stdin closes nothing.
             TaskRequest::CloseProcessIo(process("c", "")),
-            TaskRequest::UpdateContainer { container_id: "c".into(), resources_json: b"{\"cpu\":{}}".to_vec() },
+            TaskRequest::UpdateContainer {
+                container_id: "c".into(),
+                resources_json: b"{\"cpu\":{}}".to_vec()
+            },
             TaskRequest::PauseContainer("c".into()),
             TaskRequest::ResumeContainer("c".into()),
         ]
@@ -200,20 +309,42 @@ async fn answers_carry_what_the_runtime_says() {
                 exit: Some(exit(42)),
             }),
             TaskRequest::Pids(_) => TaskResponse::Pids(vec![7, 8]),
-            TaskRequest::StatsContainer(_) => {
-                TaskResponse::Stats(ContainerStats { pids_current: 3, ..Default::default() })
-            }
+            TaskRequest::StatsContainer(_) => TaskResponse::Stats(ContainerStats {
+                pids_current: 3,
+                ..Default::default()
+            }),
             TaskRequest::ConnectContainer(_) => TaskResponse::Pid(7),
-            _ => TaskResponse::Exit { pid: 7, exit: exit(42) },
+            _ => TaskResponse::Exit {
+                pid: 7,
+                exit: exit(42),
+            },
         })
     });
     let served = Served::new(&runtime);
     let client = served.task().await;
 
-    let state = client.state(ctx(), &api::StateRequest { id: "c".into(), ..Default::default() }).await.unwrap();
-    assert_eq!((state.pid, state.exit_status, state.exited_at.seconds), (7, 42, 5));
+    let state = client
+        .state(
+            ctx(),
+            &api::StateRequest {
+                id: "c".into(),
+                ..Default::default()
+            },
+        )
+        .await
+        .unwrap();
+    assert_eq!(
+        (state.pid, state.exit_status, state.exited_at.seconds),
+        (7, 42, 5)
+    );
     let pids = client.pids(ctx(), &api::PidsRequest::new()).await.unwrap();
-    assert_eq!(pids.processes.iter().map(|process| process.pid).collect::<Vec<_>>(), [7, 8]);
+    assert_eq!(
+        pids.processes
+            .iter()
+            .map(|process| process.pid)
+            .collect::<Vec<_>>(),
+        [7, 8]
+    );
     let stats = client.stats(ctx(), &api::StatsRequest::new()).await.unwrap();
     assert_eq!(stats.stats.type_url, "io.containerd.cgroups.v2.Metrics");
     let connect = client.connect(ctx(), &api::ConnectRequest::new()).await.unwrap();
@@ -221,7 +352,10 @@ async fn answers_carry_what_the_runtime_says() {
     let wait = client.wait(ctx(), &wait_request()).await.unwrap();
     assert_eq!((wait.exit_status, wait.exited_at.seconds), (42, 5));
     let delete = client.delete(ctx(), &api::DeleteRequest::new()).await.unwrap();
-    assert_eq!((delete.pid, delete.exit_status, delete.exited_at.seconds), (7, 42, 5));
+    assert_eq!(
+        (delete.pid, delete.exit_status, delete.exited_at.seconds),
+        (7, 42, 5)
+    );
 }
 
 #[tokio::test]
@@ -229,7 +363,12 @@ async fn connect_to_a_shim_without_the_container_works() {
     let runtime = FakeRuntime::new(|_| Err(Error::new(ErrorKind::NotFound, "container c does not exist")));
     let served = Served::new(&runtime);
 
-    let connect = served.task().await.connect(ctx(), &api::ConnectRequest::new()).await.unwrap();
+    let connect = served
+        .task()
+        .await
+        .connect(ctx(), &api::ConnectRequest::new())
+        .await
+        .unwrap();
 
     assert_eq!((connect.shim_pid, connect.task_pid), (std::process::id(), 0));
 }
@@ -239,13 +378,34 @@ async fn what_is_not_provided_is_unimplemented_by_name() {
     let runtime = FakeRuntime::new(|_| Ok(TaskResponse::Done));
     let served = Served::new(&runtime);
 
-    let checkpoint = served.task().await.checkpoint(ctx(), &api::CheckpointTaskRequest::new()).await;
-    assert_eq!(code(checkpoint), (Code::UNIMPLEMENTED, "Checkpoint is not supported by this runtime".to_owned()));
+    let checkpoint = served
+        .task()
+        .await
+        .checkpoint(ctx(), &api::CheckpointTaskRequest::new())
+        .await;
+    assert_eq!(
+        code(checkpoint),
+        (
+            Code::UNIMPLEMENTED,
+            "Checkpoint is not supported by this runtime".to_owned()
+        )
+    );
 
     let sandbox = SandboxClient::new(served.client().await);
-    let create = sandbox.create_sandbox(ctx(), &sandbox_api::CreateSandboxRequest::new()).await;
-    assert_eq!(code(create), (Code::UNIMPLEMENTED, "CreateSandbox is not supported by this runtime".to_owned()));
-    let platform = sandbox.platform(ctx(), &sandbox_api::PlatformRequest::new()).await.unwrap();
+    let create = sandbox
+        .create_sandbox(ctx(), &sandbox_api::CreateSandboxRequest::new())
+        .await;
+    assert_eq!(
+        code(create),
+        (
+            Code::UNIMPLEMENTED,
+            "CreateSandbox is not supported by this runtime".to_owned()
+        )
+    );
+    let platform = sandbox
+        .platform(ctx(), &sandbox_api::PlatformRequest::new())
+        .await
+        .unwrap();
     assert_eq!(platform.platform.os, "linux");
     assert!(runtime.seen().is_empty());
 }
@@ -261,7 +421,15 @@ async fn malformed_requests_do_not_reach_the_runtime() {
         ..Default::default()
     });
 
-    let create = client.create(ctx(), &api::CreateTaskRequest { options: garbage, ..Default::default() }).await;
+    let create = client
+        .create(
+            ctx(),
+            &api::CreateTaskRequest {
+                options: garbage,
+                ..Default::default()
+            },
+        )
+        .await;
     assert_eq!(code(create).0, Code::INVALID_ARGUMENT);
     let exec = client.exec(ctx(), &api::ExecProcessRequest::new()).await;
     assert_eq!(code(exec).0, Code::INVALID_ARGUMENT);
@@ -277,25 +445,35 @@ async fn answer_of_the_wrong_kind_is_an_internal_error() {
 
     let start = served.task().await.start(ctx(), &api::StartRequest::new()).await;
 
-    assert_eq!(code(start), (Code::INTERNAL, "the runtime answered with Done".to_owned()));
+    assert_eq!(
+        code(start),
+        (Code::INTERNAL, "the runtime answered with Done".to_owned())
+    );
 }
 
 #[tokio::test]
 async fn many_clients_wait_while_others_are_served() {
     let runtime = FakeRuntime::gated(0, |request| match request {
-        TaskRequest::WaitProcess(_) => Ok(TaskResponse::Exit { pid: 7, exit: exit(3) }),
+        TaskRequest::WaitProcess(_) => Ok(TaskResponse::Exit {
+            pid: 7,
+            exit: exit(3),
+        }),
         _ => Ok(TaskResponse::Pids(vec![7])),
     });
     let served = Served::new(&runtime);
     let mut waits = Vec::new();
     for _ in 0..20 {
         let client = served.task().await;
-        waits.push(tokio::spawn(async move { client.wait(ctx(), &wait_request()).await }));
+        waits.push(tokio::spawn(
+            async move { client.wait(ctx(), &wait_request()).await },
+        ));
     }
     // One more on the connection of another: requests on one connection do not wait for each other either.
     let client = served.task().await;
     let twin = client.clone();
-    waits.push(tokio::spawn(async move { twin.wait(ctx(), &wait_request()).await }));
+    waits.push(tokio::spawn(
+        async move { twin.wait(ctx(), &wait_request()).await },
+    ));
     while runtime.seen().len() < 21 {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
@@ -326,31 +504,67 @@ async fn create_runs_to_its_end_although_the_client_is_gone() {
     runtime.gate.add_permits(1);
 
     let mut answered = runtime.answered.subscribe();
-    timeout(PATIENCE, answered.wait_for(|count| *count == 1)).await.unwrap().unwrap();
+    timeout(PATIENCE, answered.wait_for(|count| *count == 1))
+        .await
+        .unwrap()
+        .unwrap();
 }
 
 #[tokio::test]
 async fn shutdown_ends_the_process_only_when_nothing_is_left() {
     let runtime = FakeRuntime::new(|request| match request {
-        TaskRequest::ShutdownContainer { container_id, .. } => Ok(TaskResponse::Shutdown(container_id == "last")),
+        TaskRequest::ShutdownContainer { container_id, .. } => {
+            Ok(TaskResponse::Shutdown(container_id == "last"))
+        }
         _ => Ok(TaskResponse::Done),
     });
     let served = Served::new(&runtime);
     let client = served.task().await;
 
-    client.shutdown(ctx(), &api::ShutdownRequest { id: "one".into(), ..Default::default() }).await.unwrap();
+    client
+        .shutdown(
+            ctx(),
+            &api::ShutdownRequest {
+                id: "one".into(),
+                ..Default::default()
+            },
+        )
+        .await
+        .unwrap();
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(served.socket.exists() && !*runtime.stopped.borrow());
 
-    client.shutdown(ctx(), &api::ShutdownRequest { id: "last".into(), ..Default::default() }).await.unwrap();
+    client
+        .shutdown(
+            ctx(),
+            &api::ShutdownRequest {
+                id: "last".into(),
+                ..Default::default()
+            },
+        )
+        .await
+        .unwrap();
+    served.has_ended(&runtime).await;
+}
+
+#[tokio::test]
+async fn failing_shutdown_still_ends_an_empty_shim() {
+    let runtime = FakeRuntime::new(|_| Err(Error::new(ErrorKind::Internal, "stuck")));
+    let served = Served::new(&runtime);
+
+    let result = served
+        .task()
+        .await
+        .shutdown(ctx(), &api::ShutdownRequest::new())
+        .await;
+
+    assert_eq!(code(result).0, Code::INTERNAL);
     served.has_ended(&runtime).await;
 }
 
 #[tokio::test]
 async fn shutdown_does_not_wait_for_a_pending_wait() {
-    let runtime = FakeRuntime::new(|_| Ok(TaskResponse::Shutdown(true)));
     let waiting = FakeRuntime::gated(0, |_| Ok(TaskResponse::Shutdown(true)));
-    drop(runtime);
     let served = Served::new(&waiting);
     let client = served.task().await;
     let waiter = client.clone();
@@ -361,7 +575,10 @@ async fn shutdown_does_not_wait_for_a_pending_wait() {
     let sandbox = SandboxClient::new(served.client().await);
     let start = SystemTime::now();
 
-    sandbox.shutdown_sandbox(ctx(), &sandbox_api::ShutdownSandboxRequest::new()).await.unwrap();
+    sandbox
+        .shutdown_sandbox(ctx(), &sandbox_api::ShutdownSandboxRequest::new())
+        .await
+        .unwrap();
 
     served.has_ended(&waiting).await;
     assert!(start.elapsed().unwrap() < Duration::from_secs(5));
@@ -372,7 +589,11 @@ async fn shutdown_does_not_wait_for_a_pending_wait() {
 async fn forgotten_shim_ends_itself() {
     let runtime = FakeRuntime::new(|_| Err(Error::new(ErrorKind::Unavailable, "no VM")));
     let served = Served::with_idle(&runtime, Duration::from_millis(100));
-    let create = served.task().await.create(ctx(), &api::CreateTaskRequest::new()).await;
+    let create = served
+        .task()
+        .await
+        .create(ctx(), &api::CreateTaskRequest::new())
+        .await;
     assert_eq!(code(create).0, Code::UNAVAILABLE);
 
     served.has_ended(&runtime).await;
@@ -382,16 +603,31 @@ async fn forgotten_shim_ends_itself() {
 async fn shim_with_a_container_stays() {
     let runtime = FakeRuntime::new(|request| match request {
         TaskRequest::CreateContainer(_) => Ok(TaskResponse::Pid(7)),
-        _ => Ok(TaskResponse::Exit { pid: 7, exit: exit(0) }),
+        _ => Ok(TaskResponse::Exit {
+            pid: 7,
+            exit: exit(0),
+        }),
     });
     let served = Served::with_idle(&runtime, Duration::from_millis(50));
     let client = served.task().await;
-    let create = api::CreateTaskRequest { id: "c".into(), ..Default::default() };
+    let create = api::CreateTaskRequest {
+        id: "c".into(),
+        ..Default::default()
+    };
     client.create(ctx(), &create).await.unwrap();
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert!(served.socket.exists());
 
-    client.delete(ctx(), &api::DeleteRequest { id: "c".into(), ..Default::default() }).await.unwrap();
+    client
+        .delete(
+            ctx(),
+            &api::DeleteRequest {
+                id: "c".into(),
+                ..Default::default()
+            },
+        )
+        .await
+        .unwrap();
 
     served.has_ended(&runtime).await;
 }

@@ -1,10 +1,8 @@
 //! Configurations that cannot work, and those that can although something in them is unknown.
 
-use tests::Settings;
-use tests::diagnosis::say;
-
 use crate::refusal::{
-    assert_no_panic, assert_refused_with, begin, configuration, file_of, with_hypervisor_key, write,
+    assert_no_panic, assert_refused_with, begin, begin_with_linux_guests, configuration, file_of,
+    with_hypervisor_key, write,
 };
 
 const INVALID: &str = "invalid argument";
@@ -42,7 +40,9 @@ fn image_when_missing_is_named() {
 
 #[test]
 fn kernel_when_truncated_is_named() {
-    let Some(case) = begin("short-kernel") else { return };
+    let Some(case) = begin_with_linux_guests("short-kernel") else {
+        return;
+    };
     let whole = std::fs::read(file_of("kernel")).unwrap();
     let short = case.daemon().dir().join("short-vmlinux");
     std::fs::write(&short, whole.get(..whole.len() / 3).unwrap()).unwrap();
@@ -53,7 +53,7 @@ fn kernel_when_truncated_is_named() {
 
 #[test]
 fn kernel_when_only_its_header_is_left_is_named() {
-    let Some(case) = begin("header-kernel") else {
+    let Some(case) = begin_with_linux_guests("header-kernel") else {
         return;
     };
     let whole = std::fs::read(file_of("kernel")).unwrap();
@@ -66,7 +66,9 @@ fn kernel_when_only_its_header_is_left_is_named() {
 
 #[test]
 fn kernel_when_empty_is_named() {
-    let Some(case) = begin("empty-kernel") else { return };
+    let Some(case) = begin_with_linux_guests("empty-kernel") else {
+        return;
+    };
     let empty = case.daemon().dir().join("empty-vmlinux");
     std::fs::write(&empty, "").unwrap();
     let name = empty.display().to_string();
@@ -74,21 +76,25 @@ fn kernel_when_empty_is_named() {
     assert_refused_with(&case, &config, INVALID, &["kernel", &name]);
 }
 
+/// Another file as the kernel.
+#[track_caller]
+fn refuses_kernel(name: &str, file: &str) {
+    let Some(case) = begin_with_linux_guests(name) else {
+        return;
+    };
+    let config = write(&case, &with_hypervisor_key("kernel", file));
+    assert_refused_with(&case, &config, INVALID, &["kernel", file]);
+}
+
 #[test]
 fn kernel_when_it_is_no_kernel_is_named() {
-    refuses(
-        "no-elf",
-        "kernel",
-        "/etc/passwd",
-        INVALID,
-        &["kernel", "/etc/passwd"],
-    );
+    refuses_kernel("no-elf", "/etc/passwd");
 }
 
 #[test]
 fn kernel_when_it_is_another_program_is_named() {
     // An ELF file, but not one to boot.
-    refuses("other-elf", "kernel", "/bin/sh", INVALID, &["kernel", "/bin/sh"]);
+    refuses_kernel("other-elf", "/bin/sh");
 }
 
 #[test]
@@ -141,13 +147,13 @@ fn configuration_when_not_toml_is_refused_with_its_line() {
 }
 
 #[test]
-fn configuration_when_type_is_wrong_names_the_key() {
+fn configuration_when_type_is_wrong_names_the_line() {
     refuses(
         "wrong-type",
         "default_memory",
         "plenty",
         INVALID,
-        &["default_memory"],
+        &["bad.toml", "line ", "plenty"],
     );
 }
 
@@ -177,11 +183,9 @@ fn annotation_when_value_is_invalid_is_named() {
 
 #[test]
 fn configuration_when_a_key_is_unknown_works_and_warns() {
-    let Some(case) = begin("unknown-key") else { return };
-    if !Settings::from_env().linux_guests {
-        say("skipped: KVM cannot run Linux here, and this container would have to run");
+    let Some(case) = begin_with_linux_guests("unknown-key") else {
         return;
-    }
+    };
     let mut table = configuration();
     table.insert("colour".to_owned(), "red".into());
     let table = table

@@ -3,7 +3,7 @@
 use tests::leftovers::{Host, added};
 use tests::{Case, Settings};
 
-use crate::refusal::{assert_no_panic, assert_refusal, begin};
+use crate::refusal::{assert_no_panic, assert_refusal, begin, begin_with_linux_guests};
 
 /// A `/dev` with the usual nodes but no `kvm`.
 const WITHOUT_KVM: &str = r#"
@@ -64,7 +64,7 @@ fn kvm_when_missing_is_named() {
     assert_host_refused(
         &case,
         &["not found", "failed precondition"],
-        &["/dev/kvm", "No such file"],
+        &["/dev/kvm", "no KVM"],
     );
 }
 
@@ -77,7 +77,7 @@ fn kvm_when_forbidden_is_named() {
     assert_host_refused(
         &case,
         &["failed precondition", "unknown"],
-        &["/dev/kvm", "Permission denied"],
+        &["/dev/kvm", "permission denied"],
     );
 }
 
@@ -113,13 +113,9 @@ fn rootfs_when_missing_is_named() {
 
 #[test]
 fn bind_mount_when_source_is_missing_is_named() {
-    let Some(case) = begin("no-source") else { return };
-    if !case.daemon().settings.linux_guests {
-        tests::diagnosis::say(
-            "skipped: KVM cannot run Linux here, and the mount is made for a running guest",
-        );
+    let Some(case) = begin_with_linux_guests("no-source") else {
         return;
-    }
+    };
     let before = Host::look(case.daemon());
     let container = case.container();
     let mount = "type=bind,src=/nowhere/source,dst=/mnt,options=rbind:ro";

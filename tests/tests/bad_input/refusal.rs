@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use tests::case::skipped_under_runc;
+use tests::diagnosis::say;
 use tests::leftovers::{Host, added};
 use tests::{Case, Finished, Settings};
 use toml::{Table, Value};
@@ -44,6 +45,15 @@ pub fn file_of(key: &str) -> PathBuf {
 /// A test of a refusal, unless it does not apply to the runtime under test.
 pub fn begin(name: &str) -> Option<Case> {
     (!skipped_under_runc("the input is this runtime's")).then(|| Case::begin_alone(name))
+}
+
+/// As [`begin`], for what is found only after the host was: the contents of the kernel file, and a guest that runs.
+pub fn begin_with_linux_guests(name: &str) -> Option<Case> {
+    if !Settings::from_env().linux_guests {
+        say("skipped: KVM cannot run Linux here, which is found first; the lab covers this");
+        return None;
+    }
+    begin(name)
 }
 
 /// Writes a configuration into the test's folder.

@@ -63,7 +63,10 @@ pub fn write_tables(memory: &GuestMemory, machine: &Machine) -> Result<u64, Acpi
     }
     memory
         .write_slice(&bytes, GuestAddress(layout::ACPI_TABLES))
-        .map_err(|e| AcpiError::Write { address: layout::ACPI_TABLES, reason: e.to_string() })?;
+        .map_err(|e| AcpiError::Write {
+            address: layout::ACPI_TABLES,
+            reason: e.to_string(),
+        })?;
     Ok(layout::ACPI_TABLES)
 }
 
@@ -141,8 +144,12 @@ fn dsdt(machine: &Machine) -> Sdt {
 
 /// Processor objects, in the container that Linux's processor driver expects for hotplug.
 fn write_processors(sink: &mut Vec<u8>, machine: &Machine) {
-    let processors: Vec<Processor> =
-        (0..machine.max_vcpus).map(|index| Processor { index, present: index < machine.boot_vcpus }).collect();
+    let processors: Vec<Processor> = (0..machine.max_vcpus)
+        .map(|index| Processor {
+            index,
+            present: index < machine.boot_vcpus,
+        })
+        .collect();
     let hid = aml::Name::new("_HID".into(), &"ACPI0010");
     let cid_value = aml::EISAName::new("PNP0A05");
     let cid = aml::Name::new("_CID".into(), &cid_value);

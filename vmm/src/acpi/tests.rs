@@ -26,12 +26,16 @@ fn parse(image: &[u8], base: u64) -> Vec<(String, Vec<u8>)> {
         assert_eq!(checksum(&table), 0, "{}", String::from_utf8_lossy(&table[..4]));
         (String::from_utf8_lossy(&table[..4]).into_owned(), table)
     };
-    let pointer = |bytes: &[u8], offset: usize| u64::from_le_bytes(bytes[offset..offset + 8].try_into().unwrap());
+    let pointer =
+        |bytes: &[u8], offset: usize| u64::from_le_bytes(bytes[offset..offset + 8].try_into().unwrap());
     assert_eq!(&image[..8], b"RSD PTR ");
     assert_eq!(checksum(&image[..20]), 0);
     assert_eq!(checksum(&image[..36]), 0);
     let xsdt = at(pointer(image, 24));
-    let mut tables: Vec<_> = xsdt.1[36..].chunks(8).map(|entry| at(pointer(entry, 0))).collect();
+    let mut tables: Vec<_> = xsdt.1[36..]
+        .chunks(8)
+        .map(|entry| at(pointer(entry, 0)))
+        .collect();
     let fadt = tables.iter().find(|t| t.0 == "FACP").unwrap();
     tables.push(at(pointer(&fadt.1, 140)));
     tables
@@ -57,16 +61,28 @@ impl Drop for Scratch {
 fn disassemble(dir: &Path, name: &str, table: &[u8]) -> String {
     let file = dir.join(format!("{name}.dat"));
     std::fs::write(&file, table).unwrap();
-    let output = Command::new("iasl").current_dir(dir).arg("-d").arg(&file).output().expect("iasl (acpica-tools)");
+    let output = Command::new("iasl")
+        .current_dir(dir)
+        .arg("-d")
+        .arg(&file)
+        .output()
+        .expect("iasl (acpica-tools)");
     let log = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{log}");
     assert!(!log.contains("Invalid") && !log.contains("Error"), "{log}");
     let source = file.with_extension("dsl");
     let text = std::fs::read_to_string(&source).unwrap();
     if name == "DSDT" {
-        let output = Command::new("iasl").current_dir(dir).arg(&source).output().unwrap();
+        let output = Command::new("iasl")
+            .current_dir(dir)
+            .arg(&source)
+            .output()
+            .unwrap();
         let log = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(output.status.success() && log.contains("0 Errors"), "{log}\n{text}");
+        assert!(
+            output.status.success() && log.contains("0 Errors"),
+            "{log}\n{text}"
+        );
     }
     text
 }
@@ -83,7 +99,14 @@ fn tables_when_read_by_iasl_describe_the_machine() {
     let dsdt = &sources["DSDT"];
     assert_eq!(dsdt.matches("\"LNRO0005\"").count(), 18);
     assert_eq!(dsdt.matches("\"ACPI0007\"").count(), 3);
-    for expected in ["\"ACPI0004\"", "\"ACPI0013\"", "\"QEMU0001\"", "PNP0501", "_S5", "Notify (\\_SB.VIOC, Zero)"] {
+    for expected in [
+        "\"ACPI0004\"",
+        "\"ACPI0013\"",
+        "\"QEMU0001\"",
+        "PNP0501",
+        "_S5",
+        "Notify (\\_SB.VIOC, Zero)",
+    ] {
         assert!(dsdt.contains(expected), "{expected} in {dsdt}");
     }
     let fadt = &sources["FACP"];
@@ -96,14 +119,20 @@ fn tables_when_read_by_iasl_describe_the_machine() {
 
 #[test]
 fn tables_when_the_machine_is_as_large_as_possible_fit_their_area() {
-    let image = tables(&machine(crate::config::MAX_VCPUS, u32::from(crate::irq::MAX_SLOTS)), 0xe_0000);
+    let image = tables(
+        &machine(crate::config::MAX_VCPUS, u32::from(crate::irq::MAX_SLOTS)),
+        0xe_0000,
+    );
     assert!((image.len() as u64) < layout::ACPI_TABLES_SIZE, "{}", image.len());
     parse(&image, 0xe_0000);
 }
 
 #[test]
 fn dsdt_when_there_is_no_serial_port_does_not_mention_it() {
-    let without = Machine { serial: false, ..machine(1, 1) };
+    let without = Machine {
+        serial: false,
+        ..machine(1, 1)
+    };
     let image = tables(&without, 0xe_0000);
     assert!(!image.windows(4).any(|w| w == b"COM1"));
 }

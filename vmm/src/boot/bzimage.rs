@@ -35,18 +35,30 @@ impl Header {
         let version = u16::from_le_bytes([setup[0x206], setup[0x207]]);
         if version < MIN_VERSION {
             let problem = format!("bzImage with boot protocol {version:#x}, older than 2.08");
-            return Err(BootError::Malformed { path: path.to_owned(), problem });
+            return Err(BootError::Malformed {
+                path: path.to_owned(),
+                problem,
+            });
         }
         let field = |at: usize| u32::from_le_bytes([setup[at], setup[at + 1], setup[at + 2], setup[at + 3]]);
         // A setup_sects of 0 means 4, for historical reasons.
-        let sectors = if setup[0x1f1] == 0 { 4 } else { u64::from(setup[0x1f1]) };
+        let sectors = if setup[0x1f1] == 0 {
+            4
+        } else {
+            u64::from(setup[0x1f1])
+        };
         let header = Self {
             offset: (sectors + 1) * 512 + u64::from(field(0x248)),
             length: u64::from(field(0x24c)),
         };
         let needed = header.offset + header.length;
         if needed > size {
-            return Err(BootError::Truncated { path: path.to_owned(), what: "the compressed kernel", needed, size });
+            return Err(BootError::Truncated {
+                path: path.to_owned(),
+                what: "the compressed kernel",
+                needed,
+                size,
+            });
         }
         Ok(Some(header))
     }
@@ -57,11 +69,12 @@ impl Header {
     /// [`BootError::Malformed`] when the compression is unknown, the data corrupt or the result too large.
     pub fn decompress(&self, path: &Path, file: &File) -> Result<Vec<u8>, BootError> {
         let mut payload = vec![0; usize::try_from(self.length).unwrap_or(0)];
-        file.read_exact_at(&mut payload, self.offset).map_err(|source| BootError::File {
-            what: "kernel",
-            path: path.to_owned(),
-            source,
-        })?;
+        file.read_exact_at(&mut payload, self.offset)
+            .map_err(|source| BootError::File {
+                what: "kernel",
+                path: path.to_owned(),
+                source,
+            })?;
         decompress(&payload).map_err(|e| BootError::Malformed {
             path: path.to_owned(),
             problem: format!("bzImage: cannot decompress the kernel: {e}"),
@@ -71,7 +84,9 @@ impl Header {
 
 fn decompress(payload: &[u8]) -> io::Result<Vec<u8>> {
     // Every format but gzip is followed by the size of the result, and gzip ends with it.
-    let size = payload.last_chunk().map_or(0, |size| u64::from(u32::from_le_bytes(*size)));
+    let size = payload
+        .last_chunk()
+        .map_or(0, |size| u64::from(u32::from_le_bytes(*size)));
     if size == 0 || size > MAX_KERNEL {
         return Err(io::Error::other(format!("implausible size of {size} bytes")));
     }
@@ -91,7 +106,10 @@ fn decompress(payload: &[u8]) -> io::Result<Vec<u8>> {
         }
     };
     if kernel.len() as u64 != size {
-        return Err(io::Error::other(format!("{} bytes instead of {size}", kernel.len())));
+        return Err(io::Error::other(format!(
+            "{} bytes instead of {size}",
+            kernel.len()
+        )));
     }
     Ok(kernel)
 }

@@ -19,8 +19,17 @@ use super::bzimage::Header;
 ///
 /// # Errors
 /// [`BootError::Cache`] when the cache cannot be used, or what [`Header::decompress`] returns.
-pub fn extracted(cache: &Path, path: &Path, file: &File, header: &Header) -> Result<(PathBuf, File), BootError> {
-    let read_error = |source| BootError::File { what: "kernel", path: path.to_owned(), source };
+pub fn extracted(
+    cache: &Path,
+    path: &Path,
+    file: &File,
+    header: &Header,
+) -> Result<(PathBuf, File), BootError> {
+    let read_error = |source| BootError::File {
+        what: "kernel",
+        path: path.to_owned(),
+        source,
+    };
     let metadata = file.metadata().map_err(read_error)?;
     let pointer = cache.join("by-file").join(file_key(&metadata));
     if let Some(hash) = remembered_hash(&pointer) {
@@ -35,7 +44,10 @@ pub fn extracted(cache: &Path, path: &Path, file: &File, header: &Header) -> Res
         write_atomically(&place, &header.decompress(path, file)?)?;
     }
     write_atomically(&pointer, hash.as_bytes())?;
-    let kernel = File::open(&place).map_err(|source| BootError::Cache { path: place.clone(), source })?;
+    let kernel = File::open(&place).map_err(|source| BootError::Cache {
+        path: place.clone(),
+        source,
+    })?;
     Ok((place, kernel))
 }
 
@@ -54,21 +66,36 @@ fn file_key(metadata: &Metadata) -> String {
 
 fn remembered_hash(pointer: &Path) -> Option<String> {
     let mut hash = String::new();
-    File::open(pointer).ok()?.take(65).read_to_string(&mut hash).ok()?;
+    File::open(pointer)
+        .ok()?
+        .take(65)
+        .read_to_string(&mut hash)
+        .ok()?;
     (hash.len() == 64 && hash.bytes().all(|b| b.is_ascii_hexdigit())).then_some(hash)
 }
 
 fn content_hash(mut file: &File) -> io::Result<String> {
     let mut hasher = Sha256::new();
     io::copy(&mut file, &mut hasher)?;
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hasher
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
 }
 
 fn write_atomically(place: &Path, content: &[u8]) -> Result<(), BootError> {
     static COUNTER: AtomicU64 = AtomicU64::new(0);
-    let error = |source| BootError::Cache { path: place.to_owned(), source };
+    let error = |source| BootError::Cache {
+        path: place.to_owned(),
+        source,
+    };
     let folder = place.parent().unwrap_or(Path::new("."));
-    DirBuilder::new().recursive(true).mode(0o755).create(folder).map_err(error)?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(folder)
+        .map_err(error)?;
     let number = COUNTER.fetch_add(1, Ordering::Relaxed);
     let temporary = folder.join(format!(".{}-{number}.tmp", std::process::id()));
     let written = File::options()

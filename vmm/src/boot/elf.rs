@@ -66,7 +66,11 @@ impl Image {
     /// # Errors
     /// [`BootError::Truncated`] or [`BootError::Malformed`].
     pub fn open(path: &Path, file: File, file_size: u64) -> Result<Self, BootError> {
-        let reader = Reader { path: path.to_owned(), file: &file, size: file_size };
+        let reader = Reader {
+            path: path.to_owned(),
+            file: &file,
+            size: file_size,
+        };
         let header = reader.bytes::<64>(0, "ELF header")?;
         let wide = match (header[4], header[5], u16_at(&header, 18)) {
             (CLASS_64, LITTLE_ENDIAN, MACHINE_X86_64) => true,
@@ -83,23 +87,44 @@ impl Image {
         for load in headers.iter().filter(|h| h.kind == PT_LOAD && h.memory_size > 0) {
             end = end.max(reader.check_load(load)?);
             if load.file_size > 0 {
-                segments.push(Segment { address: load.address, offset: load.offset, size: load.file_size });
+                segments.push(Segment {
+                    address: load.address,
+                    offset: load.offset,
+                    size: load.file_size,
+                });
             }
         }
         if segments.is_empty() {
             return Err(reader.malformed("ELF file without loadable segments".to_owned()));
         }
-        let elf_entry = if wide { u64_at(&header, 24) } else { u64::from(u32_at(&header, 24)) };
-        let in_segment = |address: u64| segments.iter().any(|s| address >= s.address && address - s.address < s.size);
+        let elf_entry = if wide {
+            u64_at(&header, 24)
+        } else {
+            u64::from(u32_at(&header, 24))
+        };
+        let in_segment = |address: u64| {
+            segments
+                .iter()
+                .any(|s| address >= s.address && address - s.address < s.size)
+        };
         let entry = if wide && in_segment(elf_entry) {
             EntryPoint::Linux64(elf_entry)
         } else {
-            let pvh = reader.pvh_entry(&headers)?.filter(|entry| in_segment(u64::from(*entry)));
+            let pvh = reader
+                .pvh_entry(&headers)?
+                .filter(|entry| in_segment(u64::from(*entry)));
             EntryPoint::Pvh(pvh.ok_or_else(|| {
-                reader.malformed(format!("entry point {elf_entry:#x} is in no segment and there is no PVH note"))
+                reader.malformed(format!(
+                    "entry point {elf_entry:#x} is in no segment and there is no PVH note"
+                ))
             })?)
         };
-        Ok(Self { file, segments, entry, end })
+        Ok(Self {
+            file,
+            segments,
+            entry,
+            end,
+        })
     }
 }
 
@@ -111,24 +136,34 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn malformed(&self, problem: String) -> BootError {
-        BootError::Malformed { path: self.path.clone(), problem }
+        BootError::Malformed {
+            path: self.path.clone(),
+            problem,
+        }
     }
 
     fn check_end(&self, offset: u64, size: u64, what: &'static str) -> Result<(), BootError> {
         let needed = offset.saturating_add(size);
         if needed > self.size {
-            return Err(BootError::Truncated { path: self.path.clone(), what, needed, size: self.size });
+            return Err(BootError::Truncated {
+                path: self.path.clone(),
+                what,
+                needed,
+                size: self.size,
+            });
         }
         Ok(())
     }
 
     fn read(&self, offset: u64, buffer: &mut [u8], what: &'static str) -> Result<(), BootError> {
         self.check_end(offset, buffer.len() as u64, what)?;
-        self.file.read_exact_at(buffer, offset).map_err(|source| BootError::File {
-            what: "kernel",
-            path: self.path.clone(),
-            source,
-        })
+        self.file
+            .read_exact_at(buffer, offset)
+            .map_err(|source| BootError::File {
+                what: "kernel",
+                path: self.path.clone(),
+                source,
+            })
     }
 
     fn bytes<const N: usize>(&self, offset: u64, what: &'static str) -> Result<[u8; N], BootError> {
@@ -141,7 +176,11 @@ impl Reader<'_> {
         let (table, entry_size, count) = if wide {
             (u64_at(header, 32), u16_at(header, 54), u16_at(header, 56))
         } else {
-            (u64::from(u32_at(header, 28)), u16_at(header, 42), u16_at(header, 44))
+            (
+                u64::from(u32_at(header, 28)),
+                u16_at(header, 42),
+                u16_at(header, 44),
+            )
         };
         let expected = if wide { 56 } else { 32 };
         if entry_size != expected || count > MAX_PROGRAM_HEADERS {
@@ -180,15 +219,24 @@ impl Reader<'_> {
     fn check_load(&self, load: &ProgramHeader) -> Result<u64, BootError> {
         self.check_end(load.offset, load.file_size, "a segment")?;
         let end = load.address.saturating_add(load.memory_size);
-        if load.file_size > load.memory_size || load.address < layout::HIGH_RAM_START || end > layout::RAM_LOW_MAX {
-            return Err(self.malformed(format!("segment at {:#x}..{end:#x} cannot be loaded", load.address)));
+        if load.file_size > load.memory_size
+            || load.address < layout::HIGH_RAM_START
+            || end > layout::RAM_LOW_MAX
+        {
+            return Err(self.malformed(format!(
+                "segment at {:#x}..{end:#x} cannot be loaded",
+                load.address
+            )));
         }
         Ok(end)
     }
 
     /// The entry point in a Xen PVH note, if there is one.
     fn pvh_entry(&self, headers: &[ProgramHeader]) -> Result<Option<u32>, BootError> {
-        for header in headers.iter().filter(|h| h.kind == PT_NOTE && h.file_size <= MAX_NOTES) {
+        for header in headers
+            .iter()
+            .filter(|h| h.kind == PT_NOTE && h.file_size <= MAX_NOTES)
+        {
             let mut notes = vec![0; header.file_size as usize];
             self.read(header.offset, &mut notes, "notes")?;
             // Linux's notes are 4-byte aligned; toolchains that add .note.gnu.property make it 8.

@@ -47,8 +47,14 @@ pub fn write_zero_page(
     let map = layout::memory_map(memory_size);
     params.e820_entries = map.len() as u8;
     for (entry, range) in params.e820_table.iter_mut().zip(&map) {
-        *entry = boot_e820_entry { addr: range.start, size: range.size, type_: range.kind as u32 };
+        *entry = boot_e820_entry {
+            addr: range.start,
+            size: range.size,
+            type_: range.kind as u32,
+        };
     }
     let address = layout::ZERO_PAGE;
-    memory.write_obj(page, GuestAddress(address)).map_err(|e| write_error(address, &e))
+    memory
+        .write_obj(page, GuestAddress(address))
+        .map_err(|e| write_error(address, &e))
 }

@@ -157,18 +157,30 @@ pub fn load(
         .ok_or_else(|| too_small(initramfs_size))?;
 
     for segment in &kernel.segments {
-        load_file_range(memory, segment.address, &kernel.file, segment.offset, segment.size)?;
+        load_file_range(
+            memory,
+            segment.address,
+            &kernel.file,
+            segment.offset,
+            segment.size,
+        )?;
     }
     let initramfs = match initramfs {
         Some((path, (file, size))) => {
-            load_file_range(memory, initramfs_start, &file, 0, size).map_err(|e| e.with_file("initramfs", path))?;
-            Some(Initramfs { address: initramfs_start, size })
+            load_file_range(memory, initramfs_start, &file, 0, size)
+                .map_err(|e| e.with_file("initramfs", path))?;
+            Some(Initramfs {
+                address: initramfs_start,
+                size,
+            })
         }
         None => None,
     };
     write_cmdline(memory, &config.cmdline)?;
     match kernel.entry {
-        EntryPoint::Linux64(_) => linux::write_zero_page(memory, memory_size, rsdp, &config.cmdline, initramfs)?,
+        EntryPoint::Linux64(_) => {
+            linux::write_zero_page(memory, memory_size, rsdp, &config.cmdline, initramfs)?;
+        }
         EntryPoint::Pvh(_) => pvh::write_start_info(memory, memory_size, rsdp, initramfs)?,
     }
     Ok(kernel.entry)
@@ -184,17 +196,32 @@ fn open_kernel(config: &BootConfig) -> Result<elf::Image, BootError> {
     match bzimage::Header::read(path, &file, size)? {
         Some(header) => {
             let (cached_path, cached) = cache::extracted(&config.cache_dir, path, &file, &header)?;
-            let size = cached.metadata().map_err(|source| BootError::Cache { path: cached_path.clone(), source })?;
+            let size = cached.metadata().map_err(|source| BootError::Cache {
+                path: cached_path.clone(),
+                source,
+            })?;
             elf::Image::open(&cached_path, cached, size.len())
         }
-        None => Err(BootError::NotAKernel { path: path.clone(), size, found: describe_start(&file) }),
+        None => Err(BootError::NotAKernel {
+            path: path.clone(),
+            size,
+            found: describe_start(&file),
+        }),
     }
 }
 
 /// Opens a regular, non-empty file and gives its size.
 fn open(path: &Path, what: &'static str) -> Result<(File, u64), BootError> {
-    let io_error = |source| BootError::File { what, path: path.to_owned(), source };
-    let unusable = |problem| BootError::NotUsable { what, path: path.to_owned(), problem };
+    let io_error = |source| BootError::File {
+        what,
+        path: path.to_owned(),
+        source,
+    };
+    let unusable = |problem| BootError::NotUsable {
+        what,
+        path: path.to_owned(),
+        problem,
+    };
     let metadata = std::fs::metadata(path).map_err(io_error)?;
     if !metadata.is_file() {
         return Err(unusable("not a regular file"));
@@ -210,10 +237,17 @@ fn describe_start(file: &File) -> String {
     let mut start = [0; 8];
     let read = file.read_at(&mut start, 0).unwrap_or(0);
     let start = start.get(..read).unwrap_or_default();
-    if start.iter().all(|b| b.is_ascii_graphic() || b.is_ascii_whitespace()) {
+    if start
+        .iter()
+        .all(|b| b.is_ascii_graphic() || b.is_ascii_whitespace())
+    {
         format!("{:?}", String::from_utf8_lossy(start))
     } else {
-        start.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ")
+        start
+            .iter()
+            .map(|b| format!("{b:02x}"))
+            .collect::<Vec<_>>()
+            .join(" ")
     }
 }
 
@@ -225,11 +259,21 @@ fn load_file_range(
     offset: u64,
     size: u64,
 ) -> Result<(), BootError> {
-    let mappable = if address.is_multiple_of(PAGE) && offset.is_multiple_of(PAGE) { size / PAGE * PAGE } else { 0 };
+    let mappable = if address.is_multiple_of(PAGE) && offset.is_multiple_of(PAGE) {
+        size / PAGE * PAGE
+    } else {
+        0
+    };
     if mappable > 0 {
         memory::map_file(memory, address, file, offset, mappable)?;
     }
-    copy_file_range(memory, address + mappable, file, offset + mappable, size - mappable)
+    copy_file_range(
+        memory,
+        address + mappable,
+        file,
+        offset + mappable,
+        size - mappable,
+    )
 }
 
 fn copy_file_range(
@@ -243,8 +287,11 @@ fn copy_file_range(
     while size > 0 {
         let length = size.min(buffer.len() as u64);
         let chunk = buffer.get_mut(..length as usize).unwrap_or_default();
-        file.read_exact_at(chunk, offset).map_err(|e| write_error(address, &e))?;
-        memory.write_slice(chunk, GuestAddress(address)).map_err(|e| write_error(address, &e))?;
+        file.read_exact_at(chunk, offset)
+            .map_err(|e| write_error(address, &e))?;
+        memory
+            .write_slice(chunk, GuestAddress(address))
+            .map_err(|e| write_error(address, &e))?;
         (address, offset, size) = (address + length, offset + length, size - length);
     }
     Ok(())
@@ -260,20 +307,27 @@ fn write_cmdline(memory: &GuestMemory, cmdline: &str) -> Result<(), BootError> {
     let mut bytes = cmdline.as_bytes().to_vec();
     bytes.push(0);
     let address = layout::CMDLINE;
-    memory.write_slice(&bytes, GuestAddress(address)).map_err(|e| write_error(address, &e))
+    memory
+        .write_slice(&bytes, GuestAddress(address))
+        .map_err(|e| write_error(address, &e))
 }
 
 fn write_error(address: u64, reason: &dyn std::fmt::Display) -> BootError {
-    BootError::Write { address, reason: reason.to_string() }
+    BootError::Write {
+        address,
+        reason: reason.to_string(),
+    }
 }
 
 impl BootError {
     /// Names the file that was being loaded, for errors that only know an address.
     fn with_file(self, what: &'static str, path: &Path) -> Self {
         match self {
-            Self::Write { reason, .. } => {
-                Self::File { what, path: path.to_owned(), source: io::Error::other(reason) }
-            }
+            Self::Write { reason, .. } => Self::File {
+                what,
+                path: path.to_owned(),
+                source: io::Error::other(reason),
+            },
             other => other,
         }
     }

@@ -28,7 +28,15 @@ pub fn write_start_info(
     if let Some(Initramfs { address, size }) = initramfs {
         info.nr_modules = 1;
         info.modlist_paddr = MODULES;
-        write(memory, MODULES, hvm_modlist_entry { paddr: address, size, ..Default::default() })?;
+        write(
+            memory,
+            MODULES,
+            hvm_modlist_entry {
+                paddr: address,
+                size,
+                ..Default::default()
+            },
+        )?;
     }
     info.memmap_paddr = MEMORY_MAP;
     let mut address = MEMORY_MAP;
@@ -47,5 +55,7 @@ pub fn write_start_info(
 }
 
 fn write<T: ByteValued>(memory: &GuestMemory, address: u64, value: T) -> Result<(), BootError> {
-    memory.write_obj(value, GuestAddress(address)).map_err(|e| write_error(address, &e))
+    memory
+        .write_obj(value, GuestAddress(address))
+        .map_err(|e| write_error(address, &e))
 }

@@ -46,7 +46,10 @@ impl Bus {
     /// [`BusError`] when the range is empty, wraps around or overlaps another.
     pub fn insert(&mut self, start: u64, size: u64, device: Arc<dyn BusDevice>) -> Result<(), BusError> {
         let refused = BusError { start, size };
-        let end = start.checked_add(size).filter(|_| size > 0).ok_or(refused.clone())?;
+        let end = start
+            .checked_add(size)
+            .filter(|_| size > 0)
+            .ok_or(refused.clone())?;
         let position = self.entries.partition_point(|e| e.start < start);
         let before = position.checked_sub(1).and_then(|p| self.entries.get(p));
         if before.is_some_and(|e| e.start + e.size > start) {
@@ -76,7 +79,10 @@ impl Bus {
     }
 
     fn find(&self, address: u64) -> Option<(&dyn BusDevice, u64)> {
-        let position = self.entries.partition_point(|e| e.start <= address).checked_sub(1)?;
+        let position = self
+            .entries
+            .partition_point(|e| e.start <= address)
+            .checked_sub(1)?;
         let entry = self.entries.get(position)?;
         let offset = address - entry.start;
         (offset < entry.size).then(|| (&*entry.device, offset))
@@ -133,8 +139,19 @@ mod tests {
 
     #[test]
     fn insert_when_overlapping_is_refused() {
-        for (start, size) in [(0x10, 1), (0xf, 2), (0x17, 1), (0x18, 9), (0x30, 0), (u64::MAX, 2), (0, 0x100)] {
-            assert!(bus().insert(start, size, Arc::new(Probe(0))).is_err(), "{start:#x}+{size:#x}");
+        for (start, size) in [
+            (0x10, 1),
+            (0xf, 2),
+            (0x17, 1),
+            (0x18, 9),
+            (0x30, 0),
+            (u64::MAX, 2),
+            (0, 0x100),
+        ] {
+            assert!(
+                bus().insert(start, size, Arc::new(Probe(0))).is_err(),
+                "{start:#x}+{size:#x}"
+            );
         }
         bus().insert(0x18, 8, Arc::new(Probe(0))).unwrap();
     }

@@ -28,7 +28,10 @@ pub struct Ged {
 impl Ged {
     /// `irqfd` is bound to the GSI given to [`write_aml`].
     pub fn new(irqfd: Arc<EventFd>) -> Self {
-        Self { pending: AtomicU8::new(0), irqfd }
+        Self {
+            pending: AtomicU8::new(0),
+            irqfd,
+        }
     }
 
     /// Tells the guest that slots were filled or emptied.

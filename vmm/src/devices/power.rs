@@ -43,10 +43,25 @@ impl BusDevice for Power {
     }
 }
 
+/// Real-mode code at the reset vector that writes the reset register: mov dx, port; mov al, 1; out dx, al; hlt.
+///
+/// Kernels with EFI support do not trust the reset register of a hardware-reduced machine: they ask EFI, which is not
+/// there, and then jump to the BIOS (Linux arch/x86/kernel/reboot.c, reboot_init).
+pub fn reset_vector() -> [u8; 7] {
+    let [low, high] = (PORT + RESET as u16).to_le_bytes();
+    [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xf4]
+}
+
 /// Names the registers in the FADT.
 pub fn describe(mut fadt: FADTBuilder) -> FADTBuilder {
     let register = |index: u16| {
-        GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(PORT + index))
+        GAS::new(
+            AddressSpace::SystemIo,
+            8,
+            0,
+            AccessSize::ByteAccess,
+            u64::from(PORT + index),
+        )
     };
     fadt.sleep_control_reg = register(0);
     fadt.sleep_status_reg = register(1);
@@ -77,8 +92,18 @@ mod tests {
 
     #[test]
     fn write_when_anything_else_is_ignored() {
-        for (offset, data) in [(0, &[S5 << 2][..]), (0, &[SLEEP_ENABLE]), (2, &[0]), (1, &[1]), (0, &[0x34, 1])] {
-            assert_eq!(Power.write(offset, data), ControlFlow::Continue(()), "{offset} {data:?}");
+        for (offset, data) in [
+            (0, &[S5 << 2][..]),
+            (0, &[SLEEP_ENABLE]),
+            (2, &[0]),
+            (1, &[1]),
+            (0, &[0x34, 1]),
+        ] {
+            assert_eq!(
+                Power.write(offset, data),
+                ControlFlow::Continue(()),
+                "{offset} {data:?}"
+            );
         }
     }
 }

@@ -40,7 +40,10 @@ pub fn write_aml(sink: &mut Vec<u8>) {
         vec![
             &aml::Name::new("_HID".into(), &"QEMU0001"),
             &aml::Name::new("_STA".into(), &0x0bu8),
-            &aml::Name::new("_CRS".into(), &aml::ResourceTemplate::new(vec![&aml::IO::new(PORT, PORT, 1, 1)])),
+            &aml::Name::new(
+                "_CRS".into(),
+                &aml::ResourceTemplate::new(vec![&aml::IO::new(PORT, PORT, 1, 1)]),
+            ),
         ],
     )
     .to_aml_bytes(sink);

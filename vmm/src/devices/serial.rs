@@ -68,7 +68,9 @@ impl BusDevice for Serial {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> ControlFlow<ExitReason> {
-        let Ok(offset) = u8::try_from(offset) else { return ControlFlow::Continue(()) };
+        let Ok(offset) = u8::try_from(offset) else {
+            return ControlFlow::Continue(());
+        };
         let mut serial = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // More than one byte is a string instruction: the same register again and again.
         for value in data {
@@ -115,7 +117,10 @@ mod tests {
 
     #[test]
     fn read_when_line_status_says_ready_to_send() {
-        let serial = Serial::new(ConsoleLog::default(), Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()));
+        let serial = Serial::new(
+            ConsoleLog::default(),
+            Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()),
+        );
         let mut data = [0];
         serial.read(5, &mut data);
         assert_eq!(data[0] & 0x60, 0x60);

@@ -3,7 +3,8 @@
 //! ```text
 //! 0x0000_0500  GDT                    0x0000_6000  PVH start info
 //! 0x0000_7000  zero page              0x0000_9000  page tables
-//! 0x0002_0000  command line (64 KiB)  0x000e_0000  ACPI tables (128 KiB)
+//! 0x0002_0000  command line (64 KiB)  0x000e_0000  ACPI tables (64 KiB)
+//! 0x000f_fff0  reset vector
 //! 0x0010_0000  RAM ................................ up to 3 GiB
 //! 0xd000_0000  virtio-mmio slots      0xfec0_0000  I/O APIC
 //! 0xfee0_0000  local APIC             0xfffb_c000  KVM's private pages (Intel)
@@ -32,7 +33,11 @@ pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// ACPI tables; the RSDP is the first.
 pub const ACPI_TABLES: u64 = 0xe_0000;
 /// Room for the ACPI tables.
-pub const ACPI_TABLES_SIZE: u64 = 0x2_0000;
+pub const ACPI_TABLES_SIZE: u64 = 0x1_0000;
+/// Where a BIOS would be; ends with the reset vector.
+pub const BIOS: u64 = 0xf_0000;
+/// Where real-mode code jumps to reset the machine: the last 16 bytes below 1 MiB.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// First address a kernel may be loaded at.
 pub const HIGH_RAM_START: u64 = 0x10_0000;
 
@@ -87,15 +92,24 @@ pub fn ram_regions(size: u64) -> Vec<(u64, u64)> {
 /// The memory map of a guest with `size` bytes of memory, in ascending order.
 pub fn memory_map(size: u64) -> Vec<Range> {
     let low = size.min(RAM_LOW_MAX);
-    let range = |start, end, kind| Range { start, size: end - start, kind };
+    let range = |start, end, kind| Range {
+        start,
+        size: end - start,
+        kind,
+    };
     let mut map = vec![
         range(0, LOW_RAM_END, RangeKind::Ram),
         range(LOW_RAM_END, 0xa_0000, RangeKind::Reserved),
         range(ACPI_TABLES, ACPI_TABLES + ACPI_TABLES_SIZE, RangeKind::Acpi),
+        range(BIOS, HIGH_RAM_START, RangeKind::Reserved),
         range(HIGH_RAM_START, low, RangeKind::Ram),
     ];
     if size > low {
-        map.push(range(RAM_HIGH_START, RAM_HIGH_START + (size - low), RangeKind::Ram));
+        map.push(range(
+            RAM_HIGH_START,
+            RAM_HIGH_START + (size - low),
+            RangeKind::Ram,
+        ));
     }
     map
 }
@@ -108,7 +122,20 @@ mod tests {
 
     /// A spread of sizes around every boundary of the map.
     fn sizes() -> impl Iterator<Item = u64> {
-        let edges = [64, 65, 128, 1024, 3071, 3072, 3073, 4095, 4096, 4097, 6144, 1 << 20];
+        let edges = [
+            64,
+            65,
+            128,
+            1024,
+            3071,
+            3072,
+            3073,
+            4095,
+            4096,
+            4097,
+            6144,
+            1 << 20,
+        ];
         edges.into_iter().map(|mib: u64| mib * MIB)
     }
 
@@ -150,6 +177,7 @@ mod tests {
             (PAGE_TABLES, 0x3000),
             (CMDLINE, CMDLINE_MAX as u64),
             (ACPI_TABLES, ACPI_TABLES_SIZE),
+            (RESET_VECTOR, 16),
             (HIGH_RAM_START, 1),
         ];
         for pair in fixed.windows(2) {

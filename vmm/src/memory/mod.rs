@@ -39,7 +39,10 @@ pub enum MemoryError {
 /// # Errors
 /// [`MemoryError::Allocate`] when the host has no address space or commit limit left.
 pub fn allocate(size: u64) -> Result<GuestMemory, MemoryError> {
-    let fail = |reason: String| MemoryError::Allocate { size_mib: size >> 20, reason };
+    let fail = |reason: String| MemoryError::Allocate {
+        size_mib: size >> 20,
+        reason,
+    };
     let mut ranges = Vec::new();
     for (start, len) in layout::ram_regions(size) {
         let len = usize::try_from(len).map_err(|e| fail(e.to_string()))?;
@@ -47,7 +50,9 @@ pub fn allocate(size: u64) -> Result<GuestMemory, MemoryError> {
     }
     let memory = GuestMemory::from_ranges(&ranges).map_err(|e| fail(e.to_string()))?;
     for region in memory.iter() {
-        let Ok(address) = region.get_host_address(MemoryRegionAddress(0)) else { continue };
+        let Ok(address) = region.get_host_address(MemoryRegionAddress(0)) else {
+            continue;
+        };
         // SAFETY: the range is the mapping of `region`, which `memory` owns. The advice changes page sizes only, and a
         // kernel without transparent huge pages refuses it harmlessly.
         unsafe { libc::madvise(address.cast(), region.len() as usize, libc::MADV_HUGEPAGE) };
@@ -63,16 +68,30 @@ pub fn allocate(size: u64) -> Result<GuestMemory, MemoryError> {
 ///
 /// # Errors
 /// [`MemoryError::MapFile`] when the range is not inside one RAM region or the host refuses.
-pub fn map_file(memory: &GuestMemory, address: u64, file: &File, offset: u64, size: u64) -> Result<(), MemoryError> {
-    let fail = |source: io::Error| MemoryError::MapFile { address, size, source };
+pub fn map_file(
+    memory: &GuestMemory,
+    address: u64,
+    file: &File,
+    offset: u64,
+    size: u64,
+) -> Result<(), MemoryError> {
+    let fail = |source: io::Error| MemoryError::MapFile {
+        address,
+        size,
+        source,
+    };
     let invalid = |what: &str| fail(io::Error::new(io::ErrorKind::InvalidInput, what.to_owned()));
     let start = GuestAddress(address);
     let region = memory.find_region(start).ok_or_else(|| invalid("not RAM"))?;
-    let last = start.checked_add(size.saturating_sub(1)).ok_or_else(|| invalid("address overflow"))?;
+    let last = start
+        .checked_add(size.saturating_sub(1))
+        .ok_or_else(|| invalid("address overflow"))?;
     if last > region.last_addr() {
         return Err(invalid("crosses the end of a RAM region"));
     }
-    let host = memory.get_host_address(start).map_err(|e| fail(io::Error::other(e.to_string())))?;
+    let host = memory
+        .get_host_address(start)
+        .map_err(|e| fail(io::Error::other(e.to_string())))?;
     let offset = libc::off_t::try_from(offset).map_err(|_| invalid("file offset overflow"))?;
     // SAFETY: the whole range lies inside one region owned by `memory` (checked above), so MAP_FIXED replaces only pages
     // of that mapping; they are unmapped together with the region. Guest RAM is never borrowed as Rust references.
@@ -110,7 +129,13 @@ mod tests {
     #[test]
     fn map_file_when_mapped_shows_the_file_and_keeps_writes_private() {
         let path = std::env::temp_dir().join(format!("dragonball-map-{}", std::process::id()));
-        let mut file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        let mut file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)
+            .unwrap();
         std::fs::remove_file(&path).unwrap();
         file.write_all(&[0x5a; 0x2000]).unwrap();
         let memory = allocate(64 << 20).unwrap();

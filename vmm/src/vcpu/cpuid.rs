@@ -37,7 +37,9 @@ pub fn supported(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, CpuidError> {
     if let Some(entries) = SUPPORTED.get() {
         return Ok(entries.clone());
     }
-    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(|e| CpuidError::Supported(e.errno()))?;
+    let cpuid = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(|e| CpuidError::Supported(e.errno()))?;
     let mut entries = cpuid.as_slice().to_vec();
     if kvm.check_extension(Cap::TscDeadlineTimer) {
         // Emulated by KVM's local APIC, reported by a capability instead of the leaf.
@@ -80,7 +82,11 @@ struct Topology {
 impl Topology {
     fn new(index: u8, max_vcpus: u8) -> Self {
         let cores = u32::from(max_vcpus.max(1));
-        Self { apic_id: u32::from(index), cores, shift: cores.next_power_of_two().trailing_zeros() }
+        Self {
+            apic_id: u32::from(index),
+            cores,
+            shift: cores.next_power_of_two().trailing_zeros(),
+        }
     }
 
     fn patch(&self, entry: &mut kvm_cpuid_entry2) {
@@ -124,7 +130,11 @@ impl Topology {
             edx: self.apic_id,
             ..Default::default()
         };
-        [level(0, LEVEL_SMT, 0, 1), level(1, LEVEL_CORE, self.shift, self.cores), level(2, 0, 0, 0)]
+        [
+            level(0, LEVEL_SMT, 0, 1),
+            level(1, LEVEL_CORE, self.shift, self.cores),
+            level(2, 0, 0, 0),
+        ]
     }
 }
 
@@ -137,16 +147,30 @@ mod tests {
     use super::*;
 
     fn leaf(function: u32, index: u32, eax: u32) -> kvm_cpuid_entry2 {
-        kvm_cpuid_entry2 { function, index, eax, ..Default::default() }
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            eax,
+            ..Default::default()
+        }
     }
 
     fn get(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
-        *cpuid.as_slice().iter().find(|e| e.function == function && e.index == index).unwrap()
+        *cpuid
+            .as_slice()
+            .iter()
+            .find(|e| e.function == function && e.index == index)
+            .unwrap()
     }
 
     #[test]
     fn for_vcpu_when_three_cores_gives_ids_and_widths_that_agree() {
-        let supported = [leaf(0, 0, 0x1f), leaf(1, 0, 0), leaf(0xb, 7, 9), leaf(0x8000_0008, 0, 0)];
+        let supported = [
+            leaf(0, 0, 0x1f),
+            leaf(1, 0, 0),
+            leaf(0xb, 7, 9),
+            leaf(0x8000_0008, 0, 0),
+        ];
         let cpuid = for_vcpu(&supported, 2, 3).unwrap();
         let one = get(&cpuid, 1, 0);
         assert_eq!(one.ebx, 2 << 24 | 4 << 16);

@@ -46,7 +46,11 @@ impl Gate {
     pub fn new(threads: usize) -> Self {
         Self {
             order: AtomicU8::new(Order::Park as u8),
-            state: Mutex::new(State { order: Order::Park, threads, parked: 0 }),
+            state: Mutex::new(State {
+                order: Order::Park,
+                threads,
+                parked: 0,
+            }),
             changed: Condvar::new(),
         }
     }

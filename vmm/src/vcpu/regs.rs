@@ -57,10 +57,20 @@ pub enum RegsError {
 /// # Errors
 /// [`RegsError::Kvm`].
 pub fn set_msrs(vcpu: &VcpuFd, index: u8) -> Result<(), RegsError> {
-    let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
-    let entries =
-        [entry(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING), entry(MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK)];
-    let fail = |source| RegsError::Kvm { index, ioctl: "KVM_SET_MSRS", source };
+    let entry = |index, data| kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
+    let entries = [
+        entry(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
+        entry(MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK),
+    ];
+    let fail = |source| RegsError::Kvm {
+        index,
+        ioctl: "KVM_SET_MSRS",
+        source,
+    };
     let msrs = Msrs::from_entries(&entries).map_err(|_| fail(kvm_ioctls::Error::new(libc::E2BIG)))?;
     let written = vcpu.set_msrs(&msrs).map_err(fail)?;
     if written != entries.len() {
@@ -75,7 +85,13 @@ pub fn set_msrs(vcpu: &VcpuFd, index: u8) -> Result<(), RegsError> {
 /// # Errors
 /// [`RegsError`].
 pub fn set_boot_state(vcpu: &VcpuFd, memory: &GuestMemory, entry: EntryPoint) -> Result<(), RegsError> {
-    let fail = |ioctl| move |source| RegsError::Kvm { index: 0, ioctl, source };
+    let fail = |ioctl| {
+        move |source| RegsError::Kvm {
+            index: 0,
+            ioctl,
+            source,
+        }
+    };
     let long_mode = matches!(entry, EntryPoint::Linux64(_));
     let mut sregs = vcpu.get_sregs().map_err(fail("KVM_GET_SREGS"))?;
     let code = code_segment(long_mode);
@@ -83,7 +99,7 @@ pub fn set_boot_state(vcpu: &VcpuFd, memory: &GuestMemory, entry: EntryPoint) ->
     let task = task_segment();
     write_gdt(memory, &[code, data, task])?;
     sregs.gdt.base = layout::GDT;
-    sregs.gdt.limit = (TASK + 8 - 1) & 0xffff;
+    sregs.gdt.limit = TASK + 7;
     sregs.idt.base = 0;
     sregs.idt.limit = 0;
     sregs.cs = code;
@@ -100,7 +116,10 @@ pub fn set_boot_state(vcpu: &VcpuFd, memory: &GuestMemory, entry: EntryPoint) ->
         sregs.efer = EFER_LME | EFER_LMA;
     }
     vcpu.set_sregs(&sregs).map_err(fail("KVM_SET_SREGS"))?;
-    let mut regs = kvm_regs { rflags: RFLAGS_RESERVED, ..Default::default() };
+    let mut regs = kvm_regs {
+        rflags: RFLAGS_RESERVED,
+        ..Default::default()
+    };
     match entry {
         EntryPoint::Linux64(address) => {
             regs.rip = address;
@@ -113,33 +132,65 @@ pub fn set_boot_state(vcpu: &VcpuFd, memory: &GuestMemory, entry: EntryPoint) ->
     }
     vcpu.set_regs(&regs).map_err(fail("KVM_SET_REGS"))?;
     // Reset values of the x87 and SSE control words (Intel SDM 3A, table 10-1).
-    let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
+    let fpu = kvm_fpu {
+        fcw: 0x37f,
+        mxcsr: 0x1f80,
+        ..Default::default()
+    };
     vcpu.set_fpu(&fpu).map_err(fail("KVM_SET_FPU"))
 }
 
 fn code_segment(long_mode: bool) -> kvm_segment {
     // Execute/read, accessed.
     let type_ = 0xb;
-    kvm_segment { type_, selector: CODE, l: u8::from(long_mode), db: u8::from(!long_mode), ..flat_segment() }
+    kvm_segment {
+        type_,
+        selector: CODE,
+        l: u8::from(long_mode),
+        db: u8::from(!long_mode),
+        ..flat_segment()
+    }
 }
 
 fn data_segment() -> kvm_segment {
     // Read/write, accessed.
-    kvm_segment { type_: 0x3, selector: DATA, db: 1, ..flat_segment() }
+    kvm_segment {
+        type_: 0x3,
+        selector: DATA,
+        db: 1,
+        ..flat_segment()
+    }
 }
 
 fn task_segment() -> kvm_segment {
     // Busy 32/64-bit task state segment: VMX refuses to enter a guest without one.
-    kvm_segment { type_: 0xb, selector: TASK, s: 0, g: 0, limit: 0x67, ..flat_segment() }
+    kvm_segment {
+        type_: 0xb,
+        selector: TASK,
+        s: 0,
+        g: 0,
+        limit: 0x67,
+        ..flat_segment()
+    }
 }
 
 fn flat_segment() -> kvm_segment {
-    kvm_segment { limit: 0xffff_ffff, present: 1, s: 1, g: 1, ..Default::default() }
+    kvm_segment {
+        limit: 0xffff_ffff,
+        present: 1,
+        s: 1,
+        g: 1,
+        ..Default::default()
+    }
 }
 
 /// A GDT entry in memory (Intel SDM 3A, figure 3-8).
 fn descriptor(segment: &kvm_segment) -> u64 {
-    let limit = u64::from(if segment.g == 1 { segment.limit >> 12 } else { segment.limit });
+    let limit = u64::from(if segment.g == 1 {
+        segment.limit >> 12
+    } else {
+        segment.limit
+    });
     let flags = u64::from(segment.type_)
         | u64::from(segment.s) << 4
         | u64::from(segment.dpl) << 5
@@ -157,14 +208,22 @@ fn descriptor(segment: &kvm_segment) -> u64 {
 
 fn write_gdt(memory: &GuestMemory, segments: &[kvm_segment]) -> Result<(), RegsError> {
     for segment in segments {
-        write(memory, layout::GDT + u64::from(segment.selector), descriptor(segment))?;
+        write(
+            memory,
+            layout::GDT + u64::from(segment.selector),
+            descriptor(segment),
+        )?;
     }
     Ok(())
 }
 
 /// Identity-maps the first GiB with 2 MiB pages: more than the kernel touches before it makes its own tables.
 fn write_page_tables(memory: &GuestMemory) -> Result<(), RegsError> {
-    let (pml4, pdpt, pd) = (layout::PAGE_TABLES, layout::PAGE_TABLES + 0x1000, layout::PAGE_TABLES + 0x2000);
+    let (pml4, pdpt, pd) = (
+        layout::PAGE_TABLES,
+        layout::PAGE_TABLES + 0x1000,
+        layout::PAGE_TABLES + 0x2000,
+    );
     write(memory, pml4, pdpt | PAGE_PRESENT_WRITABLE)?;
     write(memory, pdpt, pd | PAGE_PRESENT_WRITABLE)?;
     let mut entries = Vec::with_capacity(0x1000);
@@ -173,13 +232,19 @@ fn write_page_tables(memory: &GuestMemory) -> Result<(), RegsError> {
     }
     memory
         .write_slice(&entries, GuestAddress(pd))
-        .map_err(|e| RegsError::Memory { address: pd, reason: e.to_string() })
+        .map_err(|e| RegsError::Memory {
+            address: pd,
+            reason: e.to_string(),
+        })
 }
 
 fn write(memory: &GuestMemory, address: u64, value: u64) -> Result<(), RegsError> {
     memory
         .write_obj(value, GuestAddress(address))
-        .map_err(|e| RegsError::Memory { address, reason: e.to_string() })
+        .map_err(|e| RegsError::Memory {
+            address,
+            reason: e.to_string(),
+        })
 }
 
 #[cfg(test)]

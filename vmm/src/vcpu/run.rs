@@ -75,7 +75,8 @@ struct Leaving(Arc<Lifecycle>);
 impl Drop for Leaving {
     fn drop(&mut self) {
         if thread::panicking() {
-            self.0.finish(ExitReason::Failure("vCPU thread panicked".to_owned()));
+            self.0
+                .finish(ExitReason::Failure("vCPU thread panicked".to_owned()));
         }
         self.0.gate().leave();
     }
@@ -91,15 +92,24 @@ impl Vcpu {
     pub fn spawn(self) -> io::Result<VcpuThread> {
         let (index, counters) = (self.index, self.counters.clone());
         let (send_tid, tid) = mpsc::sync_channel(1);
-        let thread = thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
-            let leaving = Leaving(self.lifecycle.clone());
-            // SAFETY: gettid has no arguments and cannot fail.
-            let _ = send_tid.send(unsafe { libc::gettid() });
-            self.run();
-            drop(leaving);
-        })?;
-        let tid = tid.recv().map_err(|_| io::Error::other("vCPU thread ended before it started"))?;
-        Ok(VcpuThread { index, tid, counters, thread })
+        let thread = thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .spawn(move || {
+                let leaving = Leaving(self.lifecycle.clone());
+                // SAFETY: gettid has no arguments and cannot fail.
+                let _ = send_tid.send(unsafe { libc::gettid() });
+                self.run();
+                drop(leaving);
+            })?;
+        let tid = tid
+            .recv()
+            .map_err(|_| io::Error::other("vCPU thread ended before it started"))?;
+        Ok(VcpuThread {
+            index,
+            tid,
+            counters,
+            thread,
+        })
     }
 
     fn run(mut self) {
@@ -151,11 +161,15 @@ impl Vcpu {
             Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_SHUTDOWN, _)) => {
                 return ControlFlow::Break(ExitReason::PowerOff);
             }
-            Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_RESET, _)) => return ControlFlow::Break(ExitReason::Reboot),
+            Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_RESET, _)) => {
+                return ControlFlow::Break(ExitReason::Reboot);
+            }
             Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_CRASH, _)) => return ControlFlow::Break(ExitReason::Panic),
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => return ControlFlow::Continue(()),
             Ok(VcpuExit::InternalError) => self.describe_internal_error(),
-            Ok(VcpuExit::FailEntry(reason, _)) => format!("KVM cannot enter the guest, hardware reason {reason:#x}"),
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                format!("KVM cannot enter the guest, hardware reason {reason:#x}")
+            }
             Ok(other) => format!("unexpected exit {other:?}"),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                 VcpuCounters::count(&self.counters.interrupted);

@@ -3,9 +3,11 @@
 //! KVM's cost depends on the order (design decision 3): all memslots, then the interrupt controllers, vCPUs, irqfds, and
 //! ioeventfds last.
 
+use std::io;
 use std::sync::Arc;
 
 use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi;
@@ -58,13 +60,18 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     let memory_size = config.memory.size_mib << 20;
     let memory = Arc::new(memory::allocate(memory_size)?);
     let rsdp = acpi::write_tables(&memory, &plan.acpi)?;
+    memory
+        .write_slice(&power::reset_vector(), GuestAddress(layout::RESET_VECTOR))
+        .map_err(|e| BuildError::Host { what: "reset vector", source: io::Error::other(e.to_string()) })?;
     let entry = boot::load(&config.boot, &memory, memory_size, rsdp)?;
 
     kvm::set_memory(&vm, &memory)?;
     vm.create_irq_chip().map_err(ioctl_error("KVM_CREATE_IRQCHIP"))?;
     let mut vcpus = Vec::new();
     for index in 0..config.vcpus.boot {
-        let vcpu = vm.create_vcpu(u64::from(index)).map_err(ioctl_error("KVM_CREATE_VCPU"))?;
+        let vcpu = vm
+            .create_vcpu(u64::from(index))
+            .map_err(ioctl_error("KVM_CREATE_VCPU"))?;
         let cpuid = cpuid::for_vcpu(&cpuid, index, config.vcpus.max)?;
         vcpu.set_cpuid2(&cpuid).map_err(ioctl_error("KVM_SET_CPUID2"))?;
         regs::set_msrs(&vcpu, index)?;
@@ -86,7 +93,12 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     let io = IoLoop::spawn("vmm-io")?;
     let lifecycle = Arc::new(Lifecycle::new(vcpus.len()));
     let machine = Machine::new(vm, memory, slots, &plan.acpi.slot_gsis, ged, io);
-    let mut built = Built { machine, lifecycle, console, vsock: plan.vsock };
+    let mut built = Built {
+        machine,
+        lifecycle,
+        console,
+        vsock: plan.vsock,
+    };
     match populate(&mut built, plan.devices, vcpus, pio, mmio) {
         Ok(()) => Ok(built),
         Err(error) => {
@@ -107,12 +119,15 @@ fn populate(
 ) -> Result<(), BuildError> {
     for (slot, device) in devices.into_iter().enumerate() {
         let id = device.id().to_owned();
-        built
-            .machine
-            .plug(slot, device)
-            .map_err(|e| BuildError::Device { id, reason: format!("{}: {}", e.what, e.source) })?;
+        built.machine.plug(slot, device).map_err(|e| BuildError::Device {
+            id,
+            reason: format!("{}: {}", e.what, e.source),
+        })?;
     }
-    kick::install_handler().map_err(|source| BuildError::Host { what: "signal handler", source })?;
+    kick::install_handler().map_err(|source| BuildError::Host {
+        what: "signal handler",
+        source,
+    })?;
     for (index, fd) in (0u8..).zip(vcpus) {
         let vcpu = Vcpu {
             index,
@@ -122,7 +137,10 @@ fn populate(
             lifecycle: built.lifecycle.clone(),
             counters: Arc::new(VcpuCounters::default()),
         };
-        let thread = vcpu.spawn().map_err(|source| BuildError::Host { what: "vCPU thread", source })?;
+        let thread = vcpu.spawn().map_err(|source| BuildError::Host {
+            what: "vCPU thread",
+            source,
+        })?;
         built.machine.vcpus.push(thread);
     }
     Ok(())
@@ -144,19 +162,24 @@ impl Plan {
         }
         let mut vsock = None;
         if let Some(config) = &config.vsock {
-            let (device, handle) = Vsock::new(config)
-                .map_err(|e| BuildError::Device { id: "vsock".to_owned(), reason: e.to_string() })?;
+            let (device, handle) = Vsock::new(config).map_err(|e| BuildError::Device {
+                id: "vsock".to_owned(),
+                reason: e.to_string(),
+            })?;
             all.push(Box::new(device));
             vsock = Some(handle);
         }
         for device in &config.devices {
-            all.push(
-                devices::create(device)
-                    .map_err(|reason| BuildError::Device { id: device.id().to_owned(), reason })?,
-            );
+            all.push(devices::create(device).map_err(|reason| BuildError::Device {
+                id: device.id().to_owned(),
+                reason,
+            })?);
         }
         let slots = all.len() + usize::from(config.hotplug_slots);
-        let too_many = || BuildError::TooManySlots { requested: slots, max: irq::MAX_SLOTS };
+        let too_many = || BuildError::TooManySlots {
+            requested: slots,
+            max: irq::MAX_SLOTS,
+        };
         let mut gsis = GsiAllocator::default();
         let ged_gsi = gsis.allocate().ok_or_else(too_many)?;
         let mut slot_gsis = Vec::new();
@@ -170,24 +193,39 @@ impl Plan {
             slot_gsis,
             serial: config.console == ConsoleConfig::Serial,
         };
-        Ok(Self { devices: all, vsock, acpi })
+        Ok(Self {
+            devices: all,
+            vsock,
+            acpi,
+        })
     }
 }
 
 fn check_vcpu_limit(kvm: &Kvm, config: &VmConfig) -> Result<(), BuildError> {
     let supported = kvm.get_max_vcpus();
     if usize::from(config.vcpus.max) > supported {
-        return Err(BuildError::TooManyVcpus { requested: config.vcpus.max, supported });
+        return Err(BuildError::TooManyVcpus {
+            requested: config.vcpus.max,
+            supported,
+        });
     }
     Ok(())
 }
 
-fn buses(slots: &Arc<Slots>, ged: &Arc<Ged>, serial: Option<Serial>) -> Result<(Arc<Bus>, Arc<Bus>), BuildError> {
+fn buses(
+    slots: &Arc<Slots>,
+    ged: &Arc<Ged>,
+    serial: Option<Serial>,
+) -> Result<(Arc<Bus>, Arc<Bus>), BuildError> {
     let mut pio = Bus::default();
     pio.insert(power::PORT.into(), power::PORTS.into(), Arc::new(Power))?;
     pio.insert(pvpanic::PORT.into(), 1, Arc::new(PvPanic))?;
     pio.insert(ged::PORT.into(), 1, ged.clone())?;
-    pio.insert(PRESENCE_PORT.into(), PRESENCE_PORTS.into(), Arc::new(Presence(slots.clone())))?;
+    pio.insert(
+        PRESENCE_PORT.into(),
+        PRESENCE_PORTS.into(),
+        Arc::new(Presence(slots.clone())),
+    )?;
     if let Some(serial) = serial {
         pio.insert(serial::PORT.into(), serial::PORTS.into(), Arc::new(serial))?;
     }
@@ -200,8 +238,10 @@ fn buses(slots: &Arc<Slots>, ged: &Arc<Ged>, serial: Option<Serial>) -> Result<(
 }
 
 fn new_irqfd(vm: &VmFd, gsi: u32) -> Result<Arc<EventFd>, BuildError> {
-    let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-        .map_err(|source| BuildError::Host { what: "eventfd", source })?;
+    let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| BuildError::Host {
+        what: "eventfd",
+        source,
+    })?;
     vm.register_irqfd(&irqfd, gsi).map_err(ioctl_error("KVM_IRQFD"))?;
     Ok(Arc::new(irqfd))
 }

@@ -67,7 +67,9 @@ pub enum BuildError {
         supported: usize,
     },
     /// More devices than slots.
-    #[error("devices: {requested} virtio-mmio slots requested (devices and hotplug slots), at most {max} exist")]
+    #[error(
+        "devices: {requested} virtio-mmio slots requested (devices and hotplug slots), at most {max} exist"
+    )]
     TooManySlots {
         /// Devices and hotplug slots together.
         requested: usize,

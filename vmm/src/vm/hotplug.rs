@@ -19,12 +19,23 @@ impl Vm {
             if machine.slot_of(&id).is_some() {
                 return Err(HotplugError::Exists(id.clone()));
             }
-            let no_slot = || HotplugError::NoFreeSlot { id: id.clone(), slots: machine.slots.len() };
+            let no_slot = || HotplugError::NoFreeSlot {
+                id: id.clone(),
+                slots: machine.slots.len(),
+            };
             let slot = machine.free_slot().ok_or_else(no_slot)?;
-            let device =
-                devices::create(&config).map_err(|reason| HotplugError::Device { id: id.clone(), reason })?;
-            let host_error = |what, source| HotplugError::Host { id: id.clone(), what, source };
-            let info = machine.plug(slot, device).map_err(|e| host_error(e.what, e.source))?;
+            let device = devices::create(&config).map_err(|reason| HotplugError::Device {
+                id: id.clone(),
+                reason,
+            })?;
+            let host_error = |what, source| HotplugError::Host {
+                id: id.clone(),
+                what,
+                source,
+            };
+            let info = machine
+                .plug(slot, device)
+                .map_err(|e| host_error(e.what, e.source))?;
             if let Err(error) = machine.ged.notify_slots_changed() {
                 machine.unplug(slot);
                 return Err(host_error("interrupt of the generic event device", error));
@@ -43,7 +54,10 @@ impl Vm {
         self.with_machine(id, |machine| {
             let not_found = || HotplugError::NotFound(id.to_owned());
             let slot = machine.slot_of(id).ok_or_else(not_found)?;
-            let active = machine.slots.lock(slot).is_some_and(|s| s.as_ref().is_some_and(|t| t.is_active()));
+            let active = machine
+                .slots
+                .lock(slot)
+                .is_some_and(|s| s.as_ref().is_some_and(|t| t.is_active()));
             if active {
                 return Err(HotplugError::InUse(id.to_owned()));
             }
@@ -60,7 +74,10 @@ impl Vm {
     ) -> Result<T, HotplugError> {
         match &mut *lock(&self.machine) {
             Some(machine) => operation(machine),
-            None => Err(HotplugError::State { id: id.to_owned(), state: self.state() }),
+            None => Err(HotplugError::State {
+                id: id.to_owned(),
+                state: self.state(),
+            }),
         }
     }
 }

@@ -45,7 +45,10 @@ pub struct Mark {
 impl Mark {
     /// Now.
     pub fn now() -> Self {
-        Self { instant: Instant::now(), time: SystemTime::now() }
+        Self {
+            instant: Instant::now(),
+            time: SystemTime::now(),
+        }
     }
 }
 

@@ -26,7 +26,10 @@ pub fn open() -> Result<Kvm, KvmError> {
     let kvm = Kvm::new().map_err(|error| match error.errno() {
         libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Missing(path.clone()),
         libc::EACCES | libc::EPERM => KvmError::Permission(path.clone()),
-        errno => KvmError::Open { path: path.clone(), source: io::Error::from_raw_os_error(errno) },
+        errno => KvmError::Open {
+            path: path.clone(),
+            source: io::Error::from_raw_os_error(errno),
+        },
     })?;
     match kvm.get_api_version() {
         API_VERSION => Ok(kvm),
@@ -57,13 +60,17 @@ pub fn create_vm(kvm: &Kvm) -> Result<VmFd, BuildError> {
 /// [`BuildError::Ioctl`].
 pub fn set_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), BuildError> {
     // KVM's own memslots, needed by Intel CPUs.
-    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(ioctl_error("KVM_SET_IDENTITY_MAP_ADDR"))?;
-    vm.set_tss_address(layout::KVM_TSS).map_err(ioctl_error("KVM_SET_TSS_ADDR"))?;
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+        .map_err(ioctl_error("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    vm.set_tss_address(layout::KVM_TSS)
+        .map_err(ioctl_error("KVM_SET_TSS_ADDR"))?;
     for (slot, region) in (0u32..).zip(memory.iter()) {
-        let host = region.get_host_address(MemoryRegionAddress(0)).map_err(|e| BuildError::Host {
-            what: "address of guest memory",
-            source: io::Error::other(e.to_string()),
-        })?;
+        let host = region
+            .get_host_address(MemoryRegionAddress(0))
+            .map_err(|e| BuildError::Host {
+                what: "address of guest memory",
+                source: io::Error::other(e.to_string()),
+            })?;
         let region = kvm_userspace_memory_region {
             slot,
             flags: 0,
@@ -80,5 +87,8 @@ pub fn set_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), BuildError> {
 
 /// Turns an errno into a [`BuildError::Ioctl`] that names the request.
 pub fn ioctl_error(ioctl: &'static str) -> impl Fn(kvm_ioctls::Error) -> BuildError {
-    move |error| BuildError::Ioctl { ioctl, source: io::Error::from_raw_os_error(error.errno()) }
+    move |error| BuildError::Ioctl {
+        ioctl,
+        source: io::Error::from_raw_os_error(error.errno()),
+    }
 }

@@ -52,7 +52,10 @@ impl Lifecycle {
     pub fn new(vcpus: usize) -> Self {
         Self {
             gate: Gate::new(vcpus),
-            state: Mutex::new(Inner { state: VmState::Configured, ending: None }),
+            state: Mutex::new(Inner {
+                state: VmState::Configured,
+                ending: None,
+            }),
             changed: Condvar::new(),
         }
     }
@@ -125,7 +128,12 @@ impl Lifecycle {
             inner = match deadline.map(|d| d.saturating_duration_since(Instant::now())) {
                 None => self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
                 Some(Duration::ZERO) => return None,
-                Some(left) => self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0,
+                Some(left) => {
+                    self.changed
+                        .wait_timeout(inner, left)
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0
+                }
             };
         }
     }
@@ -147,8 +155,13 @@ mod tests {
     #[test]
     fn transition_when_ending_is_refused_with_the_reason() {
         let lifecycle = Lifecycle::new(0);
-        lifecycle.transition(&[VmState::Configured], VmState::Running).unwrap();
-        assert_eq!(lifecycle.transition(&[VmState::Configured], VmState::Running), Err(VmState::Running));
+        lifecycle
+            .transition(&[VmState::Configured], VmState::Running)
+            .unwrap();
+        assert_eq!(
+            lifecycle.transition(&[VmState::Configured], VmState::Running),
+            Err(VmState::Running)
+        );
         lifecycle.finish(ExitReason::PowerOff);
         assert_eq!(
             lifecycle.transition(&[VmState::Running], VmState::Paused),
@@ -159,7 +172,10 @@ mod tests {
     #[test]
     fn wait_stopped_when_the_deadline_passes_gives_none() {
         let lifecycle = Lifecycle::new(0);
-        assert_eq!(lifecycle.wait_stopped(Some(Instant::now() + Duration::from_millis(5))), None);
+        assert_eq!(
+            lifecycle.wait_stopped(Some(Instant::now() + Duration::from_millis(5))),
+            None
+        );
         lifecycle.set_stopped(ExitReason::Stopped);
         assert_eq!(lifecycle.wait_stopped(None), Some(ExitReason::Stopped));
     }

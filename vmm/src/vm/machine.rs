@@ -62,9 +62,24 @@ impl Machine {
         ged: Arc<Ged>,
         (io, io_thread): (IoLoop, JoinHandle<()>),
     ) -> Self {
-        let slot_states =
-            slot_gsis.iter().map(|gsi| SlotState { gsi: *gsi, irqfd: None, used_before: false }).collect();
-        Self { vcpus: Vec::new(), slots, slot_states, ged, vm, memory, io, io_thread }
+        let slot_states = slot_gsis
+            .iter()
+            .map(|gsi| SlotState {
+                gsi: *gsi,
+                irqfd: None,
+                used_before: false,
+            })
+            .collect();
+        Self {
+            vcpus: Vec::new(),
+            slots,
+            slot_states,
+            ged,
+            vm,
+            memory,
+            io,
+            io_thread,
+        }
     }
 
     /// The slot a new device goes to: preferably one that never had a device, because Linux binds its driver by itself
@@ -73,13 +88,18 @@ impl Machine {
         let free = |index: &usize| self.slots.lock(*index).is_some_and(|slot| slot.is_none());
         let fresh = |index: &usize| self.slot_states.get(*index).is_some_and(|s| !s.used_before);
         let all = 0..self.slots.len();
-        all.clone().find(|i| free(i) && fresh(i)).or_else(|| all.clone().find(free))
+        all.clone()
+            .find(|i| free(i) && fresh(i))
+            .or_else(|| all.clone().find(free))
     }
 
     /// The slot of the device called `id`.
     pub fn slot_of(&self, id: &str) -> Option<usize> {
-        (0..self.slots.len())
-            .find(|index| self.slots.lock(*index).is_some_and(|slot| slot.as_ref().is_some_and(|t| t.id() == id)))
+        (0..self.slots.len()).find(|index| {
+            self.slots
+                .lock(*index)
+                .is_some_and(|slot| slot.as_ref().is_some_and(|t| t.id() == id))
+        })
     }
 
     /// Puts `device` into the empty slot `index`: interrupt, doorbells, registers, presence, in this order.
@@ -87,10 +107,15 @@ impl Machine {
     /// # Errors
     /// [`ConnectError`]; the slot is empty as before.
     pub fn plug(&mut self, index: usize, device: Box<dyn VirtioDevice>) -> Result<DeviceInfo, ConnectError> {
-        let no_slot = || ConnectError { what: "slot", source: io::ErrorKind::NotFound.into() };
+        let no_slot = || ConnectError {
+            what: "slot",
+            source: io::ErrorKind::NotFound.into(),
+        };
         let state = self.slot_states.get_mut(index).ok_or_else(no_slot)?;
         let irqfd = new_eventfd()?;
-        self.vm.register_irqfd(&irqfd, state.gsi).map_err(connect_error("KVM_IRQFD"))?;
+        self.vm
+            .register_irqfd(&irqfd, state.gsi)
+            .map_err(connect_error("KVM_IRQFD"))?;
         let kicks = match register_kicks(&self.vm, index, device.queue_sizes().len()) {
             Ok(kicks) => kicks,
             Err(error) => {
@@ -106,7 +131,10 @@ impl Machine {
             acpi_name: slots::acpi_name(index),
             needs_bind: state.used_before,
         };
-        let host = Host { memory: self.memory.clone(), io: self.io.clone() };
+        let host = Host {
+            memory: self.memory.clone(),
+            io: self.io.clone(),
+        };
         let interrupt = Interrupt::new(Arc::default(), irqfd.clone());
         state.irqfd = Some(irqfd);
         if let Some(mut slot) = self.slots.lock(index) {
@@ -182,7 +210,10 @@ impl Machine {
         if self.io_thread.join().is_err() {
             tracing::error!("I/O loop panicked");
         }
-        Remains { _vm: self.vm, _memory: self.memory }
+        Remains {
+            _vm: self.vm,
+            _memory: self.memory,
+        }
     }
 }
 
@@ -198,7 +229,8 @@ fn register_kicks(vm: &VmFd, slot: usize, queues: usize) -> Result<Vec<Arc<Event
     let mut kicks = Vec::new();
     for queue in (0u32..).take(queues) {
         let registered = new_eventfd().and_then(|kick| {
-            vm.register_ioevent(&kick, &address, queue).map_err(connect_error("KVM_IOEVENTFD"))?;
+            vm.register_ioevent(&kick, &address, queue)
+                .map_err(connect_error("KVM_IOEVENTFD"))?;
             Ok(kick)
         });
         match registered {
@@ -229,9 +261,15 @@ fn unregister(what: &str, result: Result<(), kvm_ioctls::Error>) {
 fn new_eventfd() -> Result<Arc<EventFd>, ConnectError> {
     EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
         .map(Arc::new)
-        .map_err(|source| ConnectError { what: "eventfd", source })
+        .map_err(|source| ConnectError {
+            what: "eventfd",
+            source,
+        })
 }
 
 fn connect_error(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> ConnectError {
-    move |error| ConnectError { what, source: io::Error::from_raw_os_error(error.errno()) }
+    move |error| ConnectError {
+        what,
+        source: io::Error::from_raw_os_error(error.errno()),
+    }
 }

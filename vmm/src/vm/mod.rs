@@ -6,7 +6,7 @@ mod error;
 mod exit;
 mod hotplug;
 mod info;
-mod kvm;
+pub(crate) mod kvm;
 pub(crate) mod lifecycle;
 mod machine;
 
@@ -48,7 +48,12 @@ impl Vm {
     /// [`BuildError`]; nothing is left behind.
     pub fn new(config: VmConfig) -> Result<Self, BuildError> {
         let build_started = Mark::now();
-        let build::Built { machine, lifecycle, console, vsock } = build::build(&config)?;
+        let build::Built {
+            machine,
+            lifecycle,
+            console,
+            vsock,
+        } = build::build(&config)?;
         let thread_count = machine.vcpus.len();
         let machine = Arc::new(Mutex::new(Some(machine)));
         spawn_reaper(lifecycle.clone(), machine.clone()).inspect_err(|_| {
@@ -58,7 +63,11 @@ impl Vm {
             }
         })?;
         tracing::info!(id = config.id, vcpus = thread_count, "machine built");
-        let timings = BootTimings { build_started, built: Mark::now(), started: None };
+        let timings = BootTimings {
+            build_started,
+            built: Mark::now(),
+            started: None,
+        };
         Ok(Self {
             id: config.id,
             lifecycle,
@@ -181,7 +190,10 @@ impl Vm {
 
     /// Counters of vCPUs and devices; empty once the machine is stopped.
     pub fn metrics(&self) -> VmMetrics {
-        lock(&self.machine).as_ref().map(Machine::metrics).unwrap_or_default()
+        lock(&self.machine)
+            .as_ref()
+            .map(Machine::metrics)
+            .unwrap_or_default()
     }
 
     /// Kernel thread ids of the vCPUs and the I/O loop; empty, with an `io` of 0, once the machine is stopped.
@@ -191,7 +203,10 @@ impl Vm {
                 vcpus: machine.vcpus.iter().map(|vcpu| (vcpu.index, vcpu.tid)).collect(),
                 io: machine.io.thread_id(),
             },
-            None => ThreadIds { vcpus: Vec::new(), io: 0 },
+            None => ThreadIds {
+                vcpus: Vec::new(),
+                io: 0,
+            },
         }
     }
 
@@ -201,7 +216,9 @@ impl Vm {
     }
 
     fn transition(&self, operation: &'static str, from: VmState, to: VmState) -> Result<(), VmError> {
-        self.lifecycle.transition(&[from], to).map_err(|state| VmError::State { operation, state })
+        self.lifecycle
+            .transition(&[from], to)
+            .map_err(|state| VmError::State { operation, state })
     }
 }
 
@@ -227,7 +244,10 @@ fn spawn_reaper(lifecycle: Arc<Lifecycle>, machine: Arc<Mutex<Option<Machine>>>)
         .name("vmm-reaper".to_owned())
         .spawn(reap)
         .map(drop)
-        .map_err(|source| BuildError::Host { what: "reaper thread", source })
+        .map_err(|source| BuildError::Host {
+            what: "reaper thread",
+            source,
+        })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

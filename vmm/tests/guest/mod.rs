@@ -2,14 +2,14 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub mod initramfs;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use dragonball::Vm;
-use dragonball::config::{
-    BootConfig, ConsoleConfig, DeviceConfig, MemoryConfig, VcpuConfig, VmConfig,
-};
+use dragonball::config::{BootConfig, ConsoleConfig, DeviceConfig, MemoryConfig, VcpuConfig, VmConfig};
 use dragonball::vm::ExitReason;
 
 /// Where the guest's code is loaded and starts.
@@ -47,12 +47,26 @@ impl Code {
     /// mov dword [address], value (through rdi)
     pub fn store32(self, address: u64, value: u32) -> Self {
         // mov rdi, imm64; mov dword [rdi], imm32
-        self.raw(&[0x48, 0xbf]).raw(&address.to_le_bytes()).raw(&[0xc7, 0x07]).raw(&value.to_le_bytes())
+        self.raw(&[0x48, 0xbf])
+            .raw(&address.to_le_bytes())
+            .raw(&[0xc7, 0x07])
+            .raw(&value.to_le_bytes())
+    }
+
+    /// Maps the 2 MiB pages at 0xd000_0000 and 0xfee0_0000, which the boot page tables leave out, with a page directory at
+    /// 0x3_0000.
+    pub fn map_devices(self) -> Self {
+        let page_directory_pointer = 0xa000;
+        self.store32(0x3_0000 + (0xd000_0000 >> 21 & 511) * 8, 0xd000_0083)
+            .store32(0x3_0000 + (0xfee0_0000 >> 21 & 511) * 8, 0xfee0_0083)
+            .store32(page_directory_pointer + 3 * 8, 0x3_0003)
     }
 
     /// mov eax, [address] (through rdi)
     pub fn load32(self, address: u64) -> Self {
-        self.raw(&[0x48, 0xbf]).raw(&address.to_le_bytes()).raw(&[0x8b, 0x07])
+        self.raw(&[0x48, 0xbf])
+            .raw(&address.to_le_bytes())
+            .raw(&[0x8b, 0x07])
     }
 
     /// Prints the lowest byte of eax as two hexadecimal digits and a newline.
@@ -103,7 +117,14 @@ pub fn elf(code: &[u8]) -> Vec<u8> {
     }
     file.extend_from_slice(&1u32.to_le_bytes());
     file.extend_from_slice(&7u32.to_le_bytes());
-    for word in [0x1000, LOAD, LOAD, code.len() as u64, code.len() as u64 + 0x1000, 0x1000] {
+    for word in [
+        0x1000,
+        LOAD,
+        LOAD,
+        code.len() as u64,
+        code.len() as u64 + 0x1000,
+        0x1000,
+    ] {
         file.extend_from_slice(&word.to_le_bytes());
     }
     file.resize(0x1000, 0);
@@ -162,7 +183,10 @@ pub fn config(scratch: &Scratch, code: &Code) -> VmConfig {
 
 /// The same with devices.
 pub fn config_with(scratch: &Scratch, code: &Code, devices: Vec<DeviceConfig>) -> VmConfig {
-    VmConfig { devices, ..config(scratch, code) }
+    VmConfig {
+        devices,
+        ..config(scratch, code)
+    }
 }
 
 /// Runs `code` to its end.
@@ -178,7 +202,11 @@ pub fn run(code: &Code) -> (ExitReason, Vec<String>) {
 pub fn wait_for(vm: &Vm, text: &str) {
     let end = std::time::Instant::now() + LONG;
     while !vm.console().tail(1000).join("\n").contains(text) {
-        assert!(std::time::Instant::now() < end, "no {text:?} in {:?}", vm.console().tail(20));
+        assert!(
+            std::time::Instant::now() < end,
+            "no {text:?} in {:?}",
+            vm.console().tail(20)
+        );
         std::thread::sleep(Duration::from_millis(2));
     }
 }

@@ -37,7 +37,26 @@ impl Cgroup {
     /// The cgroup of container `id`.
     pub fn of(id: &str) -> Self {
         let relative = CGROUP_PARENT.trim_start_matches('/');
-        Self { path: Path::new(CGROUP_ROOT).join(relative).join(id) }
+        Self {
+            path: Path::new(CGROUP_ROOT).join(relative).join(id),
+        }
+    }
+
+    /// A file of it.
+    pub(super) fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Its path below the hierarchy's root, as libcgroups wants it.
+    pub(super) fn relative(&self) -> PathBuf {
+        let relative = self.path.strip_prefix(CGROUP_ROOT).unwrap_or(&self.path);
+        Path::new("/").join(relative)
+    }
+
+    /// A cgroup elsewhere.
+    #[cfg(test)]
+    pub(super) fn at(path: PathBuf) -> Self {
+        Self { path }
     }
 
     /// Signals every process in it. SIGKILL catches processes that fork meanwhile, too.
@@ -47,7 +66,11 @@ impl Cgroup {
         }
         // A missing file is a cgroup that is gone, and everything in it.
         let processes = std::fs::read_to_string(self.path.join("cgroup.procs")).unwrap_or_default();
-        for pid in processes.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid > 0) {
+        for pid in processes
+            .lines()
+            .filter_map(|line| line.parse().ok())
+            .filter(|pid| *pid > 0)
+        {
             // Gone since the file was read.
             let _ = kill(Pid::from_raw(pid), signal);
         }
@@ -64,7 +87,12 @@ impl Cgroup {
                     self.signal_all(Signal::SIGKILL);
                     std::thread::sleep(REMOVAL_INTERVAL);
                 }
-                Err(source) => return Err(CgroupError::Remove { path: self.path.clone(), source }),
+                Err(source) => {
+                    return Err(CgroupError::Remove {
+                        path: self.path.clone(),
+                        source,
+                    });
+                }
             }
         }
     }

@@ -112,13 +112,24 @@ fn run(request: &Request) -> Result<i32, HelperError> {
     }
     match &request.kind {
         Kind::Create { bundle } => {
-            let init = builder.as_init(bundle).with_systemd(false).as_sibling(true).with_detach(true);
+            let init = builder
+                .as_init(bundle)
+                .with_systemd(false)
+                .as_sibling(true)
+                .with_detach(true);
             let container = init.build()?;
-            container.pid().map(|pid| pid.as_raw()).ok_or_else(|| HelperError::NoProcess(request.id.clone()))
+            container
+                .pid()
+                .map(|pid| pid.as_raw())
+                .ok_or_else(|| HelperError::NoProcess(request.id.clone()))
         }
         Kind::Exec { process } => {
             mark_running(request)?;
-            let tenant = builder.as_tenant().with_process(Some(process)).as_sibling(true).with_detach(true);
+            let tenant = builder
+                .as_tenant()
+                .with_process(Some(process))
+                .as_sibling(true)
+                .with_detach(true);
             Ok(tenant.build()?.as_raw())
         }
     }
@@ -155,7 +166,9 @@ struct Program;
 
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        find(spec).map(drop).map_err(ExecutorValidationError::ArgValidationError)
+        find(spec)
+            .map(drop)
+            .map_err(ExecutorValidationError::ArgValidationError)
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
@@ -171,22 +184,36 @@ impl Executor for Program {
 }
 
 fn execute(spec: &Spec, path: &str) -> Result<std::convert::Infallible, String> {
-    let c_string = |text: &str| CString::new(text).map_err(|_| format!("exec: {text:?}: contains a NUL byte"));
-    let arguments: Vec<CString> = arguments(spec).iter().map(|text| c_string(text)).collect::<Result<_, _>>()?;
+    let c_string =
+        |text: &str| CString::new(text).map_err(|_| format!("exec: {text:?}: contains a NUL byte"));
+    let arguments: Vec<CString> = arguments(spec)
+        .iter()
+        .map(|text| c_string(text))
+        .collect::<Result<_, _>>()?;
     execv(&c_string(path)?, &arguments).map_err(|errno| format!("exec: {path:?}: {}", describe(errno)))
 }
 
 /// The path of the program, seen from inside the container: as it is if it contains a slash, else from `$PATH`.
 fn find(spec: &Spec) -> Result<String, String> {
-    let name = arguments(spec).first().filter(|name| !name.is_empty()).ok_or("exec: no command given")?;
+    let name = arguments(spec)
+        .first()
+        .filter(|name| !name.is_empty())
+        .ok_or("exec: no command given")?;
     if name.contains('/') {
         return match executable(name) {
             Ok(()) => Ok(name.clone()),
             Err(errno) => Err(format!("exec: {name:?}: {}", describe(errno))),
         };
     }
-    let environment = spec.process().as_ref().and_then(|process| process.env().as_deref()).unwrap_or_default();
-    let path = environment.iter().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or_default();
+    let environment = spec
+        .process()
+        .as_ref()
+        .and_then(|process| process.env().as_deref())
+        .unwrap_or_default();
+    let path = environment
+        .iter()
+        .find_map(|entry| entry.strip_prefix("PATH="))
+        .unwrap_or_default();
     let mut refused = None;
     for folder in path.split(':') {
         let candidate = format!("{}/{name}", if folder.is_empty() { "." } else { folder });
@@ -213,7 +240,10 @@ fn executable(path: &str) -> nix::Result<()> {
 }
 
 fn arguments(spec: &Spec) -> &[String] {
-    spec.process().as_ref().and_then(|process| process.args().as_deref()).unwrap_or_default()
+    spec.process()
+        .as_ref()
+        .and_then(|process| process.args().as_deref())
+        .unwrap_or_default()
 }
 
 fn describe(errno: nix::Error) -> String {

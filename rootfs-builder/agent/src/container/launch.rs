@@ -54,7 +54,11 @@ pub struct Launched {
 ///
 /// # Errors
 /// No process was made. Nothing of it is left, except what libcontainer had put on disk.
-pub async fn launch(reaper: &Reaper, request: &Request, stdio: Vec<OwnedFd>) -> Result<Launched, LaunchError> {
+pub async fn launch(
+    reaper: &Reaper,
+    request: &Request,
+    stdio: Vec<OwnedFd>,
+) -> Result<Launched, LaunchError> {
     let _launch = reaper.launch();
     let (result_reader, result_writer) = pipe2(OFlag::O_CLOEXEC).map_err(io::Error::from)?;
     let (exec_reader, exec_writer) = pipe2(OFlag::O_CLOEXEC).map_err(io::Error::from)?;
@@ -64,7 +68,11 @@ pub async fn launch(reaper: &Reaper, request: &Request, stdio: Vec<OwnedFd>) -> 
     let helper = spawn(request, descriptors)?;
     let helper_exit = reaper.exit_of(helper);
 
-    let answer = timeout(LAUNCH_PATIENCE, hear(pipe::Receiver::from_owned_fd(result_reader)?, helper_exit)).await;
+    let answer = timeout(
+        LAUNCH_PATIENCE,
+        hear(pipe::Receiver::from_owned_fd(result_reader)?, helper_exit),
+    )
+    .await;
     match answer {
         Err(_) => {
             // Its exit is collected like any orphan's.
@@ -76,7 +84,11 @@ pub async fn launch(reaper: &Reaper, request: &Request, stdio: Vec<OwnedFd>) -> 
         Ok(Ok(Answer::Pid(pid))) => {
             let pid = Pid::from_raw(pid);
             let exec_report = pipe::Receiver::from_owned_fd(exec_reader)?;
-            Ok(Launched { pid, exit: reaper.exit_of(pid), exec_report })
+            Ok(Launched {
+                pid,
+                exit: reaper.exit_of(pid),
+                exec_report,
+            })
         }
     }
 }
@@ -85,7 +97,10 @@ pub async fn launch(reaper: &Reaper, request: &Request, stdio: Vec<OwnedFd>) -> 
 fn spawn(request: &Request, descriptors: Vec<OwnedFd>) -> io::Result<Pid> {
     let raw: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("kata-agent").arg(ARGUMENT).arg(serde_json::to_string(request)?);
+    command
+        .arg0("kata-agent")
+        .arg(ARGUMENT)
+        .arg(serde_json::to_string(request)?);
     let place = move || {
         // Park first: a source may carry the number of another one's place.
         let mut parked = [0; 8];
@@ -106,7 +121,7 @@ fn spawn(request: &Request, descriptors: Vec<OwnedFd>) -> io::Result<Pid> {
     };
     // SAFETY: the closure runs between fork and exec and makes only async-signal-safe calls.
     unsafe { command.pre_exec(place) };
-    #[expect(clippy::zombie_processes, reason = "the reaper collects it")]
+    // Collected by the reaper, which is the only one to call waitpid.
     let child = command.spawn()?;
     let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
     Ok(Pid::from_raw(pid))

@@ -3,9 +3,11 @@
 mod cgroup;
 pub mod helper;
 mod launch;
+mod oom;
 mod ports;
 mod process;
 mod pty;
+mod resources;
 mod spec;
 mod stdio;
 
@@ -17,19 +19,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use oci_spec::runtime::{Process as ProcessSpec, Spec};
 use nix::sys::signal::Signal;
+use oci_spec::runtime::{Process as ProcessSpec, Spec};
 use tokio::net::unix::pipe;
 use tokio::time::timeout;
 
-pub use cgroup::{Cgroup, CgroupError};
+use cgroup::Cgroup;
 use helper::{Kind, Request};
 pub use launch::LaunchError;
 pub use ports::{PortError, Ports};
 pub use process::{Process, SignalError};
+pub use resources::{ResourceError, network_stats};
 pub use spec::{CGROUP_PARENT, Shared, SpecError, adapt, set_device_numbers};
-use stdio::{Pipes, Plan, exec_outcome};
-pub use stdio::{Stdio, StreamError};
+use stdio::{Pipes, exec_outcome};
+pub use stdio::{Plan, Stdio, StreamError};
 
 use crate::reaper::Reaper;
 
@@ -47,6 +50,9 @@ pub enum ContainerError {
     /// The specification cannot be run here.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// A limit could not be set.
+    #[error(transparent)]
+    Resources(#[from] ResourceError),
     /// The program could not be executed.
     #[error("{0}")]
     Exec(String),
@@ -126,6 +132,8 @@ pub struct Context {
     pub state_folder: PathBuf,
     /// Capacity of stdio pipes.
     pub pipe_size: Option<u32>,
+    /// Gets the name of a container whose process was killed for memory.
+    pub out_of_memory: tokio::sync::mpsc::Sender<String>,
 }
 
 /// A container.
@@ -165,9 +173,25 @@ impl Container {
         let config = bundle.join("config.json");
         write_json(&config, spec)?;
         let process = spec.process().clone().ok_or(SpecError::Missing("process"))?;
-        let made = make(&context, &id, &bundle, &process, Kind::Create { bundle: bundle.clone() }, plan).await?;
+        let made = make(
+            &context,
+            &id,
+            &bundle,
+            &process,
+            Kind::Create {
+                bundle: bundle.clone(),
+            },
+            plan,
+        )
+        .await?;
+        let cgroup = Cgroup::of(&id);
+        tokio::spawn(oom::watch(
+            cgroup.clone(),
+            id.clone(),
+            context.out_of_memory.clone(),
+        ));
         Ok(Self {
-            cgroup: Cgroup::of(&id),
+            cgroup,
             init: Arc::new(made.process),
             exec_report: Mutex::new(Some(made.exec_report)),
             execs: Mutex::default(),
@@ -190,8 +214,14 @@ impl Container {
             (_, actual) => return Err(self.wrong_state(actual, "created")),
         };
         let notified = notify(&self.context.state_folder.join(&self.id));
-        notified.map_err(|source| ContainerError::Notify { id: self.id.clone(), source })?;
-        match exec_outcome(&mut report, EXEC_PATIENCE).await.map_err(ContainerError::Stdio)? {
+        notified.map_err(|source| ContainerError::Notify {
+            id: self.id.clone(),
+            source,
+        })?;
+        match exec_outcome(&mut report, EXEC_PATIENCE)
+            .await
+            .map_err(ContainerError::Stdio)?
+        {
             Some(reason) => Err(ContainerError::Exec(reason)),
             None => Ok(()),
         }
@@ -201,7 +231,12 @@ impl Container {
     ///
     /// # Errors
     /// The container does not run, the name is taken, or the program cannot be executed.
-    pub async fn exec(&self, exec_id: &str, mut process: ProcessSpec, plan: Plan) -> Result<(), ContainerError> {
+    pub async fn exec(
+        &self,
+        exec_id: &str,
+        mut process: ProcessSpec,
+        plan: Plan,
+    ) -> Result<(), ContainerError> {
         if self.state() != State::Running {
             return Err(self.wrong_state(self.state(), "running"));
         }
@@ -217,7 +252,9 @@ impl Container {
         let file = self.bundle.join(format!("exec-{number}.json"));
         let result = match write_json(&file, &process) {
             Ok(()) => {
-                let kind = Kind::Exec { process: file.clone() };
+                let kind = Kind::Exec {
+                    process: file.clone(),
+                };
                 make(&self.context, &self.id, &self.bundle, &process, kind, plan).await
             }
             Err(error) => Err(error),
@@ -227,7 +264,9 @@ impl Container {
         let mut execs = lock(&self.execs);
         match result {
             Ok(made) => {
-                execs.by_id.insert(exec_id.to_owned(), Some(Arc::new(made.process)));
+                execs
+                    .by_id
+                    .insert(exec_id.to_owned(), Some(Arc::new(made.process)));
                 Ok(())
             }
             Err(error) => {
@@ -246,10 +285,15 @@ impl Container {
             return Ok(Arc::clone(&self.init));
         }
         let execs = lock(&self.execs);
-        execs.by_id.get(exec_id).cloned().flatten().ok_or_else(|| ContainerError::NoProcess {
-            id: self.id.clone(),
-            exec_id: exec_id.to_owned(),
-        })
+        execs
+            .by_id
+            .get(exec_id)
+            .cloned()
+            .flatten()
+            .ok_or_else(|| ContainerError::NoProcess {
+                id: self.id.clone(),
+                exec_id: exec_id.to_owned(),
+            })
     }
 
     /// Notes that the host has learned how `exec_id` ended; the oldest such are forgotten.
@@ -275,12 +319,19 @@ impl Container {
         let process = self.process(exec_id)?;
         let is_init = Arc::ptr_eq(&process, &self.init);
         let created = lock(&self.exec_report).is_some();
-        let outcome = if is_init && created { process.cancel(signal) } else { process.signal(signal, is_init) };
+        let outcome = if is_init && created {
+            process.cancel(signal)
+        } else {
+            process.signal(signal, is_init)
+        };
         match outcome {
             Ok(()) => {}
             Err(SignalError::Gone) if is_init => {}
             Err(SignalError::Gone) => {
-                return Err(ContainerError::NoProcess { id: self.id.clone(), exec_id: exec_id.to_owned() });
+                return Err(ContainerError::NoProcess {
+                    id: self.id.clone(),
+                    exec_id: exec_id.to_owned(),
+                });
             }
         }
         // With a PID namespace of its own the container dies with its init; in a shared one it does not.
@@ -296,7 +347,11 @@ impl Container {
         // The process may not be in the cgroup yet, or the cgroup gone already.
         let _ = self.init.signal(Signal::SIGKILL, false);
         if timeout(patience, self.init.wait()).await.is_err() {
-            tracing::warn!(container = self.id, "init survived SIGKILL for {} s", patience.as_secs());
+            tracing::warn!(
+                container = self.id,
+                "init survived SIGKILL for {} s",
+                patience.as_secs()
+            );
         }
     }
 
@@ -347,14 +402,21 @@ impl Container {
     fn reserve(&self, exec_id: &str) -> Result<(), ContainerError> {
         let mut execs = lock(&self.execs);
         if exec_id == self.id || execs.by_id.contains_key(exec_id) {
-            return Err(ContainerError::ProcessExists { id: self.id.clone(), exec_id: exec_id.to_owned() });
+            return Err(ContainerError::ProcessExists {
+                id: self.id.clone(),
+                exec_id: exec_id.to_owned(),
+            });
         }
         execs.by_id.insert(exec_id.to_owned(), None);
         Ok(())
     }
 
     fn wrong_state(&self, actual: State, needed: &'static str) -> ContainerError {
-        ContainerError::State { id: self.id.clone(), actual, needed }
+        ContainerError::State {
+            id: self.id.clone(),
+            actual,
+            needed,
+        }
     }
 }
 
@@ -373,13 +435,22 @@ async fn make(
     kind: Kind,
     plan: Plan,
 ) -> Result<Made, ContainerError> {
-    let mut request = Request { id: id.to_owned(), state: context.state_folder.clone(), console: None, kind };
+    let mut request = Request {
+        id: id.to_owned(),
+        state: context.state_folder.clone(),
+        console: None,
+        kind,
+    };
     if spec.terminal() != Some(true) {
         let owner = (spec.user().uid(), spec.user().gid());
-        let (pipes, child_ends) = Pipes::make(&plan, owner, context.pipe_size).map_err(ContainerError::Stdio)?;
+        let (pipes, child_ends) =
+            Pipes::make(&plan, owner, context.pipe_size).map_err(ContainerError::Stdio)?;
         let launched = launch::launch(&context.reaper, &request, child_ends).await?;
         let process = Process::new(launched.pid, launched.exit, |exit| pipes.connect(plan, exit));
-        return Ok(Made { process, exec_report: launched.exec_report });
+        return Ok(Made {
+            process,
+            exec_report: launched.exec_report,
+        });
     }
 
     static CONSOLES: AtomicU64 = AtomicU64::new(0);
@@ -391,10 +462,17 @@ async fn make(
     let terminal = console.receive().map_err(ContainerError::Stdio)?;
     if let Some(size) = spec.console_size() {
         let side = |length: u64| u16::try_from(length).unwrap_or(u16::MAX);
-        terminal.resize(side(size.height()), side(size.width())).map_err(ContainerError::Stdio)?;
+        terminal
+            .resize(side(size.height()), side(size.width()))
+            .map_err(ContainerError::Stdio)?;
     }
-    let process = Process::new(launched.pid, launched.exit, |exit| Stdio::terminal(terminal, plan, exit));
-    Ok(Made { process, exec_report: launched.exec_report })
+    let process = Process::new(launched.pid, launched.exit, |exit| {
+        Stdio::terminal(terminal, plan, exit)
+    });
+    Ok(Made {
+        process,
+        exec_report: launched.exec_report,
+    })
 }
 
 /// Tells a created container's init to go on. Its socket is reached through a descriptor of its folder, because the
@@ -409,8 +487,13 @@ fn notify(folder: &Path) -> io::Result<()> {
 }
 
 fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), ContainerError> {
-    let written = serde_json::to_vec(value).map_err(io::Error::from).and_then(|bytes| std::fs::write(path, bytes));
-    written.map_err(|source| ContainerError::File { path: path.to_owned(), source })
+    let written = serde_json::to_vec(value)
+        .map_err(io::Error::from)
+        .and_then(|bytes| std::fs::write(path, bytes));
+    written.map_err(|source| ContainerError::File {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

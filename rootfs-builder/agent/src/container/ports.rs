@@ -121,7 +121,10 @@ impl Ports {
             None => connection,
         };
         if state.parked.len() >= MAX_PARKED {
-            tracing::warn!(port, "dropped a stdio connection: {MAX_PARKED} are waiting to be asked for");
+            tracing::warn!(
+                port,
+                "dropped a stdio connection: {MAX_PARKED} are waiting to be asked for"
+            );
             return;
         }
         state.parked.insert(port, connection);
@@ -167,7 +170,10 @@ mod tests {
 
         let error = ports.claim(0, 77, 0).await.err().unwrap();
 
-        assert_eq!(error.to_string(), "stdio port 77: no connection from the host within 10 s");
+        assert_eq!(
+            error.to_string(),
+            "stdio port 77: no connection from the host within 10 s"
+        );
         assert!(ports.state().awaited.is_empty());
     }
 

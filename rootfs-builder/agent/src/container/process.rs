@@ -41,7 +41,12 @@ impl Process {
                 sender.send_replace(Some(code));
             }
         });
-        Self { pid, stdio: stdio(receiver.clone()), exit: receiver, replaced: AtomicI32::new(0) }
+        Self {
+            pid,
+            stdio: stdio(receiver.clone()),
+            exit: receiver,
+            replaced: AtomicI32::new(0),
+        }
     }
 
     /// Its pid in the guest.
@@ -121,11 +126,14 @@ impl Process {
 
 /// Whether the process handles `signal`, or chose to ignore it. If /proc does not say, assume that it does.
 fn reacts_to(pid: Pid, signal: Signal) -> bool {
-    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else { return true };
+    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else {
+        return true;
+    };
     let bit = 1_u64 << (signal as u32 - 1);
     let set_in = |name: &str| {
         let mask = status.lines().find_map(|line| line.strip_prefix(name));
-        mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & bit != 0)
+        mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+            .is_some_and(|mask| mask & bit != 0)
     };
     set_in("SigCgt:") || set_in("SigIgn:") || set_in("SigBlk:")
 }

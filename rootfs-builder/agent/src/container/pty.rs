@@ -70,7 +70,9 @@ impl Pty {
     fn new(master: OwnedFd) -> io::Result<Self> {
         let flags = OFlag::from_bits_truncate(fcntl(&master, FcntlArg::F_GETFL)?);
         fcntl(&master, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-        Ok(Self { master: AsyncFd::new(master)? })
+        // SAFETY: an OwnedFd keeps its descriptor open and the same for as long as it is registered.
+        let master = unsafe { AsyncFd::register(master)? };
+        Ok(Self { master })
     }
 
     /// Reads what the terminal shows; 0 when the last process closed it.
@@ -109,7 +111,12 @@ impl Pty {
     /// # Errors
     /// The terminal failed.
     pub fn resize(&self, rows: u16, columns: u16) -> io::Result<()> {
-        let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        let size = libc::winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
         // SAFETY: TIOCSWINSZ reads one `winsize`, which outlives the call; the descriptor is open.
         let result = unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &size) };
         nix::errno::Errno::result(result)?;

@@ -64,7 +64,11 @@ pub fn adapt(spec: &mut Spec, id: &str, bundle: &Path, shared: &Shared) -> Resul
     }
     adapt_root(spec, bundle)?;
     adapt_process(spec)?;
-    if spec.hooks().as_ref().is_some_and(|hooks| *hooks != oci_spec::runtime::Hooks::default()) {
+    if spec
+        .hooks()
+        .as_ref()
+        .is_some_and(|hooks| *hooks != oci_spec::runtime::Hooks::default())
+    {
         tracing::warn!(container = id, "hooks belong to the host; the guest runs none");
     }
     spec.set_hooks(None);
@@ -73,7 +77,10 @@ pub fn adapt(spec: &mut Spec, id: &str, bundle: &Path, shared: &Shared) -> Resul
 
     let linux = spec.linux_mut().as_mut().ok_or(SpecError::Missing("linux"))?;
     if linux.seccomp().is_some() {
-        tracing::warn!(container = id, "seccomp profile not applied: the guest kernel is the boundary");
+        tracing::warn!(
+            container = id,
+            "seccomp profile not applied: the guest kernel is the boundary"
+        );
     }
     linux
         .set_seccomp(None)
@@ -90,16 +97,27 @@ pub fn adapt(spec: &mut Spec, id: &str, bundle: &Path, shared: &Shared) -> Resul
 /// # Errors
 /// A device is missing.
 pub fn set_device_numbers(spec: &mut Spec, devices: &[(String, String)]) -> Result<(), SpecError> {
-    let Some(nodes) = spec.linux_mut().as_mut().and_then(|linux| linux.devices_mut().as_mut()) else { return Ok(()) };
+    let Some(nodes) = spec
+        .linux_mut()
+        .as_mut()
+        .and_then(|linux| linux.devices_mut().as_mut())
+    else {
+        return Ok(());
+    };
     for (container_path, vm_path) in devices {
-        let status =
-            stat(vm_path.as_str()).map_err(|source| SpecError::Device { path: vm_path.clone(), source })?;
+        let status = stat(vm_path.as_str()).map_err(|source| SpecError::Device {
+            path: vm_path.clone(),
+            source,
+        })?;
         let kind = if SFlag::from_bits_truncate(status.st_mode).contains(SFlag::S_IFBLK) {
             LinuxDeviceType::B
         } else {
             LinuxDeviceType::C
         };
-        for node in nodes.iter_mut().filter(|node| node.path() == Path::new(container_path)) {
+        for node in nodes
+            .iter_mut()
+            .filter(|node| node.path() == Path::new(container_path))
+        {
             node.set_typ(kind)
                 .set_major(i64::try_from(major(status.st_rdev)).unwrap_or(i64::MAX))
                 .set_minor(i64::try_from(minor(status.st_rdev)).unwrap_or(i64::MAX));
@@ -154,20 +172,33 @@ fn adapt_namespaces(namespaces: Vec<LinuxNamespace>, shared: &Shared) -> Vec<Lin
 
 /// The pod's network is the guest's own, so its sysctls are set here; libcontainer would refuse them.
 fn apply_network_sysctls(linux: &mut oci_spec::runtime::Linux) -> Result<(), SpecError> {
-    let Some(sysctls) = linux.sysctl().clone() else { return Ok(()) };
-    let (network, rest): (Vec<_>, Vec<_>) =
-        sysctls.into_iter().partition(|(name, _)| name.replace('/', ".").starts_with("net."));
+    let Some(sysctls) = linux.sysctl().clone() else {
+        return Ok(());
+    };
+    let (network, rest): (Vec<_>, Vec<_>) = sysctls
+        .into_iter()
+        .partition(|(name, _)| name.starts_with("net.") || name.starts_with("net/"));
     for (name, value) in network {
         let path = sysctl_path(&name)?;
         fs::write(path, value).map_err(|source| SpecError::Sysctl { name, source })?;
     }
-    linux.set_sysctl(Some(rest.into_iter().collect()).filter(|map: &std::collections::HashMap<_, _>| !map.is_empty()));
+    linux.set_sysctl(
+        Some(rest.into_iter().collect()).filter(|map: &std::collections::HashMap<_, _>| !map.is_empty()),
+    );
     Ok(())
 }
 
+/// As sysctl(8) reads names: separated by dots, or by slashes if there is one (interface names contain dots).
 fn sysctl_path(name: &str) -> Result<PathBuf, SpecError> {
-    let relative = PathBuf::from(name.replace('.', "/"));
-    if relative.components().all(|part| matches!(part, Component::Normal(_))) {
+    let relative = if name.contains('/') {
+        PathBuf::from(name)
+    } else {
+        PathBuf::from(name.replace('.', "/"))
+    };
+    if relative
+        .components()
+        .all(|part| matches!(part, Component::Normal(_)))
+    {
         Ok(Path::new("/proc/sys").join(relative))
     } else {
         Err(SpecError::SysctlName(name.to_owned()))
@@ -181,20 +212,33 @@ mod tests {
     use super::*;
 
     fn shared() -> Shared {
-        Shared { ipc: "/proc/1/fd/8".into(), uts: "/proc/1/fd/9".into(), pid: None }
+        Shared {
+            ipc: "/proc/1/fd/8".into(),
+            uts: "/proc/1/fd/9".into(),
+            pid: None,
+        }
     }
 
     fn spec() -> Spec {
         let mut spec = Spec::default();
         spec.root_mut().as_mut().unwrap().set_path("/tmp".into());
-        spec.linux_mut().as_mut().unwrap().set_seccomp(Some(LinuxSeccomp::default()));
+        spec.linux_mut()
+            .as_mut()
+            .unwrap()
+            .set_seccomp(Some(LinuxSeccomp::default()));
         spec
     }
 
     #[test]
     fn namespaces_when_adapted_are_the_pods() {
         let mut spec = spec();
-        let namespaces = spec.linux_mut().as_mut().unwrap().namespaces_mut().as_mut().unwrap();
+        let namespaces = spec
+            .linux_mut()
+            .as_mut()
+            .unwrap()
+            .namespaces_mut()
+            .as_mut()
+            .unwrap();
         for namespace in namespaces.iter_mut() {
             namespace.set_path(Some("/proc/4711/ns/x".into()));
         }
@@ -204,11 +248,20 @@ mod tests {
         let linux = spec.linux().as_ref().unwrap();
         let path_of = |kind| {
             let namespaces = linux.namespaces().as_ref().unwrap();
-            namespaces.iter().find(|namespace| namespace.typ() == kind).map(|namespace| namespace.path().clone())
+            namespaces
+                .iter()
+                .find(|namespace| namespace.typ() == kind)
+                .map(|namespace| namespace.path().clone())
         };
         assert_eq!(path_of(LinuxNamespaceType::Network), None);
-        assert_eq!(path_of(LinuxNamespaceType::Uts), Some(Some("/proc/1/fd/9".into())));
-        assert_eq!(path_of(LinuxNamespaceType::Ipc), Some(Some("/proc/1/fd/8".into())));
+        assert_eq!(
+            path_of(LinuxNamespaceType::Uts),
+            Some(Some("/proc/1/fd/9".into()))
+        );
+        assert_eq!(
+            path_of(LinuxNamespaceType::Ipc),
+            Some(Some("/proc/1/fd/8".into()))
+        );
         assert_eq!(path_of(LinuxNamespaceType::Pid), Some(None));
         assert_eq!(path_of(LinuxNamespaceType::Cgroup), Some(None));
         assert!(linux.seccomp().is_none());
@@ -222,12 +275,22 @@ mod tests {
 
         let error = adapt(&mut spec, "one", Path::new("/nonexistent"), &shared()).unwrap_err();
 
-        assert_eq!(error.to_string(), "container root /nonexistent/rootfs: not a directory in the guest");
+        assert_eq!(
+            error.to_string(),
+            "container root /nonexistent/rootfs: not a directory in the guest"
+        );
     }
 
     #[test]
     fn sysctl_name_when_it_leads_out_is_refused() {
-        assert!(sysctl_path("net.ipv4.ip_forward").is_ok());
+        assert_eq!(
+            sysctl_path("net.ipv4.ip_forward").unwrap(),
+            Path::new("/proc/sys/net/ipv4/ip_forward")
+        );
+        assert_eq!(
+            sysctl_path("net/ipv4/conf/e.1/x").unwrap(),
+            Path::new("/proc/sys/net/ipv4/conf/e.1/x")
+        );
         assert!(sysctl_path("net/../../self/oom_score_adj").is_err());
         assert!(sysctl_path("/net").is_err());
     }

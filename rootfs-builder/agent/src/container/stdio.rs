@@ -121,7 +121,14 @@ impl Pipes {
                 None
             }
         };
-        Ok((Self { stdin, stdout, stderr }, child))
+        Ok((
+            Self {
+                stdin,
+                stdout,
+                stderr,
+            },
+            child,
+        ))
     }
 
     /// Connects the pipes of a process that exists by now; `exit` changes when it dies.
@@ -177,7 +184,10 @@ impl Stdio {
     pub async fn write(&self, data: &[u8]) -> Result<(), StreamError> {
         let mut stdin = self.stdin.lock().await;
         let writer = stdin.as_mut().ok_or(StreamError::NotHere("stdin"))?;
-        writer.write_all(data).await.map_err(|source| StreamError::Io { stream: "stdin", source })
+        writer.write_all(data).await.map_err(|source| StreamError::Io {
+            stream: "stdin",
+            source,
+        })
     }
 
     /// Reads up to `length` bytes of output, waiting for the first.
@@ -211,7 +221,11 @@ impl Stdio {
     }
 }
 
-async fn read(stream: &'static str, reader: &Mutex<Option<Reader>>, length: usize) -> Result<Vec<u8>, StreamError> {
+async fn read(
+    stream: &'static str,
+    reader: &Mutex<Option<Reader>>,
+    length: usize,
+) -> Result<Vec<u8>, StreamError> {
     let mut reader = reader.lock().await;
     let mut data = vec![0; length.clamp(1, BUFFER)];
     let count = reader
@@ -302,20 +316,30 @@ impl Writer {
     }
 }
 
-fn make_pipe(wanted: bool, (uid, gid): (u32, u32), size: Option<u32>) -> io::Result<Option<(OwnedFd, OwnedFd)>> {
+fn make_pipe(
+    wanted: bool,
+    (uid, gid): (u32, u32),
+    size: Option<u32>,
+) -> io::Result<Option<(OwnedFd, OwnedFd)>> {
     if !wanted {
         return Ok(None);
     }
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
     fchown(&reader, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
     if let Some(size) = size {
-        fcntl(&reader, FcntlArg::F_SETPIPE_SZ(i32::try_from(size).unwrap_or(i32::MAX)))?;
+        fcntl(
+            &reader,
+            FcntlArg::F_SETPIPE_SZ(i32::try_from(size).unwrap_or(i32::MAX)),
+        )?;
     }
     Ok(Some((reader, writer)))
 }
 
 fn null() -> io::Result<OwnedFd> {
-    let file = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/null")?;
     Ok(file.into())
 }
 

@@ -83,16 +83,27 @@ pub fn prepare() -> Result<(String, Vec<InitError>), InitError> {
     warnings.extend(loopback_up().err());
     warnings.extend(raise_open_files().err());
     let hostname = nix::unistd::sethostname("localhost");
-    warnings.extend(hostname.err().map(|source| InitError::Call { call: "sethostname", source }));
+    warnings.extend(hostname.err().map(|source| InitError::Call {
+        call: "sethostname",
+        source,
+    }));
     // SAFETY: no other thread exists yet that could read the environment.
     unsafe { std::env::set_var("PATH", SEARCH_PATH) };
     Ok((read(Path::new("/proc/cmdline"))?, warnings))
 }
 
 fn loopback_up() -> Result<(), InitError> {
-    let failed = |source| InitError::Call { call: "bring up lo", source };
-    let socket =
-        socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None).map_err(failed)?;
+    let failed = |source| InitError::Call {
+        call: "bring up lo",
+        source,
+    };
+    let socket = socket(
+        AddressFamily::Inet,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .map_err(failed)?;
     // SAFETY: an all-zero `ifreq` is valid: an empty name and a zero union.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(b"lo\0") {
@@ -105,14 +116,23 @@ fn loopback_up() -> Result<(), InitError> {
 }
 
 fn raise_open_files() -> Result<(), InitError> {
-    let limit = libc::rlimit { rlim_cur: MAX_OPEN_FILES, rlim_max: MAX_OPEN_FILES };
+    let limit = libc::rlimit {
+        rlim_cur: MAX_OPEN_FILES,
+        rlim_max: MAX_OPEN_FILES,
+    };
     // SAFETY: setrlimit reads one `rlimit`, which outlives the call.
     let result = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) };
     nix::errno::Errno::result(result)
         .map(drop)
-        .map_err(|source| InitError::Call { call: "setrlimit(RLIMIT_NOFILE)", source })
+        .map_err(|source| InitError::Call {
+            call: "setrlimit(RLIMIT_NOFILE)",
+            source,
+        })
 }
 
 fn read(path: &Path) -> Result<String, InitError> {
-    std::fs::read_to_string(path).map_err(|source| InitError::File { path: path.to_owned(), source })
+    std::fs::read_to_string(path).map_err(|source| InitError::File {
+        path: path.to_owned(),
+        source,
+    })
 }

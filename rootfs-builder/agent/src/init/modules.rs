@@ -17,13 +17,23 @@ const NO_PARAMETERS: &CStr = c"";
 pub fn load_listed() -> Vec<InitError> {
     let release = match nix::sys::utsname::uname() {
         Ok(name) => name.release().to_owned(),
-        Err(source) => return vec![InitError::Call { call: "uname", source }],
+        Err(source) => {
+            return vec![InitError::Call {
+                call: "uname",
+                source,
+            }];
+        }
     };
     let folder = Path::new("/lib/modules").join(release);
     let list = match std::fs::read_to_string(folder.join(LIST)) {
         Ok(list) => list,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Vec::new(),
-        Err(source) => return vec![InitError::File { path: folder.join(LIST), source }],
+        Err(source) => {
+            return vec![InitError::File {
+                path: folder.join(LIST),
+                source,
+            }];
+        }
     };
     list.lines()
         .filter(|line| !line.is_empty())
@@ -32,10 +42,20 @@ pub fn load_listed() -> Vec<InitError> {
 }
 
 fn load(path: &Path) -> Result<(), InitError> {
-    let failed = |source| InitError::Module { path: PathBuf::from(path), source };
+    let failed = |source| InitError::Module {
+        path: PathBuf::from(path),
+        source,
+    };
     let file = File::open(path).map_err(failed)?;
     // SAFETY: the descriptor is open and the parameter string is NUL-terminated and static.
-    let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), NO_PARAMETERS.as_ptr(), 0) };
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_finit_module,
+            file.as_raw_fd(),
+            NO_PARAMETERS.as_ptr(),
+            0,
+        )
+    };
     match io::Error::last_os_error() {
         _ if result == 0 => Ok(()),
         // Built in, or loaded already.

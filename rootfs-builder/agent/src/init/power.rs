@@ -1,6 +1,5 @@
 //! The end of the machine.
 
-use std::convert::Infallible;
 use std::panic::PanicHookInfo;
 
 use nix::mount::{MntFlags, umount2};
@@ -27,10 +26,14 @@ pub fn install_panic_hook() {
 
 /// Best effort: what is still busy is detached, and was synced above.
 fn detach_data() {
-    let Ok(mounts) = std::fs::read_to_string("/proc/self/mounts") else { return };
+    let Ok(mounts) = std::fs::read_to_string("/proc/self/mounts") else {
+        return;
+    };
     for line in mounts.lines().rev() {
         let mut fields = line.split(' ').skip(1);
-        let (Some(target), Some(fstype)) = (fields.next(), fields.next()) else { continue };
+        let (Some(target), Some(fstype)) = (fields.next(), fields.next()) else {
+            continue;
+        };
         if DATA.contains(&fstype) {
             let _ = umount2(target, MntFlags::MNT_DETACH);
         }
@@ -38,11 +41,11 @@ fn detach_data() {
 }
 
 fn die() -> ! {
-    let off: Result<Infallible, nix::Error> = reboot(RebootMode::RB_POWER_OFF);
-    if let Err(error) = off {
-        eprintln!("kata-agent: power off: {error}; resetting");
-    }
-    let _ = reboot(RebootMode::RB_AUTOBOOT);
+    // Both return only if they fail.
+    let Err(error) = reboot(RebootMode::RB_POWER_OFF);
+    eprintln!("kata-agent: power off: {error}; resetting");
+    let Err(error) = reboot(RebootMode::RB_AUTOBOOT);
+    eprintln!("kata-agent: reset: {error}");
     // The kernel refuses only callers without CAP_SYS_BOOT, which PID 1 has; its exit is a kernel panic, and
     // `panic=-1` resets the machine.
     std::process::exit(1)

@@ -30,8 +30,18 @@ pub fn build_and_enter() -> Result<(), InitError> {
         make_directory(staging)?;
     }
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    mount(Some("tmpfs"), staging, Some("tmpfs"), flags, Some("mode=0755,size=16m"))
-        .map_err(|source| InitError::Mount { fstype: "tmpfs", target: staging.to_owned(), source })?;
+    mount(
+        Some("tmpfs"),
+        staging,
+        Some("tmpfs"),
+        flags,
+        Some("mode=0755,size=16m"),
+    )
+    .map_err(|source| InitError::Mount {
+        fstype: "tmpfs",
+        target: staging.to_owned(),
+        source,
+    })?;
     mount_all(staging)?;
     make_directory(&staging.join("etc"))?;
     keep_modules(staging)?;
@@ -52,6 +62,16 @@ fn keep_modules(staging: &Path) -> Result<(), InitError> {
     }
     let target = staging.join(MODULES);
     make_directory(&target)?;
-    mount(Some(&source), &target, None::<&str>, MsFlags::MS_BIND, None::<&str>)
-        .map_err(|source| InitError::Mount { fstype: "bind", target, source })
+    mount(
+        Some(&source),
+        &target,
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )
+    .map_err(|source| InitError::Mount {
+        fstype: "bind",
+        target,
+        source,
+    })
 }

@@ -14,7 +14,10 @@ pub struct HealthService;
 #[async_trait]
 impl Health for HealthService {
     async fn check(&self, _: &TtrpcContext, _: CheckRequest) -> ttrpc::Result<HealthCheckResponse> {
-        Ok(HealthCheckResponse { status: ServingStatus::SERVING.into(), ..Default::default() })
+        Ok(HealthCheckResponse {
+            status: ServingStatus::SERVING.into(),
+            ..Default::default()
+        })
     }
 
     async fn version(&self, _: &TtrpcContext, _: CheckRequest) -> ttrpc::Result<VersionCheckResponse> {

@@ -1,25 +1,33 @@
 //! The ttrpc server: its sockets, its services, and the announcement that it is ready.
 
 mod health;
+mod service;
+mod status;
 
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use protocols::agent_ttrpc::create_agent_service;
 use protocols::health_ttrpc::create_health;
 use tokio::io::AsyncWriteExt;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport;
 
+use crate::container::Ports;
 use crate::logging::Log;
 use crate::options::{Address, Options};
+use crate::reaper::Reaper;
+use crate::sandbox::Sandbox;
 use crate::transport::{Listener, connect_host};
 
 /// What the agent sends to the host's ready port.
 const READY: &[u8] = b"ready\n";
 /// The vsock device may be probed after PID 1 starts, so its absence is waited out for a while.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long calls may take to finish once the sandbox is destroyed.
+const FAREWELL: Duration = Duration::from_secs(1);
 const RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Why the agent cannot serve.
@@ -35,6 +43,9 @@ pub enum ServeError {
         /// Why not.
         source: io::Error,
     },
+    /// Children's exit statuses could not be collected.
+    #[error("handle SIGCHLD: {0}")]
+    Reaper(io::Error),
     /// The ttrpc server did not start.
     #[error("start the ttrpc server: {0}")]
     Start(#[from] ttrpc::Error),
@@ -44,11 +55,21 @@ pub enum ServeError {
 ///
 /// # Errors
 /// A socket cannot be opened.
-pub async fn serve(options: &Options, log: &Log) -> Result<(), ServeError> {
+pub async fn serve(options: &Options, log: &Log, is_init: bool) -> Result<(), ServeError> {
+    let reaper = Reaper::start().map_err(ServeError::Reaper)?;
+    let ports = Ports::default();
+    let sandbox = Arc::new(Sandbox::new(options, reaper, ports.clone(), is_init));
+
     let listener = listen("ttrpc", &options.server).await?;
+    if let Some(address) = &options.stdio {
+        // Before anybody can be told to connect.
+        ports.serve(listen("stdio", address).await?);
+    }
+    let service = service::Service::new(Arc::clone(&sandbox), is_init);
     let mut server = Server::new()
         .add_listener(transport::Listener::new(listener.into_stream()))
-        .register_service(create_health(Arc::new(health::HealthService)));
+        .register_service(create_health(Arc::new(health::HealthService)))
+        .register_service(create_agent_service(Arc::new(service)));
     server.start().await?;
     tracing::info!(address = ?options.server, version = env!("CARGO_PKG_VERSION"), "agent listens");
 
@@ -59,7 +80,12 @@ pub async fn serve(options: &Options, log: &Log) -> Result<(), ServeError> {
         let listener = listen("the log", address).await?;
         tokio::spawn(serve_log(listener, log.clone()));
     }
-    std::future::pending::<()>().await;
+    sandbox.ended().await;
+    // Lets the answer to DestroySandbox out before the machine goes.
+    server.stop_listen().await;
+    if timeout(FAREWELL, server.disconnect()).await.is_err() {
+        tracing::warn!("calls still run after {} ms", FAREWELL.as_millis());
+    }
     Ok(())
 }
 
@@ -71,7 +97,13 @@ async fn listen(purpose: &'static str, address: &Address) -> Result<Listener, Se
             Err(_) if matches!(address, Address::Vsock(_)) && tokio::time::Instant::now() < deadline => {
                 sleep(RETRY_INTERVAL).await;
             }
-            Err(source) => return Err(ServeError::Listen { purpose, address: address.clone(), source }),
+            Err(source) => {
+                return Err(ServeError::Listen {
+                    purpose,
+                    address: address.clone(),
+                    source,
+                });
+            }
         }
     }
 }

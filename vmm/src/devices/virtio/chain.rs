@@ -220,7 +220,10 @@ impl Chain {
                 writable_seen = true;
                 out.writable.push(address, len);
             } else if writable_seen {
-                return Err(ChainError::Order { head, position: count });
+                return Err(ChainError::Order {
+                    head,
+                    position: count,
+                });
             } else {
                 out.readable.push(address, len);
             }
@@ -233,6 +236,106 @@ impl Chain {
             // table and on bad indirect tables; in each case the last descriptor it gave still has NEXT set.
             (_, true) => Err(ChainError::Cut { head, count }),
             _ => Ok(out),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::virtio::test_ring::{
+        BUFFERS, Buf, INDIRECT, NEXT, Offer, TestGuest, TestRing, WRITE,
+    };
+    use virtio_queue::QueueOwnedT;
+
+    fn parse(guest: &TestGuest, ring: &TestRing) -> Result<Chain, ChainError> {
+        let mut queue = ring.active().queue;
+        let chain = queue.iter(&*guest.memory).unwrap().next().unwrap();
+        Chain::parse(&guest.memory, chain, 8)
+    }
+
+    #[test]
+    fn chain_when_well_formed_is_split_by_direction() {
+        let guest = TestGuest::new();
+        let mut ring = guest.ring(0, 8, false);
+        ring.submit(&[
+            Buf::Read(BUFFERS, 3),
+            Buf::Read(BUFFERS + 100, 5),
+            Buf::Write(BUFFERS + 200, 7),
+        ]);
+        let chain = parse(&guest, &ring).unwrap();
+        assert_eq!((chain.readable.len(), chain.writable.len()), (8, 7));
+        guest.write(BUFFERS, b"abc");
+        guest.write(BUFFERS + 100, b"defgh");
+        let mut data = [0; 4];
+        chain.readable.read(&guest.memory, 2, &mut data).unwrap();
+        assert_eq!(&data, b"cdef");
+        let mut one_too_many = [0; 7];
+        assert!(chain.readable.read(&guest.memory, 2, &mut one_too_many).is_err());
+        assert!(chain.readable.read(&guest.memory, u64::MAX, &mut data).is_err());
+        chain.writable.write(&guest.memory, 5, b"xy").unwrap();
+        assert_eq!(guest.read(BUFFERS + 200, 8), b"\0\0\0\0\0xy\0");
+        assert!(chain.writable.write(&guest.memory, 6, b"xy").is_err());
+    }
+
+    #[test]
+    fn sub_when_beyond_the_end_is_shorter() {
+        let guest = TestGuest::new();
+        let mut ring = guest.ring(0, 8, false);
+        ring.submit(&[Buf::Read(BUFFERS, 3), Buf::Read(BUFFERS + 100, 5)]);
+        let buffers = parse(&guest, &ring).unwrap().readable;
+        assert_eq!(buffers.sub(0, u64::MAX), buffers);
+        assert_eq!(buffers.sub(2, 3).len(), 3);
+        assert_eq!(buffers.sub(7, 10).len(), 1);
+        assert!(buffers.sub(8, 1).is_empty());
+        assert!(buffers.sub(0, 0).is_empty());
+    }
+
+    #[test]
+    fn chain_when_malformed_says_how() {
+        let cases: [(Offer, ChainError); 6] = [
+            (
+                |ring| ring.descriptor(0, BUFFERS, 16, NEXT, 0),
+                ChainError::Cut { head: 0, count: 8 },
+            ),
+            (
+                |ring| ring.descriptor(0, BUFFERS, 16, NEXT, 8),
+                ChainError::Cut { head: 0, count: 1 },
+            ),
+            (
+                |ring| ring.descriptor(0, BUFFERS, 15, INDIRECT, 0),
+                ChainError::Empty { head: 0 },
+            ),
+            (
+                |ring| ring.descriptor(0, u64::MAX, 2, 0, 0),
+                ChainError::OutOfRange {
+                    head: 0,
+                    address: u64::MAX,
+                    len: 2,
+                },
+            ),
+            (
+                |ring| {
+                    ring.descriptor(0, BUFFERS, 1, NEXT | WRITE, 1);
+                    ring.descriptor(1, BUFFERS, 1, 0, 0);
+                },
+                ChainError::Order { head: 0, position: 1 },
+            ),
+            (
+                |ring| {
+                    (0..9).for_each(|i| ring.descriptor_at(BUFFERS, i, BUFFERS, 1, NEXT, i + 1));
+                    ring.descriptor_at(BUFFERS, 9, BUFFERS, 1, 0, 0);
+                    ring.descriptor(0, BUFFERS, 160, INDIRECT, 0);
+                },
+                ChainError::TooLong { head: 0, limit: 8 },
+            ),
+        ];
+        for (write, expected) in cases {
+            let guest = TestGuest::new();
+            let mut ring = guest.ring(0, 8, false);
+            write(&mut ring);
+            ring.offer(0);
+            assert_eq!(parse(&guest, &ring), Err(expected));
         }
     }
 }

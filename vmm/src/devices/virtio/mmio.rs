@@ -13,7 +13,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::devices::virtio::{ActiveQueue, Activation, Interrupt, VirtioDevice};
+use crate::devices::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::io_loop::IoLoop;
 use crate::memory::GuestMemory;
 
@@ -107,7 +107,12 @@ fn set_high(target: &mut u64, value: u32) {
 
 impl MmioTransport {
     /// Puts `device` behind registers. `kicks` are the ioeventfds of its queues, in order.
-    pub fn new(device: Box<dyn VirtioDevice>, host: Host, interrupt: Interrupt, kicks: Vec<Arc<EventFd>>) -> Self {
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        host: Host,
+        interrupt: Interrupt,
+        kicks: Vec<Arc<EventFd>>,
+    ) -> Self {
         let queues = initial_queues(&*device);
         Self {
             device,
@@ -154,7 +159,9 @@ impl MmioTransport {
     }
 
     fn read_register(&self, offset: u64) -> u32 {
-        let queue = usize::try_from(self.queue_sel).ok().and_then(|sel| self.queues.get(sel));
+        let queue = usize::try_from(self.queue_sel)
+            .ok()
+            .and_then(|sel| self.queues.get(sel));
         match offset {
             0x00 => MAGIC,
             0x04 => VERSION,
@@ -191,7 +198,12 @@ impl MmioTransport {
             return;
         }
         let Ok(value) = <[u8; 4]>::try_from(data).map(u32::from_le_bytes) else {
-            tracing::debug!(device = self.device.id(), offset, len = data.len(), "virtio-mmio: register width ignored");
+            tracing::debug!(
+                device = self.device.id(),
+                offset,
+                len = data.len(),
+                "virtio-mmio: register width ignored"
+            );
             return;
         };
         match offset {
@@ -222,10 +234,14 @@ impl MmioTransport {
 
     /// Queues may be configured between FEATURES_OK and DRIVER_OK only.
     fn write_queue(&mut self, offset: u64, value: u32) {
-        if self.status & (status::FEATURES_OK | status::DRIVER_OK | status::NEEDS_RESET) != status::FEATURES_OK {
+        if self.status & (status::FEATURES_OK | status::DRIVER_OK | status::NEEDS_RESET)
+            != status::FEATURES_OK
+        {
             return;
         }
-        let selected = usize::try_from(self.queue_sel).ok().and_then(|sel| self.queues.get_mut(sel));
+        let selected = usize::try_from(self.queue_sel)
+            .ok()
+            .and_then(|sel| self.queues.get_mut(sel));
         let Some(queue) = selected else { return };
         match offset {
             0x44 => queue.ready = value == 1,
@@ -244,7 +260,9 @@ impl MmioTransport {
 
     /// Only reached when KVM did not consume the write through the queue's ioeventfd.
     fn notify_queue(&self, index: u32) {
-        let kick = usize::try_from(index).ok().and_then(|index| self.kicks.get(index));
+        let kick = usize::try_from(index)
+            .ok()
+            .and_then(|index| self.kicks.get(index));
         if let Some(kick) = kick
             && self.is_active()
             && let Err(error) = kick.write(1)
@@ -261,7 +279,12 @@ impl MmioTransport {
         let old = self.status & !status::NEEDS_RESET;
         let added = value & !old & !status::NEEDS_RESET;
         if value & old != old {
-            tracing::warn!(device = self.device.id(), value, old, "virtio-mmio: driver cleared status bits, ignored");
+            tracing::warn!(
+                device = self.device.id(),
+                value,
+                old,
+                "virtio-mmio: driver cleared status bits, ignored"
+            );
             return;
         }
         // Each step requires the ones before it (virtio 1.2, 3.1.1).
@@ -296,11 +319,15 @@ impl MmioTransport {
     }
 
     fn activate(&mut self) {
-        let result = self.activation().and_then(|activation| {
-            self.device.activate(activation).map_err(|e| e.to_string())
-        });
+        let result = self
+            .activation()
+            .and_then(|activation| self.device.activate(activation).map_err(|e| e.to_string()));
         if let Err(reason) = result {
-            tracing::error!(device = self.device.id(), reason, "virtio-mmio: device needs reset");
+            tracing::error!(
+                device = self.device.id(),
+                reason,
+                "virtio-mmio: device needs reset"
+            );
             self.status |= status::NEEDS_RESET;
             self.interrupt.signal_config();
         }
@@ -313,8 +340,14 @@ impl MmioTransport {
             if !registers.ready {
                 continue;
             }
-            let queue = self.validate_queue(registers, *max_size).map_err(|e| format!("queue {index}: {e}"))?;
-            queues.push(ActiveQueue { index, queue, kick: kick.clone() });
+            let queue = self
+                .validate_queue(registers, *max_size)
+                .map_err(|e| format!("queue {index}: {e}"))?;
+            queues.push(ActiveQueue {
+                index,
+                queue,
+                kick: kick.clone(),
+            });
         }
         Ok(Activation {
             memory: self.host.memory.clone(),
@@ -330,9 +363,15 @@ impl MmioTransport {
         let mut queue = Queue::new(max_size).map_err(invalid)?;
         let size = u16::try_from(registers.size).map_err(|_| format!("size {}", registers.size))?;
         queue.try_set_size(size).map_err(invalid)?;
-        queue.try_set_desc_table_address(GuestAddress(registers.desc)).map_err(invalid)?;
-        queue.try_set_avail_ring_address(GuestAddress(registers.avail)).map_err(invalid)?;
-        queue.try_set_used_ring_address(GuestAddress(registers.used)).map_err(invalid)?;
+        queue
+            .try_set_desc_table_address(GuestAddress(registers.desc))
+            .map_err(invalid)?;
+        queue
+            .try_set_avail_ring_address(GuestAddress(registers.avail))
+            .map_err(invalid)?;
+        queue
+            .try_set_used_ring_address(GuestAddress(registers.used))
+            .map_err(invalid)?;
         queue.set_event_idx(self.driver_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
         queue.set_ready(true);
         if queue.is_valid(&*self.host.memory) {
@@ -357,6 +396,9 @@ impl MmioTransport {
 }
 
 fn initial_queues(device: &dyn VirtioDevice) -> Vec<QueueRegisters> {
-    let queue = |max: &u16| QueueRegisters { size: u32::from(*max), ..QueueRegisters::default() };
+    let queue = |max: &u16| QueueRegisters {
+        size: u32::from(*max),
+        ..QueueRegisters::default()
+    };
     device.queue_sizes().iter().map(queue).collect()
 }

@@ -188,7 +188,9 @@ impl ServedQueue {
     }
 
     fn interrupts_suppressed(&self) -> bool {
-        let flags = self.memory.load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed);
+        let flags = self
+            .memory
+            .load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed);
         flags.is_ok_and(|flags| u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT != 0)
     }
 

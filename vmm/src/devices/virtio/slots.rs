@@ -33,7 +33,10 @@ impl Slots {
     /// `count` empty slots, at most 32 (the bitmap).
     pub fn new(count: u8) -> Self {
         let slots = (0..count.min(32)).map(|_| Mutex::new(None)).collect();
-        Self { slots, presence: AtomicU32::new(0) }
+        Self {
+            slots,
+            presence: AtomicU32::new(0),
+        }
     }
 
     /// Number of slots.
@@ -48,7 +51,12 @@ impl Slots {
 
     /// The slot's transport, locked against the guest. `None` when there is no such slot.
     pub fn lock(&self, index: usize) -> Option<MutexGuard<'_, Option<MmioTransport>>> {
-        Some(self.slots.get(index)?.lock().unwrap_or_else(PoisonError::into_inner))
+        Some(
+            self.slots
+                .get(index)?
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        )
     }
 
     /// Index of the first empty slot.
@@ -58,7 +66,9 @@ impl Slots {
 
     /// Makes the slot visible (`_STA` = present) or invisible to the guest's next scan.
     pub fn set_present(&self, index: usize, present: bool) {
-        let bit = 1u32.checked_shl(u32::try_from(index).unwrap_or(u32::MAX)).unwrap_or(0);
+        let bit = 1u32
+            .checked_shl(u32::try_from(index).unwrap_or(u32::MAX))
+            .unwrap_or(0);
         if present {
             self.presence.fetch_or(bit, Ordering::SeqCst);
         } else {
@@ -107,7 +117,11 @@ impl BusDevice for Presence {
         let bitmap = self.0.presence.load(Ordering::SeqCst).to_le_bytes();
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         for (index, byte) in data.iter_mut().enumerate() {
-            *byte = start.checked_add(index).and_then(|i| bitmap.get(i)).copied().unwrap_or(0);
+            *byte = start
+                .checked_add(index)
+                .and_then(|i| bitmap.get(i))
+                .copied()
+                .unwrap_or(0);
         }
     }
 
@@ -129,7 +143,10 @@ pub fn write_aml(sink: &mut Vec<u8>, gsis: &[u32]) {
         fields.push(aml::FieldEntry::Named(slot_name(b'P', index), 1));
         write_slot_aml(&mut devices, index, *gsi);
     }
-    let (hid, uid) = (aml::Name::new("_HID".into(), &"ACPI0004"), aml::Name::new("_UID".into(), &aml::ZERO));
+    let (hid, uid) = (
+        aml::Name::new("_HID".into(), &"ACPI0004"),
+        aml::Name::new("_UID".into(), &aml::ZERO),
+    );
     let region = aml::OpRegion::new("SLTR".into(), aml::OpRegionSpace::SystemIO, &PRESENCE_PORT, &4u8);
     let field = aml::Field::new(
         "SLTR".into(),

@@ -16,7 +16,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{ActiveQueue, Activation, Interrupt, VirtioDevice};
+use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::io_loop::IoLoop;
 use crate::memory::GuestMemory;
 
@@ -139,7 +139,9 @@ impl TestRing {
 
     /// Sets the flags of the avail ring (bit 0: no interrupt).
     pub fn set_avail_flags(&self, flags: u16) {
-        self.memory.write_obj(flags.to_le(), GuestAddress(self.avail())).unwrap();
+        self.memory
+            .write_obj(flags.to_le(), GuestAddress(self.avail()))
+            .unwrap();
     }
 
     /// Asks for an interrupt when the used index passes `index` (EVENT_IDX).
@@ -175,7 +177,10 @@ impl TestRing {
 
     /// The next completion, if there is one.
     pub fn try_used(&mut self) -> Option<Used> {
-        let index = self.memory.load::<u16>(GuestAddress(self.used() + 2), Ordering::Acquire).unwrap();
+        let index = self
+            .memory
+            .load::<u16>(GuestAddress(self.used() + 2), Ordering::Acquire)
+            .unwrap();
         if u16::from_le(index) == self.used_seen {
             return None;
         }
@@ -223,9 +228,8 @@ pub struct TestGuest {
     thread: Option<JoinHandle<()>>,
 }
 
-impl TestGuest {
-    /// A guest with [`MEMORY_SIZE`] bytes of RAM.
-    pub fn new() -> Self {
+impl Default for TestGuest {
+    fn default() -> Self {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).unwrap();
         let (io, thread) = IoLoop::spawn("test-io").unwrap();
         Self {
@@ -236,16 +240,29 @@ impl TestGuest {
             thread: Some(thread),
         }
     }
+}
+
+impl TestGuest {
+    /// A guest with [`MEMORY_SIZE`] bytes of RAM.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// An empty ring, as a freshly reset driver leaves it.
+    pub fn ring(&self, index: usize, size: u16, event_idx: bool) -> TestRing {
+        let ring = TestRing::new(self.memory.clone(), index, size, event_idx);
+        self.memory
+            .write_slice(&[0; 0x1_0000], GuestAddress(ring.base))
+            .unwrap();
+        ring
+    }
 
     /// Starts `device` with one ring of `size` entries per queue.
     pub fn activate(&self, device: &mut dyn VirtioDevice, size: u16, event_idx: bool) -> Vec<TestRing> {
         let count = device.queue_sizes().len();
-        let rings: Vec<_> =
-            (0..count).map(|index| TestRing::new(self.memory.clone(), index, size, event_idx)).collect();
-        for ring in &rings {
-            // Rings as a freshly reset driver leaves them.
-            self.memory.write_slice(&[0; 0x1_0000], GuestAddress(ring.base)).unwrap();
-        }
+        let rings: Vec<_> = (0..count)
+            .map(|index| self.ring(index, size, event_idx))
+            .collect();
         let mut features = 1 << VIRTIO_F_VERSION_1;
         if event_idx {
             features |= 1 << VIRTIO_RING_F_EVENT_IDX;
@@ -300,9 +317,12 @@ impl Drop for TestGuest {
     }
 }
 
+/// Writes descriptors and offers a chain.
+pub type Offer = fn(&mut TestRing);
+
 /// Every way a chain can be malformed that a device must survive. Each entry offers one chain on `ring` whose head is
 /// below the ring's size, so that the device can and must return it.
-pub const MALFORMED: &[(&str, fn(&mut TestRing))] = &[
+pub const MALFORMED: &[(&str, Offer)] = &[
     ("loop to itself", |ring| {
         ring.descriptor(0, BUFFERS, 16, NEXT, 0);
         ring.offer(0);

@@ -106,7 +106,9 @@ impl VirtioDevice for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let from = usize::try_from(offset).ok().and_then(|offset| self.config.get(offset..));
+        let from = usize::try_from(offset)
+            .ok()
+            .and_then(|offset| self.config.get(offset..));
         let mut bytes = from.unwrap_or_default().iter();
         for to in data {
             *to = bytes.next().copied().unwrap_or(0);

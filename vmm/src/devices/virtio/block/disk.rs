@@ -74,7 +74,11 @@ impl Disk {
         let open_error = |source| BlockError::Open {
             id: id.clone(),
             path: path.clone(),
-            mode: if config.read_only { "read-only" } else { "read-write" },
+            mode: if config.read_only {
+                "read-only"
+            } else {
+                "read-write"
+            },
             source,
         };
         // O_NONBLOCK: opening a FIFO by mistake must not hang. It has no meaning for files and disks.
@@ -145,7 +149,11 @@ impl Disk {
 
     /// Gives the space of a range back; it reads as zeroes or as before.
     pub(super) fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        match self.fallocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, len) {
+        match self.fallocate(
+            libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+            offset,
+            len,
+        ) {
             // A hint (5.2.6): a file system without holes may ignore it.
             Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
             result => result,
@@ -175,7 +183,11 @@ impl Disk {
 }
 
 fn lock(file: &File, config: &BlockConfig) -> Result<(), BlockError> {
-    let kind = if config.read_only { libc::F_RDLCK } else { libc::F_WRLCK };
+    let kind = if config.read_only {
+        libc::F_RDLCK
+    } else {
+        libc::F_WRLCK
+    };
     // SAFETY: all-zero is a valid `flock`: the whole file, pid 0 as open file description locks require.
     let mut range: libc::flock64 = unsafe { std::mem::zeroed() };
     range.l_type = kind as i16;

@@ -164,11 +164,17 @@ fn ranges(disk: &Disk, memory: &GuestMemory, kind: u32, data: &Buffers) -> Resul
         if sectors > MAX_RANGE_SECTORS {
             return Err(RequestError::Malformed("range longer than announced"));
         }
-        let allowed = if kind == VIRTIO_BLK_T_WRITE_ZEROES { RANGE_UNMAP } else { 0 };
+        let allowed = if kind == VIRTIO_BLK_T_WRITE_ZEROES {
+            RANGE_UNMAP
+        } else {
+            0
+        };
         if flags & !allowed != 0 {
             return Err(RequestError::Unsupported(kind, flags));
         }
-        let offset = disk.range(sector, len).ok_or(RequestError::Range { sector, len })?;
+        let offset = disk
+            .range(sector, len)
+            .ok_or(RequestError::Range { sector, len })?;
         match (sectors, kind) {
             (0, _) => {}
             (_, VIRTIO_BLK_T_DISCARD) => disk.discard(offset, len)?,

@@ -1,7 +1,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use virtio_bindings::virtio_blk::{
@@ -48,10 +48,10 @@ fn image() -> (TempDir, PathBuf) {
     (dir, path)
 }
 
-fn config(path: &PathBuf, read_only: bool) -> BlockConfig {
+fn config(path: &Path, read_only: bool) -> BlockConfig {
     BlockConfig {
         id: "disk-with-a-long-name".into(),
-        path: path.clone(),
+        path: path.to_owned(),
         read_only,
     }
 }
@@ -91,7 +91,10 @@ impl Fixture {
 
     fn on_disk(&self, offset: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        File::open(&self.path).unwrap().read_exact_at(&mut bytes, offset).unwrap();
+        File::open(&self.path)
+            .unwrap()
+            .read_exact_at(&mut bytes, offset)
+            .unwrap();
         bytes
     }
 }
@@ -108,7 +111,11 @@ fn read_when_scattered_fills_every_buffer() {
     let (used, status) = f.request(
         VIRTIO_BLK_T_IN,
         3,
-        &[Buf::Write(DATA, 700), Buf::Write(DATA + 0x1000, 324), Buf::Write(DATA + 0x2000, 512)],
+        &[
+            Buf::Write(DATA, 700),
+            Buf::Write(DATA + 0x1000, 324),
+            Buf::Write(DATA + 0x2000, 512),
+        ],
     );
     assert_eq!((used.len, status), (1537, OK));
     let mut got = f.guest.read(DATA, 700);
@@ -153,10 +160,20 @@ fn access_when_beyond_the_end_is_an_error() {
     let one = [Buf::Write(DATA, 512)];
     assert_eq!(f.request(VIRTIO_BLK_T_IN, last, &one).1, OK);
     for sector in [last + 1, u64::MAX, u64::MAX / 512, u64::MAX / 512 + 1, 1 << 55] {
-        assert_eq!(f.request(VIRTIO_BLK_T_IN, sector, &one).1, IOERR, "sector {sector:#x}");
-        assert_eq!(f.request(VIRTIO_BLK_T_OUT, sector, &[Buf::Read(DATA, 512)]).1, IOERR);
+        assert_eq!(
+            f.request(VIRTIO_BLK_T_IN, sector, &one).1,
+            IOERR,
+            "sector {sector:#x}"
+        );
+        assert_eq!(
+            f.request(VIRTIO_BLK_T_OUT, sector, &[Buf::Read(DATA, 512)]).1,
+            IOERR
+        );
     }
-    assert_eq!(f.request(VIRTIO_BLK_T_IN, last, &[Buf::Write(DATA, 1024)]).1, IOERR);
+    assert_eq!(
+        f.request(VIRTIO_BLK_T_IN, last, &[Buf::Write(DATA, 1024)]).1,
+        IOERR
+    );
 }
 
 #[test]
@@ -192,7 +209,11 @@ fn request_when_nothing_is_writable_is_dropped() {
 fn header_when_short_is_an_error_and_when_split_is_not() {
     let mut f = Fixture::new(false);
     f.header(VIRTIO_BLK_T_IN, 1);
-    let used = f.rings[0].round_trip(&[Buf::Read(HEADER, 15), Buf::Write(DATA, 512), Buf::Write(STATUS, 1)]);
+    let used = f.rings[0].round_trip(&[
+        Buf::Read(HEADER, 15),
+        Buf::Write(DATA, 512),
+        Buf::Write(STATUS, 1),
+    ]);
     assert_eq!((used.len, f.guest.read(STATUS, 1)[0]), (1, IOERR));
     // Framing is the driver's choice (virtio 1.2, 2.7.4): header in three pieces, status with the data.
     f.header(VIRTIO_BLK_T_IN, 1);
@@ -237,20 +258,33 @@ fn serial_is_the_start_of_the_id() {
     let (used, status) = f.request(VIRTIO_BLK_T_GET_ID, 0, &[Buf::Write(DATA, 20)]);
     assert_eq!((used.len, status), (21, OK));
     assert_eq!(f.guest.read(DATA, 20), b"disk-with-a-long-nam");
-    assert_eq!(f.request(VIRTIO_BLK_T_GET_ID, 0, &[Buf::Write(DATA, 19)]).1, IOERR);
+    assert_eq!(
+        f.request(VIRTIO_BLK_T_GET_ID, 0, &[Buf::Write(DATA, 19)]).1,
+        IOERR
+    );
 }
 
 fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
-    [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
+    [
+        &sector.to_le_bytes()[..],
+        &sectors.to_le_bytes(),
+        &flags.to_le_bytes(),
+    ]
+    .concat()
 }
 
 #[test]
 fn discard_and_write_zeroes_zero_their_ranges_only() {
     let mut f = Fixture::new(false);
-    for (kind, flags, sector) in
-        [(VIRTIO_BLK_T_DISCARD, 0, 8), (VIRTIO_BLK_T_WRITE_ZEROES, 0, 32), (VIRTIO_BLK_T_WRITE_ZEROES, 1, 64)]
-    {
-        f.guest.write(DATA, &[range(sector, 8, flags), range(sector + 8, 0, flags)].concat());
+    for (kind, flags, sector) in [
+        (VIRTIO_BLK_T_DISCARD, 0, 8),
+        (VIRTIO_BLK_T_WRITE_ZEROES, 0, 32),
+        (VIRTIO_BLK_T_WRITE_ZEROES, 1, 64),
+    ] {
+        f.guest.write(
+            DATA,
+            &[range(sector, 8, flags), range(sector + 8, 0, flags)].concat(),
+        );
         let (used, status) = f.request(kind, 0, &[Buf::Read(DATA, 32)]);
         assert_eq!((used.len, status), (1, OK), "type {kind} flags {flags}");
         assert_eq!(f.on_disk(sector * 512, 4096), vec![0; 4096]);
@@ -275,7 +309,11 @@ fn ranges_when_invalid_are_refused() {
     ];
     for (kind, bytes, len, expected) in cases {
         f.guest.write(DATA, &bytes);
-        assert_eq!(f.request(kind, 0, &[Buf::Read(DATA, len)]).1, expected, "type {kind} {bytes:?}");
+        assert_eq!(
+            f.request(kind, 0, &[Buf::Read(DATA, len)]).1,
+            expected,
+            "type {kind} {bytes:?}"
+        );
     }
     assert_eq!(f.request(VIRTIO_BLK_T_DISCARD, 0, &[]).1, IOERR);
     assert_eq!(f.on_disk(0, 1), [1]);
@@ -284,7 +322,12 @@ fn ranges_when_invalid_are_refused() {
 #[test]
 fn file_when_it_shrinks_gives_errors() {
     let mut f = Fixture::new(false);
-    File::options().write(true).open(&f.path).unwrap().set_len(4096).unwrap();
+    File::options()
+        .write(true)
+        .open(&f.path)
+        .unwrap()
+        .set_len(4096)
+        .unwrap();
     assert_eq!(f.request(VIRTIO_BLK_T_IN, 0, &[Buf::Write(DATA, 4096)]).1, OK);
     assert_eq!(f.request(VIRTIO_BLK_T_IN, 7, &[Buf::Write(DATA, 1024)]).1, IOERR);
 }
@@ -332,7 +375,11 @@ fn reset_joins_the_worker_and_leaves_memory_alone() {
     f.block.reset();
     f.block.reset();
     f.header(VIRTIO_BLK_T_IN, 0);
-    f.rings[0].submit(&[Buf::Read(HEADER, 16), Buf::Write(DATA, 512), Buf::Write(STATUS, 1)]);
+    f.rings[0].submit(&[
+        Buf::Read(HEADER, 16),
+        Buf::Write(DATA, 512),
+        Buf::Write(STATUS, 1),
+    ]);
     f.rings[0].kick();
     std::thread::sleep(Duration::from_millis(50));
     assert!(f.rings[0].try_used().is_none());
@@ -360,7 +407,10 @@ fn image_when_used_twice_is_locked() {
     drop(writer);
     let _reader = Block::new(&config(&path, true)).unwrap();
     let _second = Block::new(&config(&path, true)).unwrap();
-    assert!(matches!(Block::new(&config(&path, false)), Err(BlockError::Locked { .. })));
+    assert!(matches!(
+        Block::new(&config(&path, false)),
+        Err(BlockError::Locked { .. })
+    ));
 }
 
 #[test]
@@ -371,8 +421,14 @@ fn image_when_unusable_is_refused_with_its_name() {
     let missing = dir.as_path().join("missing");
     for (path, expected) in [
         (missing, "cannot open"),
-        (dir.as_path().to_path_buf(), "neither a regular file nor a block device"),
-        (PathBuf::from("/dev/null"), "neither a regular file nor a block device"),
+        (
+            dir.as_path().to_path_buf(),
+            "neither a regular file nor a block device",
+        ),
+        (
+            PathBuf::from("/dev/null"),
+            "neither a regular file nor a block device",
+        ),
         (small, "has 511 bytes"),
     ] {
         let error = Block::new(&config(&path, true)).unwrap_err().to_string();

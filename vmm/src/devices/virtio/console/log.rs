@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Bytes kept unless asked otherwise.
 const DEFAULT_CAPACITY: usize = 64 << 10;
+/// Bytes written to a device that says it has room.
+const POLLED_BYTES: usize = 256;
 
 /// The guest's console output. Clones share one ring.
 ///
@@ -39,6 +41,8 @@ enum SinkKind {
     Socket,
     /// `write` on a description that is non-blocking or cannot block.
     File,
+    /// `write` of a little at a time, when poll says there is room.
+    Polled,
 }
 
 impl Default for ConsoleLog {
@@ -84,11 +88,12 @@ impl ConsoleLog {
 
     /// Copies the ring so far, and everything from now on, to `fd`, in place of an earlier sink.
     ///
-    /// Writes never block: a FIFO or terminal is opened again for a non-blocking description of our own (the caller's
-    /// may be shared with others), a socket is written with MSG_DONTWAIT. A sink that ends (EPIPE) is forgotten.
+    /// Writes never block: a FIFO is opened again for a non-blocking description of our own (the caller's may be shared
+    /// with others), a socket is written with MSG_DONTWAIT, a terminal when it has room. A sink that ends (EPIPE) is
+    /// forgotten.
     ///
     /// # Errors
-    /// The descriptor cannot be examined or opened again for writing.
+    /// The descriptor cannot be examined.
     pub fn set_sink(&self, fd: OwnedFd) -> io::Result<()> {
         let sink = Sink::new(fd)?;
         let mut state = self.lock();
@@ -125,18 +130,38 @@ impl Sink {
         let file = File::from(fd);
         let file_type = file.metadata()?.file_type();
         if file_type.is_socket() {
-            let kind = SinkKind::Socket;
-            return Ok(Self { file, kind });
+            return Ok(Self {
+                file,
+                kind: SinkKind::Socket,
+            });
         }
-        let kind = SinkKind::File;
-        if !file_type.is_fifo() && !file_type.is_char_device() {
-            return Ok(Self { file, kind });
+        if file_type.is_file() || file_type.is_block_device() {
+            return Ok(Self {
+                file,
+                kind: SinkKind::File,
+            });
         }
-        let file = OpenOptions::new()
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-        Ok(Self { file, kind })
+        let own = if file_type.is_fifo() {
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            OpenOptions::new()
+                .write(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(path)
+                .ok()
+        } else {
+            // A terminal or port may be open exclusively, and opening a pty master again makes another pty.
+            None
+        };
+        Ok(match own {
+            Some(file) => Self {
+                file,
+                kind: SinkKind::File,
+            },
+            None => Self {
+                file,
+                kind: SinkKind::Polled,
+            },
+        })
     }
 
     /// Writes what fits now: bytes taken, and an error when the sink has ended.
@@ -157,9 +182,30 @@ impl Sink {
     }
 
     fn write_once(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.kind == SinkKind::File {
-            return self.file.write(bytes);
+        match self.kind {
+            SinkKind::File => self.file.write(bytes),
+            SinkKind::Polled => self.write_polled(bytes),
+            SinkKind::Socket => self.send(bytes),
         }
+    }
+
+    fn write_polled(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut poll = libc::pollfd {
+            fd: self.file.as_raw_fd(),
+            events: libc::POLLOUT,
+            revents: 0,
+        };
+        // SAFETY: one pollfd, alive during the call.
+        if unsafe { libc::poll(&raw mut poll, 1, 0) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if poll.revents == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        self.file.write(bytes.get(..POLLED_BYTES).unwrap_or(bytes))
+    }
+
+    fn send(&self, bytes: &[u8]) -> io::Result<usize> {
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         // SAFETY: the pointer and length are those of a live slice, the descriptor is owned by `self.file`.
         let sent = unsafe { libc::send(self.file.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) };

@@ -20,7 +20,10 @@ fn tail_when_ring_overflows_keeps_the_newest() {
     let log = ConsoleLog::with_capacity(16);
     log.write(b"0123456789\n");
     log.write(b"abcdef\nghi");
-    assert_eq!(log.tail(10), ["56789", "abcdef", "ghi"].map(|s| s.to_owned()).to_vec()[..].to_vec());
+    assert_eq!(
+        log.tail(10),
+        ["56789", "abcdef", "ghi"].map(|s| s.to_owned()).to_vec()[..].to_vec()
+    );
     assert_eq!(log.tail(1), ["ghi"]);
     log.write(&[b'x'; 100]);
     assert_eq!(log.tail(5), ["x".repeat(16)]);
@@ -61,6 +64,28 @@ fn sink_when_nobody_reads_drops_and_counts() {
     let mut some = [0; 4096];
     reader.read_exact(&mut some).unwrap();
     assert_eq!(some, [b'z'; 4096]);
+}
+
+#[test]
+fn sink_when_a_terminal_gets_output_and_never_blocks() {
+    let (mut master, mut terminal) = (0, 0);
+    let null = std::ptr::null_mut();
+    // SAFETY: both numbers have room, the rest is optional.
+    let result = unsafe { libc::openpty(&raw mut master, &raw mut terminal, null, null.cast(), null.cast()) };
+    assert_eq!(result, 0);
+    // SAFETY: both descriptors were just created and belong to nobody else.
+    let (master, mut terminal) =
+        unsafe { (OwnedFd::from_raw_fd(master), std::fs::File::from_raw_fd(terminal)) };
+    let log = ConsoleLog::default();
+    log.set_sink(master).unwrap();
+    log.write(b"typed\n");
+    let mut line = [0; 6];
+    terminal.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"typed\n");
+    for _ in 0..64 {
+        log.write(&[b'z'; 8192]);
+    }
+    assert!(log.dropped() > 0);
 }
 
 #[test]

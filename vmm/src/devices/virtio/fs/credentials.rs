@@ -96,7 +96,11 @@ fn set_fsuid(uid: u32) -> io::Result<()> {
         libc::setfsuid(uid);
         libc::setfsuid(u32::MAX)
     };
-    if now.cast_unsigned() == uid { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EPERM)) }
+    if now.cast_unsigned() == uid {
+        Ok(())
+    } else {
+        Err(io::Error::from_raw_os_error(libc::EPERM))
+    }
 }
 
 fn set_fsgid(gid: u32) -> io::Result<()> {
@@ -105,7 +109,11 @@ fn set_fsgid(gid: u32) -> io::Result<()> {
         libc::setfsgid(gid);
         libc::setfsgid(u32::MAX)
     };
-    if now.cast_unsigned() == gid { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EPERM)) }
+    if now.cast_unsigned() == gid {
+        Ok(())
+    } else {
+        Err(io::Error::from_raw_os_error(libc::EPERM))
+    }
 }
 
 fn raise_dac_override() -> io::Result<()> {

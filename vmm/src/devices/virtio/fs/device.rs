@@ -119,7 +119,7 @@ impl Fs {
             .collect();
         let (root, proc_fds) = (self.root.try_clone()?, self.proc_fds.try_clone()?);
         let share = Share::new(root, proc_fds, self.config.cache, self.fd_limit)?;
-        FsWorkers::spawn(id, self.config.threads, share, &self.config.shared_dir, queues, memory)
+        FsWorkers::spawn(id, self.config.threads, share, queues, memory)
     }
 }
 
@@ -165,7 +165,9 @@ impl VirtioDevice for Fs {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let from = usize::try_from(offset).ok().and_then(|offset| self.space.get(offset..));
+        let from = usize::try_from(offset)
+            .ok()
+            .and_then(|offset| self.space.get(offset..));
         let mut bytes = from.unwrap_or_default().iter();
         for to in data {
             *to = bytes.next().copied().unwrap_or(0);

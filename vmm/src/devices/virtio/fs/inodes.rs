@@ -150,19 +150,23 @@ impl Inodes {
 
     /// Takes `count` references to `id` back.
     pub(super) fn forget(&self, id: u64, count: u64) {
+        // Closing a deleted file frees its blocks, which may take long: not under the lock.
+        drop(self.release(id, count));
+    }
+
+    fn release(&self, id: u64, count: u64) -> Option<Known> {
         if id == ROOT_ID {
-            return;
+            return None;
         }
         let mut tables = self.write();
-        let Some(known) = tables.by_id.get_mut(&id) else {
-            return;
-        };
+        let known = tables.by_id.get_mut(&id)?;
         known.lookups = known.lookups.saturating_sub(count);
-        if known.lookups == 0
-            && let Some(gone) = tables.by_id.remove(&id)
-        {
-            tables.by_key.remove(&gone.inode.key);
+        if known.lookups > 0 {
+            return None;
         }
+        let gone = tables.by_id.remove(&id)?;
+        tables.by_key.remove(&gone.inode.key);
+        Some(gone)
     }
 
     /// Forgets everything but the root.

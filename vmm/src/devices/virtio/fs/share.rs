@@ -16,7 +16,7 @@ use fuse_backend_rs::abi::fuse_abi::{
     CreateIn, FOPEN_IN_KILL_SUIDGID, FsOptions, OpenOptions, SetattrValid, WRITE_KILL_PRIV, stat64, statvfs64,
 };
 use fuse_backend_rs::api::filesystem::{
-    Context, DirEntry, Entry, FileSystem, GetxattrReply, ListxattrReply, ROOT_ID, ZeroCopyReader, ZeroCopyWriter,
+    Context, DirEntry, Entry, FileSystem, GetxattrReply, ListxattrReply, ZeroCopyReader, ZeroCopyWriter,
 };
 
 use super::credentials::{KillPrivileges, Owner};
@@ -118,12 +118,15 @@ impl Share {
             libc::S_IFDIR => return Err(errno(libc::EISDIR)),
             _ => return Err(errno(libc::ENXIO)),
         }
-        let file = self.reopen(inode, flags & OPEN_FLAGS)?;
-        if flags & libc::O_TRUNC != 0 {
-            let _guard = KillPrivileges::when(kill_privileges)?;
+        let mut truncate = flags & libc::O_TRUNC;
+        if truncate != 0 && kill_privileges {
+            // Opening checks permissions, so the guard must be for a truncation of its own.
+            let file = self.reopen(inode, libc::O_WRONLY | libc::O_NONBLOCK)?;
+            let _guard = KillPrivileges::when(true)?;
             file.set_len(0)?;
+            truncate = 0;
         }
-        Ok(file)
+        self.reopen(inode, flags & OPEN_FLAGS | truncate)
     }
 
     fn attributes(&self, inode: &Inode, handle: Option<&Handle>) -> io::Result<(stat64, Duration)> {
@@ -170,10 +173,6 @@ impl Share {
     }
 }
 
-fn is_dots(name: &CStr) -> bool {
-    matches!(name.to_bytes(), b"." | b"..")
-}
-
 fn set_times(attr: &stat64, valid: SetattrValid) -> Option<[libc::timespec; 2]> {
     let time = |set: SetattrValid, now: SetattrValid, tv_sec, tv_nsec| {
         let omit = libc::timespec {
@@ -194,8 +193,18 @@ fn set_times(attr: &stat64, valid: SetattrValid) -> Option<[libc::timespec; 2]> 
         SetattrValid::ATIME | SetattrValid::MTIME | SetattrValid::ATIME_NOW | SetattrValid::MTIME_NOW;
     valid.intersects(wanted).then(|| {
         [
-            time(SetattrValid::ATIME, SetattrValid::ATIME_NOW, attr.st_atime, attr.st_atime_nsec),
-            time(SetattrValid::MTIME, SetattrValid::MTIME_NOW, attr.st_mtime, attr.st_mtime_nsec),
+            time(
+                SetattrValid::ATIME,
+                SetattrValid::ATIME_NOW,
+                attr.st_atime,
+                attr.st_atime_nsec,
+            ),
+            time(
+                SetattrValid::MTIME,
+                SetattrValid::MTIME_NOW,
+                attr.st_mtime,
+                attr.st_mtime_nsec,
+            ),
         ]
     })
 }
@@ -256,7 +265,10 @@ impl FileSystem for Share {
         if valid.contains(SetattrValid::SIZE) {
             let size = u64::try_from(attr.st_size).map_err(|_| errno(libc::EINVAL))?;
             let flags = (libc::O_WRONLY | libc::O_NONBLOCK).cast_unsigned();
-            let opened = handle.is_none().then(|| self.open_file(&inode, flags, false)).transpose()?;
+            let opened = handle
+                .is_none()
+                .then(|| self.open_file(&inode, flags, false))
+                .transpose()?;
             let _guard = KillPrivileges::when(valid.contains(SetattrValid::KILL_SUIDGID))?;
             if let Some(file) = opened.as_ref().or(handle.as_deref().map(Handle::file)) {
                 file.set_len(size)?;
@@ -324,7 +336,13 @@ impl FileSystem for Share {
         new: &CStr,
         flags: u32,
     ) -> io::Result<()> {
-        sys::rename(self.inodes.get(from)?.fd(), old, self.inodes.get(to)?.fd(), new, flags)
+        sys::rename(
+            self.inodes.get(from)?.fd(),
+            old,
+            self.inodes.get(to)?.fd(),
+            new,
+            flags,
+        )
     }
 
     fn link(&self, _ctx: &Context, inode: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
@@ -422,7 +440,11 @@ impl FileSystem for Share {
 
     fn fsync(&self, _ctx: &Context, inode: u64, datasync: bool, handle: u64) -> io::Result<()> {
         let handle = self.handles.get(handle, inode)?;
-        if datasync { handle.file().sync_data() } else { handle.file().sync_all() }
+        if datasync {
+            handle.file().sync_data()
+        } else {
+            handle.file().sync_all()
+        }
     }
 
     fn fallocate(
@@ -514,16 +536,9 @@ impl FileSystem for Share {
         // An entry with attributes takes five times the room of one without; what does not fit was looked up in vain.
         let host_size = (size / 4).max(1024).min(size);
         self.read_directory(&handle, host_size, offset, &mut |entry, name| {
-            if is_dots(name) {
-                // Inode 0: no reference, no attributes; the guest knows these two anyway.
-                return Ok(add_entry(entry, Entry::default())? > 0);
-            }
-            let found = match self.find(&directory, name) {
-                Ok(found) => found,
-                // Gone since the host listed it.
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(true),
-                Err(error) => return Err(error),
-            };
+            // Inode 0, no attributes, no reference: for `.` and `..`, and for what is gone since the host listed it or
+            // cannot be held. The guest asks for those by name.
+            let found = self.find(&directory, name).unwrap_or_default();
             let added = add_entry(entry, found);
             if !matches!(added, Ok(1..)) {
                 self.inodes.forget(found.inode, 1);
@@ -564,6 +579,3 @@ fn borrow(file: &File) -> ManuallyDrop<File> {
     // SAFETY: the descriptor stays open while the caller holds `file`, and ManuallyDrop does not close it.
     ManuallyDrop::new(unsafe { File::from_raw_fd(file.as_raw_fd()) })
 }
-
-/// The inode FUSE starts from.
-const _: () = assert!(ROOT_ID == 1);

@@ -22,7 +22,11 @@ pub(super) fn errno(number: i32) -> io::Error {
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// A name that stays in its directory: one component, not `.` or `..`.
@@ -83,7 +87,15 @@ pub(super) fn stat(fd: BorrowedFd) -> io::Result<Stat> {
     let mut out = MaybeUninit::<libc::statx>::zeroed();
     let mask = libc::STATX_BASIC_STATS | libc::STATX_MNT_ID;
     // SAFETY: the path is a constant, `out` has room for the answer.
-    check(unsafe { libc::statx(fd.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, mask, out.as_mut_ptr()) })?;
+    check(unsafe {
+        libc::statx(
+            fd.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            mask,
+            out.as_mut_ptr(),
+        )
+    })?;
     // SAFETY: the kernel filled it, and zero is valid for every field anyway.
     let x = unsafe { out.assume_init() };
     // SAFETY: zero is valid for every field.
@@ -140,29 +152,67 @@ pub(super) fn link(file: BorrowedFd, dir: BorrowedFd, name: &CStr) -> io::Result
     check(unsafe { libc::linkat(old, c"".as_ptr(), new, name.as_ptr(), libc::AT_EMPTY_PATH) })
 }
 
+/// EBUSY when `name` is where the host mounted something. The kernel itself protects mount points of the caller's mount
+/// namespace only, and takes mounts of others away together with their directory. The threads of the share have a
+/// namespace of their own.
+fn refuse_mount_point(dir: BorrowedFd, name: &CStr) -> io::Result<()> {
+    let mut out = MaybeUninit::<libc::statx>::zeroed();
+    let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
+    // SAFETY: `name` is valid during the call, `out` has room for the answer.
+    check(unsafe {
+        libc::statx(
+            dir.as_raw_fd(),
+            name.as_ptr(),
+            flags,
+            libc::STATX_TYPE,
+            out.as_mut_ptr(),
+        )
+    })?;
+    // SAFETY: the kernel filled it, and zero is valid for every field anyway.
+    let attributes = unsafe { out.assume_init() }.stx_attributes;
+    if attributes & libc::STATX_ATTR_MOUNT_ROOT as u64 == 0 {
+        Ok(())
+    } else {
+        Err(errno(libc::EBUSY))
+    }
+}
+
 pub(super) fn unlink(dir: BorrowedFd, name: &CStr, flags: i32) -> io::Result<()> {
     let name = check_name(name)?;
+    refuse_mount_point(dir, name)?;
     // SAFETY: `name` is valid during the call.
     check(unsafe { libc::unlinkat(dir.as_raw_fd(), name.as_ptr(), flags) })
 }
 
-pub(super) fn rename(
-    from: BorrowedFd,
-    old: &CStr,
-    to: BorrowedFd,
-    new: &CStr,
-    flags: u32,
-) -> io::Result<()> {
+pub(super) fn rename(from: BorrowedFd, old: &CStr, to: BorrowedFd, new: &CStr, flags: u32) -> io::Result<()> {
     let (old, new) = (check_name(old)?, check_name(new)?);
+    refuse_mount_point(from, old)?;
+    match refuse_mount_point(to, new) {
+        Err(error) if error.raw_os_error() != Some(libc::ENOENT) => return Err(error),
+        _ => {}
+    }
     // SAFETY: both strings are valid during the call.
-    check(unsafe { libc::renameat2(from.as_raw_fd(), old.as_ptr(), to.as_raw_fd(), new.as_ptr(), flags) })
+    check(unsafe {
+        libc::renameat2(
+            from.as_raw_fd(),
+            old.as_ptr(),
+            to.as_raw_fd(),
+            new.as_ptr(),
+            flags,
+        )
+    })
 }
 
 pub(super) fn readlink(fd: BorrowedFd) -> io::Result<Vec<u8>> {
     let mut target = vec![0u8; libc::PATH_MAX as usize];
     // SAFETY: the buffer has the length given.
     let len = unsafe {
-        libc::readlinkat(fd.as_raw_fd(), c"".as_ptr(), target.as_mut_ptr().cast(), target.len())
+        libc::readlinkat(
+            fd.as_raw_fd(),
+            c"".as_ptr(),
+            target.as_mut_ptr().cast(),
+            target.len(),
+        )
     };
     let len = usize::try_from(len).map_err(|_| io::Error::last_os_error())?;
     target.truncate(len);
@@ -191,7 +241,10 @@ pub(super) fn utimes(proc_fds: BorrowedFd, fd: BorrowedFd, times: &[libc::timesp
 
 pub(super) fn fallocate(fd: BorrowedFd, mode: u32, offset: u64, len: u64) -> io::Result<()> {
     let invalid = |_| errno(libc::EINVAL);
-    let (offset, len) = (i64::try_from(offset).map_err(invalid)?, i64::try_from(len).map_err(invalid)?);
+    let (offset, len) = (
+        i64::try_from(offset).map_err(invalid)?,
+        i64::try_from(len).map_err(invalid)?,
+    );
     // SAFETY: no memory is passed.
     check(unsafe { libc::fallocate64(fd.as_raw_fd(), mode.cast_signed(), offset, len) })
 }
@@ -206,8 +259,14 @@ pub(super) fn lseek(fd: BorrowedFd, offset: u64, whence: i32) -> io::Result<u64>
 /// Reads directory entries (`struct linux_dirent64`) into `buffer`; returns the bytes filled.
 pub(super) fn getdents(fd: BorrowedFd, buffer: &mut [u8]) -> io::Result<usize> {
     // SAFETY: the buffer has the length given.
-    let len =
-        unsafe { libc::syscall(libc::SYS_getdents64, fd.as_raw_fd(), buffer.as_mut_ptr(), buffer.len()) };
+    let len = unsafe {
+        libc::syscall(
+            libc::SYS_getdents64,
+            fd.as_raw_fd(),
+            buffer.as_mut_ptr(),
+            buffer.len(),
+        )
+    };
     usize::try_from(len).map_err(|_| io::Error::last_os_error())
 }
 
@@ -232,7 +291,13 @@ pub(super) mod xattr {
         let (path, flags) = (proc_name(fd), flags.cast_signed());
         // SAFETY: the strings and the value are valid during the call.
         check(unsafe {
-            libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), flags)
+            libc::setxattr(
+                path.as_ptr(),
+                name.as_ptr(),
+                value.as_ptr().cast(),
+                value.len(),
+                flags,
+            )
         })
     }
 
@@ -245,14 +310,18 @@ pub(super) mod xattr {
     pub(in super::super) fn get(fd: BorrowedFd, name: &CStr, size: u32) -> io::Result<(usize, Vec<u8>)> {
         let path = proc_name(fd);
         // SAFETY: the strings are valid during the call, the buffer has the length given.
-        read(size, |buffer, len| unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), buffer.cast(), len) })
+        read(size, |buffer, len| unsafe {
+            libc::getxattr(path.as_ptr(), name.as_ptr(), buffer.cast(), len)
+        })
     }
 
     /// All names, each ended by a NUL, or with `size` 0 their length.
     pub(in super::super) fn list(fd: BorrowedFd, size: u32) -> io::Result<(usize, Vec<u8>)> {
         let path = proc_name(fd);
         // SAFETY: the string is valid during the call, the buffer has the length given.
-        read(size, |buffer, len| unsafe { libc::listxattr(path.as_ptr(), buffer.cast(), len) })
+        read(size, |buffer, len| unsafe {
+            libc::listxattr(path.as_ptr(), buffer.cast(), len)
+        })
     }
 
     fn read(size: u32, call: impl FnOnce(*mut u8, usize) -> isize) -> io::Result<(usize, Vec<u8>)> {

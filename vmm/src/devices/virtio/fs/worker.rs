@@ -6,7 +6,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
@@ -45,19 +44,22 @@ pub(super) struct FsWorkers {
 }
 
 impl FsWorkers {
-    /// Starts `count` threads; `mount_point` is a directory the jail may mount on, in its own namespace.
+    /// Starts `count` threads.
     pub(super) fn spawn(
         id: &str,
         count: u8,
         share: Share,
-        mount_point: &Path,
         queues: Vec<ServedQueue>,
         memory: Arc<GuestMemory>,
     ) -> io::Result<Self> {
         let stop = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let epoll = Epoll::new()?;
         // Level-triggered and never read: every thread sees it.
-        epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))?;
+        epoll.ctl(
+            ControlOperation::Add,
+            stop.as_raw_fd(),
+            EpollEvent::new(EventSet::IN, STOP),
+        )?;
         for (index, queue) in queues.iter().enumerate() {
             // Edge-triggered: each ring of the doorbell wakes one thread.
             let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, index as u64);
@@ -73,10 +75,9 @@ impl FsWorkers {
             epoll,
         });
         let (sender, receiver) = channel();
-        let point = mount_point.to_owned();
         let first = Builder::new()
             .name(format!("fs-{id}-0"))
-            .spawn(move || first_thread(&pool, count, point, &sender))?;
+            .spawn(move || first_thread(&pool, count, &sender))?;
         let mut workers = Self {
             stop,
             threads: vec![first],
@@ -107,9 +108,9 @@ impl FsWorkers {
 }
 
 /// Goes to jail, starts the other threads there (they inherit namespace, directory and umask), and becomes a worker.
-fn first_thread(pool: &Arc<Pool>, count: u8, point: PathBuf, report: &Sender<(Vec<Thread>, io::Result<()>)>) {
+fn first_thread(pool: &Arc<Pool>, count: u8, report: &Sender<(Vec<Thread>, io::Result<()>)>) {
     let mut others = Vec::new();
-    let result = jail::enter(&point, pool.share.proc_fds().as_fd()).and_then(|()| {
+    let result = jail::enter(pool.share.proc_fds().as_fd()).and_then(|()| {
         for number in 1..count {
             let pool = pool.clone();
             let builder = Builder::new().name(format!("fs-{}-{number}", pool.id));
@@ -143,7 +144,9 @@ impl Pool {
 
     /// Serves a queue until it is empty.
     fn serve(&self, index: usize) {
-        let Some(queue) = self.queues.get(index) else { return };
+        let Some(queue) = self.queues.get(index) else {
+            return;
+        };
         while let Some(chain) = self.take(queue) {
             let head = chain.head_index();
             let written = self.handle(chain);

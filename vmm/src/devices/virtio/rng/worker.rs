@@ -46,7 +46,11 @@ impl MutEventSubscriber for RngWorker {
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
         self.queue.take_kick();
         let limit = self.queue.size();
-        if self.queue.serve(BUDGET, |memory, chain| fill(memory, chain, limit)) == Served::More {
+        if self
+            .queue
+            .serve(BUDGET, |memory, chain| fill(memory, chain, limit))
+            == Served::More
+        {
             self.queue.kick_self();
         }
     }

@@ -41,11 +41,16 @@ impl Attachment {
         let mut ended = lock(&self.ended);
         while !*ended {
             // A deadline beyond the clock's range is none.
-            let left = deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()));
+            let left = deadline.map_or(Duration::MAX, |deadline| {
+                deadline.saturating_duration_since(Instant::now())
+            });
             if left.is_zero() {
                 return false;
             }
-            ended = match self.changed.wait_timeout(ended, left.min(Duration::from_secs(3600))) {
+            ended = match self
+                .changed
+                .wait_timeout(ended, left.min(Duration::from_secs(3600)))
+            {
                 Ok((guard, _)) => guard,
                 Err(poisoned) => poisoned.into_inner().0,
             };
@@ -60,13 +65,21 @@ impl Attachment {
 /// [`VsockError::AttachDirection`] or [`VsockError::Attach`].
 pub(super) fn prepare(fd: OwnedFd, port: u32, direction: Direction) -> Result<HostFd, VsockError> {
     let failed = |source| VsockError::Attach { port, source };
-    let flags = rustix::fs::fcntl_getfl(&fd).map_err(io::Error::from).map_err(failed)?;
+    let flags = rustix::fs::fcntl_getfl(&fd)
+        .map_err(io::Error::from)
+        .map_err(failed)?;
     let mode = flags & OFlags::ACCMODE;
     if direction.reads_host() && mode == OFlags::WRONLY {
-        return Err(VsockError::AttachDirection { port, need: "reading" });
+        return Err(VsockError::AttachDirection {
+            port,
+            need: "reading",
+        });
     }
     if direction.writes_host() && mode == OFlags::RDONLY {
-        return Err(VsockError::AttachDirection { port, need: "writing" });
+        return Err(VsockError::AttachDirection {
+            port,
+            need: "writing",
+        });
     }
     HostFd::new(fd).map_err(failed)
 }

@@ -13,18 +13,18 @@
 //! what `buf_alloc` promises and so cannot grow beyond it. Bytes for the guest are never kept: they stay in the host's
 //! descriptor until there is credit and a guest buffer to read them into.
 
+mod to_guest;
+
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{Epoll, EventSet};
 
 use super::credit::{Inbound, Outbound};
-use super::host::{HostFd, ReadOutcome, WriteOutcome};
+use super::host::{HostFd, WriteOutcome};
 use super::metrics::Counters;
 use super::origin::Origin;
-use super::packet::{
-    HOST_CID, Header, Op, Pieces, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM,
-};
+use super::packet::{Header, Op, Pieces, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
 /// Names a connection for as long as the device lives; never reused. Also its epoll token.
 pub(super) type ConnId = u64;
@@ -32,6 +32,9 @@ pub(super) type ConnId = u64;
 /// How long a guest may take to answer a SHUTDOWN of both directions, a client to send its CONNECT line, and a guest to
 /// answer the REQUEST made for that client.
 pub(super) const KILL_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a REQUEST may stay unanswered before it is sent again: Linux before 6.4 can lose the RST it owes while its
+/// driver comes up. One that was only slow takes no notice of the second.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 /// First and longest pause before a refused REQUEST is sent again.
 const BACKOFF_FIRST: Duration = Duration::from_millis(1);
 const BACKOFF_LONGEST: Duration = Duration::from_millis(10);
@@ -202,7 +205,7 @@ impl Connection {
         let mut connection = Self::new(id, phase, origin, host, buf_alloc);
         connection.pair = Some(pair);
         connection.opening = Some(Op::Request);
-        connection.timer = Some(deadline);
+        connection.timer = Some(connection.answer_by(deadline, Instant::now()));
         connection
     }
 
@@ -269,7 +272,9 @@ impl Connection {
             (Phase::Requesting { attempt, deadline }, Some(Op::Rst)) => {
                 self.refused(attempt, deadline, context)
             }
-            (Phase::Established | Phase::Closing, Some(op)) => self.on_stream_packet(op, header, payload, context),
+            (Phase::Established | Phase::Closing, Some(op)) => {
+                self.on_stream_packet(op, header, payload, context)
+            }
             // The guest has refused this pair of ports and knows nothing of it.
             (Phase::Backoff { .. }, _) => Verdict::Keep,
             _ => {
@@ -326,7 +331,7 @@ impl Connection {
     fn establish(&mut self, context: Context<'_>) -> Verdict {
         self.phase = Phase::Established;
         self.timer = None;
-        let registered = match (&self.origin, self.pair, &self.host) {
+        let registered = match (&self.origin, self.pair, &mut self.host) {
             // Registered since the handshake, whose events may already have told of the data behind the CONNECT line.
             (Origin::Client, Some(pair), Some(host)) => {
                 self.readable = true;
@@ -344,7 +349,11 @@ impl Connection {
         }
         context.counters.connections.inc();
         self.origin.established();
-        if self.end_when_idle { self.end(context) } else { Verdict::Keep }
+        if self.end_when_idle {
+            self.end(context)
+        } else {
+            Verdict::Keep
+        }
     }
 
     /// The guest answered a REQUEST with RST: nobody listens (yet).
@@ -354,7 +363,9 @@ impl Connection {
             return Verdict::Forget;
         }
         self.origin.note_refused();
-        let pause = BACKOFF_FIRST.saturating_mul(1 << attempt.min(10)).min(BACKOFF_LONGEST);
+        let pause = BACKOFF_FIRST
+            .saturating_mul(1 << attempt.min(10))
+            .min(BACKOFF_LONGEST);
         self.phase = Phase::Backoff { attempt, deadline };
         self.timer = Some(deadline.min(context.now + pause));
         Verdict::Keep
@@ -363,13 +374,29 @@ impl Connection {
     /// Sends a refused REQUEST again, now.
     pub(super) fn retry(&mut self, context: Context<'_>) {
         if let Phase::Backoff { attempt, deadline } = self.phase {
+            self.request_again(attempt, deadline, context);
+        }
+    }
+
+    fn request_again(&mut self, attempt: u32, deadline: Instant, context: Context<'_>) {
+        // One that has found no rx buffer yet is still to be sent the first time.
+        if self.opening.is_none() {
             context.counters.retries.inc();
-            self.phase = Phase::Requesting {
-                attempt: attempt.saturating_add(1),
-                deadline,
-            };
-            self.opening = Some(Op::Request);
-            self.timer = Some(deadline);
+        }
+        self.phase = Phase::Requesting {
+            attempt: attempt.saturating_add(1),
+            deadline,
+        };
+        self.opening = Some(Op::Request);
+        self.timer = Some(self.answer_by(deadline, context.now));
+    }
+
+    /// When to look after a REQUEST that is sent now.
+    fn answer_by(&self, deadline: Instant, now: Instant) -> Instant {
+        if self.origin.retries() {
+            deadline.min(now + ANSWER_TIMEOUT)
+        } else {
+            deadline
         }
     }
 
@@ -382,7 +409,7 @@ impl Connection {
             {
                 self.phase = Phase::Requesting { attempt, deadline };
                 self.opening = Some(Op::Request);
-                self.timer = Some(deadline);
+                self.timer = Some(self.answer_by(deadline, Instant::now()));
                 self.outbound = Outbound::default();
                 self.origin.note_driver_down();
                 true
@@ -394,7 +421,7 @@ impl Connection {
     /// Writes `payload` to the host, or keeps what the host has no room for.
     fn deliver(&mut self, payload: &mut Pieces<'_>, context: Context<'_>) {
         let wanted = self.origin.direction().writes_host() && self.local_shutdown & SHUTDOWN_RECEIVE == 0;
-        let Some(host) = self.host.as_ref().filter(|_| wanted) else {
+        let Some(host) = self.host.as_mut().filter(|_| wanted) else {
             self.drop_bytes(payload.len(), context);
             return;
         };
@@ -423,7 +450,7 @@ impl Connection {
     /// Writes the buffer to the host until it is empty or the host is full.
     fn flush(&mut self, context: Context<'_>) {
         while !self.blocked && !self.buffer.is_empty() {
-            let Some(host) = &self.host else { return };
+            let Some(host) = &mut self.host else { return };
             let (first, second) = self.buffer.as_slices();
             match host.write_buffers(first, second) {
                 WriteOutcome::Data(count) => {
@@ -514,9 +541,17 @@ impl Connection {
         self.timer = None;
         match self.phase {
             Phase::Handshake => Verdict::Forget,
+            Phase::Requesting { attempt, deadline } if context.now < deadline => {
+                self.request_again(attempt, deadline, context);
+                Verdict::Keep
+            }
             Phase::Requesting { .. } => {
                 self.origin.gave_up(self.pair);
-                if self.opening.is_none() { Verdict::Reset } else { Verdict::Forget }
+                if self.opening.is_none() {
+                    Verdict::Reset
+                } else {
+                    Verdict::Forget
+                }
             }
             Phase::Backoff { deadline, .. } if context.now >= deadline => {
                 self.origin.gave_up(self.pair);
@@ -581,95 +616,5 @@ impl Connection {
         {
             tracing::warn!(%error, "vsock: cannot wait for room on the host side");
         }
-    }
-
-    /// What the connection has for the guest now.
-    pub(super) fn next(&self) -> Option<Next> {
-        if let Some(op) = self.opening {
-            return Some(Next::Control(op, 0));
-        }
-        let established = self.phase == Phase::Established;
-        if !established && self.phase != Phase::Closing {
-            return None;
-        }
-        let reads = established
-            && self.readable
-            && !self.host_ended
-            && self.host.is_some()
-            && self.origin.direction().reads_host()
-            && self.peer_shutdown & SHUTDOWN_RECEIVE == 0;
-        if reads {
-            match self.outbound.available() {
-                0 if !self.credit_asked => return Some(Next::Control(Op::CreditRequest, 0)),
-                0 => {}
-                credit => return Some(Next::Data(credit)),
-            }
-        }
-        if self.credit_owed || self.inbound.update_due() {
-            return Some(Next::Control(Op::CreditUpdate, 0));
-        }
-        if self.local_shutdown != self.told_shutdown {
-            return Some(Next::Control(Op::Shutdown, self.local_shutdown));
-        }
-        None
-    }
-
-    /// The header of a packet that is being sent; takes note of what it tells the guest.
-    pub(super) fn header(&mut self, op: Op, flags: u32, len: u32, context: Context<'_>) -> Header {
-        let pair = self.pair.unwrap_or(PortPair { local: 0, peer: 0 });
-        self.credit_owed = false;
-        match op {
-            Op::Request | Op::Response => {
-                self.opening = None;
-                if op == Op::Request {
-                    self.origin.note_requested();
-                }
-            }
-            Op::CreditRequest => self.credit_asked = true,
-            Op::Shutdown => self.told_shutdown = flags,
-            Op::Rw => self.outbound.consume(len),
-            Op::Rst | Op::CreditUpdate => {}
-        }
-        Header {
-            src_cid: HOST_CID,
-            dst_cid: context.guest_cid,
-            src_port: pair.local,
-            dst_port: pair.peer,
-            len,
-            type_: TYPE_STREAM,
-            op: op as u16,
-            flags,
-            buf_alloc: self.inbound.buf_alloc(),
-            fwd_cnt: self.inbound.advertise(),
-        }
-    }
-
-    /// Reads the host for [`Next::Data`].
-    pub(super) fn read(&self, room: &Pieces<'_>) -> ReadOutcome {
-        match &self.host {
-            Some(host) => host.read(room.parts()),
-            None => ReadOutcome::End { hung_up: true },
-        }
-    }
-
-    /// What follows from the result of that read.
-    pub(super) fn on_read(&mut self, outcome: ReadOutcome, context: Context<'_>) -> Verdict {
-        match outcome {
-            ReadOutcome::Data(_) => return Verdict::Keep,
-            ReadOutcome::Blocked => {
-                self.readable = false;
-                if !self.end_when_idle {
-                    return Verdict::Keep;
-                }
-            }
-            ReadOutcome::End { hung_up } => self.host_hung_up |= hung_up,
-        }
-        self.host_ended = true;
-        self.local_shutdown |= SHUTDOWN_SEND;
-        if !self.origin.direction().writes_host() {
-            // A FIFO's writer learns that nobody reads any more.
-            self.release(context.epoll);
-        }
-        self.progress(context)
     }
 }

@@ -45,11 +45,11 @@ impl Inbound {
         debug_assert!((self.received - self.forwarded).0 <= self.buf_alloc);
     }
 
-    /// Whether the guest should be told about freed space without waiting for a packet that goes its way. A quarter
+    /// Whether the guest should be told about freed space without waiting for a packet that goes its way. Half
     /// of the buffer: the guest, which can always use what is not yet told, never stalls while the host keeps reading,
     /// and a stream of small packets does not cost an update each.
     pub(super) fn update_due(&self) -> bool {
-        (self.forwarded - self.advertised).0 >= self.buf_alloc / 4
+        (self.forwarded - self.advertised).0 >= self.buf_alloc / 2
     }
 
     /// The `fwd_cnt` of a packet that is sent now.
@@ -101,14 +101,14 @@ mod tests {
     }
 
     #[test]
-    fn update_due_when_a_quarter_is_untold() {
+    fn update_due_when_half_is_untold() {
         let mut credit = Inbound::new(100);
-        assert!(credit.receive(50));
-        credit.forward(24);
+        assert!(credit.receive(60));
+        credit.forward(49);
         assert!(!credit.update_due());
         credit.forward(1);
         assert!(credit.update_due());
-        assert_eq!(credit.advertise(), 25);
+        assert_eq!(credit.advertise(), 50);
         assert!(!credit.update_due());
     }
 

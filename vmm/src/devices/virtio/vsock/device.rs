@@ -99,8 +99,16 @@ impl VirtioDevice for Vsock {
             };
             queues.next().filter(|queue| queue.index == index).ok_or(missing)
         };
-        let ActiveQueue { queue: rx, kick: rx_kick, .. } = next(0)?;
-        let ActiveQueue { queue: tx, kick: tx_kick, .. } = next(1)?;
+        let ActiveQueue {
+            queue: rx,
+            kick: rx_kick,
+            ..
+        } = next(0)?;
+        let ActiveQueue {
+            queue: tx,
+            kick: tx_kick,
+            ..
+        } = next(1)?;
         // The event queue only carries transport resets after a migration.
         let transport = Transport {
             memory,
@@ -109,11 +117,13 @@ impl VirtioDevice for Vsock {
             kicks: [rx_kick, tx_kick],
             interrupt,
         };
-        lock(&self.worker).start(transport).map_err(|source| ActivateError::Host {
-            device: ID.to_owned(),
-            what: "cannot watch the queues",
-            source,
-        })?;
+        lock(&self.worker)
+            .start(transport)
+            .map_err(|source| ActivateError::Host {
+                device: ID.to_owned(),
+                what: "cannot watch the queues",
+                source,
+            })?;
         match io.add(self.worker.clone()) {
             Ok(id) => {
                 self.active = Some((io, id));

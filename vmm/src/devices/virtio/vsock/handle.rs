@@ -118,7 +118,9 @@ impl VsockHandle {
         if self.shared.is_stopped() {
             return Err(VsockError::Stopped);
         }
-        self.shared.attached(host_port).ok_or(VsockError::NotAttached(host_port))?;
+        self.shared
+            .attached(host_port)
+            .ok_or(VsockError::NotAttached(host_port))?;
         self.shared.send(Command::CloseAttached { local: host_port })
     }
 
@@ -126,7 +128,9 @@ impl VsockHandle {
     /// or the connection has failed. False if that takes longer than `timeout`; true also for a port that is not
     /// attached.
     pub fn wait_attached(&self, host_port: u32, timeout: Duration) -> bool {
-        self.shared.attached(host_port).is_none_or(|attachment| attachment.wait(timeout))
+        self.shared
+            .attached(host_port)
+            .is_none_or(|attachment| attachment.wait(timeout))
     }
 
     /// The device's counters.

@@ -64,6 +64,7 @@ pub(super) struct HostFd {
     pollable: bool,
     registered: bool,
     waits_for_output: bool,
+    warned: bool,
 }
 
 impl HostFd {
@@ -87,6 +88,7 @@ impl HostFd {
             pollable: true,
             registered: false,
             waits_for_output: false,
+            warned: false,
         })
     }
 
@@ -96,7 +98,11 @@ impl HostFd {
     /// # Errors
     /// epoll refused for another reason than the kind of file.
     pub(super) fn register(&mut self, epoll: &Epoll, token: u64, read: bool) -> io::Result<bool> {
-        match epoll.ctl(ControlOperation::Add, self.fd.as_raw_fd(), EpollEvent::new(interest(read, false), token)) {
+        match epoll.ctl(
+            ControlOperation::Add,
+            self.fd.as_raw_fd(),
+            EpollEvent::new(interest(read, false), token),
+        ) {
             Ok(()) => self.registered = true,
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => self.pollable = false,
             Err(error) => return Err(error),
@@ -109,21 +115,33 @@ impl HostFd {
     ///
     /// # Errors
     /// epoll_ctl failed.
-    pub(super) fn wait_for_output(&mut self, epoll: &Epoll, token: u64, read: bool, wait: bool) -> io::Result<()> {
+    pub(super) fn wait_for_output(
+        &mut self,
+        epoll: &Epoll,
+        token: u64,
+        read: bool,
+        wait: bool,
+    ) -> io::Result<()> {
         if !self.registered || self.waits_for_output == wait {
             return Ok(());
         }
         self.waits_for_output = wait;
-        epoll.ctl(ControlOperation::Modify, self.fd.as_raw_fd(), EpollEvent::new(interest(read, wait), token))
+        epoll.ctl(
+            ControlOperation::Modify,
+            self.fd.as_raw_fd(),
+            EpollEvent::new(interest(read, wait), token),
+        )
     }
 
     /// Leaves epoll. Closing is not enough: the description may be shared with a duplicate somewhere else.
     pub(super) fn unregister(&mut self, epoll: &Epoll) {
         if self.registered {
             self.registered = false;
-            if let Err(error) =
-                epoll.ctl(ControlOperation::Delete, self.fd.as_raw_fd(), EpollEvent::default())
-            {
+            if let Err(error) = epoll.ctl(
+                ControlOperation::Delete,
+                self.fd.as_raw_fd(),
+                EpollEvent::default(),
+            ) {
                 tracing::warn!(%error, "vsock: cannot remove a descriptor from epoll");
             }
         }
@@ -136,8 +154,13 @@ impl HostFd {
             // SAFETY: each entry is guest memory that stays mapped for the borrow of `parts`; the guest may change it
             // meanwhile, which the kernel does not mind, and no reference to it exists.
             let count = unsafe { libc::readv(self.fd.as_raw_fd(), iov.as_mut_ptr(), iov_count(&iov)) };
-            if let Ok(count) = usize::try_from(count) {
-                return if count > 0 { ReadOutcome::Data(count) } else { self.end() };
+            match usize::try_from(count) {
+                Ok(0) => match self.end() {
+                    Some(outcome) => return outcome,
+                    None => continue,
+                },
+                Ok(count) => return ReadOutcome::Data(count),
+                Err(_) => {}
             }
             let error = io::Error::last_os_error();
             match error.raw_os_error() {
@@ -153,37 +176,35 @@ impl HostFd {
         }
     }
 
-    /// What a read of 0 bytes means.
-    fn end(&self) -> ReadOutcome {
+    /// What a read of 0 bytes means; `None` if it means nothing any more, because there is something to read now.
+    fn end(&self) -> Option<ReadOutcome> {
         if !self.pollable {
-            return ReadOutcome::End { hung_up: false };
+            return Some(ReadOutcome::End { hung_up: false });
         }
-        let hung_up = self.hung_up();
-        // A FIFO reads as empty before its first writer opens it, but reports a hang-up only after the last one left.
-        if self.kind == Kind::Pipe && !hung_up {
-            return ReadOutcome::Blocked;
-        }
-        ReadOutcome::End { hung_up }
-    }
-
-    fn hung_up(&self) -> bool {
         let mut poll = [PollFd::from_borrowed_fd(self.fd.as_fd(), PollFlags::IN)];
-        match rustix::event::poll(&mut poll, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
-            Ok(_) => poll.iter().any(|p| p.revents().intersects(PollFlags::HUP | PollFlags::NVAL)),
+        let state = match rustix::event::poll(&mut poll, Some(&Timespec::default())) {
+            Ok(_) => poll.iter().map(PollFd::revents).collect(),
             Err(error) => {
                 tracing::warn!(%error, "vsock: poll of the host side failed, treated as hung up");
-                true
+                PollFlags::HUP
             }
+        };
+        let hung_up = state.contains(PollFlags::HUP);
+        // A FIFO reads as empty before its first writer opens it, but reports a hang-up only after the last one left.
+        match self.kind {
+            Kind::Pipe if state.contains(PollFlags::IN) => None,
+            Kind::Pipe if !hung_up => Some(ReadOutcome::Blocked),
+            _ => Some(ReadOutcome::End { hung_up }),
         }
     }
 
     /// Writes from guest memory.
-    pub(super) fn write(&self, parts: &[VolatileSlice<'_>]) -> WriteOutcome {
+    pub(super) fn write(&mut self, parts: &[VolatileSlice<'_>]) -> WriteOutcome {
         self.write_iov(&mut iovecs(parts))
     }
 
     /// Writes two buffers, one after the other.
-    pub(super) fn write_buffers(&self, first: &[u8], second: &[u8]) -> WriteOutcome {
+    pub(super) fn write_buffers(&mut self, first: &[u8], second: &[u8]) -> WriteOutcome {
         let mut iov = [first, second].map(|bytes| libc::iovec {
             iov_base: bytes.as_ptr().cast_mut().cast(),
             iov_len: bytes.len(),
@@ -191,7 +212,7 @@ impl HostFd {
         self.write_iov(&mut iov)
     }
 
-    fn write_iov(&self, iov: &mut [libc::iovec]) -> WriteOutcome {
+    fn write_iov(&mut self, iov: &mut [libc::iovec]) -> WriteOutcome {
         loop {
             let count = if self.kind == Kind::Socket {
                 // SAFETY: msghdr is plain data for which all zeroes means "absent".
@@ -216,7 +237,10 @@ impl HostFd {
                 Some(libc::EAGAIN) if self.pollable => return WriteOutcome::Blocked,
                 Some(libc::EPIPE | libc::ECONNRESET) => return WriteOutcome::Broken,
                 _ => {
-                    tracing::warn!(%error, "vsock: writing the host side failed");
+                    // Once: the guest decides how often this happens, e.g. with output for a full disk.
+                    if !std::mem::replace(&mut self.warned, true) {
+                        tracing::warn!(%error, "vsock: writing the host side failed, bytes are dropped");
+                    }
                     return WriteOutcome::Broken;
                 }
             }
@@ -277,4 +301,64 @@ fn iovecs(parts: &[VolatileSlice<'_>]) -> Vec<libc::iovec> {
 fn iov_count(iov: &[libc::iovec]) -> libc::c_int {
     // At most IOV_MAX entries.
     libc::c_int::try_from(iov.len()).unwrap_or(libc::c_int::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::OpenOptions;
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn read(host: &HostFd, buffer: &mut [u8]) -> ReadOutcome {
+        host.read(&[VolatileSlice::from(buffer)])
+    }
+
+    #[test]
+    fn read_of_a_fifo_is_blocked_before_its_first_writer_and_ends_after_its_last() {
+        let path = std::env::temp_dir().join(format!("dragonball-host-{}", std::process::id()));
+        rustix::fs::mknodat(rustix::fs::CWD, &path, FileType::Fifo, 0o600.into(), 0).unwrap();
+        let reader = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&path)
+            .unwrap();
+        let host = HostFd::new(reader.into()).unwrap();
+        let mut buffer = [0; 8];
+        assert_eq!(read(&host, &mut buffer), ReadOutcome::Blocked);
+        let mut writer = OpenOptions::new().write(true).open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(read(&host, &mut buffer), ReadOutcome::Blocked);
+        writer.write_all(b"abc").unwrap();
+        assert_eq!(read(&host, &mut buffer), ReadOutcome::Data(3));
+        assert_eq!(read(&host, &mut buffer), ReadOutcome::Blocked);
+        drop(writer);
+        assert_eq!(read(&host, &mut buffer), ReadOutcome::End { hung_up: true });
+    }
+
+    #[test]
+    fn read_of_a_socket_tells_half_closed_from_closed() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let host = HostFd::new(ours.into()).unwrap();
+        let mut buffer = [0; 8];
+        theirs.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(read(&host, &mut buffer), ReadOutcome::End { hung_up: false });
+        drop(theirs);
+        assert_eq!(read(&host, &mut buffer), ReadOutcome::End { hung_up: true });
+    }
+
+    #[test]
+    fn write_without_a_reader_is_broken_and_raises_no_signal() {
+        let (reader, writer) = io::pipe().unwrap();
+        let mut pipe = HostFd::new(writer.into()).unwrap();
+        assert_eq!(pipe.write_buffers(b"ab", b"c"), WriteOutcome::Data(3));
+        drop(reader);
+        assert_eq!(pipe.write_buffers(b"abc", &[]), WriteOutcome::Broken);
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut socket = HostFd::new(ours.into()).unwrap();
+        drop(theirs);
+        assert_eq!(socket.write_buffers(b"abc", &[]), WriteOutcome::Broken);
+    }
 }

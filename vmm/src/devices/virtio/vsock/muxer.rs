@@ -1,8 +1,11 @@
 //! The table of connections and everything that decides about them; knows the guest's queues only as packets.
 
+mod clients;
+mod commands;
+
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,11 +16,11 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::connection::{ConnId, Connection, Context, Next, Phase, PortPair, Verdict};
 use super::error::VsockError;
 use super::host::HostFd;
-use super::origin::{Caller, Origin};
+use super::origin::Origin;
 use super::packet::{HOST_CID, Header, Op, TYPE_STREAM, TxPacket};
 use super::rx_queue::RxQueue;
-use super::shared::{Command, Shared};
-use super::uds::{self, Endpoint, Handshake};
+use super::shared::Shared;
+use super::uds::Endpoint;
 
 /// Most connections at a time, clients that have not said CONNECT and last bytes on their way included.
 pub(super) const MAX_CONNECTIONS: usize = 1024;
@@ -29,11 +32,6 @@ const SMALL_BUFFER: u32 = 64 * 1024;
 const LARGE_BUFFERS: usize = 128;
 /// RSTs without a connection that wait for an rx buffer. When there are more, the tx queue waits.
 const MAX_RESETS: usize = 256;
-/// Clients of the Unix socket taken in one go.
-const ACCEPT_BATCH: usize = 64;
-/// How long not to accept clients after accept(2) has failed, e.g. without file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
 /// Epoll tokens; connections use their id.
 pub(super) const TOKEN_QUEUES: u64 = 0;
 pub(super) const TOKEN_WAKE: u64 = 1;
@@ -75,6 +73,7 @@ pub(super) struct Muxer {
     waiting: HashSet<ConnId>,
     /// Connections in [`Phase::Flushing`], oldest first.
     flushing: BTreeSet<ConnId>,
+    warned_of_loss: bool,
 }
 
 impl Muxer {
@@ -82,16 +81,21 @@ impl Muxer {
     ///
     /// # Errors
     /// [`VsockError::Create`].
-    pub(super) fn new(shared: Arc<Shared>, guest_cid: u64, endpoint: Option<Endpoint>) -> Result<Self, VsockError> {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        guest_cid: u64,
+        endpoint: Option<Endpoint>,
+    ) -> Result<Self, VsockError> {
         let failed = |what| move |source| VsockError::Create { what, source };
         let epoll = Epoll::new().map_err(failed("an epoll"))?;
         let timer = TimerFd::new().map_err(|errno| failed("a timerfd")(errno.into()))?;
         // Edge triggered and never read: each write or expiry is an edge of its own.
         let edge = |token| EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token);
         let add = |fd, token| {
-            epoll.ctl(ControlOperation::Add, fd, edge(token)).map_err(failed("an epoll registration"))
+            epoll
+                .ctl(ControlOperation::Add, fd, edge(token))
+                .map_err(failed("an epoll registration"))
         };
-        use std::os::fd::AsRawFd;
         add(shared.wake_fd().as_raw_fd(), TOKEN_WAKE)?;
         add(timer.as_raw_fd(), TOKEN_TIMER)?;
         if let Some(endpoint) = &endpoint {
@@ -112,6 +116,7 @@ impl Muxer {
             resets: VecDeque::new(),
             waiting: HashSet::new(),
             flushing: BTreeSet::new(),
+            warned_of_loss: false,
         })
     }
 
@@ -148,7 +153,11 @@ impl Muxer {
     }
 
     fn buf_alloc(&self) -> u32 {
-        if self.connections.len() < LARGE_BUFFERS { LARGE_BUFFER } else { SMALL_BUFFER }
+        if self.connections.len() < LARGE_BUFFERS {
+            LARGE_BUFFER
+        } else {
+            SMALL_BUFFER
+        }
     }
 
     /// Makes sure one more connection fits; last bytes for a host that does not read go first.
@@ -156,7 +165,12 @@ impl Muxer {
         if self.connections.len() >= MAX_CONNECTIONS
             && let Some(id) = self.flushing.pop_first()
         {
-            tracing::warn!("vsock: table full, dropping the last bytes of a connection whose reader does not read");
+            // Once: a guest could make this happen all the time.
+            if !std::mem::replace(&mut self.warned_of_loss, true) {
+                tracing::warn!(
+                    "vsock: table full, dropping the last bytes of connections whose readers do not read"
+                );
+            }
             self.remove(id);
         }
         self.connections.len() < MAX_CONNECTIONS
@@ -167,7 +181,10 @@ impl Muxer {
             self.by_ports.insert(pair, id);
         }
         self.connections.insert(id, connection);
-        self.shared.counters.open_connections.set(self.connections.len() as u64);
+        self.shared
+            .counters
+            .open_connections
+            .set(self.connections.len() as u64);
         self.settle(id, Verdict::Keep);
     }
 
@@ -247,7 +264,10 @@ impl Muxer {
         if let Some(armed) = connection.armed {
             self.timers.remove(&(armed, id));
         }
-        self.shared.counters.open_connections.set(self.connections.len() as u64);
+        self.shared
+            .counters
+            .open_connections
+            .set(self.connections.len() as u64);
         connection.release(&self.epoll);
         if let Some(pair) = connection.pair() {
             if self.by_ports.get(&pair) == Some(&id) {
@@ -282,7 +302,9 @@ impl Muxer {
             return;
         };
         if let Some(&id) = self.by_ports.get(&pair) {
-            self.with(id, |connection, context| connection.on_packet(&header, &mut payload, context));
+            self.with(id, |connection, context| {
+                connection.on_packet(&header, &mut payload, context)
+            });
             return;
         }
         match Op::from_wire(header.op) {
@@ -336,7 +358,11 @@ impl Muxer {
         let opened = match self.shared.listener(pair.local) {
             Some(backlog) => UnixStream::pair().and_then(|(ours, theirs)| {
                 let connection = self.prepare_accept(pair, ours.into(), header)?;
-                if backlog.push(theirs) { Ok(connection) } else { Err(io::ErrorKind::QuotaExceeded.into()) }
+                if backlog.push(theirs) {
+                    Ok(connection)
+                } else {
+                    Err(io::ErrorKind::QuotaExceeded.into())
+                }
             }),
             None => match &self.endpoint {
                 Some(endpoint) => endpoint
@@ -386,151 +412,12 @@ impl Muxer {
     fn on_host_event(&mut self, id: ConnId, events: EventSet) {
         match self.connections.get(&id).map(Connection::phase) {
             Some(Phase::Handshake) => self.on_client(id),
-            Some(_) => self.with(id, |connection, context| connection.on_host_event(events, context)),
+            Some(_) => self.with(id, |connection, context| {
+                connection.on_host_event(events, context)
+            }),
             // Closed by an event before this one.
             None => {}
         }
-    }
-
-    /// Takes clients of the Unix socket.
-    fn accept_clients(&mut self) {
-        for _ in 0..ACCEPT_BATCH {
-            let Some(endpoint) = &self.endpoint else { return };
-            let client = match endpoint.listener.accept() {
-                Ok((client, _)) => client,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) => {
-                    tracing::warn!(%error, "vsock: cannot accept a client");
-                    self.timers.insert((Instant::now() + ACCEPT_PAUSE, TIMER_ACCEPT));
-                    return;
-                }
-            };
-            if let Err(error) = self.add_client(client.into()) {
-                tracing::warn!(%error, "vsock: cannot take a client");
-            }
-        }
-        // There may be more, of which no edge will tell.
-        self.timers.insert((Instant::now(), TIMER_ACCEPT));
-    }
-
-    fn add_client(&mut self, client: OwnedFd) -> io::Result<()> {
-        if !self.make_room() {
-            return Err(io::ErrorKind::QuotaExceeded.into());
-        }
-        let host = HostFd::new(client)?;
-        let now = Instant::now();
-        let mut connection = Connection::handshake(self.next_id, host, self.buf_alloc(), now);
-        connection.start_host(Context {
-            epoll: &self.epoll,
-            counters: &self.shared.counters,
-            now,
-            guest_cid: self.guest_cid,
-        })?;
-        let id = self.next_id();
-        self.insert(id, connection);
-        Ok(())
-    }
-
-    /// A client has sent something of its CONNECT line, or left.
-    fn on_client(&mut self, id: ConnId) {
-        let handshake = self.connections.get(&id).and_then(Connection::host).map_or(Handshake::Bad, uds::handshake);
-        match handshake {
-            Handshake::Incomplete => {}
-            Handshake::Bad => self.settle(id, Verdict::Forget),
-            Handshake::Port(port) => {
-                let pair = PortPair {
-                    local: self.shared.take_port(),
-                    peer: port,
-                };
-                self.by_ports.insert(pair, id);
-                self.with(id, |connection, context| {
-                    connection.handshake_done(pair, context.now);
-                    Verdict::Keep
-                });
-            }
-        }
-    }
-
-    /// Does what the handles ask for. Also called when the device is activated.
-    pub(super) fn run_commands(&mut self) {
-        for command in self.shared.take_commands() {
-            match command {
-                Command::Connect {
-                    local,
-                    port,
-                    deadline,
-                    reply,
-                    progress,
-                } => {
-                    let opened = self.room_for(port).and_then(|()| {
-                        let opened = UnixStream::pair()
-                            .and_then(|(ours, theirs)| Ok((HostFd::new(ours.into())?, theirs)));
-                        opened.map_err(|source| VsockError::Connect { port, source })
-                    });
-                    match opened {
-                        Ok((host, theirs)) => {
-                            let origin = Origin::Caller(Caller {
-                                stream: Some(theirs),
-                                reply,
-                                progress,
-                            });
-                            self.request(PortPair { local, peer: port }, origin, host, deadline);
-                        }
-                        Err(error) => {
-                            self.shared.free_port(local);
-                            // A caller that has given up does not care.
-                            let _ = reply.try_send(Err(error));
-                        }
-                    }
-                }
-                Command::Attach {
-                    host,
-                    local,
-                    port,
-                    direction,
-                    deadline,
-                } => match self.room_for(port) {
-                    Ok(()) => {
-                        let origin = Origin::Attached {
-                            direction,
-                            progress: super::origin::Progress::default(),
-                        };
-                        self.request(PortPair { local, peer: port }, origin, host, deadline);
-                    }
-                    Err(error) => {
-                        tracing::warn!(%error, "vsock: attached descriptor closed");
-                        self.shared.free_port(local);
-                        self.shared.end_attached(local);
-                    }
-                },
-                Command::CloseAttached { local } => {
-                    let id = self.connections.iter().find_map(|(&id, connection)| {
-                        let pair = connection.pair()?;
-                        (pair.local == local && connection.origin().is_attached()).then_some(id)
-                    });
-                    if let Some(id) = id {
-                        self.with(id, |connection, context| connection.end(context));
-                    }
-                }
-            }
-        }
-    }
-
-    fn room_for(&mut self, port: u32) -> Result<(), VsockError> {
-        if self.make_room() {
-            return Ok(());
-        }
-        self.shared.counters.refused.inc();
-        Err(VsockError::TooManyConnections {
-            port,
-            limit: MAX_CONNECTIONS,
-        })
-    }
-
-    fn request(&mut self, pair: PortPair, origin: Origin, host: HostFd, deadline: Instant) {
-        let id = self.next_id();
-        let connection = Connection::request(id, pair, origin, host, self.buf_alloc(), deadline);
-        self.insert(id, connection);
     }
 
     fn run_timers(&mut self) {
@@ -542,10 +429,6 @@ impl Muxer {
             self.timers.pop_first();
             if id == TIMER_ACCEPT {
                 self.accept_clients();
-                // Not again at once, should it have asked for that.
-                if self.timers.first().is_some_and(|&(_, id)| id == TIMER_ACCEPT) {
-                    return;
-                }
                 continue;
             }
             if let Some(connection) = self.connections.get_mut(&id) {
@@ -564,7 +447,9 @@ impl Muxer {
         let result = match next {
             // Zero would disarm it.
             Some(when) => {
-                let pause = when.saturating_duration_since(Instant::now()).max(Duration::from_micros(1));
+                let pause = when
+                    .saturating_duration_since(Instant::now())
+                    .max(Duration::from_micros(1));
                 self.timer.reset(pause, None)
             }
             None => self.timer.clear(),
@@ -606,16 +491,10 @@ impl Muxer {
                         rx.put(&buffer, connection.header(op, flags, 0, context));
                     }
                     Some(Next::Data(credit)) => {
-                        let connection = std::cell::RefCell::new(&mut *connection);
-                        let outcome = rx.put_data(
-                            credit,
-                            |room| connection.borrow().read(room),
-                            |len| connection.borrow_mut().header(Op::Rw, 0, len, context),
-                        );
-                        let Some(outcome) = outcome else {
+                        let Some(outcome) = rx.put_data(credit, &mut connection.source(context)) else {
                             return Filled::NoBuffers;
                         };
-                        verdict = connection.into_inner().on_read(outcome, context);
+                        verdict = connection.on_read(outcome, context);
                     }
                 }
                 connection.queued = false;

@@ -12,6 +12,15 @@ const TURN_BYTES: usize = 64 * 1024;
 /// Most buffers filled by one read of the host. Linux posts buffers of 4 KiB.
 const TURN_BUFFERS: usize = 32;
 
+/// Where the payload of packets comes from.
+pub(super) trait Source {
+    /// Reads into `room`, once.
+    fn read(&self, room: &Pieces<'_>) -> ReadOutcome;
+
+    /// The header of the next packet, with `len` of the bytes read.
+    fn header(&mut self, len: u32) -> Header;
+}
+
 /// A borrowed rx queue. Buffers are used in the order in which they were made available, so VIRTIO_F_IN_ORDER holds.
 #[derive(Debug)]
 pub(super) struct RxQueue<'m> {
@@ -88,14 +97,9 @@ impl<'m> RxQueue<'m> {
         self.give_used(buffer.head, HEADER_LEN);
     }
 
-    /// Reads up to `credit` bytes by one call of `read` straight into the buffers of as many packets as they need, each
-    /// with the header that `header` makes for its length. `None` if there is no buffer.
-    pub(super) fn put_data(
-        &mut self,
-        credit: u32,
-        read: impl FnOnce(&Pieces<'m>) -> ReadOutcome,
-        mut header: impl FnMut(u32) -> Header,
-    ) -> Option<ReadOutcome> {
+    /// Reads up to `credit` bytes of `source` at once, straight into the buffers of as many packets as they need. `None`
+    /// if there is no buffer.
+    pub(super) fn put_data(&mut self, credit: u32, source: &mut impl Source) -> Option<ReadOutcome> {
         let limit = (credit as usize).min(TURN_BYTES);
         let row = self.take_row(limit);
         if row.is_empty() {
@@ -106,7 +110,7 @@ impl<'m> RxQueue<'m> {
             room.append(&buffer.body);
         }
         room.truncate(limit);
-        let outcome = read(&room);
+        let outcome = source.read(&room);
         let mut left = match outcome {
             ReadOutcome::Data(count) => count.min(limit),
             ReadOutcome::Blocked | ReadOutcome::End { .. } => 0,
@@ -119,7 +123,7 @@ impl<'m> RxQueue<'m> {
                 self.queue.go_to_previous_position();
                 continue;
             }
-            buffer.write_header(header(u32::try_from(len).unwrap_or(u32::MAX)));
+            buffer.write_header(source.header(u32::try_from(len).unwrap_or(u32::MAX)));
             self.counters.rx_packets.inc();
             self.counters.rx_bytes.add(len as u64);
             self.give_used(buffer.head, HEADER_LEN + len);

@@ -96,14 +96,20 @@ impl Shared {
 
     /// Queues a command; fails when the device is gone.
     pub(super) fn send(&self, command: Command) -> Result<(), VsockError> {
-        lock(&self.commands).as_mut().ok_or(VsockError::Stopped)?.push(command);
+        lock(&self.commands)
+            .as_mut()
+            .ok_or(VsockError::Stopped)?
+            .push(command);
         self.wake();
         Ok(())
     }
 
     /// The queued commands, in order.
     pub(super) fn take_commands(&self) -> Vec<Command> {
-        lock(&self.commands).as_mut().map(std::mem::take).unwrap_or_default()
+        lock(&self.commands)
+            .as_mut()
+            .map(std::mem::take)
+            .unwrap_or_default()
     }
 
     /// The device is gone: drops what is queued, which answers those who wait.

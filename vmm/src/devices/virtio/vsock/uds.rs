@@ -10,9 +10,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::net::{
-    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType,
-};
+use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::error::VsockError;
 use super::host::HostFd;
@@ -83,7 +81,8 @@ impl Drop for Endpoint {
 fn is_stale(path: &Path) -> bool {
     // Connecting to anything else is refused, too.
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
-    is_socket && matches!(UnixStream::connect(path), Err(error) if error.kind() == io::ErrorKind::ConnectionRefused)
+    is_socket
+        && matches!(UnixStream::connect(path), Err(error) if error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 /// Where a client is with its CONNECT line.
@@ -109,14 +108,21 @@ pub(super) fn handshake(client: &HostFd) -> Handshake {
     };
     let seen = seen.get(..count).unwrap_or_default();
     let Some(end) = seen.iter().position(|&byte| byte == b'\n') else {
-        return if count == MAX_LINE { Handshake::Bad } else { Handshake::Incomplete };
+        return if count == MAX_LINE {
+            Handshake::Bad
+        } else {
+            Handshake::Incomplete
+        };
     };
     let (line, _) = seen.split_at(end);
     let Some(port) = parse(line) else {
         return Handshake::Bad;
     };
     let mut taken = [0; MAX_LINE];
-    match taken.get_mut(..=end).map(|line| rustix::net::recv(client, line, RecvFlags::empty())) {
+    match taken
+        .get_mut(..=end)
+        .map(|line| rustix::net::recv(client, line, RecvFlags::empty()))
+    {
         Some(Ok((_, count))) if count == end + 1 => Handshake::Port(port),
         _ => Handshake::Bad,
     }
@@ -213,7 +219,10 @@ mod tests {
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         let endpoint = Endpoint::bind(&path).unwrap();
-        assert!(matches!(Endpoint::bind(&path), Err(VsockError::Bind { .. })), "a live socket was replaced");
+        assert!(
+            matches!(Endpoint::bind(&path), Err(VsockError::Bind { .. })),
+            "a live socket was replaced"
+        );
         drop(endpoint);
         assert!(!path.exists());
     }

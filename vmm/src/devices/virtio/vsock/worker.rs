@@ -21,7 +21,7 @@ use crate::memory::GuestMemory;
 /// Packets of each queue between two looks at the other one; each such batch is at most one interrupt.
 const BATCH: usize = 256;
 /// Batches before the loop's other workers get their turn.
-const ROUNDS: usize = 8;
+const ROUNDS: usize = 4;
 /// Events taken in one go.
 const EVENTS: usize = 64;
 
@@ -46,7 +46,10 @@ pub(super) struct Worker {
 
 impl Worker {
     pub(super) fn new(muxer: Muxer) -> Self {
-        Self { muxer, transport: None }
+        Self {
+            muxer,
+            transport: None,
+        }
     }
 
     /// Takes the queues. The caller then adds the worker to the loop.
@@ -112,6 +115,7 @@ impl Worker {
         let Some(transport) = &mut self.transport else {
             return;
         };
+        let mut rounds_in_vain = 0;
         for _ in 0..ROUNDS {
             let sent = drain(&mut self.muxer, transport, BATCH);
             let (filled, received) = fill(&mut self.muxer, transport, BATCH);
@@ -119,8 +123,14 @@ impl Worker {
             if !may_have_more && !look_again(transport, filled, self.muxer.is_congested()) {
                 return;
             }
-            // A queue whose indices make no sense always claims to have more.
-            if sent == 0 && received == 0 {
+            // There is more, so the next round moves something, unless the indices of a queue make no sense: such a queue
+            // always claims to have more.
+            rounds_in_vain = if sent + received == 0 {
+                rounds_in_vain + 1
+            } else {
+                0
+            };
+            if rounds_in_vain == 2 {
                 return;
             }
         }
@@ -201,7 +211,9 @@ fn look_again(transport: &mut Transport, filled: Filled, congested: bool) -> boo
 fn unwatch(muxer: &Muxer, kicks: &[Arc<EventFd>]) {
     for kick in kicks {
         if let Err(error) =
-            muxer.epoll().ctl(ControlOperation::Delete, kick.as_raw_fd(), EpollEvent::default())
+            muxer
+                .epoll()
+                .ctl(ControlOperation::Delete, kick.as_raw_fd(), EpollEvent::default())
         {
             tracing::warn!(%error, "vsock: cannot remove a kick descriptor from epoll");
         }

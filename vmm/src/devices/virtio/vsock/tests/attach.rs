@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -28,9 +28,8 @@ impl Temporary {
 
     fn fifo() -> Self {
         let path = Self::new("fifo");
-        let name = std::ffi::CString::new(path.0.to_str().unwrap()).unwrap();
-        // SAFETY: a valid string.
-        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        let mode = 0o600.into();
+        rustix::fs::mknodat(rustix::fs::CWD, &path.0, rustix::fs::FileType::Fifo, mode, 0).unwrap();
         path
     }
 }
@@ -51,19 +50,30 @@ fn options(direction: Direction) -> AttachOptions {
 /// Attaches `fd` and accepts its connection in the guest.
 fn attach(stack: &mut Stack, fd: impl Into<OwnedFd>, direction: Direction) -> (u32, Key) {
     stack.listening.insert(PORT);
-    let port = stack.driver.handle.attach(fd.into(), PORT, options(direction)).unwrap();
+    let port = stack
+        .driver
+        .handle
+        .attach(fd.into(), PORT, options(direction))
+        .unwrap();
     let key = stack.accept();
     assert_eq!(key, (PORT, port));
     (port, key)
 }
 
 fn pipe() -> (File, File) {
-    let mut fds = [0; 2];
-    // SAFETY: room for two descriptors, owned by nobody else.
-    unsafe {
-        assert_eq!(libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC), 0);
-        (File::from_raw_fd(fds[0]), File::from_raw_fd(fds[1]))
-    }
+    let (read_end, write_end) = std::io::pipe().unwrap();
+    (OwnedFd::from(read_end).into(), OwnedFd::from(write_end).into())
+}
+
+/// Both sides of a pseudo terminal.
+fn terminal() -> (File, OwnedFd) {
+    let (mut main, mut side) = (-1, -1);
+    let (name, settings, size) = (std::ptr::null_mut(), std::ptr::null(), std::ptr::null());
+    // SAFETY: two integers to fill; the other arguments may be null.
+    let result = unsafe { libc::openpty(&mut main, &mut side, name, settings, size) };
+    assert_eq!(result, 0);
+    // SAFETY: just opened, owned by nobody else.
+    unsafe { (File::from_raw_fd(main), OwnedFd::from_raw_fd(side)) }
 }
 
 fn nonblocking() -> OpenOptions {
@@ -83,7 +93,9 @@ fn stdin_pipe_of_20_mib_arrives_whole_and_ends() {
     let received = stack.read_exact(key, MUCH);
     assert!(received == data);
     thread.join().unwrap();
-    stack.wait("the end of stdin", |stack| stack.sockets[&key].peer_shutdown == SHUTDOWN_SEND);
+    stack.wait("the end of stdin", |stack| {
+        stack.sockets[&key].peer_shutdown == SHUTDOWN_SEND
+    });
     stack.close(key);
     assert!(stack.driver.handle.wait_attached(port, PATIENCE));
 }
@@ -96,8 +108,7 @@ fn stdout_fifo_of_20_mib_arrives_whole_and_ends() {
     let writer = nonblocking().write(true).open(&fifo.0).unwrap();
     let (port, key) = attach(&mut stack, writer, Direction::FromGuest);
     let data = pattern(MUCH);
-    // SAFETY: a valid descriptor.
-    unsafe { libc::fcntl(reader.as_raw_fd(), libc::F_SETFL, 0) };
+    rustix::fs::fcntl_setfl(&reader, rustix::fs::OFlags::empty()).unwrap();
     let thread = std::thread::spawn(move || {
         let mut all = Vec::new();
         reader.read_to_end(&mut all).unwrap();
@@ -132,16 +143,24 @@ fn stdin_fifo_without_a_writer_waits_for_one() {
     let reader = nonblocking().read(true).open(&fifo.0).unwrap();
     let (_, key) = attach(&mut stack, reader, Direction::ToGuest);
     stack.run_for(Duration::from_millis(30));
-    assert_eq!(stack.sockets[&key].peer_shutdown, 0, "no writer yet is not the end");
+    assert_eq!(
+        stack.sockets[&key].peer_shutdown, 0,
+        "no writer yet is not the end"
+    );
     let mut writer = OpenOptions::new().write(true).open(&fifo.0).unwrap();
     stack.run_for(Duration::from_millis(10));
     writer.write_all(b"typed").unwrap();
     assert_eq!(stack.read_exact(key, 5), b"typed");
     drop(writer);
-    stack.wait("the end of stdin", |stack| stack.sockets[&key].peer_shutdown == SHUTDOWN_SEND);
+    stack.wait("the end of stdin", |stack| {
+        stack.sockets[&key].peer_shutdown == SHUTDOWN_SEND
+    });
     // The device has let go of the FIFO: a new writer finds no reader.
     stack.wait("the FIFO to be released", |_| {
-        nonblocking().write(true).open(&fifo.0).is_err_and(|e| e.raw_os_error() == Some(libc::ENXIO))
+        nonblocking()
+            .write(true)
+            .open(&fifo.0)
+            .is_err_and(|e| e.raw_os_error() == Some(libc::ENXIO))
     });
 }
 
@@ -155,7 +174,9 @@ fn stdin_fifo_whose_writer_has_gone_ends_after_its_data() {
     drop(writer);
     let (_, key) = attach(&mut stack, reader, Direction::ToGuest);
     assert_eq!(stack.read_exact(key, 5), b"early");
-    stack.wait("the end of stdin", |stack| stack.sockets[&key].peer_shutdown == SHUTDOWN_SEND);
+    stack.wait("the end of stdin", |stack| {
+        stack.sockets[&key].peer_shutdown == SHUTDOWN_SEND
+    });
 }
 
 #[test]
@@ -173,7 +194,9 @@ fn stdout_when_reader_vanishes_keeps_draining_the_guest() {
     drop(reader);
     stack.send_all(key, &data);
     assert!(!stack.sockets[&key].closed);
-    stack.wait("the bytes to be dropped", |stack| stack.driver.handle.metrics().dropped_bytes >= 1 << 20);
+    stack.wait("the bytes to be dropped", |stack| {
+        stack.driver.handle.metrics().dropped_bytes >= 1 << 20
+    });
     // A new reader (containerd came back) gets what is written from now on.
     let mut reader = nonblocking().read(true).open(&fifo.0).unwrap();
     stack.send_all(key, b"news");
@@ -206,7 +229,12 @@ fn stdout_when_reader_is_stuck_lets_others_work_and_the_device_go() {
     other.read_exact(&mut word).unwrap();
     stack.close(key);
     assert!(stack.driver.handle.wait_attached(port, PATIENCE));
-    assert!(!stack.driver.handle.wait_attached(stuck_port, Duration::from_millis(20)));
+    assert!(
+        !stack
+            .driver
+            .handle
+            .wait_attached(stuck_port, Duration::from_millis(20))
+    );
     // The reader comes back late and gets all of it.
     let reader = std::thread::spawn(move || {
         let mut all = Vec::new();
@@ -242,6 +270,10 @@ fn last_words_before_the_device_stops_are_delivered() {
     let mut stack = Stack::new();
     let (mut read_end, write_end) = pipe();
     let (_, key) = attach(&mut stack, write_end, Direction::FromGuest);
+    stack.wait("the device to see the answer", |stack| {
+        stack.driver.handle.metrics().connections == 1
+    });
+    stack.run_for(Duration::from_millis(20));
     // In the ring, without a kick the device could have seen.
     let header = stack.header(key, Op::Rw, 0, 5);
     stack.driver.send_without_kick(header, b"bye!\n");
@@ -258,7 +290,9 @@ fn close_attached_ends_stdin_after_what_is_in_the_pipe() {
     let (port, key) = attach(&mut stack, read_end, Direction::ToGuest);
     write_end.write_all(b"rest").unwrap();
     stack.driver.handle.close_attached(port).unwrap();
-    stack.wait("the end of stdin", |stack| stack.sockets[&key].peer_shutdown == SHUTDOWN_SEND);
+    stack.wait("the end of stdin", |stack| {
+        stack.sockets[&key].peer_shutdown == SHUTDOWN_SEND
+    });
     assert_eq!(stack.read(key), b"rest");
     stack.close(key);
     assert!(stack.driver.handle.wait_attached(port, PATIENCE));
@@ -271,17 +305,23 @@ fn close_attached_before_the_guest_accepts_is_remembered() {
     let (read_end, mut write_end) = pipe();
     write_end.write_all(b"all").unwrap();
     let handle = stack.driver.handle.clone();
-    let port = handle.attach(read_end.into(), PORT, options(Direction::ToGuest)).unwrap();
+    let port = handle
+        .attach(read_end.into(), PORT, options(Direction::ToGuest))
+        .unwrap();
     handle.close_attached(port).unwrap();
     stack.run_for(Duration::from_millis(20));
     stack.listening.insert(PORT);
     let key = stack.accept();
-    stack.wait("the end of stdin", |stack| stack.sockets[&key].peer_shutdown == SHUTDOWN_SEND);
+    stack.wait("the end of stdin", |stack| {
+        stack.sockets[&key].peer_shutdown == SHUTDOWN_SEND
+    });
     assert_eq!(stack.read(key), b"all");
     // An output that nobody has accepted is simply given up.
     stack.listening.clear();
     let (_read_end, write_end) = pipe();
-    let port = handle.attach(write_end.into(), PORT, options(Direction::FromGuest)).unwrap();
+    let port = handle
+        .attach(write_end.into(), PORT, options(Direction::FromGuest))
+        .unwrap();
     stack.run_for(Duration::from_millis(5));
     handle.close_attached(port).unwrap();
     assert!(handle.wait_attached(port, PATIENCE));
@@ -292,6 +332,9 @@ fn close_attached_of_stdout_closes_the_connection() {
     let mut stack = Stack::new();
     let (_read_end, write_end) = pipe();
     let (port, key) = attach(&mut stack, write_end, Direction::FromGuest);
+    stack.wait("the device to see the answer", |stack| {
+        stack.driver.handle.metrics().connections == 1
+    });
     stack.driver.handle.close_attached(port).unwrap();
     stack.wait_closed(key);
     assert_eq!(stack.sockets[&key].peer_shutdown, SHUTDOWN_BOTH);
@@ -306,7 +349,11 @@ fn attach_when_guest_never_accepts_closes_the_descriptor_in_time() {
         direction: Direction::FromGuest,
         timeout: Duration::from_millis(50),
     };
-    let port = stack.driver.handle.attach(write_end.into(), PORT, options).unwrap();
+    let port = stack
+        .driver
+        .handle
+        .attach(write_end.into(), PORT, options)
+        .unwrap();
     stack.run_for(Duration::from_millis(80));
     assert!(stack.driver.handle.wait_attached(port, PATIENCE));
     assert_eq!(read_end.read(&mut [0; 1]).unwrap(), 0);
@@ -316,11 +363,19 @@ fn attach_when_guest_never_accepts_closes_the_descriptor_in_time() {
 fn attach_when_descriptor_is_not_open_for_the_direction_fails() {
     let stack = Stack::new();
     let (read_end, write_end) = pipe();
-    for (fd, direction, need) in
-        [(read_end, Direction::FromGuest, "writing"), (write_end, Direction::Both, "reading")]
-    {
-        let error = stack.driver.handle.attach(fd.into(), 9, options(direction)).unwrap_err();
-        assert_eq!(error.to_string(), format!("vsock port 9: descriptor is not open for {need}"));
+    for (fd, direction, need) in [
+        (read_end, Direction::FromGuest, "writing"),
+        (write_end, Direction::Both, "reading"),
+    ] {
+        let error = stack
+            .driver
+            .handle
+            .attach(fd.into(), 9, options(direction))
+            .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!("vsock port 9: descriptor is not open for {need}")
+        );
     }
 }
 
@@ -332,7 +387,9 @@ fn regular_files_work_though_epoll_refuses_them() {
     std::fs::write(&source.0, &data).unwrap();
     let (_, key) = attach(&mut stack, File::open(&source.0).unwrap(), Direction::ToGuest);
     assert!(stack.read_exact(key, data.len()) == data);
-    stack.wait("the end of the file", |stack| stack.sockets[&key].peer_shutdown == SHUTDOWN_SEND);
+    stack.wait("the end of the file", |stack| {
+        stack.sockets[&key].peer_shutdown == SHUTDOWN_SEND
+    });
     let (port, key) = attach(&mut stack, File::create(&sink.0).unwrap(), Direction::FromGuest);
     stack.send_all(key, &data);
     stack.close(key);
@@ -344,7 +401,9 @@ fn regular_files_work_though_epoll_refuses_them() {
 fn dev_null_is_an_empty_stdin_and_a_bottomless_stdout() {
     let mut stack = Stack::new();
     let (_, key) = attach(&mut stack, File::open("/dev/null").unwrap(), Direction::ToGuest);
-    stack.wait("the end of stdin", |stack| stack.sockets[&key].peer_shutdown == SHUTDOWN_SEND);
+    stack.wait("the end of stdin", |stack| {
+        stack.sockets[&key].peer_shutdown == SHUTDOWN_SEND
+    });
     let null = OpenOptions::new().write(true).open("/dev/null").unwrap();
     let (_, key) = attach(&mut stack, null, Direction::FromGuest);
     stack.send_all(key, &pattern(1 << 20));
@@ -362,11 +421,7 @@ fn socket_and_terminal_go_both_ways() {
     ours.read_exact(&mut answer).unwrap();
     assert_eq!(&answer, b"answer");
 
-    let (mut main, mut side) = (0, 0);
-    // SAFETY: two integers to fill; the other arguments may be null.
-    assert_eq!(unsafe { libc::openpty(&mut main, &mut side, std::ptr::null_mut(), std::ptr::null(), std::ptr::null()) }, 0);
-    // SAFETY: just opened, owned by nobody else.
-    let (mut main, side) = unsafe { (File::from_raw_fd(main), OwnedFd::from_raw_fd(side)) };
+    let (mut main, side) = terminal();
     let (port, key) = attach(&mut stack, side, Direction::Both);
     main.write_all(b"ls\n").unwrap();
     assert_eq!(stack.read_exact(key, 3), b"ls\n");
@@ -379,7 +434,9 @@ fn socket_and_terminal_go_both_ways() {
     }
     // The terminal's window is closed.
     drop(main);
-    stack.wait("the end of the terminal", |stack| stack.sockets[&key].peer_shutdown & SHUTDOWN_SEND != 0);
+    stack.wait("the end of the terminal", |stack| {
+        stack.sockets[&key].peer_shutdown & SHUTDOWN_SEND != 0
+    });
     stack.close(key);
     assert!(stack.driver.handle.wait_attached(port, PATIENCE));
 }

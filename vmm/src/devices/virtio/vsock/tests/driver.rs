@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::VsockConfig;
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::test_ring::{BUFFERS, Buf, TestGuest, TestRing};
+use crate::devices::virtio::test_ring::{BUFFERS, Buf, RINGS, TestGuest, TestRing, Used};
 use crate::devices::virtio::vsock::packet::{HEADER_LEN, Header};
 use crate::devices::virtio::vsock::{Vsock, VsockHandle};
 
@@ -42,6 +42,24 @@ pub(super) struct Driver {
     /// The next rx and tx heads, to check that buffers come back in order.
     rx_order: VecDeque<u16>,
     tx_order: VecDeque<u16>,
+    rx_side: Side,
+    tx_side: Side,
+    event_idx: bool,
+    /// Interrupts so far.
+    pub(super) interrupts: u64,
+}
+
+/// How a driver saves notifications, as Linux's does: a doorbell only when the device asks for it, a look at the used
+/// ring only after an interrupt.
+#[derive(Default)]
+struct Side {
+    /// Used entries taken.
+    used: u16,
+    /// Chains offered, and how many of them the device may have been told of.
+    offered: u16,
+    told: u16,
+    /// No interrupt is needed to look at the used ring.
+    asleep: bool,
 }
 
 impl Driver {
@@ -89,6 +107,10 @@ impl Driver {
             tx_free: (0..TX_SLOTS).map(|slot| TX_AREA + slot * TX_SLOT).collect(),
             tx_busy: HashMap::new(),
             rx_order: VecDeque::new(),
+            rx_side: Side::default(),
+            tx_side: Side::default(),
+            event_idx,
+            interrupts: 0,
             tx_order: VecDeque::new(),
         }
     }
@@ -97,6 +119,8 @@ impl Driver {
     pub(super) fn restart(&mut self) {
         self.device.reset();
         (self.rx, self.tx) = activate(&self.guest, &mut self.device, true);
+        self.event_idx = true;
+        (self.rx_side, self.tx_side) = Default::default();
         self.rx_posted.clear();
         self.rx_order.clear();
         self.tx_order.clear();
@@ -108,7 +132,7 @@ impl Driver {
         for index in 0..u64::from(RING) {
             self.post(RX_AREA + index * u64::from(RX_BUFFER));
         }
-        self.rx.kick();
+        self.ring_rx();
     }
 
     fn post(&mut self, address: u64) {
@@ -127,6 +151,7 @@ impl Driver {
     fn posted(&mut self, head: u16, address: Option<u64>) {
         self.rx_posted.insert(head, address);
         self.rx_order.push_back(head);
+        self.rx_side.offered = self.rx_side.offered.wrapping_add(1);
     }
 
     /// Posts buffers in three pieces, and after each one that is readable by the device only.
@@ -136,7 +161,7 @@ impl Driver {
             self.post(RX_AREA + index * u64::from(RX_BUFFER));
             self.post_bad();
         }
-        self.rx.kick();
+        self.ring_rx();
     }
 
     fn post_bad(&mut self) {
@@ -161,14 +186,18 @@ impl Driver {
         let slot = self.tx_slot();
         self.guest.write(slot, &header.to_wire());
         self.guest.write(slot + HEADER_LEN as u64, payload);
-        self.tx.submit(&[Buf::Read(slot, (HEADER_LEN + payload.len()) as u32)]);
+        self.tx
+            .submit(&[Buf::Read(slot, (HEADER_LEN + payload.len()) as u32)]);
     }
 
     /// Sends raw buffers, described by their offset in a slot filled with `bytes`.
     pub(super) fn send_raw(&mut self, bytes: &[u8], buffers: &[(u64, u32)]) {
         let slot = self.tx_slot();
         self.guest.write(slot, bytes);
-        let buffers: Vec<_> = buffers.iter().map(|&(offset, len)| Buf::Read(slot + offset, len)).collect();
+        let buffers: Vec<_> = buffers
+            .iter()
+            .map(|&(offset, len)| Buf::Read(slot + offset, len))
+            .collect();
         self.submit(slot, &buffers);
     }
 
@@ -176,7 +205,8 @@ impl Driver {
         let head = self.tx.submit(buffers);
         self.tx_busy.insert(head, slot);
         self.tx_order.push_back(head);
-        self.tx.kick();
+        self.tx_side.offered = self.tx_side.offered.wrapping_add(1);
+        self.ring_tx();
     }
 
     fn tx_slot(&mut self) -> u64 {
@@ -192,10 +222,48 @@ impl Driver {
         }
     }
 
+    fn ring_rx(&mut self) {
+        if self.rx_side.must_ring(&self.guest, RINGS, self.event_idx) {
+            self.rx.kick();
+        }
+    }
+
+    fn ring_tx(&mut self) {
+        if self
+            .tx_side
+            .must_ring(&self.guest, RINGS + 0x1_0000, self.event_idx)
+        {
+            self.tx.kick();
+        }
+    }
+
+    fn next_rx(&mut self) -> Option<Used> {
+        self.take_interrupt();
+        self.rx_side.next(&mut self.rx)
+    }
+
+    fn next_tx(&mut self) -> Option<Used> {
+        self.take_interrupt();
+        self.tx_side.next(&mut self.tx)
+    }
+
+    fn take_interrupt(&mut self) {
+        // One line for both queues, and tests look at the count themselves.
+        let count = self.guest.interrupts();
+        if count > 0 {
+            self.interrupts += count;
+            (self.rx_side.asleep, self.tx_side.asleep) = (false, false);
+        }
+    }
+
     /// Takes back sent buffers; returns how many are still with the device.
     pub(super) fn reap(&mut self) -> usize {
-        while let Some(used) = self.tx.try_used() {
-            assert_eq!(self.tx_order.pop_front(), Some(used.head), "tx buffers out of order");
+        while let Some(used) = self.next_tx() {
+            assert_eq!(
+                self.tx_order.pop_front(),
+                Some(used.head),
+                "tx buffers out of order"
+            );
             self.tx_free.push_back(self.tx_busy.remove(&used.head).unwrap());
         }
         self.tx_busy.len()
@@ -204,23 +272,31 @@ impl Driver {
     /// The next packet, if there is one.
     pub(super) fn try_receive(&mut self) -> Option<Packet> {
         let (used, address) = loop {
-            let used = self.rx.try_used()?;
-            assert_eq!(self.rx_order.pop_front(), Some(used.head), "rx buffers out of order");
+            let used = self.next_rx()?;
+            assert_eq!(
+                self.rx_order.pop_front(),
+                Some(used.head),
+                "rx buffers out of order"
+            );
             if let Some(address) = self.rx_posted.remove(&used.head).unwrap() {
                 break (used, address);
             }
             assert_eq!(used.len, 0, "a refused buffer was written");
             self.post_bad();
-            self.rx.kick();
+            self.ring_rx();
         };
-        assert!(used.len >= HEADER_LEN as u32 && used.len <= RX_BUFFER, "used length {}", used.len);
+        assert!(
+            used.len >= HEADER_LEN as u32 && used.len <= RX_BUFFER,
+            "used length {}",
+            used.len
+        );
         let bytes = self.guest.read(address, used.len as usize);
         let header = Header::from_wire(bytes[..HEADER_LEN].try_into().unwrap());
         let payload = bytes[HEADER_LEN..].to_vec();
         assert_eq!(header.len as usize, payload.len());
         assert_eq!((header.src_cid, header.dst_cid), (2, u64::from(GUEST_CID)));
         self.post(address);
-        self.rx.kick();
+        self.ring_rx();
         Some(Packet { header, payload })
     }
 
@@ -245,6 +321,39 @@ impl Driver {
             }
             std::thread::sleep(Duration::from_micros(200));
         }
+    }
+}
+
+impl Side {
+    /// Whether the device wants to hear of the chains offered since the last call (virtio 1.2, 2.7.10).
+    fn must_ring(&mut self, guest: &TestGuest, ring: u64, event_idx: bool) -> bool {
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        let used_ring = ring + 0xc000;
+        let read = |address| u16::from_le_bytes(guest.read(address, 2).try_into().unwrap());
+        let (old, new) = (std::mem::replace(&mut self.told, self.offered), self.offered);
+        if event_idx {
+            let event = read(used_ring + 4 + 8 * u64::from(RING));
+            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            read(used_ring) & 1 == 0
+        }
+    }
+
+    /// The next used chain; when there is none, asks for an interrupt and does not look again before it.
+    fn next(&mut self, ring: &mut TestRing) -> Option<Used> {
+        if self.asleep {
+            return None;
+        }
+        let used = ring.try_used().or_else(|| {
+            ring.set_used_event(self.used);
+            std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+            ring.try_used()
+        });
+        match used {
+            Some(_) => self.used = self.used.wrapping_add(1),
+            None => self.asleep = true,
+        }
+        used
     }
 }
 

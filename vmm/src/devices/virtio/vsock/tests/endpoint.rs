@@ -86,9 +86,14 @@ fn client_whose_port_nobody_listens_on_is_closed_at_once() {
 fn clients_that_do_not_follow_the_protocol_are_closed() {
     let (mut stack, path) = stack();
     stack.listening.insert(1024);
-    for line in
-        ["\n", "HELLO 1024\n", "CONNECT\n", "CONNECT x\n", "CONNECT 4294967296\n", "CONNECT 1024 but much too long"]
-    {
+    for line in [
+        "\n",
+        "HELLO 1024\n",
+        "CONNECT\n",
+        "CONNECT x\n",
+        "CONNECT 4294967296\n",
+        "CONNECT 1024 but much too long",
+    ] {
         let path = path.clone();
         let (_client, answer) = alongside(&mut stack, move || talk(path, line));
         assert_eq!(answer, "", "{line:?}");
@@ -135,7 +140,11 @@ fn guest_reaches_the_socket_of_the_port_unless_the_process_listens() {
     let inside = stack.driver.handle.listen(5000).unwrap();
     let key = stack.connect(5000).unwrap();
     stack.send_all(key, b"inside");
-    inside.accept_timeout(PATIENCE).unwrap().read_exact(&mut data[..6]).unwrap();
+    inside
+        .accept_timeout(PATIENCE)
+        .unwrap()
+        .read_exact(&mut data[..6])
+        .unwrap();
     assert_eq!(&data[..6], b"inside");
     std::fs::remove_file(&port_path).unwrap();
 }
@@ -150,7 +159,9 @@ fn many_clients_at_once_are_all_served() {
             std::thread::spawn(move || talk(path, "CONNECT 1024\n").1)
         })
         .collect();
-    stack.wait("all clients", |_| threads.iter().all(|thread| thread.is_finished()));
+    stack.wait("all clients", |_| {
+        threads.iter().all(|thread| thread.is_finished())
+    });
     for thread in threads {
         assert!(thread.join().unwrap().starts_with("OK "));
     }

@@ -151,7 +151,10 @@ impl Stack {
                 assert_eq!(socket.peer_shutdown & SHUTDOWN_SEND, 0, "data after SHUTDOWN");
                 socket.receive_count = socket.receive_count.wrapping_add(header.len);
                 let in_buffer = socket.receive_count.wrapping_sub(socket.forward_count);
-                assert!(in_buffer <= socket.buf_alloc, "the device ignores our credit: {in_buffer}");
+                assert!(
+                    in_buffer <= socket.buf_alloc,
+                    "the device ignores our credit: {in_buffer}"
+                );
                 socket.received.extend(&payload);
             }
             Op::Shutdown => {
@@ -225,7 +228,10 @@ impl Stack {
 
     /// Sends what credit allows of `data`; returns how much.
     pub(super) fn send_some(&mut self, key: Key, data: &[u8]) -> usize {
-        let count = data.len().min(self.sockets[&key].credit() as usize).min(MAX_PACKET);
+        let count = data
+            .len()
+            .min(self.sockets[&key].credit() as usize)
+            .min(MAX_PACKET);
         if count > 0 {
             let header = self.header(key, Op::Rw, 0, count as u32);
             self.driver.send(header, &data[..count]);
@@ -233,6 +239,12 @@ impl Stack {
             socket.sent_count = socket.sent_count.wrapping_add(count as u32);
         }
         count
+    }
+
+    /// Sends `data` without looking at credit.
+    pub(super) fn send_raw_data(&mut self, key: Key, data: &[u8]) {
+        let header = self.header(key, Op::Rw, 0, data.len() as u32);
+        self.driver.send(header, data);
     }
 
     /// Sends all of `data`, as fast as the host lets us.
@@ -283,7 +295,9 @@ pub(super) fn pattern(len: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut bytes = Vec::with_capacity(len + 8);
     while bytes.len() < len {
-        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        state = state
+            .wrapping_mul(0x5851_f42d_4c95_7f2d)
+            .wrapping_add(0x1405_7b7e_f767_814f);
         bytes.extend_from_slice(&(state >> 7).to_le_bytes());
     }
     bytes.truncate(len);

@@ -2,16 +2,18 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::driver::{Driver, GUEST_CID};
 use super::stack::{PATIENCE, Stack, alongside, pattern};
 use crate::config::VsockConfig;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::vsock::packet::{Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
-use crate::devices::virtio::vsock::{ConnectPhase, Vsock, VsockError};
+use crate::devices::virtio::vsock::{ConnectPhase, Vsock, VsockError, VsockListener};
 
 /// A stream with a bounded wait.
 pub(super) fn bounded(stream: UnixStream) -> UnixStream {
@@ -87,7 +89,9 @@ fn host_connects_and_both_sides_talk() {
         // Both directions end when the host's stream is dropped.
         drop(stream);
         stack.wait_closed(key);
-        stack.wait("the table to be empty", |stack| stack.driver.handle.metrics().open_connections == 0);
+        stack.wait("the table to be empty", |stack| {
+            stack.driver.handle.metrics().open_connections == 0
+        });
     }
 }
 
@@ -121,22 +125,24 @@ fn listener_when_dropped_frees_the_port_and_keeps_accepted_streams() {
 fn listener_is_pollable_and_accept_times_out() {
     let mut stack = Stack::new();
     let listener = stack.driver.handle.listen(1023).unwrap();
-    let readable = |fd| {
-        let mut poll = libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        // SAFETY: one valid pollfd.
-        unsafe { libc::poll(&mut poll, 1, 0) == 1 }
+    let readable = |listener: &VsockListener| {
+        // SAFETY: the listener lives longer than the borrow.
+        let fd = unsafe { BorrowedFd::borrow_raw(listener.as_raw_fd()) };
+        let mut poll = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+        rustix::event::poll(&mut poll, Some(&Timespec::default())).unwrap() == 1
     };
-    assert!(!readable(listener.as_raw_fd()));
+    assert!(!readable(&listener));
     let error = listener.accept_timeout(Duration::from_millis(20)).unwrap_err();
-    assert!(error.to_string().starts_with("vsock port 1023: no connection from the guest after"), "{error}");
+    assert!(
+        error
+            .to_string()
+            .starts_with("vsock port 1023: no connection from the guest after"),
+        "{error}"
+    );
     stack.connect(1023).unwrap();
-    assert!(readable(listener.as_raw_fd()));
+    assert!(readable(&listener));
     listener.accept_timeout(PATIENCE).unwrap();
-    assert!(!readable(listener.as_raw_fd()));
+    assert!(!readable(&listener));
 }
 
 #[test]
@@ -193,12 +199,42 @@ fn connect_when_guest_calls_out_retries_at_once() {
     stack.connect_start(1023);
     stack.wait("the answer", |stack| count(stack, Op::Response) == 1);
     // The repeated REQUEST is in front of the RESPONSE: no timer was waited for.
-    let response = stack.log.iter().position(|header| header.op == Op::Response as u16).unwrap();
+    let response = stack
+        .log
+        .iter()
+        .position(|header| header.op == Op::Response as u16)
+        .unwrap();
     stack.log.truncate(response);
     assert!(count(&stack, Op::Request) > before);
     stack.listening.insert(1024);
     stack.wait("the connection", |_| thread.is_finished());
     thread.join().unwrap().unwrap();
+}
+
+#[test]
+fn connect_when_the_answer_is_lost_asks_again() {
+    let mut driver = Driver::new();
+    let handle = driver.handle.clone();
+    let thread = std::thread::spawn(move || handle.connect(1024, PATIENCE));
+    let first = driver.receive().header;
+    let second = driver.receive().header;
+    assert_eq!((first.op, second.op), (Op::Request as u16, Op::Request as u16));
+    assert_eq!(
+        (first.src_port, first.dst_port),
+        (second.src_port, second.dst_port)
+    );
+    let mut stack = Stack::on(driver);
+    stack.listening.insert(1024);
+    // The guest was only slow: the connection is as good as any.
+    let key = (first.dst_port, first.src_port);
+    stack.sockets.insert(key, Default::default());
+    stack.control(key, Op::Response, 0);
+    stack.wait("the connection", |_| thread.is_finished());
+    let mut stream = bounded(thread.join().unwrap().unwrap());
+    stack.send_raw_data(key, b"hello");
+    let mut data = [0; 5];
+    stream.read_exact(&mut data).unwrap();
+    assert_eq!(&data, b"hello");
 }
 
 #[test]
@@ -210,7 +246,11 @@ fn connect_when_it_times_out_names_port_phase_and_time() {
     })
     .unwrap();
     let phase = |result: Result<UnixStream, VsockError>| match result.unwrap_err() {
-        VsockError::ConnectTimeout { port: 7, phase, elapsed } => {
+        VsockError::ConnectTimeout {
+            port: 7,
+            phase,
+            elapsed,
+        } => {
             assert!(elapsed >= short && elapsed < PATIENCE);
             phase
         }
@@ -220,7 +260,10 @@ fn connect_when_it_times_out_names_port_phase_and_time() {
 
     let mut stack = Stack::on(Driver::around(device, handle, true));
     // The guest's driver is up, but nobody handles packets.
-    assert_eq!(phase(stack.driver.handle.connect(7, short)), ConnectPhase::NoAnswer);
+    assert_eq!(
+        phase(stack.driver.handle.connect(7, short)),
+        ConnectPhase::NoAnswer
+    );
     let handle = stack.driver.handle.clone();
     let result = alongside(&mut stack, move || handle.connect(7, short));
     let text = result.as_ref().unwrap_err().to_string();
@@ -228,7 +271,9 @@ fn connect_when_it_times_out_names_port_phase_and_time() {
     assert!(text.starts_with("vsock port 7: no connection after 5"), "{text}");
     assert!(text.ends_with("ms: nobody listens in the guest"), "{text}");
     // Nothing is left of the attempts.
-    stack.wait("the table to be empty", |stack| stack.driver.handle.metrics().open_connections == 0);
+    stack.wait("the table to be empty", |stack| {
+        stack.driver.handle.metrics().open_connections == 0
+    });
 }
 
 #[test]
@@ -253,7 +298,9 @@ fn half_close_by_the_host_reaches_the_guest_after_the_data() {
     let (mut stream, key) = host_connects(&mut stack, 1024);
     stream.write_all(b"request").unwrap();
     stream.shutdown(Shutdown::Write).unwrap();
-    stack.wait("the host's SHUTDOWN", |stack| stack.sockets[&key].peer_shutdown == SHUTDOWN_SEND);
+    stack.wait("the host's SHUTDOWN", |stack| {
+        stack.sockets[&key].peer_shutdown == SHUTDOWN_SEND
+    });
     assert_eq!(stack.read(key), b"request");
     stack.send_all(key, b"response");
     let mut data = [0; 8];
@@ -291,8 +338,12 @@ fn host_that_leaves_while_the_guest_sends_closes_the_connection() {
     let mut stack = Stack::new();
     let (stream, key) = host_connects(&mut stack, 1024);
     drop(stream);
-    stack.wait("both SHUTDOWN flags", |stack| stack.sockets[&key].peer_shutdown == SHUTDOWN_BOTH);
-    stack.wait("the table to be empty", |stack| stack.driver.handle.metrics().open_connections == 0);
+    stack.wait("both SHUTDOWN flags", |stack| {
+        stack.sockets[&key].peer_shutdown == SHUTDOWN_BOTH
+    });
+    stack.wait("the table to be empty", |stack| {
+        stack.driver.handle.metrics().open_connections == 0
+    });
 }
 
 #[test]
@@ -304,7 +355,10 @@ fn guest_that_ignores_shutdown_is_reset_after_the_kill_timeout() {
     drop(listener.accept_timeout(PATIENCE).unwrap());
     driver = stack.driver;
     let shutdown = driver.receive().header;
-    assert_eq!((shutdown.op, shutdown.flags), (Op::Shutdown as u16, SHUTDOWN_BOTH));
+    assert_eq!(
+        (shutdown.op, shutdown.flags),
+        (Op::Shutdown as u16, SHUTDOWN_BOTH)
+    );
     let start = Instant::now();
     let reset = driver.receive().header;
     assert_eq!((reset.op, reset.dst_port), (Op::Rst as u16, key.0));
@@ -318,9 +372,8 @@ fn streams_given_to_the_host_are_blocking() {
     let (stream, _) = host_connects(&mut stack, 1024);
     let (accepted, _) = guest_connects(&mut stack, 1023);
     for stream in [stream, accepted] {
-        // SAFETY: a valid descriptor.
-        let flags = unsafe { libc::fcntl(stream.as_raw_fd(), libc::F_GETFL) };
-        assert_eq!(flags & libc::O_NONBLOCK, 0);
+        let flags = rustix::fs::fcntl_getfl(&stream).unwrap();
+        assert!(!flags.contains(rustix::fs::OFlags::NONBLOCK));
     }
 }
 
@@ -341,6 +394,8 @@ fn data_in_front_of_a_guests_close_is_delivered() {
         let mut stream = stream;
         stream.read_to_end(&mut all).unwrap();
         assert!(all == data, "{} of {} bytes", all.len(), data.len());
-        stack.wait("the table to be empty", |stack| stack.driver.handle.metrics().open_connections == 0);
+        stack.wait("the table to be empty", |stack| {
+            stack.driver.handle.metrics().open_connections == 0
+        });
     }
 }

@@ -1,0 +1,8 @@
+//! The agent as the runtime sees it: every test starts one in namespaces of its own and drives it over ttrpc.
+//! Needs root and busybox-static.
+
+mod errors;
+mod exec;
+mod harness;
+mod lifecycle;
+mod stdio;

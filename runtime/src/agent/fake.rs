@@ -1,0 +1,271 @@
+//! An agent for tests: a ttrpc server on one end of a socket pair. Its containers are scripts in `args`:
+//! `echo WORDS…`, `exit STATUS`, `cat` (stdin to stdout), `sleep` (until signalled), `missing` (start fails).
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::StreamExt;
+use protocols::agent as wire;
+use protocols::agent_ttrpc::{AgentService, create_agent_service};
+use protocols::empty::Empty;
+use tokio::sync::watch;
+use ttrpc::r#async::TtrpcContext;
+
+/// What the host sees of the guest.
+#[derive(Default)]
+pub(crate) struct FakeGuest {
+    /// Calls in their order: name and argument.
+    pub(crate) calls: Mutex<Vec<String>>,
+    /// Last CreateContainer and CreateSandbox.
+    pub(crate) created: Mutex<Option<wire::CreateContainerRequest>>,
+    /// Storages of the sandbox.
+    pub(crate) sandbox: Mutex<Option<wire::CreateSandboxRequest>>,
+    /// Attached descriptors by host port.
+    pub(crate) attached: Mutex<HashMap<u32, OwnedFd>>,
+    pub(crate) attached_changed: Condvar,
+    processes: Mutex<HashMap<(String, String), Arc<Process>>>,
+}
+
+struct Process {
+    args: Vec<String>,
+    ports: [u32; 2],
+    exit: watch::Sender<Option<i32>>,
+}
+
+impl FakeGuest {
+    fn called(&self, call: String) {
+        self.calls.lock().unwrap().push(call);
+    }
+
+    /// Ends a descriptor, as the muxer does.
+    pub(crate) fn detach(&self, port: u32) {
+        self.attached.lock().unwrap().remove(&port);
+        self.attached_changed.notify_all();
+    }
+
+    fn add(
+        &self,
+        container: &str,
+        exec: &str,
+        process: &protocols::oci::Process,
+        ports: [u32; 2],
+    ) -> Arc<Process> {
+        let process = Arc::new(Process {
+            args: process.Args.clone(),
+            ports,
+            exit: watch::Sender::new(None),
+        });
+        self.processes
+            .lock()
+            .unwrap()
+            .insert((container.to_owned(), exec.to_owned()), process.clone());
+        process
+    }
+
+    fn process(&self, container: &str, exec: &str) -> ttrpc::Result<Arc<Process>> {
+        let key = (container.to_owned(), exec.to_owned());
+        self.processes
+            .lock()
+            .unwrap()
+            .get(&key)
+            .cloned()
+            .ok_or_else(|| status(ttrpc::Code::NOT_FOUND, "no such process"))
+    }
+
+    fn run(self: &Arc<Self>, process: Arc<Process>) {
+        let (guest, [stdin, stdout]) = (self.clone(), process.ports);
+        let take = move |port: u32| {
+            guest
+                .attached
+                .lock()
+                .unwrap()
+                .get(&port)
+                .map(|fd| fd.try_clone().unwrap())
+        };
+        let guest = self.clone();
+        std::thread::spawn(move || {
+            let mut output = take(stdout).map(File::from);
+            let args: Vec<&str> = process.args.iter().map(String::as_str).collect();
+            let status = match args.as_slice() {
+                ["echo", words @ ..] => {
+                    if let Some(output) = &mut output {
+                        output
+                            .write_all(format!("{}\n", words.join(" ")).as_bytes())
+                            .unwrap();
+                    }
+                    0
+                }
+                ["exit", status] => status.parse().unwrap(),
+                ["cat"] => {
+                    copy(File::from(take(stdin).unwrap()), output.as_mut().unwrap());
+                    0
+                }
+                // Ended by a signal.
+                _ => return,
+            };
+            drop(output);
+            guest.detach(stdout);
+            process
+                .exit
+                .send_if_modified(|exit| exit.replace(status).is_none());
+        });
+    }
+}
+
+/// Reads a non-blocking FIFO to its end.
+fn copy(mut from: File, to: &mut File) {
+    let mut buffer = [0; 4096];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(count) => to.write_all(&buffer[..count]).unwrap(),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+fn status(code: ttrpc::Code, message: &str) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code, message.to_owned()))
+}
+
+/// Serves `stream` until it is closed.
+pub(crate) fn serve(guest: Arc<FakeGuest>, stream: std::os::unix::net::UnixStream) {
+    stream.set_nonblocking(true).unwrap();
+    let stream = tokio::net::UnixStream::from_std(stream).unwrap();
+    let listener = futures::stream::iter([Ok(stream)]).chain(futures::stream::pending());
+    let mut server = ttrpc::r#async::Server::new()
+        .add_listener(ttrpc::r#async::transport::Listener::new(listener))
+        .register_service(create_agent_service(Arc::new(Service(guest))));
+    tokio::spawn(async move {
+        server.start().await.unwrap();
+        // Dropping the server would end its connection.
+        std::future::pending::<()>().await;
+    });
+}
+
+struct Service(Arc<FakeGuest>);
+
+type Reply<T> = ttrpc::Result<T>;
+
+#[async_trait]
+impl AgentService for Service {
+    async fn create_sandbox(&self, _: &TtrpcContext, request: wire::CreateSandboxRequest) -> Reply<Empty> {
+        self.0.called("CreateSandbox".into());
+        *self.0.sandbox.lock().unwrap() = Some(request);
+        Ok(Empty::new())
+    }
+
+    async fn destroy_sandbox(&self, _: &TtrpcContext, _: wire::DestroySandboxRequest) -> Reply<Empty> {
+        self.0.called("DestroySandbox".into());
+        Ok(Empty::new())
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: wire::CreateContainerRequest,
+    ) -> Reply<Empty> {
+        self.0.called(format!("CreateContainer {}", request.container_id));
+        let process = &request.OCI.Process;
+        if process.Args == ["refused"] {
+            return Err(status(ttrpc::Code::INVALID_ARGUMENT, "refused by the test"));
+        }
+        self.0.add(
+            &request.container_id,
+            "",
+            process,
+            [request.stdin_port, request.stdout_port],
+        );
+        *self.0.created.lock().unwrap() = Some(request);
+        Ok(Empty::new())
+    }
+
+    async fn start_container(&self, _: &TtrpcContext, request: wire::StartContainerRequest) -> Reply<Empty> {
+        self.0.called(format!("StartContainer {}", request.container_id));
+        let process = self.0.process(&request.container_id, "")?;
+        if process.args == ["missing"] {
+            return Err(status(ttrpc::Code::NOT_FOUND, "missing: command not found"));
+        }
+        self.0.run(process);
+        Ok(Empty::new())
+    }
+
+    async fn exec_process(&self, _: &TtrpcContext, request: wire::ExecProcessRequest) -> Reply<Empty> {
+        self.0.called(format!("ExecProcess {}", request.exec_id));
+        if request.process.Args == ["missing"] {
+            return Err(status(ttrpc::Code::NOT_FOUND, "missing: command not found"));
+        }
+        let ports = [request.stdin_port, request.stdout_port];
+        let process = self
+            .0
+            .add(&request.container_id, &request.exec_id, &request.process, ports);
+        self.0.run(process);
+        Ok(Empty::new())
+    }
+
+    async fn signal_process(&self, _: &TtrpcContext, request: wire::SignalProcessRequest) -> Reply<Empty> {
+        self.0
+            .called(format!("SignalProcess {:?} {}", request.exec_id, request.signal));
+        let process = self.0.process(&request.container_id, &request.exec_id)?;
+        let end = |process: &Process| {
+            self.0.detach(process.ports[1]);
+            process.exit.send_if_modified(|exit| {
+                let runs = exit.is_none();
+                exit.get_or_insert(128 + request.signal as i32);
+                runs
+            });
+        };
+        // With init goes the pid namespace.
+        if request.exec_id.is_empty() {
+            let all: Vec<_> = self.0.processes.lock().unwrap().values().cloned().collect();
+            all.iter().for_each(|process| end(process));
+        }
+        end(&process);
+        Ok(Empty::new())
+    }
+
+    async fn wait_process(
+        &self,
+        _: &TtrpcContext,
+        request: wire::WaitProcessRequest,
+    ) -> Reply<wire::WaitProcessResponse> {
+        let process = self.0.process(&request.container_id, &request.exec_id)?;
+        let mut exit = process.exit.subscribe();
+        let status = exit.wait_for(Option::is_some).await.unwrap().unwrap();
+        Ok(wire::WaitProcessResponse {
+            status,
+            ..Default::default()
+        })
+    }
+
+    async fn remove_container(
+        &self,
+        _: &TtrpcContext,
+        request: wire::RemoveContainerRequest,
+    ) -> Reply<Empty> {
+        self.0.called(format!("RemoveContainer {}", request.container_id));
+        Ok(Empty::new())
+    }
+
+    async fn tty_win_resize(&self, _: &TtrpcContext, request: wire::TtyWinResizeRequest) -> Reply<Empty> {
+        self.0
+            .called(format!("TtyWinResize {}x{}", request.column, request.row));
+        Ok(Empty::new())
+    }
+
+    async fn pause_container(&self, _: &TtrpcContext, _: wire::PauseContainerRequest) -> Reply<Empty> {
+        Ok(Empty::new())
+    }
+
+    async fn resume_container(&self, _: &TtrpcContext, _: wire::ResumeContainerRequest) -> Reply<Empty> {
+        Ok(Empty::new())
+    }
+}

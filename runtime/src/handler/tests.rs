@@ -1,0 +1,728 @@
+//! The whole runtime over a fake VM and agent: requests in, responses and events out.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::hypervisor::VmExit;
+use crate::hypervisor::fake::{Boot, FakeHypervisor};
+use crate::types::{ContainerProcess, ExecProcessRequest, Mount, ProcessStatus, Stdio};
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+struct Bench {
+    folder: tempfile::TempDir,
+    manager: RuntimeHandlerManager,
+    events: mpsc::UnboundedReceiver<Event>,
+    vm: Arc<FakeHypervisor>,
+}
+
+fn bench(boot: Boot) -> Bench {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["vmlinux", "initrd"] {
+        fs::write(folder.path().join(name), "x").unwrap();
+    }
+    let vm = Arc::new(FakeHypervisor::new(boot));
+    let backend = Backend {
+        root: folder.path().join("run"),
+        make_hypervisor: {
+            let vm = vm.clone();
+            Box::new(move |_, _, _, _| vm.clone())
+        },
+        cgroups: false,
+    };
+    let (sender, events) = mpsc::unbounded_channel();
+    let context = ShimContext {
+        sandbox_id: "c1".into(),
+        namespace: "test".into(),
+        bundle: folder.path().join("c1"),
+        debug: false,
+    };
+    let manager = RuntimeHandlerManager::with_backend(context, sender, backend);
+    Bench {
+        folder,
+        manager,
+        events,
+        vm,
+    }
+}
+
+impl Bench {
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A bundle whose container runs `args`.
+    fn bundle(&self, id: &str, args: &[&str]) -> PathBuf {
+        let bundle = self.path(id);
+        fs::create_dir_all(bundle.join("rootfs")).unwrap();
+        fs::write(bundle.join("rootfs/file"), id).unwrap();
+        fs::create_dir_all(self.path("volume")).unwrap();
+        let spec = serde_json::json!({
+            "ociVersion": "1.0.2",
+            "hostname": "guest-name",
+            "process": {"cwd": "/", "args": args, "user": {"uid": 0, "gid": 0}},
+            "root": {"path": "rootfs"},
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/data", "type": "bind", "source": self.path("volume"), "options": ["rbind", "ro"]},
+            ],
+            "linux": {"cgroupsPath": "/default/x", "namespaces": [{"type": "pid"}, {"type": "network"}]},
+        });
+        fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
+        bundle
+    }
+
+    fn create_request(&self, id: &str, args: &[&str], stdio: Stdio) -> TaskRequest {
+        let body = format!(
+            "[hypervisor.dragonball]\nkernel = {:?}\ninitrd = {:?}\n",
+            self.path("vmlinux"),
+            self.path("initrd")
+        );
+        TaskRequest::CreateContainer(CreateContainerRequest {
+            container_id: id.into(),
+            bundle: self.bundle(id, args),
+            rootfs: Vec::new(),
+            stdio,
+            options: RuntimeOptions {
+                config_body: body.into_bytes(),
+                ..Default::default()
+            },
+        })
+    }
+
+    async fn call(&self, request: TaskRequest) -> Result<TaskResponse> {
+        tokio::time::timeout(LIMIT, self.manager.handle_task(request))
+            .await
+            .expect("no answer")
+    }
+
+    async fn create(&self, id: &str, args: &[&str]) -> Result<TaskResponse> {
+        self.call(self.create_request(id, args, Stdio::default())).await
+    }
+
+    async fn start(&self, id: ContainerProcess) -> Result<TaskResponse> {
+        self.call(TaskRequest::StartProcess(id)).await
+    }
+
+    async fn exec(&self, exec_id: &str, args: &[&str]) -> Result<TaskResponse> {
+        let spec = serde_json::json!({"cwd": "/", "args": args, "user": {"uid": 0, "gid": 0}});
+        let request = ExecProcessRequest {
+            process: exec(exec_id),
+            spec_json: spec.to_string().into_bytes(),
+            stdio: Stdio::default(),
+        };
+        self.call(TaskRequest::ExecProcess(request)).await
+    }
+
+    async fn wait(&self, id: ContainerProcess) -> u32 {
+        match self.call(TaskRequest::WaitProcess(id)).await.unwrap() {
+            TaskResponse::Exit { exit, .. } => exit.status,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn delete(&self, id: ContainerProcess) -> Result<TaskResponse> {
+        self.call(TaskRequest::DeleteProcess(id)).await
+    }
+
+    async fn kill(&self, id: ContainerProcess, signal: u32) -> Result<TaskResponse> {
+        self.call(TaskRequest::KillProcess {
+            process: id,
+            signal,
+            all: false,
+        })
+        .await
+    }
+
+    async fn status(&self, id: ContainerProcess) -> ProcessStatus {
+        match self.call(TaskRequest::StateProcess(id)).await.unwrap() {
+            TaskResponse::State(state) => state.status,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn shutdown(&self) -> bool {
+        let request = TaskRequest::ShutdownContainer {
+            container_id: "c1".into(),
+            now: false,
+        };
+        matches!(self.call(request).await.unwrap(), TaskResponse::Shutdown(true))
+    }
+
+    /// Events so far, shortened.
+    fn events(&mut self) -> Vec<String> {
+        let mut events = Vec::new();
+        while let Ok(event) = self.events.try_recv() {
+            events.push(match event {
+                Event::TaskCreate { container_id, .. } => format!("create {container_id}"),
+                Event::TaskStart { container_id, .. } => format!("start {container_id}"),
+                Event::TaskExecAdded { process } => format!("exec-added {}", process.exec_id),
+                Event::TaskExecStarted { process, .. } => format!("exec-started {}", process.exec_id),
+                Event::TaskExit { process, exit, .. } => format!("exit {} {}", name(&process), exit.status),
+                Event::TaskDelete { process, exit, .. } => {
+                    format!("delete {} {}", name(&process), exit.status)
+                }
+                Event::TaskPaused { container_id } => format!("paused {container_id}"),
+                Event::TaskResumed { container_id } => format!("resumed {container_id}"),
+                Event::TaskOom { container_id } => format!("oom {container_id}"),
+            });
+        }
+        events
+    }
+
+    /// Mounts and state below the bench's folder.
+    fn leftovers(&self) -> Vec<String> {
+        let root = self.folder.path().display().to_string();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let mut left: Vec<String> = mounts
+            .lines()
+            .filter(|line| line.contains(&root))
+            .map(Into::into)
+            .collect();
+        for folder in ["run/kata", "run/kata-containers/shared/sandboxes"] {
+            let entries = fs::read_dir(self.path(folder)).into_iter().flatten();
+            left.extend(entries.map(|entry| entry.unwrap().path().display().to_string()));
+        }
+        left
+    }
+}
+
+fn init(id: &str) -> ContainerProcess {
+    ContainerProcess {
+        container_id: id.into(),
+        exec_id: String::new(),
+    }
+}
+
+fn exec(exec_id: &str) -> ContainerProcess {
+    ContainerProcess {
+        container_id: "c1".into(),
+        exec_id: exec_id.into(),
+    }
+}
+
+fn name(process: &ContainerProcess) -> &str {
+    if process.exec_id.is_empty() {
+        &process.container_id
+    } else {
+        &process.exec_id
+    }
+}
+
+fn fifo(path: &Path) -> String {
+    nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    path.display().to_string()
+}
+
+#[tokio::test]
+async fn container_runs_and_leaves_nothing_behind() {
+    let mut bench = bench(Boot::Announced);
+
+    let created = bench.create("c1", &["exit", "42"]).await.unwrap();
+    assert_eq!(created, TaskResponse::Pid(std::process::id()));
+    assert_eq!(bench.status(init("c1")).await, ProcessStatus::Created);
+    bench.start(init("c1")).await.unwrap();
+    assert_eq!(bench.wait(init("c1")).await, 42);
+    assert_eq!(bench.status(init("c1")).await, ProcessStatus::Stopped);
+    assert!(
+        matches!(bench.delete(init("c1")).await.unwrap(), TaskResponse::Exit { exit, .. } if exit.status == 42)
+    );
+    assert!(bench.shutdown().await);
+
+    assert_eq!(
+        bench.events(),
+        ["create c1", "start c1", "exit c1 42", "delete c1 42"]
+    );
+    assert_eq!(bench.leftovers(), Vec::<String>::new());
+    assert!(*bench.manager.watch_end().borrow());
+    let calls = bench.vm.guest.calls.lock().unwrap().clone();
+    assert_eq!(
+        calls,
+        [
+            "CreateSandbox",
+            "CreateContainer c1",
+            "StartContainer c1",
+            "RemoveContainer c1",
+            "DestroySandbox"
+        ]
+    );
+    assert!(
+        bench.path("c1/rootfs/file").exists(),
+        "the rootfs itself is not touched"
+    );
+}
+
+#[tokio::test]
+async fn guest_gets_share_rootfs_and_volumes() {
+    let bench = bench(Boot::Silent);
+    bench.create("c1", &["sleep"]).await.unwrap();
+
+    let share = bench.path("run/kata-containers/shared/sandboxes/c1/shared");
+    assert_eq!(
+        fs::read_to_string(share.join("passthrough/c1/rootfs/file")).unwrap(),
+        "c1"
+    );
+    fs::write(bench.path("volume/new"), "live").unwrap();
+    let volume = share.join("passthrough/c1-00000001-data");
+    assert_eq!(fs::read_to_string(volume.join("new")).unwrap(), "live");
+    assert!(
+        fs::write(volume.join("other"), "").is_err(),
+        "ro is honoured on the host"
+    );
+    let sandbox = bench.vm.guest.sandbox.lock().unwrap().clone().unwrap();
+    assert_eq!(sandbox.hostname, "guest-name");
+    assert_eq!(sandbox.storages[0].driver, "virtio-fs");
+    assert_eq!(sandbox.storages[0].source, "kataShared");
+    let created = bench.vm.guest.created.lock().unwrap().clone().unwrap();
+    assert_eq!(
+        created.OCI.Root.Path,
+        "/run/kata-containers/shared/containers/passthrough/c1/rootfs"
+    );
+    let sources: Vec<_> = created
+        .OCI
+        .Mounts
+        .iter()
+        .map(|mount| mount.source.as_str())
+        .collect();
+    assert_eq!(
+        sources,
+        [
+            "proc",
+            "/run/kata-containers/shared/containers/passthrough/c1-00000001-data"
+        ]
+    );
+    assert_eq!(bench.vm.devices.lock().unwrap().len(), 1);
+
+    bench.manager.shutdown().await;
+    assert_eq!(bench.leftovers(), Vec::<String>::new());
+    assert!(bench.path("volume/new").exists());
+}
+
+#[tokio::test]
+async fn streams_reach_the_client_and_end() {
+    let bench = bench(Boot::Announced);
+    let stdio = Stdio {
+        stdin: fifo(&bench.path("stdin")),
+        stdout: fifo(&bench.path("stdout")),
+        ..Default::default()
+    };
+    let output = bench.path("stdout");
+    // The client opens its ends whenever it likes: here, reading blocks until the runtime has opened the FIFO.
+    let reader = std::thread::spawn(move || {
+        let mut text = String::new();
+        fs::File::open(output).unwrap().read_to_string(&mut text).unwrap();
+        text
+    });
+
+    bench
+        .call(bench.create_request("c1", &["cat"], stdio.clone()))
+        .await
+        .unwrap();
+    bench.start(init("c1")).await.unwrap();
+    let mut input = fs::OpenOptions::new().write(true).open(&stdio.stdin).unwrap();
+    input.write_all(b"through the guest\n").unwrap();
+    drop(input);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(
+        bench.status(init("c1")).await,
+        ProcessStatus::Running,
+        "no end of stdin before CloseIO"
+    );
+    bench.call(TaskRequest::CloseProcessIo(init("c1"))).await.unwrap();
+
+    assert_eq!(bench.wait(init("c1")).await, 0);
+    assert_eq!(
+        tokio::task::spawn_blocking(|| reader.join().unwrap())
+            .await
+            .unwrap(),
+        "through the guest\n"
+    );
+    bench.delete(init("c1")).await.unwrap();
+    assert!(
+        bench.vm.guest.attached.lock().unwrap().is_empty(),
+        "every descriptor is closed"
+    );
+    bench.manager.shutdown().await;
+}
+
+#[tokio::test]
+async fn unread_output_delays_neither_exit_nor_kill() {
+    let bench = bench(Boot::Announced);
+    let stdio = Stdio {
+        stdout: fifo(&bench.path("stdout")),
+        ..Default::default()
+    };
+    bench
+        .call(bench.create_request("c1", &["sleep"], stdio))
+        .await
+        .unwrap();
+    bench.start(init("c1")).await.unwrap();
+
+    let begin = Instant::now();
+    bench.kill(init("c1"), 9).await.unwrap();
+    assert_eq!(bench.wait(init("c1")).await, 137);
+    assert!(begin.elapsed() < Duration::from_secs(5));
+    bench.manager.shutdown().await;
+}
+
+#[tokio::test]
+async fn execs_have_their_own_life_and_init_exits_last() {
+    let mut bench = bench(Boot::Announced);
+    bench.create("c1", &["sleep"]).await.unwrap();
+    bench.start(init("c1")).await.unwrap();
+    bench.exec("e1", &["exit", "7"]).await.unwrap();
+    assert_eq!(
+        bench.exec("e1", &["exit", "7"]).await.unwrap_err().kind,
+        ErrorKind::AlreadyExists
+    );
+    bench.start(exec("e1")).await.unwrap();
+    assert_eq!(bench.wait(exec("e1")).await, 7);
+    bench.delete(exec("e1")).await.unwrap();
+    bench.exec("e2", &["sleep"]).await.unwrap();
+    bench.start(exec("e2")).await.unwrap();
+    bench.exec("e3", &["sleep"]).await.unwrap();
+    bench.kill(init("c1"), 15).await.unwrap();
+    assert_eq!(bench.wait(init("c1")).await, 143);
+    assert_eq!(
+        bench.wait(exec("e3")).await,
+        137,
+        "never started, yet nobody waits for ever"
+    );
+
+    let events = bench.events();
+    let expected = [
+        "create c1",
+        "start c1",
+        "exec-added e1",
+        "exec-started e1",
+        "exit e1 7",
+        "delete e1 7",
+        "exec-added e2",
+        "exec-started e2",
+        "exec-added e3",
+        "exit e2 143",
+        "exit c1 143",
+    ];
+    assert_eq!(events, expected);
+    assert_eq!(
+        bench.exec("e4", &["sleep"]).await.unwrap_err().kind,
+        ErrorKind::FailedPrecondition
+    );
+    assert_eq!(
+        bench.start(exec("e3")).await.unwrap_err().kind,
+        ErrorKind::FailedPrecondition
+    );
+    bench.manager.shutdown().await;
+}
+
+#[tokio::test]
+async fn wrong_calls_have_their_codes() {
+    let mut bench = bench(Boot::Announced);
+    assert_eq!(
+        bench.start(init("c1")).await.unwrap_err().kind,
+        ErrorKind::NotFound
+    );
+    bench.create("c1", &["sleep"]).await.unwrap();
+    assert_eq!(
+        bench.create("c1", &["sleep"]).await.unwrap_err().kind,
+        ErrorKind::AlreadyExists
+    );
+    assert_eq!(
+        bench.start(init("other")).await.unwrap_err().kind,
+        ErrorKind::NotFound
+    );
+    assert_eq!(
+        bench.start(exec("none")).await.unwrap_err().kind,
+        ErrorKind::NotFound
+    );
+    bench.start(init("c1")).await.unwrap();
+    assert_eq!(
+        bench.start(init("c1")).await.unwrap_err().kind,
+        ErrorKind::FailedPrecondition
+    );
+    let error = bench.delete(init("c1")).await.unwrap_err();
+    assert_eq!(
+        (error.kind, error.message.as_str()),
+        (
+            ErrorKind::FailedPrecondition,
+            "cannot delete container c1: it is running"
+        )
+    );
+    assert!(!bench.shutdown().await, "a container is left");
+    bench
+        .call(TaskRequest::PauseContainer("c1".into()))
+        .await
+        .unwrap();
+    assert_eq!(bench.status(init("c1")).await, ProcessStatus::Paused);
+    bench
+        .call(TaskRequest::ResumeContainer("c1".into()))
+        .await
+        .unwrap();
+    bench.kill(init("c1"), 9).await.unwrap();
+    bench.wait(init("c1")).await;
+    assert_eq!(
+        bench.kill(init("c1"), 9).await.unwrap_err().kind,
+        ErrorKind::NotFound
+    );
+    bench.delete(init("c1")).await.unwrap();
+    assert_eq!(
+        bench.delete(init("c1")).await.unwrap_err().kind,
+        ErrorKind::NotFound
+    );
+    assert!(bench.shutdown().await);
+    assert_eq!(
+        bench.events(),
+        [
+            "create c1",
+            "start c1",
+            "paused c1",
+            "resumed c1",
+            "exit c1 137",
+            "delete c1 137"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn many_clients_wait_before_start_and_after_exit() {
+    let bench = Arc::new(bench(Boot::Announced));
+    bench.create("c1", &["exit", "255"]).await.unwrap();
+    let waiters: Vec<_> = (0..50)
+        .map(|_| {
+            let bench = bench.clone();
+            tokio::spawn(async move { bench.wait(init("c1")).await })
+        })
+        .collect();
+    tokio::task::yield_now().await;
+    bench.start(init("c1")).await.unwrap();
+    for waiter in waiters {
+        assert_eq!(waiter.await.unwrap(), 255);
+    }
+    assert_eq!(bench.wait(init("c1")).await, 255);
+    bench.manager.shutdown().await;
+}
+
+#[tokio::test]
+async fn created_container_can_be_killed_and_deleted() {
+    let mut bench = bench(Boot::Announced);
+    bench.create("c1", &["sleep"]).await.unwrap();
+    bench.kill(init("c1"), 15).await.unwrap();
+    assert_eq!(bench.wait(init("c1")).await, 137);
+    bench.delete(init("c1")).await.unwrap();
+    assert_eq!(bench.events(), ["create c1", "exit c1 137", "delete c1 137"]);
+    bench.manager.shutdown().await;
+    assert_eq!(bench.leftovers(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn command_not_found_names_the_command_and_can_be_deleted() {
+    let mut bench = bench(Boot::Announced);
+    bench.create("c1", &["missing"]).await.unwrap();
+    let error = bench.start(init("c1")).await.unwrap_err();
+    assert_eq!(error.kind, ErrorKind::NotFound);
+    assert!(
+        error.message.contains("start container c1") && error.message.contains("missing"),
+        "{error}"
+    );
+    assert_eq!(bench.wait(init("c1")).await, 127);
+    bench.delete(init("c1")).await.unwrap();
+    assert!(bench.shutdown().await);
+    assert_eq!(bench.events(), ["create c1", "exit c1 127", "delete c1 127"]);
+    assert_eq!(bench.leftovers(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn failed_exec_leaves_the_container_running() {
+    let bench = bench(Boot::Announced);
+    bench.create("c1", &["sleep"]).await.unwrap();
+    bench.start(init("c1")).await.unwrap();
+    bench.exec("e1", &["missing"]).await.unwrap();
+    let error = bench.start(exec("e1")).await.unwrap_err();
+    assert!(
+        error.message.contains("process e1 of container c1") && error.message.contains("missing"),
+        "{error}"
+    );
+    assert_eq!(bench.wait(exec("e1")).await, 127);
+    bench.delete(exec("e1")).await.unwrap();
+    assert_eq!(bench.status(init("c1")).await, ProcessStatus::Running);
+    bench.manager.shutdown().await;
+}
+
+#[tokio::test]
+async fn death_of_the_vm_ends_every_process_in_order() {
+    let mut bench = bench(Boot::Announced);
+    bench.create("c1", &["sleep"]).await.unwrap();
+    bench.start(init("c1")).await.unwrap();
+    bench.exec("e1", &["sleep"]).await.unwrap();
+    bench.start(exec("e1")).await.unwrap();
+    bench.events();
+
+    bench.vm.end(VmExit::Panic);
+
+    assert_eq!(bench.wait(exec("e1")).await, 137);
+    assert_eq!(bench.wait(init("c1")).await, 137);
+    assert_eq!(bench.status(init("c1")).await, ProcessStatus::Stopped);
+    bench.delete(exec("e1")).await.unwrap();
+    bench.delete(init("c1")).await.unwrap();
+    assert!(bench.shutdown().await);
+    assert_eq!(
+        bench.events(),
+        ["exit e1 137", "exit c1 137", "delete e1 137", "delete c1 137"]
+    );
+    assert_eq!(bench.leftovers(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn failed_boots_say_why_and_leave_nothing() {
+    for (boot, kind, parts) in [
+        (
+            Boot::Refused,
+            ErrorKind::PermissionDenied,
+            ["sandbox c1", "/dev/kvm: permission denied"],
+        ),
+        (
+            Boot::Panics,
+            ErrorKind::Unavailable,
+            [
+                "the guest kernel panicked",
+                "Kernel panic - not syncing | [0m---[",
+            ],
+        ),
+    ] {
+        let mut bench = bench(boot);
+        let error = bench.create("c1", &["sleep"]).await.unwrap_err();
+        assert_eq!(error.kind, kind, "{error}");
+        for part in parts {
+            assert!(error.message.contains(part), "{part} in {error}");
+        }
+        assert!(!error.message.contains('\n'));
+        assert_eq!(bench.leftovers(), Vec::<String>::new());
+        assert_eq!(bench.events(), Vec::<String>::new());
+        assert!(bench.shutdown().await, "a shim without a sandbox may end");
+    }
+}
+
+#[tokio::test]
+async fn boot_is_interrupted_by_shutdown() {
+    let bench = Arc::new(bench(Boot::Hangs));
+    let creating = {
+        let bench = bench.clone();
+        tokio::spawn(async move { bench.create("c1", &["sleep"]).await })
+    };
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(bench.shutdown().await);
+    assert_eq!(creating.await.unwrap().unwrap_err().kind, ErrorKind::Unavailable);
+    assert_eq!(bench.leftovers(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn bad_bundles_and_mounts_are_named_and_leave_nothing() {
+    let mut bench = bench(Boot::Announced);
+    let request = |bench: &Bench| match bench.create_request("c1", &["sleep"], Stdio::default()) {
+        TaskRequest::CreateContainer(request) => request,
+        other => panic!("{other:?}"),
+    };
+
+    let create = request(&bench);
+    fs::remove_file(create.bundle.join("config.json")).unwrap();
+    let error = bench
+        .call(TaskRequest::CreateContainer(create))
+        .await
+        .unwrap_err();
+    assert!(
+        error.kind == ErrorKind::NotFound && error.message.contains("c1/config.json"),
+        "{error}"
+    );
+
+    let create = request(&bench);
+    fs::remove_dir_all(create.bundle.join("rootfs")).unwrap();
+    let error = bench
+        .call(TaskRequest::CreateContainer(create))
+        .await
+        .unwrap_err();
+    assert!(
+        error.kind == ErrorKind::NotFound && error.message.contains("c1/rootfs"),
+        "{error}"
+    );
+    assert_eq!(bench.leftovers(), Vec::<String>::new());
+
+    let mut create = request(&bench);
+    create.rootfs = vec![Mount {
+        fs_type: "overlay".into(),
+        source: "overlay".into(),
+        ..Default::default()
+    }];
+    create.rootfs[0].options = vec!["lowerdir=/nonexistent-lower".into()];
+    let error = bench
+        .call(TaskRequest::CreateContainer(create))
+        .await
+        .unwrap_err();
+    assert!(
+        error.message.contains("overlay") && error.message.contains("/nonexistent-lower"),
+        "{error}"
+    );
+
+    let mut create = request(&bench);
+    create.options.config_body = b"[hypervisor.dragonball]\nkernel = \"/nonexistent/vmlinux\"\n".to_vec();
+    let error = bench
+        .call(TaskRequest::CreateContainer(create))
+        .await
+        .unwrap_err();
+    assert!(
+        error.kind == ErrorKind::NotFound && error.message.contains("/nonexistent/vmlinux"),
+        "{error}"
+    );
+
+    let error = bench.create("c1", &["refused"]).await.unwrap_err();
+    assert_eq!(error.kind, ErrorKind::InvalidArgument);
+    assert_eq!(
+        error.message,
+        "create container c1: agent CreateContainer: refused by the test"
+    );
+
+    assert_eq!(bench.leftovers(), Vec::<String>::new());
+    assert_eq!(bench.events(), Vec::<String>::new());
+    assert!(bench.shutdown().await);
+}
+
+#[tokio::test]
+async fn cleanup_after_a_crash_removes_everything_twice_over() {
+    let bench = bench(Boot::Announced);
+    bench.create("c1", &["sleep"]).await.unwrap();
+    assert_ne!(bench.leftovers(), Vec::<String>::new());
+    let paths = SandboxPaths::below(&bench.path("run"), "c1").unwrap();
+
+    // The shim is "dead": nothing of it is asked.
+    cleanup_paths(&paths, &bench.path("c1")).unwrap();
+    cleanup_paths(&paths, &bench.path("c1")).unwrap();
+
+    assert_eq!(bench.leftovers(), Vec::<String>::new());
+    assert!(bench.path("c1/rootfs/file").exists() && bench.path("volume").exists());
+    bench.manager.shutdown().await;
+}
+
+#[tokio::test]
+async fn terminal_size_before_the_start_is_applied() {
+    let bench = bench(Boot::Announced);
+    bench.create("c1", &["sleep"]).await.unwrap();
+    let resize = |width, height| TaskRequest::ResizeProcessPty {
+        process: init("c1"),
+        width,
+        height,
+    };
+    bench.call(resize(80, 24)).await.unwrap();
+    bench.start(init("c1")).await.unwrap();
+    bench.call(resize(132, 50)).await.unwrap();
+
+    let calls = bench.vm.guest.calls.lock().unwrap().clone();
+    let sizes: Vec<_> = calls
+        .iter()
+        .filter(|call| call.starts_with("TtyWinResize"))
+        .collect();
+    assert_eq!(sizes, ["TtyWinResize 80x24", "TtyWinResize 132x50"]);
+    bench.manager.shutdown().await;
+}

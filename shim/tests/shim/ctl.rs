@@ -1,0 +1,68 @@
+//! `kata-ctl`, on whatever host the tests run.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+use crate::harness::{run, stderr, stdout};
+
+fn ctl(words: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kata-ctl"));
+    command.args(words);
+    run(command, b"")
+}
+
+#[test]
+fn version_is_the_shims() {
+    assert!(stdout(&ctl(&["version"])).contains(env!("CARGO_PKG_VERSION")));
+    assert!(stdout(&ctl(&["--version"])).contains(env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn kvm_check_is_one_line_that_agrees_with_the_exit_status() {
+    let output = ctl(&["check", "--kvm-can-run-linux"]);
+
+    let text = stdout(&output);
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert_eq!(
+        output.status.success(),
+        text == "KVM can run Linux guests\n",
+        "{output:?}"
+    );
+}
+
+#[test]
+fn check_fails_on_a_missing_kernel_and_names_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("configuration.toml");
+    std::fs::write(
+        &config,
+        "[hypervisor.dragonball]\nkernel = \"/nonexistent/vmlinux\"\n",
+    )
+    .unwrap();
+
+    let output = ctl(&["--config", config.to_str().unwrap(), "check"]);
+
+    assert!(!output.status.success());
+    let failed = stdout(&output)
+        .lines()
+        .any(|line| line.starts_with("FAIL") && line.contains("/nonexistent/vmlinux"));
+    assert!(failed, "{output:?}");
+}
+
+#[test]
+fn env_is_json_on_demand() {
+    let output = ctl(&["env", "--json"]);
+
+    let env: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(env["runtime"]["type"], "io.containerd.kata.v2");
+    assert!(env["host"].is_object() && env["configuration"].is_object());
+    assert!(stdout(&ctl(&["env"])).contains("  type: io.containerd.kata.v2"));
+}
+
+#[test]
+fn unknown_command_fails_on_stderr() {
+    let output = ctl(&["frobnicate"]);
+
+    assert!(!output.status.success() && stderr(&output).contains("frobnicate"));
+}

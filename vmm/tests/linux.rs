@@ -1,0 +1,269 @@
+//! Real Linux guests. They need a KVM that can run Linux (directly or in the lab) and are skipped unless
+//! `DRAGONBALL_KERNEL` names our vmlinux; `DRAGONBALL_STOCK` adds bzImages of unmodified kernels, separated by colons.
+//!
+//! `cargo test -p dragonball --test linux -- --ignored --test-threads 1`
+
+mod guest;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use dragonball::Vm;
+use dragonball::config::{
+    BlockConfig, ConsoleConfig, DeviceConfig, FsCache, FsConfig, MemoryConfig, RngConfig, VcpuConfig,
+    VmConfig, VsockConfig,
+};
+use dragonball::vm::{ExitReason, HotplugError};
+use guest::{Code, Scratch, initramfs};
+
+/// Ten times what a busy emulated machine needs.
+const LONG: Duration = Duration::from_secs(300);
+const CMDLINE: &str = "console=hvc0 panic=-1 pci=off quiet loglevel=1";
+
+fn kernel() -> PathBuf {
+    std::env::var_os("DRAGONBALL_KERNEL")
+        .expect("DRAGONBALL_KERNEL names a vmlinux")
+        .into()
+}
+
+/// A machine that boots our kernel into `script`.
+fn config(scratch: &Scratch, script: &str) -> VmConfig {
+    let mut config = guest::config(scratch, &Code::default());
+    config.id = "linux".to_owned();
+    config.memory = MemoryConfig { size_mib: 256 };
+    config.console = ConsoleConfig::Hvc;
+    config.boot.kernel = kernel();
+    config.boot.initramfs = Some(initramfs::build(scratch, script));
+    config.boot.cmdline = CMDLINE.to_owned();
+    config
+}
+
+fn start(config: VmConfig) -> Vm {
+    let vm = Vm::new(config).unwrap();
+    vm.start().unwrap();
+    vm
+}
+
+/// Runs a machine to its end.
+fn run(config: VmConfig) -> (ExitReason, String) {
+    let vm = start(config);
+    let reason = vm.wait_timeout(LONG);
+    let console = vm.console().tail(1000).join("\n");
+    (
+        reason.unwrap_or_else(|| panic!("the guest does not end:\n{console}")),
+        console,
+    )
+}
+
+fn wait_for(vm: &Vm, text: &str) {
+    let end = Instant::now() + LONG;
+    while !vm.console().tail(1000).join("\n").contains(text) {
+        let console = vm.console().tail(50).join("\n");
+        assert!(
+            vm.wait_timeout(Duration::from_millis(20)).is_none(),
+            "ended without {text:?}:\n{console}"
+        );
+        assert!(Instant::now() < end, "no {text:?}:\n{console}");
+    }
+}
+
+#[test]
+#[ignore = "boots Linux"]
+fn boot_when_given_processors_and_memory_has_them() {
+    let scratch = Scratch::new();
+    for (vcpus, size_mib) in [(1, 128), (2, 256), (4, 3072), (8, 5120)] {
+        let mut config = config(&scratch, "echo \"cpus $(nproc)\"; grep MemTotal /proc/meminfo");
+        config.vcpus = VcpuConfig {
+            boot: vcpus,
+            max: vcpus,
+        };
+        config.memory = MemoryConfig { size_mib };
+        let (reason, console) = run(config);
+        assert_eq!(reason, ExitReason::PowerOff, "{console}");
+        assert!(console.contains(&format!("cpus {vcpus}")), "{console}");
+        let total = console
+            .split_whitespace()
+            .skip_while(|word| *word != "MemTotal:")
+            .nth(1);
+        let total: u64 = total
+            .and_then(|kib| kib.parse().ok())
+            .unwrap_or_else(|| panic!("{console}"));
+        // The kernel keeps some for itself.
+        assert!(
+            total / 1024 <= size_mib && total / 1024 > size_mib * 3 / 5,
+            "{total} of {size_mib}"
+        );
+    }
+}
+
+#[test]
+#[ignore = "boots Linux"]
+fn end_when_the_guest_chooses_it_has_the_reason() {
+    let scratch = Scratch::new();
+    for (script, cmdline, expected) in [
+        ("reboot -f", "", ExitReason::Reboot),
+        ("reboot -f", " reboot=t", ExitReason::TripleFault),
+        ("echo c > /proc/sysrq-trigger", "", ExitReason::Panic),
+        ("exec /bin/false", "", ExitReason::Panic),
+    ] {
+        let mut config = config(&scratch, script);
+        config.boot.cmdline += cmdline;
+        let (reason, console) = run(config);
+        assert_eq!(reason, expected, "{script}:\n{console}");
+    }
+}
+
+#[test]
+#[ignore = "boots Linux"]
+fn devices_when_present_at_boot_work() {
+    let scratch = Scratch::new();
+    let share = scratch.path().join("share");
+    std::fs::create_dir(&share).unwrap();
+    std::fs::write(share.join("hello"), "from the host\n").unwrap();
+    let disk = |name: &str, read_only| {
+        let path = scratch.write(name, &[name.as_bytes(), &[b'\n'; 4096]].concat());
+        DeviceConfig::Block(BlockConfig {
+            id: name.to_owned(),
+            path,
+            read_only,
+        })
+    };
+    let mut config = config(
+        &scratch,
+        "head -n1 /dev/vda; head -n1 /dev/vdb; echo new > /dev/vda; sync; echo x > /dev/vdb || echo refused\n\
+         ls -d /sys/class/vsock /dev/vsock; head -c 64 /dev/hwrng | wc -c\n\
+         mount -t virtiofs tag /mnt && cat /mnt/hello && echo from the guest > /mnt/reply && umount /mnt",
+    );
+    config.vsock = Some(VsockConfig {
+        guest_cid: 3,
+        uds_path: None,
+    });
+    config.devices = vec![
+        disk("first-disk", false),
+        disk("second-disk", true),
+        DeviceConfig::Rng(RngConfig { id: "rng".to_owned() }),
+        DeviceConfig::Fs(FsConfig {
+            id: "share".to_owned(),
+            tag: "tag".to_owned(),
+            shared_dir: share.clone(),
+            cache: FsCache::Auto,
+            threads: 1,
+        }),
+    ];
+    let (reason, console) = run(config);
+    assert_eq!(reason, ExitReason::PowerOff, "{console}");
+    for expected in [
+        "first-disk",
+        "second-disk",
+        "refused",
+        "/dev/vsock",
+        "64",
+        "from the host",
+    ] {
+        assert!(console.contains(expected), "{expected}:\n{console}");
+    }
+    assert_eq!(
+        std::fs::read_to_string(share.join("reply")).unwrap(),
+        "from the guest\n"
+    );
+    assert!(
+        std::fs::read(scratch.path().join("first-disk"))
+            .unwrap()
+            .starts_with(b"new\n")
+    );
+}
+
+#[test]
+#[ignore = "boots Linux"]
+fn block_device_when_added_removed_and_added_again_is_seen() {
+    let scratch = Scratch::new();
+    let mut config = config(
+        &scratch,
+        "ls /sys/bus/virtio/devices | wc -l; echo waiting\n\
+         while [ ! -e /dev/vda ]; do sleep 0.1; done; head -n1 /dev/vda\n\
+         cd /sys/bus/platform/drivers/virtio-mmio; D=$(readlink -f /sys/block/vda/device | grep -o 'LNRO0005:..'); echo $D > unbind; [ -e /dev/vda ] || echo unbound $D\n\
+         until echo $D > bind && [ -e /dev/vda ]; do echo $D > unbind; sleep 0.3; done 2>/dev/null\n\
+         head -n1 /dev/vda",
+    );
+    config.hotplug_slots = 1;
+    let disk = |name: &str| {
+        let path = scratch.write(name, &[name.as_bytes(), &[b'\n'; 4096]].concat());
+        DeviceConfig::Block(BlockConfig {
+            id: name.to_owned(),
+            path,
+            read_only: true,
+        })
+    };
+    let vm = start(config);
+    wait_for(&vm, "waiting");
+
+    let first = vm.add_device(disk("disk-one")).unwrap();
+    assert!(!first.needs_bind);
+    wait_for(&vm, "disk-one");
+    wait_for(&vm, &format!("unbound {}", first.acpi_name));
+    let removed = vm.remove_device("disk-one").unwrap();
+    assert_eq!(removed.acpi_name, first.acpi_name);
+    assert!(matches!(
+        vm.remove_device("disk-one"),
+        Err(HotplugError::NotFound(_))
+    ));
+    let second = vm.add_device(disk("disk-two")).unwrap();
+    assert!(second.needs_bind);
+    wait_for(&vm, "disk-two");
+    assert_eq!(vm.wait_timeout(LONG), Some(ExitReason::PowerOff));
+}
+
+#[test]
+#[ignore = "boots Linux"]
+fn pause_when_resumed_goes_on_without_complaint() {
+    let scratch = Scratch::new();
+    let mut config = config(
+        &scratch,
+        "echo waiting; i=0; while [ $i -lt 30 ]; do i=$((i+1)); echo tick $i; sleep 0.1; done; dmesg | grep -ci lockup",
+    );
+    config.vcpus = VcpuConfig { boot: 2, max: 2 };
+    let vm = start(config);
+    wait_for(&vm, "tick 3");
+    vm.pause().unwrap();
+    let before = vm.console().tail(1);
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(vm.console().tail(1), before);
+    vm.resume().unwrap();
+    assert_eq!(vm.wait_timeout(LONG), Some(ExitReason::PowerOff));
+    assert_eq!(vm.console().tail(1), ["0"]);
+}
+
+#[test]
+#[ignore = "boots Linux"]
+fn kernel_when_it_has_only_a_pvh_entry_boots() {
+    let scratch = Scratch::new();
+    let mut image = std::fs::read(kernel()).unwrap();
+    // Without an ELF entry point the note is what is left.
+    image[24..32].fill(0);
+    let mut config = config(&scratch, "echo \"booted with $(cat /proc/cmdline)\"");
+    config.boot.kernel = scratch.write("vmlinux", &image);
+    let (reason, console) = run(config);
+    assert_eq!(reason, ExitReason::PowerOff, "{console}");
+    assert!(console.contains(&format!("booted with {CMDLINE}")), "{console}");
+}
+
+#[test]
+#[ignore = "boots Linux"]
+fn stock_kernels_when_compressed_boot_and_are_cached() {
+    let stock = std::env::var("DRAGONBALL_STOCK").unwrap_or_default();
+    let scratch = Scratch::new();
+    for image in stock.split(':').filter(|path| !path.is_empty()) {
+        let mut config = config(&scratch, "echo \"release $(uname -r)\"");
+        config.boot.kernel = image.into();
+        // Their virtio drivers are modules; the UART is not.
+        config.console = ConsoleConfig::Serial;
+        config.boot.cmdline = CMDLINE.replace("hvc0", "ttyS0");
+        for _ in 0..2 {
+            let (reason, console) = run(config.clone());
+            assert_eq!(reason, ExitReason::PowerOff, "{image}:\n{console}");
+            assert!(console.contains("release"), "{image}:\n{console}");
+        }
+    }
+    let cached = std::fs::read_dir(scratch.path().join("cache/vmlinux")).map_or(0, Iterator::count);
+    assert_eq!(cached, stock.split(':').filter(|path| !path.is_empty()).count());
+}
