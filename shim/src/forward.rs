@@ -25,7 +25,7 @@ use ttrpc::context;
 use crate::events;
 
 /// Most events that wait; some 200 bytes each.
-const QUEUE: usize = 4096;
+const QUEUE: usize = 1024;
 
 /// How long containerd may take over one event.
 const CALL_PATIENCE: Duration = Duration::from_secs(5);

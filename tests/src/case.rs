@@ -213,6 +213,18 @@ impl<'a> Container<'a> {
         run(&mut self.exec_command(flags, command), self.case.limit()).unwrap_or_else(|e| panic!("{e}"))
     }
 
+    /// Runs a script in the container, for its output.
+    ///
+    /// The script lingers before it exits: `ctr` 1.6 cancels the streams of an exec when it ends, and on a busy machine
+    /// that can come before it has opened them (`process.Delete` in containerd's client).
+    #[track_caller]
+    pub fn script(&self, flags: &[&str], script: &str) -> Finished {
+        self.exec(
+            flags,
+            &["sh", "-c", &format!("({script}); code=$?; sleep 0.3; exit $code")],
+        )
+    }
+
     /// Sends a signal to the first process.
     #[track_caller]
     pub fn kill(&self, signal: &str) -> Finished {

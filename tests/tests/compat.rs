@@ -53,7 +53,7 @@ fn runs_a_container_from_start_to_end(case: &Case) {
     let container = case.container();
     container.sleeping();
     let done = container
-        .exec(&["--exec-id", "one"], &["sh", "-c", "echo in; exit 5"])
+        .script(&["--exec-id", "one"], "echo in; exit 5")
         .expect_code(5);
     assert_eq!(done.out(), "in\n");
     container.kill("KILL").expect_code(0);

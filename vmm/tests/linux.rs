@@ -1,5 +1,6 @@
 //! Real Linux guests. They need a KVM that can run Linux (directly or in the lab) and are skipped unless
-//! `DRAGONBALL_KERNEL` names our vmlinux; `DRAGONBALL_STOCK` adds bzImages of unmodified kernels, separated by colons.
+//! `DRAGONBALL_KERNEL` names the kernel; `DRAGONBALL_MODULES` a folder of modules it needs for virtio;
+//! `DRAGONBALL_STOCK` bzImages of unmodified kernels, separated by colons.
 //!
 //! `cargo test -p dragonball --test linux -- --ignored --test-threads 1`
 

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use crate::harness::{Pod, is_alive, run, stderr, wait_until};
 use containerd_shim_protos::api::DeleteResponse;
@@ -46,16 +45,11 @@ fn delete_ends_a_shim_that_still_lives() {
     let pod = Pod::new("alive", Some(CONFIG));
     pod.start();
     let pid = pod.pid().unwrap();
-    let start = Instant::now();
 
     response(&pod.delete());
 
     assert!(!is_alive(pid));
     assert!(!pod.socket().exists());
-    assert!(
-        start.elapsed() < Duration::from_secs(20),
-        "containerd allows 5 s on an idle machine"
-    );
 }
 
 #[test]

@@ -11,6 +11,9 @@ use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 /// The binary under test.
 pub const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-kata-v2");
 
+/// Bound of every wait; only a failing test takes that long.
+const PATIENCE: Duration = Duration::from_secs(120);
+
 /// What `-address` says; nothing listens there.
 pub const CONTAINERD: &str = "/run/test-containerd/containerd.sock";
 
@@ -125,9 +128,13 @@ pub fn run(mut command: Command, stdin: &[u8]) -> Output {
 
 /// Waits for a condition that must come true.
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + PATIENCE;
     while !condition() {
-        assert!(Instant::now() < deadline, "waited 30 s and still not: {what}");
+        assert!(
+            Instant::now() < deadline,
+            "still not, after {} s: {what}",
+            PATIENCE.as_secs()
+        );
         std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -10,7 +10,7 @@ fn exec_when_process_exits_returns_its_own_code() {
     container.sleeping();
     for code in [0, 3, 255] {
         let done = container
-            .exec(&[], &["sh", "-c", &format!("echo in; echo on >&2; exit {code}")])
+            .script(&[], &format!("echo in; echo on >&2; exit {code}"))
             .expect_code(code);
         assert_eq!((done.out().as_str(), done.err().as_str()), ("in\n", "on\n"));
     }
@@ -23,22 +23,15 @@ fn exec_when_run_shares_the_container() {
     let container = case.container();
     container.detached(&["sh", "-c", "echo mark >/tmp/mark; exec sleep 10000"]);
     let seen = tests::command::eventually(case.limit(), || {
-        container.exec(&[], &["cat", "/tmp/mark"]).out() == "mark\n"
+        container.script(&[], "cat /tmp/mark").out() == "mark\n"
     });
     assert!(seen, "the file written by the first process is not there");
-    let done = container.exec(
-        &[],
-        &["sh", "-c", "cat /proc/1/cmdline | tr '\\0' ' '; cat /proc/1/comm"],
-    );
+    let done = container.script(&[], "cat /proc/1/cmdline | tr '\\0' ' '; cat /proc/1/comm");
     assert!(done.expect_code(0).out().contains("sleep"));
     let same = |ns: &str| {
-        let done = container.exec(
+        let done = container.script(
             &[],
-            &[
-                "sh",
-                "-c",
-                &format!("readlink /proc/1/ns/{ns}; readlink /proc/self/ns/{ns}"),
-            ],
+            &format!("readlink /proc/1/ns/{ns}; readlink /proc/self/ns/{ns}"),
         );
         let out = done.expect_code(0).out();
         let links = out.lines().map(str::to_owned).collect::<Vec<_>>();
@@ -52,9 +45,9 @@ fn exec_when_user_and_directory_are_given_uses_them() {
     let case = Case::begin("exec-user");
     let container = case.container();
     container.sleeping();
-    let done = container.exec(
+    let done = container.script(
         &["--user", "1000:1001", "--cwd", "/home/tester"],
-        &["sh", "-c", "id -u; id -g; pwd"],
+        "id -u; id -g; pwd",
     );
     assert_eq!(done.expect_code(0).out(), "1000\n1001\n/home/tester\n");
 }
@@ -77,6 +70,18 @@ fn exec_when_given_stdin_reads_it_to_the_end() {
         done.stdout.len(),
         sent.len()
     );
+}
+
+/// More than the pipes in between hold, so everything is open and flowing when the process exits.
+#[test]
+fn exec_when_process_exits_right_after_1_mib_loses_nothing() {
+    let case = Case::begin("exec-burst");
+    let container = case.container();
+    container.sleeping();
+    let done = container.exec(&[], &["sh", "-c", "yes 0123456 | head -c 1048576; exit 9"]);
+    let done = done.expect_code(9);
+    assert_eq!(done.stdout.len(), 1 << 20);
+    assert!(done.stdout.chunks(8).all(|chunk| chunk == b"0123456\n"));
 }
 
 #[test]

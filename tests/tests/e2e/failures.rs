@@ -15,7 +15,7 @@ fn container_when_containerd_restarts_keeps_running() {
         "-c",
         "echo kept >/tmp/mark; trap 'exit 11' TERM; while :; do sleep 1 & wait $!; done",
     ]);
-    let seen = || container.exec(&[], &["cat", "/tmp/mark"]).out() == "kept\n";
+    let seen = || container.script(&[], "cat /tmp/mark").out() == "kept\n";
     assert!(tests::command::eventually(case.limit(), seen));
     let shim = container.shim();
     case.daemon().stop();
@@ -23,7 +23,7 @@ fn container_when_containerd_restarts_keeps_running() {
     assert_eq!(container.state().as_deref(), Some("RUNNING"));
     assert_eq!(container.shim(), shim, "the same shim serves the container");
     assert_eq!(
-        container.exec(&[], &["cat", "/tmp/mark"]).expect_code(0).out(),
+        container.script(&[], "cat /tmp/mark").expect_code(0).out(),
         "kept\n"
     );
     let events = Events::subscribe(case.daemon()).unwrap();

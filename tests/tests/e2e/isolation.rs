@@ -96,7 +96,7 @@ fn containers_when_they_name_a_sandbox_share_its_machine() {
     annotated(&app, "container", &["sh", "-c", script]);
     let boot = |container: &tests::Container<'_>| {
         container
-            .exec(&[], &["cat", "/proc/sys/kernel/random/boot_id"])
+            .script(&[], "cat /proc/sys/kernel/random/boot_id")
             .expect_code(0)
             .out()
     };

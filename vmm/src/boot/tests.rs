@@ -90,9 +90,15 @@ fn load_when_linux_puts_everything_where_the_protocol_says() {
     assert_eq!(&read::<4>(&memory, layout::CMDLINE), b"a=b\0");
     assert_eq!(&read::<4>(&memory, layout::ZERO_PAGE + 0x202), b"HdrS");
     let address = u32::from_le_bytes(read(&memory, layout::ZERO_PAGE + 0x218));
-    assert_eq!(u32::from_le_bytes(read(&memory, layout::ZERO_PAGE + 0x21c)), 0x1801);
+    assert_eq!(
+        u32::from_le_bytes(read(&memory, layout::ZERO_PAGE + 0x21c)),
+        0x1801
+    );
     assert_eq!(read::<0x1802>(&memory, address.into())[0x17ff..], [7, 7, 0]);
-    assert_eq!(u64::from_le_bytes(read(&memory, layout::ZERO_PAGE + 0x70)), 0xe_0000);
+    assert_eq!(
+        u64::from_le_bytes(read(&memory, layout::ZERO_PAGE + 0x70)),
+        0xe_0000
+    );
 }
 
 #[test]
@@ -100,8 +106,14 @@ fn load_when_there_is_only_a_pvh_note_uses_it() {
     let kernel = Kernel::new("pvh", &elf(0, &[0x90; 32], &pvh_note(0x10_0010)));
     let (memory, entry) = kernel.load(None);
     assert_eq!(entry.unwrap(), EntryPoint::Pvh(0x10_0010));
-    assert_eq!(u32::from_le_bytes(read(&memory, layout::PVH_START_INFO)), 0x336e_c578);
-    assert_eq!(u64::from_le_bytes(read(&memory, layout::PVH_START_INFO + 32)), 0xe_0000);
+    assert_eq!(
+        u32::from_le_bytes(read(&memory, layout::PVH_START_INFO)),
+        0x336e_c578
+    );
+    assert_eq!(
+        u64::from_le_bytes(read(&memory, layout::PVH_START_INFO + 32)),
+        0xe_0000
+    );
 }
 
 #[test]

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use super::Scratch;
 
 /// An initramfs whose init runs `script` with busybox's applets, /proc, /sys and /dev in place, then powers off.
+///
+/// `DRAGONBALL_MODULES` names a folder of kernel modules to load first, in the order of their file names.
 pub fn build(scratch: &Scratch, script: &str) -> PathBuf {
     let busybox = ["/bin/busybox", "/usr/bin/busybox"]
         .iter()
@@ -13,14 +15,22 @@ pub fn build(scratch: &Scratch, script: &str) -> PathBuf {
     let init = format!(
         "#!/bin/busybox sh\n/bin/busybox --install -s /bin\n\
          mount -t proc proc /proc\nmount -t sysfs sys /sys\nmount -t devtmpfs dev /dev\n\
+         for m in /mods/*.ko; do [ -e $m ] && insmod $m; done\n\
+         [ -e /dev/hvc0 ] && exec > /dev/hvc0 2>&1\n\
          {script}\npoweroff -f\n"
     );
     let mut archive = Archive::default();
-    for folder in ["bin", "proc", "sys", "dev", "mnt"] {
+    for folder in ["bin", "proc", "sys", "dev", "mnt", "mods"] {
         archive.add(folder, 0o040_755, &[]);
     }
     archive.add("bin/busybox", 0o100_755, &busybox);
     archive.add("init", 0o100_755, init.as_bytes());
+    if let Some(modules) = std::env::var_os("DRAGONBALL_MODULES") {
+        for module in std::fs::read_dir(modules).unwrap().flatten() {
+            let name = format!("mods/{}", module.file_name().to_string_lossy());
+            archive.add(&name, 0o100_644, &std::fs::read(module.path()).unwrap());
+        }
+    }
     scratch.write("initramfs", &archive.finish())
 }
 

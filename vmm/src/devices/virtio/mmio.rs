@@ -402,3 +402,6 @@ fn initial_queues(device: &dyn VirtioDevice) -> Vec<QueueRegisters> {
     };
     device.queue_sizes().iter().map(queue).collect()
 }
+
+#[cfg(test)]
+mod tests;

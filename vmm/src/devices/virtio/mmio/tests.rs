@@ -1,0 +1,265 @@
+use std::sync::Mutex;
+
+use super::*;
+use crate::devices::virtio::ActivateError;
+use crate::memory::allocate;
+
+const STATUS: u64 = 0x70;
+const OFFERED: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1;
+
+#[derive(Debug, Default)]
+struct Calls {
+    activations: Vec<(u64, Vec<(usize, u16)>)>,
+    resets: usize,
+    config: Vec<(u64, Vec<u8>)>,
+}
+
+struct Fake(Arc<Mutex<Calls>>);
+
+impl VirtioDevice for Fake {
+    fn id(&self) -> &str {
+        "fake"
+    }
+
+    fn device_type(&self) -> u32 {
+        42
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[16, 8]
+    }
+
+    fn features(&self) -> u64 {
+        OFFERED
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        data.fill(offset as u8);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        self.0.lock().unwrap().config.push((offset, data.to_vec()));
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let queues = activation
+            .queues
+            .iter()
+            .map(|q| (q.index, q.queue.size()))
+            .collect();
+        self.0
+            .lock()
+            .unwrap()
+            .activations
+            .push((activation.features, queues));
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.0.lock().unwrap().resets += 1;
+    }
+}
+
+struct Driver {
+    transport: MmioTransport,
+    calls: Arc<Mutex<Calls>>,
+    irqfd: Arc<EventFd>,
+}
+
+impl Driver {
+    fn new() -> Self {
+        let calls = Arc::new(Mutex::new(Calls::default()));
+        let irqfd = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let (io, _) = IoLoop::spawn("test-io").unwrap();
+        let kicks = (0..2)
+            .map(|_| Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()))
+            .collect();
+        let host = Host {
+            memory: Arc::new(allocate(64 << 20).unwrap()),
+            io,
+        };
+        let interrupt = Interrupt::new(Arc::default(), irqfd.clone());
+        let transport = MmioTransport::new(Box::new(Fake(calls.clone())), host, interrupt, kicks);
+        Self {
+            transport,
+            calls,
+            irqfd,
+        }
+    }
+
+    fn read(&self, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        self.transport.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write(&mut self, offset: u64, value: u32) -> u32 {
+        self.transport.write(offset, &value.to_le_bytes());
+        self.read(STATUS)
+    }
+
+    fn features(&mut self, features: u64) {
+        for select in [0, 1] {
+            self.write(0x24, select);
+            self.write(0x20, (features >> (32 * select)) as u32);
+        }
+    }
+
+    fn negotiate(&mut self, features: u64) -> u32 {
+        self.write(STATUS, 1);
+        self.write(STATUS, 3);
+        self.features(features);
+        self.write(STATUS, 11)
+    }
+
+    fn queue(&mut self, index: u32, size: u32, desc: u64) {
+        self.write(0x30, index);
+        for (offset, value) in [
+            (0x38, size),
+            (0x80, desc as u32),
+            (0x84, (desc >> 32) as u32),
+            (0x90, 0x20_1000),
+            (0xa0, 0x20_2000),
+            (0x44, 1),
+        ] {
+            self.write(offset, value);
+        }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.transport.host.io.stop();
+    }
+}
+
+#[test]
+fn status_when_steps_are_skipped_stays() {
+    let mut driver = Driver::new();
+    assert_eq!(driver.write(STATUS, 2), 0);
+    assert_eq!(driver.write(STATUS, 4), 0);
+    assert_eq!(driver.write(STATUS, 1), 1);
+    assert_eq!(driver.write(STATUS, 1 | 8), 1);
+    assert_eq!(driver.write(STATUS, 3), 3);
+    assert_eq!(driver.write(STATUS, 3 | 4), 3);
+    // Bits cannot be cleared one by one.
+    assert_eq!(driver.write(STATUS, 1), 3);
+    assert!(driver.calls.lock().unwrap().activations.is_empty());
+}
+
+#[test]
+fn features_when_unknown_or_without_version_1_are_refused() {
+    for (features, status) in [
+        (OFFERED, 11),
+        (OFFERED & !1, 11),
+        (1, 3),
+        (OFFERED | 2, 3),
+        (1 << 63 | OFFERED, 3),
+    ] {
+        let mut driver = Driver::new();
+        assert_eq!(driver.negotiate(features), status, "{features:#x}");
+        driver.features(0);
+        assert_eq!(driver.transport.driver_features == features, status == 11);
+    }
+}
+
+#[test]
+fn activation_when_queues_are_ready_gets_them_frozen() {
+    let mut driver = Driver::new();
+    driver.queue(0, 16, 0x20_0000);
+    assert_eq!(driver.negotiate(OFFERED), 11);
+    assert_eq!(driver.read(0x44), 0, "set up before FEATURES_OK");
+    driver.queue(1, 4, 0x20_0000);
+    driver.queue(7, 4, 0x20_0000);
+    assert_eq!(driver.write(STATUS, 15), 15);
+    assert!(driver.transport.is_active());
+    driver.queue(0, 16, 0x20_0000);
+    assert_eq!(driver.write(STATUS, 15), 15);
+    assert_eq!(
+        driver.calls.lock().unwrap().activations,
+        [(OFFERED, vec![(1, 4)])]
+    );
+    assert!(!driver.transport.queues[0].ready);
+}
+
+#[test]
+fn activation_when_a_queue_is_impossible_needs_reset_until_reset() {
+    for (size, desc) in [
+        (16, 0x9000_0000),
+        (3, 0x20_0000),
+        (0, 0x20_0000),
+        (32, 0x20_0000),
+        (16, 0x20_0001),
+        (1 << 16, 0),
+    ] {
+        let mut driver = Driver::new();
+        driver.negotiate(OFFERED);
+        driver.queue(0, size, desc);
+        assert_eq!(driver.write(STATUS, 15), 15 | 64, "{size} {desc:#x}");
+        assert!(!driver.transport.is_active());
+        assert_eq!(driver.read(0x60), 2);
+        assert_eq!(driver.irqfd.read().unwrap(), 1);
+        assert_eq!(driver.write(STATUS, 15), 15 | 64);
+        assert_eq!(driver.write(STATUS, 0), 0);
+        assert_eq!(driver.read(0x60), 0);
+        assert!(driver.calls.lock().unwrap().activations.is_empty());
+    }
+}
+
+#[test]
+fn reset_when_written_stops_the_device_and_forgets() {
+    let mut driver = Driver::new();
+    driver.negotiate(OFFERED);
+    driver.queue(0, 8, 0x20_0000);
+    driver.write(STATUS, 15);
+    assert_eq!(driver.write(STATUS, 0), 0);
+    assert_eq!(driver.calls.lock().unwrap().resets, 1);
+    assert_eq!((driver.read(0x44), driver.transport.driver_features), (0, 0));
+    assert_eq!(driver.negotiate(OFFERED), 11);
+}
+
+#[test]
+fn registers_when_accessed_with_another_width_do_nothing() {
+    let mut driver = Driver::new();
+    driver.transport.write(STATUS, &[1]);
+    driver.transport.write(STATUS, &[1, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(driver.read(STATUS), 0);
+    let mut byte = [0xff];
+    driver.transport.read(0, &mut byte);
+    assert_eq!(byte, [0]);
+}
+
+#[test]
+fn config_when_written_needs_a_driver_and_any_width_reads() {
+    let mut driver = Driver::new();
+    driver.transport.write(0x104, &[1]);
+    driver.negotiate(OFFERED);
+    driver.transport.write(0x104, &[2, 3]);
+    assert_eq!(driver.calls.lock().unwrap().config, [(4, vec![2, 3])]);
+    let mut data = [0; 3];
+    driver.transport.read(0x109, &mut data);
+    assert_eq!(data, [9, 9, 9]);
+}
+
+#[test]
+fn notify_when_not_taken_by_kvm_reaches_the_queue() {
+    let mut driver = Driver::new();
+    driver.write(QUEUE_NOTIFY, 0);
+    assert!(driver.transport.kicks()[0].read().is_err(), "before DRIVER_OK");
+    driver.negotiate(OFFERED);
+    driver.write(STATUS, 15);
+    driver.write(QUEUE_NOTIFY, 1);
+    driver.write(QUEUE_NOTIFY, 9);
+    assert_eq!(driver.transport.kicks()[1].read().unwrap(), 1);
+}
+
+#[test]
+fn interrupt_when_acknowledged_clears_only_those_bits() {
+    let mut driver = Driver::new();
+    let interrupt = driver.transport.interrupt().clone();
+    interrupt.signal_used();
+    interrupt.signal_config();
+    assert_eq!((driver.read(0x60), driver.read(0xfc)), (3, 1));
+    driver.write(0x64, 1);
+    assert_eq!(driver.read(0x60), 2);
+}
