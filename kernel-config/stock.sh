@@ -21,24 +21,23 @@ main() {
         *) die "usage: stock.sh 6.12|6.1" ;;
     esac
     need_packages kmod
-    package="$(image_package "$meta")"
-    version="$(apt-cache show --no-all-versions "$package" | sed -n 's/^Version: //p')"
-    result="$(cache_dir)/stock/$version"
-    [ -f "$result/vmlinuz" ] || with_lock stock fetch "$package" "$version" "$result"
+    resolve "$meta"
+    if [ ! -f "$result/vmlinuz" ]; then
+        # The lists at hand may name a version that the mirror has replaced.
+        apt-get -qq -o DPkg::Lock::Timeout=600 update >&2
+        resolve "$meta"
+        [ -n "$package" ] || die "Debian package $meta is not known to apt (is bookworm in its sources?)"
+        with_lock stock fetch "$package" "$version" "$result"
+    fi
     printf '%s\n' "$result"
 }
 
-# The metapackage depends on exactly one package, which is named after the kernel release.
-image_package() {
-    local package
+# Sets package, version and result. The metapackage depends on one package, which is named after the kernel release.
+resolve() {
     package="$(dependency "$1")"
-    if [ -z "$package" ]; then
-        say "$1 is not in apt's lists; updating them"
-        apt-get -qq update >&2
-        package="$(dependency "$1")"
-    fi
-    [ -n "$package" ] || die "Debian package $1 is not known to apt (is bookworm in its sources?)"
-    printf '%s\n' "$package"
+    version=none
+    [ -z "$package" ] || version="$(apt-cache show --no-all-versions "$package" | sed -n 's/^Version: //p')"
+    result="$(cache_dir)/stock/$version"
 }
 
 dependency() {

@@ -193,12 +193,17 @@ fn wake(mut code: Code, second: &[u8]) -> Code {
 /// Processor 1 prints from real mode, tells the boot processor through memory and halts.
 fn two_processors() -> Code {
     // mov dx, 0x3f8; mov al, 'B'; out dx, al; mov [0x8800], al; cli; 1: hlt; jmp 1b
-    let second = [0xba, 0xf8, 0x03, 0xb0, b'B', 0xee, 0xa2, 0x00, 0x88, 0xfa, 0xf4, 0xeb, 0xfd];
+    let second = [
+        0xba, 0xf8, 0x03, 0xb0, b'B', 0xee, 0xa2, 0x00, 0x88, 0xfa, 0xf4, 0xeb, 0xfd,
+    ];
     let code = wake(Code::default().map_devices().store32(0x8800, 0), &second);
     // 1: mov eax, [0x8800]; cmp al, 'B'; jne 1b
     let wait = Code::default().load32(0x8800).raw(&[0x3c, b'B']);
     let back = -(wait.0.len() as i8 + 2);
-    code.raw(&wait.0).raw(&[0x75, back as u8]).print("A\n").power_off()
+    code.raw(&wait.0)
+        .raw(&[0x75, back as u8])
+        .print("A\n")
+        .power_off()
 }
 
 #[test]

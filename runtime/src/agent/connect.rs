@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{GuestListener, Hypervisor};
-use crate::timeline;
 
 /// Host port on which the agent announces that it serves.
 pub const READY_PORT: u32 = 1023;
@@ -41,7 +40,6 @@ pub async fn wait_ready(
                 // Nobody announces: only the attempt below can succeed.
                 std::future::pending::<()>().await;
             }
-            timeline::mark("kernel");
             let left = deadline.saturating_duration_since(Instant::now()).max(SLICE);
             hypervisor.vsock_connect(port, left).await
         }

@@ -666,36 +666,3 @@ mod tests {
         assert_eq!(vm.wait_vm().await, VmExit::Stopped);
     }
 }
-
-#[cfg(test)]
-mod temporary {
-    use super::*;
-    #[test]
-    fn temporary_build() {
-        let folder = tempfile::tempdir().unwrap();
-        let mut config = TomlConfig::default();
-        config.hypervisor.dragonball.kernel = std::env::var("K").unwrap().into();
-        config.hypervisor.dragonball.initrd = Some(std::env::var("I").unwrap().into());
-        config.hypervisor.dragonball.default_memory = 512;
-        let paths = SandboxPaths::below(folder.path(), "s1").unwrap();
-        std::fs::create_dir_all(paths.jail()).unwrap();
-        std::fs::create_dir_all(paths.share()).unwrap();
-        let d = Dragonball::new(&config.hypervisor.dragonball, &config, &paths, false);
-        let mut c = d.vm_config("s1", &[DeviceType::ShareFs(ShareFsDevice{id:"share".into(),tag:"kataShared".into(),shared_dir:paths.share(),cache:"auto".into(),threads:1})]);
-        c.boot.cache_dir = folder.path().join("cache");
-        eprintln!("{c:#?}");
-        let t = std::time::Instant::now();
-        let vm = Vm::new(c).unwrap();
-        eprintln!("new {:?}", t.elapsed());
-        let console = vm.console();
-        let sink = console::start(&paths.console_log(), "s1", true).unwrap();
-        eprintln!("console {:?}", t.elapsed());
-        console.set_sink(sink.into()).unwrap();
-        eprintln!("sink {:?}", t.elapsed());
-        vm.start().unwrap();
-        eprintln!("start {:?}", t.elapsed());
-        std::thread::sleep(Duration::from_secs(1));
-        vm.stop().unwrap();
-        eprintln!("stop {:?}", t.elapsed());
-    }
-}

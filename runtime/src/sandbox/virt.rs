@@ -130,14 +130,15 @@ impl VirtSandbox {
         )
         .await;
         let stream = ready.map_err(|error| self.boot_error("waiting for the agent", begin, error))?;
+        timeline::mark("kernel");
         self.agent.start(stream).await?;
-        timeline::mark("agent ready");
         let create = tokio::select! {
             biased;
             result = self.agent.create_sandbox(self.create_request()) => result,
             exit = self.hypervisor.wait_vm() => Err(Error::new(ErrorKind::Unavailable, exit.to_string())),
         };
         create.map_err(|error| self.boot_error("setting the sandbox up in the guest", begin, error))?;
+        timeline::mark("agent ready");
         self.resources
             .setup_after_start_vm(self.hypervisor.as_ref())
             .await

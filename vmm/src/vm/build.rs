@@ -62,7 +62,10 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     let rsdp = acpi::write_tables(&memory, &plan.acpi)?;
     memory
         .write_slice(&power::reset_vector(), GuestAddress(layout::RESET_VECTOR))
-        .map_err(|e| BuildError::Host { what: "reset vector", source: io::Error::other(e.to_string()) })?;
+        .map_err(|e| BuildError::Host {
+            what: "reset vector",
+            source: io::Error::other(e.to_string()),
+        })?;
     let entry = boot::load(&config.boot, &memory, memory_size, rsdp)?;
 
     kvm::set_memory(&vm, &memory)?;
