@@ -58,6 +58,22 @@ with_lock() {
     exec {lock_fd}>&-
 }
 
+# suite_apt SUITE DIR — sets the array `apt` to options that make apt see SUITE and nothing else, with its state in DIR; the
+# host's own sources stay as they are.
+suite_apt() {
+    local suite="$1" state="$2"
+    mkdir -p "$state"/{lists/partial,cache/archives/partial}
+    apt=(-o "Dir::Etc::sourcelist=$state/sources.list" -o Dir::Etc::sourceparts=/dev/null
+        -o "Dir::State::lists=$state/lists" -o "Dir::Cache=$state/cache" -o APT::Sandbox::User=root)
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian $suite main" \
+        >"$state/sources.list"
+    say "reading Debian $suite"
+    apt-get -qq "${apt[@]}" update >&2
+}
+
+# suite_version PACKAGE — the version in the suite that `apt` was set to by suite_apt.
+suite_version() { apt-cache "${apt[@]}" show --no-all-versions "$1" | sed -n 's/^Version: //p'; }
+
 # fetch_deb PACKAGE DIR [APT OPTION...] — downloads PACKAGE (as PACKAGE, PACKAGE=VERSION or PACKAGE/SUITE) and unpacks
 # it into DIR without installing it.
 fetch_deb() {
