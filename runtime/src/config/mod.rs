@@ -352,8 +352,8 @@ impl Default for RuntimeConfig {
 
 impl AgentConfig {
     /// Time from VM start to a working agent. The floor is generous because it costs nothing: a guest that dies is
-    /// noticed at once, and ten guests booting on two emulated processors need tens of seconds.
+    /// noticed at once, and ten guests booting on two emulated processors need a minute and more.
     pub fn boot_timeout(&self) -> std::time::Duration {
-        std::time::Duration::from_millis(self.reconnect_timeout_ms.max(60_000))
+        std::time::Duration::from_millis(self.reconnect_timeout_ms.max(120_000))
     }
 }
