@@ -183,8 +183,7 @@ fn block_device_when_added_removed_and_added_again_is_seen() {
         "ls /sys/bus/virtio/devices | wc -l; echo waiting\n\
          while [ ! -e /dev/vda ]; do sleep 0.1; done; head -n1 /dev/vda\n\
          cd /sys/bus/platform/drivers/virtio-mmio; D=$(readlink -f /sys/block/vda/device | grep -o 'LNRO0005:..'); echo $D > unbind; [ -e /dev/vda ] || echo unbound $D\n\
-         until echo $D > bind && [ -e /dev/vda ]; do echo $D > unbind; sleep 0.3; done 2>/dev/null\n\
-         head -n1 /dev/vda",
+         until head -n1 /dev/vda | grep disk-two; do echo $D > unbind; sleep 1; echo $D > bind; done 2>/dev/null",
     );
     config.hotplug_slots = 1;
     let disk = |name: &str| {
@@ -202,7 +201,13 @@ fn block_device_when_added_removed_and_added_again_is_seen() {
     assert!(!first.needs_bind);
     wait_for(&vm, "disk-one");
     wait_for(&vm, &format!("unbound {}", first.acpi_name));
-    let removed = vm.remove_device("disk-one").unwrap();
+    // The guest binds the old disk again and again until it finds the new one.
+    let removed = loop {
+        match vm.remove_device("disk-one") {
+            Err(HotplugError::InUse(_)) => std::thread::sleep(Duration::from_millis(10)),
+            other => break other.unwrap(),
+        }
+    };
     assert_eq!(removed.acpi_name, first.acpi_name);
     assert!(matches!(
         vm.remove_device("disk-one"),

@@ -42,6 +42,16 @@ impl Cgroup {
         }
     }
 
+    /// Makes the folder all containers' cgroups are in. libcontainer would, too, but fails when two containers are made at
+    /// once and both find it missing.
+    ///
+    /// # Errors
+    /// The parent's path and why it cannot be made.
+    pub(super) fn make_parent(&self) -> Result<(), (PathBuf, io::Error)> {
+        let parent = self.path.parent().unwrap_or(&self.path);
+        std::fs::create_dir_all(parent).map_err(|source| (parent.to_owned(), source))
+    }
+
     /// A file of it.
     pub(super) fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)

@@ -173,6 +173,9 @@ impl Container {
         let config = bundle.join("config.json");
         write_json(&config, spec)?;
         let process = spec.process().clone().ok_or(SpecError::Missing("process"))?;
+        Cgroup::of(&id)
+            .make_parent()
+            .map_err(|(path, source)| ContainerError::File { path, source })?;
         let made = make(
             &context,
             &id,
