@@ -58,12 +58,14 @@ fn run(config: VmConfig) -> (ExitReason, String) {
 
 fn wait_for(vm: &Vm, text: &str) {
     let end = Instant::now() + LONG;
-    while !vm.console().tail(1000).join("\n").contains(text) {
-        let console = vm.console().tail(50).join("\n");
-        assert!(
-            vm.wait_timeout(Duration::from_millis(20)).is_none(),
-            "ended without {text:?}:\n{console}"
-        );
+    loop {
+        // In this order: what was printed before the end counts.
+        let ended = vm.wait_timeout(Duration::from_millis(20)).is_some();
+        let console = vm.console().tail(1000).join("\n");
+        if console.contains(text) {
+            return;
+        }
+        assert!(!ended, "ended without {text:?}:\n{console}");
         assert!(Instant::now() < end, "no {text:?}:\n{console}");
     }
 }
