@@ -57,7 +57,12 @@ where
             suffix: suffix(namespace, sandbox),
         })
         .with_writer(writer)
-        .with_filter(Targets::new().with_default(level));
+        .with_filter(
+            Targets::new()
+                .with_default(level)
+                // Its "info" is a page of flags at every mount.
+                .with_target("log", LevelFilter::WARN),
+        );
     // Fails only if a subscriber is installed already, which then keeps serving.
     let _ = tracing_subscriber::registry().with(layer).try_init();
 }

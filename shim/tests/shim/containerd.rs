@@ -76,7 +76,6 @@ impl Drop for Containerd {
 }
 
 #[test]
-#[ignore = "needs containerd in PATH and root"]
 fn failed_create_names_the_problem_and_leaves_nothing() {
     let containerd = Containerd::start();
     let at = |name: &str| containerd.folder.path().join(name).display().to_string();

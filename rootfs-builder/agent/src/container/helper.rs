@@ -17,6 +17,7 @@ use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
+use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::unistd::{AccessFlags, access, execv};
 use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
@@ -190,6 +191,9 @@ fn execute(spec: &Spec, path: &str) -> Result<std::convert::Infallible, String> 
         .iter()
         .map(|text| c_string(text))
         .collect::<Result<_, _>>()?;
+    // Rust's runtime ignores SIGPIPE, and an ignored signal stays so across exec: pipelines would not end quietly.
+    // SAFETY: the default action runs no code of ours.
+    unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }.map_err(|errno| describe(errno).to_string())?;
     execv(&c_string(path)?, &arguments).map_err(|errno| format!("exec: {path:?}: {}", describe(errno)))
 }
 

@@ -108,7 +108,7 @@ async fn listen(purpose: &'static str, address: &Address) -> Result<Listener, Se
     }
 }
 
-/// Tells the host that the server listens. A host that does not care is not an error: it may poll instead.
+/// Tells the host that the server listens. A host that does not listen, or no longer, is not an error: it calls by itself.
 async fn announce(port: u32) {
     let deadline = tokio::time::Instant::now() + DEVICE_PATIENCE;
     loop {
@@ -119,6 +119,9 @@ async fn announce(port: u32) {
             },
             Err(error) => error,
         };
+        if error.kind() == io::ErrorKind::ConnectionReset {
+            return tracing::debug!(port, "nobody waits for the announcement");
+        }
         if tokio::time::Instant::now() >= deadline {
             return tracing::warn!("announce readiness on host port {port}: {error}; waiting to be called");
         }

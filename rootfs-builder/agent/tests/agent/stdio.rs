@@ -33,6 +33,18 @@ async fn input_when_written_by_calls_comes_back_and_ends_when_closed() {
 }
 
 #[tokio::test]
+async fn pipeline_when_its_reader_leaves_ends_by_sigpipe() {
+    let agent = Agent::start().await;
+    // busybox's yes complains when a write fails, which it only sees if SIGPIPE does not end it first.
+    let script = "yes | head -n 1 >/dev/null";
+    agent.create("one", &agent.spec(script)).await.unwrap();
+    agent.start_container("one").await.unwrap();
+
+    assert_eq!(agent.read_all("one", "", true).await, b"");
+    assert_eq!(agent.wait("one", "").await.unwrap(), 0);
+}
+
+#[tokio::test]
 async fn streams_when_connected_carry_bulk_both_ways_and_end() {
     let agent = Agent::start_with_ports().await;
     let mut stdin = agent.connect(5001).await;
