@@ -78,8 +78,7 @@ e2e: artifacts ## end-to-end tests: here where KVM runs Linux, in the lab elsewh
 	    $(limit) $(LIMIT_E2E) $(ARTIFACTS)/e2e/run-e2e here $(BINARIES) -- $(TEST_ARGS); \
 	else \
 	    E2E_LINUX_GUESTS=0 $(limit) $(LIMIT_E2E) $(ARTIFACTS)/e2e/run-e2e here bad_input; \
-	    tests/lab/run --artifacts $(ARTIFACTS) --timeout $(LIMIT_E2E) -- \
-	        /artifacts/e2e/run-e2e installed $(BINARIES) -- $(TEST_ARGS); \
+	    tests/lab/suite $(ARTIFACTS) $(LIMIT_E2E) $(BINARIES) -- $(TEST_ARGS); \
 	fi
 
 .PHONY: demo
