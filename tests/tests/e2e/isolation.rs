@@ -37,7 +37,10 @@ fn containers_when_ten_run_at_once_do_not_mix() {
         assert_eq!(shims.len(), COUNT, "one shim per container");
         assert_eq!(boots.len(), COUNT, "one kernel per container: {boots:?}");
         for shim in &shims {
-            assert!(has_open(*shim, "anon_inode:kvm-vm"), "shim {shim} runs no virtual machine");
+            assert!(
+                has_open(*shim, "anon_inode:kvm-vm"),
+                "shim {shim} runs no virtual machine"
+            );
         }
     }
     for (n, running) in running.iter_mut().enumerate() {
