@@ -14,7 +14,7 @@ fn wait_when_many_clients_ask_before_and_after_exit_answers_all() {
     container.detached(&[
         "sh",
         "-c",
-        "trap 'exit 21' TERM; while :; do sleep 1 & wait $!; done",
+        "trap 'exit 21' TERM; >/ready; while :; do sleep 1 & wait $!; done",
     ]);
     let api = clients.first().unwrap();
     assert_eq!(api.get(container.id()).unwrap().status, RUNNING);
@@ -23,7 +23,10 @@ fn wait_when_many_clients_ask_before_and_after_exit_answers_all() {
         .flat_map(|client| [client; 4])
         .map(|client| (client, client.start_wait(container.id())));
     let waiters = waiters.collect::<Vec<_>>();
-    // A shell without its handler yet ignores SIGTERM as the first process, so ask again until it exits.
+    // Before its handler is there the shell ignores SIGTERM under runc, and dies of it under Kata's agents.
+    container
+        .script(&[], "until [ -e /ready ]; do sleep 0.1; done")
+        .expect_code(0);
     let gone = tests::command::eventually(case.limit(), || {
         let _ = api.kill(container.id(), "", 15);
         api.get(container.id())
