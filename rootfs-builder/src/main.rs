@@ -49,6 +49,16 @@ enum Format {
     Erofs,
 }
 
+impl Format {
+    /// Where the kernel looks for PID 1 (init/main.c): `/init` of an initramfs, `/sbin/init` first on a disk.
+    fn init(self) -> &'static str {
+        match self {
+            Self::Initramfs => "init",
+            Self::Erofs => "sbin/init",
+        }
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 enum BuildError {
     #[error("agent {path}: {source}")]
@@ -79,7 +89,7 @@ fn main() -> ExitCode {
 fn build(arguments: &Arguments) -> Result<(), BuildError> {
     let agent = read_agent(&arguments.agent)?;
     let agent_size = agent.len() as u64;
-    let mut tree = Tree::guest(agent);
+    let mut tree = Tree::guest(agent, arguments.format.init());
 
     let mut module_size = 0;
     let mut module_count = 0;

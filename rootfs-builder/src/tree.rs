@@ -33,9 +33,9 @@ pub struct Tree {
 }
 
 impl Tree {
-    /// The guest's tree: the agent as `/init`, the folder its root is built in, and the two devices that the kernel
+    /// The guest's tree: the agent at `init`, the folder its root is built in, and the two devices that the kernel
     /// and the agent's runtime library open before /dev is mounted.
-    pub fn guest(agent: Vec<u8>) -> Self {
+    pub fn guest(agent: Vec<u8>, init: &str) -> Self {
         let mut tree = Self::default();
         for folder in ["dev", "newroot", "proc", "sys"] {
             tree.add_parents(&format!("{folder}/x"));
@@ -56,7 +56,7 @@ impl Tree {
                 minor: 3,
             },
         );
-        tree.add_file("init", 0o755, agent);
+        tree.add_file(init, 0o755, agent);
         tree
     }
 
@@ -110,7 +110,7 @@ mod tests {
 
     #[test]
     fn guest_tree_has_init_devices_and_staging_folder() {
-        let tree = Tree::guest(b"agent".to_vec());
+        let tree = Tree::guest(b"agent".to_vec(), "init");
 
         let paths: Vec<&str> = tree.entries().map(|(path, _)| path).collect();
 

@@ -14,6 +14,7 @@ pub mod command;
 pub mod containerd;
 pub mod diagnosis;
 pub mod events;
+pub mod hvsock;
 pub mod image;
 pub mod leftovers;
 pub mod settings;

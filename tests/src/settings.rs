@@ -12,7 +12,7 @@
 //! | `E2E_TIMEOUT` | limit of one `ctr` call, in seconds | 120 |
 //! | `E2E_TEST_TIMEOUT` | limit of one test, in seconds | 600 |
 //! | `E2E_LINUX_GUESTS` | `0` where KVM cannot run Linux: only tests that fail before a boot apply | 1 |
-//! | `E2E_STOCK_CONFIGS` | folder of `<kernel>.toml` configurations for stock kernels | `/usr/share/kata-containers/stock` |
+//! | `E2E_GUEST_CONFIGS` | folder of configurations for other guests: `6.12.toml`, `6.1.toml`, `erofs.toml` | `/usr/share/kata-containers/guests` |
 
 use std::env;
 use std::path::PathBuf;
@@ -42,8 +42,8 @@ pub struct Settings {
     pub call_limit: Duration,
     /// Limit of one test.
     pub test_limit: Duration,
-    /// Folder with one configuration per stock kernel.
-    pub stock_configs: PathBuf,
+    /// Folder with one configuration per guest of the `guests` binary.
+    pub guest_configs: PathBuf,
     /// Whether KVM can run Linux here.
     pub linux_guests: bool,
     /// Shell commands run in a mount namespace of its own before containerd starts in it; `$DIR` is the
@@ -78,7 +78,7 @@ impl Settings {
             console_glob: text("E2E_CONSOLE_GLOB", "/run/kata/*/console.log"),
             call_limit: seconds("E2E_TIMEOUT", 120),
             test_limit: seconds("E2E_TEST_TIMEOUT", 600),
-            stock_configs: text("E2E_STOCK_CONFIGS", "/usr/share/kata-containers/stock").into(),
+            guest_configs: text("E2E_GUEST_CONFIGS", "/usr/share/kata-containers/guests").into(),
             linux_guests: text("E2E_LINUX_GUESTS", "1") != "0",
             host_change: None,
             environment: Vec::new(),

@@ -7,6 +7,7 @@ mod events;
 mod exec;
 mod failures;
 mod hosts;
+mod hvsock;
 mod isolation;
 mod process;
 mod signals;
