@@ -1,8 +1,11 @@
-//! What to show when a test fails: the logs of containerd and its shims, and the guests' consoles.
+//! What to show when a test fails: the logs of containerd and its shims, the guests' consoles, and
+//! what the shims' threads and VMs are doing.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
 
 use crate::containerd::Containerd;
 
@@ -69,11 +72,72 @@ pub fn report(daemon: &Containerd, log_start: u64) -> String {
             &tail_of(&console, 0),
         );
     }
-    section(
-        "processes of this run",
-        &processes_mentioning(&format!("{}/", daemon.dir().display())).join("\n"),
-    );
+    let processes = processes_mentioning(&format!("{}/", daemon.dir().display()));
+    section("processes of this run", &processes.join("\n"));
+    for process in &processes {
+        let (pid, command) = process.split_once(' ').unwrap_or_default();
+        if command.contains(&daemon.settings.shim_name()) {
+            section(
+                &format!("threads and KVM counters of {pid}, twice"),
+                &activity(pid),
+            );
+        }
+    }
     text
+}
+
+/// What a shim's threads and its VM do: looked at twice, so that busy, waiting and stuck can be told apart.
+fn activity(pid: &str) -> String {
+    let first = snapshot(pid);
+    std::thread::sleep(Duration::from_secs(1));
+    let second = snapshot(pid);
+    let mut text = String::new();
+    for (name, now) in &second {
+        match first.get(name) {
+            Some(before) if before != now => text.push_str(&format!("{name}: {before} -> {now}\n")),
+            _ => text.push_str(&format!("{name}: {now}\n")),
+        }
+    }
+    text
+}
+
+/// Per thread its state, CPU ticks and kernel stack; KVM's counters that are not zero.
+fn snapshot(pid: &str) -> BTreeMap<String, String> {
+    let text = |path: PathBuf| fs::read_to_string(path).unwrap_or_default();
+    let mut found = BTreeMap::new();
+    for task in entries(&Path::new("/proc").join(pid).join("task")) {
+        let name = format!("{} {}", text(task.join("comm")).trim_end(), file_name(&task));
+        let stat = text(task.join("stat"));
+        // Behind the name in brackets: state, ..., utime and stime as the 12th and 13th (proc(5)).
+        let fields = stat.rsplit(')').next().unwrap_or_default();
+        let fields = fields.split_whitespace().collect::<Vec<_>>();
+        let field = |index: usize| fields.get(index).copied().unwrap_or("?");
+        let stack = text(task.join("stack"));
+        let frames = stack.lines().filter_map(|line| line.split_whitespace().nth(1));
+        let frames = frames.take(6).collect::<Vec<_>>().join(" < ");
+        let state = format!("{} user {} system {} {frames}", field(0), field(11), field(12));
+        found.insert(name, state);
+    }
+    let vms = entries(Path::new("/sys/kernel/debug/kvm")).into_iter();
+    for vm in vms.filter(|vm| file_name(vm).split('-').next() == Some(pid)) {
+        let vcpus = entries(&vm).into_iter().filter(|path| path.is_dir());
+        for folder in vcpus.chain([vm.clone()]) {
+            for counter in entries(&folder).into_iter().filter(|path| path.is_file()) {
+                let value = text(counter.clone()).trim().to_owned();
+                if !value.is_empty() && value != "0" && !value.contains('\n') {
+                    found.insert(format!("{} {}", file_name(&folder), file_name(&counter)), value);
+                }
+            }
+        }
+    }
+    found
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
 }
 
 /// `pid command line` of each process whose command line holds `text`.
@@ -107,6 +171,12 @@ mod tests {
         let found = glob("/proc/*/cmdline");
         assert!(found.contains(&PathBuf::from(format!("/proc/{}/cmdline", std::process::id()))));
         assert!(glob("/nowhere/*/x").is_empty());
+    }
+
+    #[test]
+    fn activity_shows_every_thread() {
+        let text = activity(&std::process::id().to_string());
+        assert!(text.contains(": S ") || text.contains(": R "), "{text}");
     }
 
     #[test]
