@@ -19,16 +19,23 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use event_manager::SubscriberId;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::io_loop::IoLoop;
+use crate::io_loop::{IoLoop, IoLoopError, Worker};
 use crate::memory::GuestMemory;
 
 /// Bit 0 of InterruptStatus: used buffers (virtio 1.2, 4.2.2).
 pub const INTERRUPT_USED_RING: u32 = 1;
 /// Bit 1 of InterruptStatus: the device configuration changed (virtio 1.2, 4.2.2).
 pub const INTERRUPT_CONFIG: u32 = 2;
+
+/// What every device that serves requests from chains of any shape offers.
+pub const CHAIN_FEATURES: u64 =
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
 /// A device could not start working; the transport then sets DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +60,7 @@ pub enum ActivateError {
     },
     /// The I/O loop did not take the worker.
     #[error(transparent)]
-    Loop(#[from] crate::io_loop::IoLoopError),
+    Loop(#[from] IoLoopError),
 }
 
 /// The device's way to interrupt the guest: status bits, then the irqfd.
@@ -136,6 +143,58 @@ pub struct Activation {
     pub interrupt: Interrupt,
     /// The loop on which workers run.
     pub io: IoLoop,
+}
+
+impl Activation {
+    /// Takes queue `index` out, for `device` (its id, for the error).
+    ///
+    /// # Errors
+    /// [`ActivateError::QueueMissing`] when the driver did not set it up.
+    pub fn take_queue(&mut self, device: &str, index: usize) -> Result<ActiveQueue, ActivateError> {
+        let at = self.queues.iter().position(|queue| queue.index == index);
+        let at = at.ok_or_else(|| ActivateError::QueueMissing {
+            device: device.to_owned(),
+            index,
+        })?;
+        Ok(self.queues.remove(at))
+    }
+}
+
+/// A device's worker on the I/O loop, from activation to reset.
+#[derive(Debug)]
+pub struct Running {
+    io: IoLoop,
+    worker: SubscriberId,
+}
+
+impl Running {
+    /// Hands `worker` to the loop.
+    ///
+    /// # Errors
+    /// The loop has ended.
+    pub fn start(io: IoLoop, worker: Worker) -> Result<Self, IoLoopError> {
+        let worker = io.add(worker)?;
+        Ok(Self { io, worker })
+    }
+
+    /// Takes the worker off the loop: it is not called any more. `device` is the id used in logs.
+    pub fn stop(self, device: &str) {
+        if let Err(error) = self.io.remove(self.worker) {
+            // The loop has ended, so it calls nothing any more.
+            tracing::debug!(device, %error, "virtio: reset after the loop");
+        }
+    }
+}
+
+/// A guest read of the configuration space `space`; what lies beyond it reads as zero.
+pub fn read_space(space: &[u8], offset: u64, data: &mut [u8]) {
+    let present = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| space.get(offset..));
+    let mut bytes = present.unwrap_or_default().iter();
+    for to in data {
+        *to = bytes.next().copied().unwrap_or(0);
+    }
 }
 
 /// A virtio device behind a transport.

@@ -6,9 +6,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_WRITE_ZEROES,
 };
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::BlockError;
 use super::disk::{Disk, SECTOR};
@@ -16,7 +14,7 @@ use super::request::{MAX_RANGE_SECTORS, MAX_RANGES, SERIAL_BYTES, Target};
 use super::worker::BlockWorker;
 use crate::config::BlockConfig;
 use crate::devices::virtio::served_queue::ServedQueue;
-use crate::devices::virtio::{ActivateError, Activation, VirtioDevice};
+use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};
 
 const QUEUE_SIZE: u16 = 256;
 const QUEUE_SIZES: [u16; 1] = [QUEUE_SIZE];
@@ -92,12 +90,8 @@ impl VirtioDevice for Block {
     }
 
     fn features(&self) -> u64 {
-        let common = 1 << VIRTIO_F_VERSION_1
-            | 1 << VIRTIO_RING_F_EVENT_IDX
-            | 1 << VIRTIO_RING_F_INDIRECT_DESC
-            | 1 << VIRTIO_BLK_F_SEG_MAX
-            | 1 << VIRTIO_BLK_F_BLK_SIZE
-            | 1 << VIRTIO_BLK_F_FLUSH;
+        let common =
+            CHAIN_FEATURES | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE | 1 << VIRTIO_BLK_F_FLUSH;
         if self.target.disk.read_only() {
             common | 1 << VIRTIO_BLK_F_RO
         } else {
@@ -106,30 +100,13 @@ impl VirtioDevice for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let from = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| self.config.get(offset..));
-        let mut bytes = from.unwrap_or_default().iter();
-        for to in data {
-            *to = bytes.next().copied().unwrap_or(0);
-        }
+        read_space(&self.config, offset, data);
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation {
-            memory,
-            features,
-            queues,
-            interrupt,
-            ..
-        } = activation;
-        let queue = queues.into_iter().find(|queue| queue.index == 0);
-        let queue = queue.ok_or_else(|| ActivateError::QueueMissing {
-            device: self.target.id.clone(),
-            index: 0,
-        })?;
-        let queue = ServedQueue::new(&self.target.id, queue, memory, interrupt);
-        let write_through = features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let queue = activation.take_queue(&self.target.id, 0)?;
+        let queue = ServedQueue::new(&self.target.id, queue, activation.memory, activation.interrupt);
+        let write_through = activation.features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
         let worker = BlockWorker::spawn(self.target.clone(), queue, write_through).map_err(|source| {
             ActivateError::Host {
                 device: self.target.id.clone(),

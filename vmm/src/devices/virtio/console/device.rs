@@ -2,15 +2,11 @@
 
 use std::sync::{Arc, Mutex};
 
-use event_manager::SubscriberId;
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::ConsoleLog;
 use super::worker::ConsoleWorker;
-use crate::devices::virtio::{ActivateError, Activation, VirtioDevice};
-use crate::io_loop::IoLoop;
+use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, Running, VirtioDevice};
 
 /// receiveq(port0) and transmitq(port0), 5.3.2.
 const QUEUE_SIZES: [u16; 2] = [64, 64];
@@ -24,7 +20,7 @@ const ID: &str = "console";
 #[derive(Debug)]
 pub struct Console {
     log: ConsoleLog,
-    running: Option<(IoLoop, SubscriberId)>,
+    running: Option<Running>,
 }
 
 impl Console {
@@ -48,7 +44,7 @@ impl VirtioDevice for Console {
     }
 
     fn features(&self) -> u64 {
-        1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+        CHAIN_FEATURES
     }
 
     fn read_config(&self, _offset: u64, data: &mut [u8]) {
@@ -56,31 +52,22 @@ impl VirtioDevice for Console {
         data.fill(0);
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation {
-            memory,
-            queues,
-            interrupt,
-            io,
-            ..
-        } = activation;
-        let transmit = queues.into_iter().find(|queue| queue.index == TRANSMIT);
-        let transmit = transmit.ok_or_else(|| ActivateError::QueueMissing {
-            device: ID.to_owned(),
-            index: TRANSMIT,
-        })?;
-        let worker = ConsoleWorker::new(ID, transmit, memory, interrupt, self.log.clone());
-        let subscriber = io.add(Arc::new(Mutex::new(worker)))?;
-        self.running = Some((io, subscriber));
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let transmit = activation.take_queue(ID, TRANSMIT)?;
+        let worker = ConsoleWorker::new(
+            ID,
+            transmit,
+            activation.memory,
+            activation.interrupt,
+            self.log.clone(),
+        );
+        self.running = Some(Running::start(activation.io, Arc::new(Mutex::new(worker)))?);
         Ok(())
     }
 
     fn reset(&mut self) {
-        if let Some((io, subscriber)) = self.running.take()
-            && let Err(error) = io.remove(subscriber)
-        {
-            // The loop has ended, so it calls nothing any more.
-            tracing::debug!(device = ID, %error, "virtio: reset after the loop");
+        if let Some(running) = self.running.take() {
+            running.stop(ID);
         }
     }
 }

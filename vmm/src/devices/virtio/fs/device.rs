@@ -6,15 +6,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::share::Share;
 use super::worker::FsWorkers;
 use crate::config::FsConfig;
 use crate::devices::virtio::served_queue::ServedQueue;
-use crate::devices::virtio::{ActivateError, Activation, VirtioDevice};
+use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};
 
 /// hiprio (FORGET, INTERRUPT) and the request queues. All threads serve all queues, so one request queue is as
 /// parallel as many; Linux before 6.10 uses no more anyway. A request of 256 pages needs 260 descriptors.
@@ -161,17 +159,11 @@ impl VirtioDevice for Fs {
     }
 
     fn features(&self) -> u64 {
-        1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+        CHAIN_FEATURES
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let from = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| self.space.get(offset..));
-        let mut bytes = from.unwrap_or_default().iter();
-        for to in data {
-            *to = bytes.next().copied().unwrap_or(0);
-        }
+        read_space(&self.space, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

@@ -3,15 +3,11 @@
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
 
-use event_manager::SubscriberId;
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::worker::RngWorker;
 use crate::config::RngConfig;
-use crate::devices::virtio::{ActivateError, Activation, VirtioDevice};
-use crate::io_loop::IoLoop;
+use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, Running, VirtioDevice};
 
 const QUEUE_SIZES: [u16; 1] = [64];
 
@@ -22,7 +18,7 @@ pub type RngError = Infallible;
 #[derive(Debug)]
 pub struct Rng {
     id: String,
-    running: Option<(IoLoop, SubscriberId)>,
+    running: Option<Running>,
 }
 
 impl Rng {
@@ -52,38 +48,23 @@ impl VirtioDevice for Rng {
     }
 
     fn features(&self) -> u64 {
-        1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+        CHAIN_FEATURES
     }
 
     fn read_config(&self, _offset: u64, data: &mut [u8]) {
         data.fill(0);
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation {
-            memory,
-            queues,
-            interrupt,
-            io,
-            ..
-        } = activation;
-        let queue = queues.into_iter().find(|queue| queue.index == 0);
-        let queue = queue.ok_or_else(|| ActivateError::QueueMissing {
-            device: self.id.clone(),
-            index: 0,
-        })?;
-        let worker = RngWorker::new(&self.id, queue, memory, interrupt);
-        let subscriber = io.add(Arc::new(Mutex::new(worker)))?;
-        self.running = Some((io, subscriber));
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let queue = activation.take_queue(&self.id, 0)?;
+        let worker = RngWorker::new(&self.id, queue, activation.memory, activation.interrupt);
+        self.running = Some(Running::start(activation.io, Arc::new(Mutex::new(worker)))?);
         Ok(())
     }
 
     fn reset(&mut self) {
-        if let Some((io, subscriber)) = self.running.take()
-            && let Err(error) = io.remove(subscriber)
-        {
-            // The loop has ended, so it calls nothing any more.
-            tracing::debug!(device = %self.id, %error, "virtio: reset after the loop");
+        if let Some(running) = self.running.take() {
+            running.stop(&self.id);
         }
     }
 }

@@ -2,7 +2,6 @@
 
 use std::sync::{Arc, Mutex};
 
-use event_manager::SubscriberId;
 use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -14,8 +13,7 @@ use super::shared::{Shared, lock};
 use super::uds::Endpoint;
 use super::worker::{Transport, Worker};
 use crate::config::VsockConfig;
-use crate::devices::virtio::{ActivateError, Activation, ActiveQueue, VirtioDevice};
-use crate::io_loop::IoLoop;
+use crate::devices::virtio::{ActivateError, Activation, Running, VirtioDevice, read_space};
 
 const ID: &str = "vsock";
 /// rx, tx, event.
@@ -27,7 +25,7 @@ pub struct Vsock {
     guest_cid: u64,
     shared: Arc<Shared>,
     worker: Arc<Mutex<Worker>>,
-    active: Option<(IoLoop, SubscriberId)>,
+    running: Option<Running>,
 }
 
 impl Vsock {
@@ -49,7 +47,7 @@ impl Vsock {
             guest_cid,
             shared: shared.clone(),
             worker: Arc::new(Mutex::new(Worker::new(muxer))),
-            active: None,
+            running: None,
         };
         Ok((device, VsockHandle::new(shared)))
     }
@@ -74,48 +72,19 @@ impl VirtioDevice for Vsock {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let space = self.guest_cid.to_le_bytes();
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let present = space.get(start..).unwrap_or_default();
-        let values = present.iter().copied().chain(std::iter::repeat(0));
-        for (byte, value) in data.iter_mut().zip(values) {
-            *byte = value;
-        }
+        read_space(&self.guest_cid.to_le_bytes(), offset, data);
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation {
-            memory,
-            queues,
-            interrupt,
-            io,
-            ..
-        } = activation;
-        let mut queues = queues.into_iter();
-        let mut next = |index| {
-            let missing = ActivateError::QueueMissing {
-                device: ID.to_owned(),
-                index,
-            };
-            queues.next().filter(|queue| queue.index == index).ok_or(missing)
-        };
-        let ActiveQueue {
-            queue: rx,
-            kick: rx_kick,
-            ..
-        } = next(0)?;
-        let ActiveQueue {
-            queue: tx,
-            kick: tx_kick,
-            ..
-        } = next(1)?;
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         // The event queue only carries transport resets after a migration.
+        let rx = activation.take_queue(ID, 0)?;
+        let tx = activation.take_queue(ID, 1)?;
         let transport = Transport {
-            memory,
-            rx,
-            tx,
-            kicks: [rx_kick, tx_kick],
-            interrupt,
+            memory: activation.memory,
+            rx: rx.queue,
+            tx: tx.queue,
+            kicks: [rx.kick, tx.kick],
+            interrupt: activation.interrupt,
         };
         lock(&self.worker)
             .start(transport)
@@ -124,9 +93,9 @@ impl VirtioDevice for Vsock {
                 what: "cannot watch the queues",
                 source,
             })?;
-        match io.add(self.worker.clone()) {
-            Ok(id) => {
-                self.active = Some((io, id));
+        match Running::start(activation.io, self.worker.clone()) {
+            Ok(running) => {
+                self.running = Some(running);
                 Ok(())
             }
             Err(error) => {
@@ -137,14 +106,10 @@ impl VirtioDevice for Vsock {
     }
 
     fn reset(&mut self) {
-        let Some((io, id)) = self.active.take() else {
-            return;
-        };
-        if let Err(error) = io.remove(id) {
-            // The loop has ended: nothing runs the worker any more either.
-            tracing::debug!(%error, "vsock: reset");
+        if let Some(running) = self.running.take() {
+            running.stop(ID);
+            lock(&self.worker).stop();
         }
-        lock(&self.worker).stop();
     }
 }
 
