@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 /// What a guest cannot do without: transport, console, vsock, shared folder, disks, image formats, network,
@@ -66,12 +66,12 @@ impl Module {
         let bytes = read(&self.source)?;
         if self.source.extension().is_some_and(|extension| extension == "xz") {
             let mut out = Vec::new();
-            lzma_rs::xz_decompress(&mut bytes.as_slice(), &mut out).map_err(|error| {
-                ModuleError::Decompress {
+            lzma_rust2::XzReader::new(bytes.as_slice(), false)
+                .read_to_end(&mut out)
+                .map_err(|error| ModuleError::Decompress {
                     path: self.source.clone(),
-                    reason: format!("{error:?}"),
-                }
-            })?;
+                    reason: error.to_string(),
+                })?;
             return Ok(out);
         }
         Ok(bytes)

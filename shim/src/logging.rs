@@ -61,7 +61,7 @@ where
             Targets::new()
                 .with_default(level)
                 // Its "info" is a page of flags at every mount.
-                .with_target("log", LevelFilter::WARN),
+                .with_target("fuse_backend_rs", LevelFilter::WARN),
         );
     // Fails only if a subscriber is installed already, which then keeps serving.
     let _ = tracing_subscriber::registry().with(layer).try_init();
