@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use oci_spec::runtime::Spec;
-use protocols::agent::{CreateContainerRequest, CreateSandboxRequest, Device, Storage};
+use protocols::agent::{CreateContainerRequest, CreateSandboxRequest, Device, Storage, StringUser};
 use protocols::oci_convert::{FromWireError, spec_from_wire};
 use tokio::sync::{mpsc, watch};
 
@@ -247,6 +247,7 @@ impl Sandbox {
                 mount.name
             )));
         }
+        refuse_string_user(request.string_user.as_ref())?;
         let spec = spec_from_wire(request.OCI.as_ref().ok_or(SandboxError::Missing("OCI"))?)?;
         let plan = self
             .stdio_plan(request.stdin_port, request.stdout_port, request.stderr_port)
@@ -477,6 +478,17 @@ impl Sandbox {
 pub fn valid_id(id: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_.+-".contains(&byte);
     !id.is_empty() && id.len() <= MAX_ID && id != "." && id != ".." && id.bytes().all(allowed)
+}
+
+/// Refuses a user given by name: names are looked up where the image is unpacked, which is never in this guest.
+pub fn refuse_string_user(user: Option<&StringUser>) -> Result<(), SandboxError> {
+    match user {
+        Some(user) if *user != StringUser::default() => Err(SandboxError::Unsupported(format!(
+            "string_user ({}:{})",
+            user.uid, user.gid
+        ))),
+        _ => Ok(()),
+    }
 }
 
 fn bundle(id: &str) -> PathBuf {

@@ -31,7 +31,7 @@ use ttrpc::{Code, Result};
 use super::status::{of_machine, of_sandbox, status};
 use crate::container::{Container, ContainerError, Process, network_stats};
 use crate::machine;
-use crate::sandbox::{Sandbox, SandboxError, valid_id};
+use crate::sandbox::{Sandbox, SandboxError, refuse_string_user, valid_id};
 use crate::storage;
 
 /// Device types `CreateContainer` understands.
@@ -162,6 +162,7 @@ impl AgentService for Service {
                 id: request.exec_id,
             }));
         }
+        refuse_string_user(request.string_user.as_ref()).map_err(of_sandbox)?;
         let process = request
             .process
             .as_ref()

@@ -151,7 +151,7 @@ async fn requests_when_incomplete_or_unsupported_are_refused_by_kind() {
         ..Default::default()
     };
 
-    let cases: [(CreateContainerRequest, Code, &str); 5] = [
+    let cases: [(CreateContainerRequest, Code, &str); 6] = [
         (
             request(&|r| r.OCI = None.into()),
             Code::INVALID_ARGUMENT,
@@ -176,6 +176,11 @@ async fn requests_when_incomplete_or_unsupported_are_refused_by_kind() {
             request(&|r| r.devices = vec![device.clone()]),
             Code::UNIMPLEMENTED,
             "device d of type vfio-pci: not supported by this agent",
+        ),
+        (
+            request(&|r| r.string_user.mut_or_insert_default().uid = "www".into()),
+            Code::UNIMPLEMENTED,
+            "string_user (www:): not supported by this agent",
         ),
     ];
     for (request, expected_code, expected) in cases {
