@@ -19,7 +19,7 @@ recipe_hash() {
     # Build the guest kernel and try it.
     KERNEL_PACKAGES=(linux-source-6.12 gcc make flex bison bc libelf-dev libssl-dev lz4 xz-utils cpio kmod)
     # Build the lab's machine and run it.
-    LAB_PACKAGES=(qemu-system-x86 debootstrap busybox-static cpio e2fsprogs kmod xz-utils)
+    LAB_PACKAGES=(qemu-system-data seabios libglib2.0-0 debootstrap busybox-static cpio e2fsprogs kmod xz-utils)
     # Run containers on the host itself.
     CONTAINERS_PACKAGES=(containerd runc busybox-static iproute2 iptables)
 }
@@ -58,14 +58,14 @@ with_lock() {
     exec {lock_fd}>&-
 }
 
-# suite_apt SUITE DIR — sets the array `apt` to options that make apt see SUITE and nothing else, with its state in DIR; the
-# host's own sources stay as they are.
+# suite_apt SUITE DIR [deb|deb-src] — sets the array `apt` to options that make apt see SUITE's packages (or sources) and
+# nothing else, with its state in DIR; the host's own sources stay as they are.
 suite_apt() {
     local suite="$1" state="$2"
     mkdir -p "$state"/{lists/partial,cache/archives/partial}
     apt=(-o "Dir::Etc::sourcelist=$state/sources.list" -o Dir::Etc::sourceparts=/dev/null
         -o "Dir::State::lists=$state/lists" -o "Dir::Cache=$state/cache" -o APT::Sandbox::User=root)
-    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian $suite main" \
+    echo "${3:-deb} [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian $suite main" \
         >"$state/sources.list"
     say "reading Debian $suite"
     apt-get -qq "${apt[@]}" update >&2
