@@ -97,7 +97,7 @@ install: ## install under PREFIX, with its configuration in /etc
 	    tests/gather $(ARTIFACTS) kernel image binaries
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(ARTIFACTS)/usr/local/bin/*
 	install -D -m 644 -t $(DESTDIR)/usr/share/kata-containers \
-	    $(ARTIFACTS)/usr/share/kata-containers/vmlinux $(ARTIFACTS)/usr/share/kata-containers/kata-agent.initrd
+	    $(ARTIFACTS)/usr/share/kata-containers/vmlinux $(ARTIFACTS)/usr/share/kata-containers/kata-agent.{erofs,initrd}
 	# A configuration that is there stays.
 	[ -e $(DESTDIR)/etc/kata-containers/configuration.toml ] || \
 	    install -D -m 644 -t $(DESTDIR)/etc/kata-containers $(ARTIFACTS)/etc/kata-containers/configuration.toml

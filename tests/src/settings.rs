@@ -12,7 +12,7 @@
 //! | `E2E_TIMEOUT` | limit of one `ctr` call, in seconds | 120 |
 //! | `E2E_TEST_TIMEOUT` | limit of one test, in seconds | 600 |
 //! | `E2E_LINUX_GUESTS` | `0` where KVM cannot run Linux: only tests that fail before a boot apply | 1 |
-//! | `E2E_GUEST_CONFIGS` | folder of configurations for other guests: `6.12.toml`, `6.1.toml`, `erofs.toml` | `/usr/share/kata-containers/guests` |
+//! | `E2E_GUEST_CONFIGS` | folder of configurations for other guests: `6.12.toml`, `6.1.toml`, `initramfs.toml` | `/usr/share/kata-containers/guests` |
 
 use std::env;
 use std::path::PathBuf;

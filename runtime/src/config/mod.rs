@@ -122,10 +122,10 @@ pub struct Agents {
 pub struct HypervisorConfig {
     /// Guest kernel: ELF vmlinux or bzImage.
     pub kernel: PathBuf,
-    /// Guest root filesystem as a disk image; not together with `initrd`.
+    /// Guest root filesystem as a disk image; the default when neither is set, never together with `initrd`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<PathBuf>,
-    /// Guest root filesystem as an initramfs; the default when neither is set.
+    /// Guest root filesystem as an initramfs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
     /// Filesystem of `image`: ext4, xfs or erofs.
@@ -164,7 +164,7 @@ impl Default for HypervisorConfig {
             kernel: "/usr/share/kata-containers/vmlinux".into(),
             image: None,
             initrd: None,
-            rootfs_type: "ext4".into(),
+            rootfs_type: "erofs".into(),
             kernel_params: String::new(),
             enable_annotations: ["kernel_params", "default_vcpus", "default_memory"]
                 .map(String::from)
@@ -193,8 +193,8 @@ pub enum BootAsset {
     Image(PathBuf),
 }
 
-/// The initramfs used when neither `image` nor `initrd` is set.
-const DEFAULT_INITRD: &str = "/usr/share/kata-containers/kata-agent.initrd";
+/// The image used when neither `image` nor `initrd` is set.
+const DEFAULT_IMAGE: &str = "/usr/share/kata-containers/kata-agent.erofs";
 
 impl HypervisorConfig {
     /// Image or initramfs; validation has made sure that not both are set.
@@ -202,7 +202,7 @@ impl HypervisorConfig {
         match (&self.image, &self.initrd) {
             (Some(image), _) if !image.as_os_str().is_empty() => BootAsset::Image(image.clone()),
             (_, Some(initrd)) if !initrd.as_os_str().is_empty() => BootAsset::Initrd(initrd.clone()),
-            _ => BootAsset::Initrd(DEFAULT_INITRD.into()),
+            _ => BootAsset::Image(DEFAULT_IMAGE.into()),
         }
     }
 

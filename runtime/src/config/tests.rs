@@ -35,7 +35,7 @@ fn shipped_file_is_the_defaults_without_warnings() {
 
     assert_eq!(file.warnings, Vec::<String>::new());
     let mut expected = TomlConfig::default();
-    expected.hypervisor.dragonball.initrd = Some(DEFAULT_INITRD.into());
+    expected.hypervisor.dragonball.image = Some(DEFAULT_IMAGE.into());
     assert_eq!(file.config, expected);
     file.config.validate(&file.origins).unwrap();
 }
@@ -49,7 +49,7 @@ fn defaults_apply_when_nothing_is_found() {
     assert_eq!(file.config, TomlConfig::default());
     assert_eq!(
         file.config.hypervisor.dragonball.boot_asset(),
-        BootAsset::Initrd(DEFAULT_INITRD.into())
+        BootAsset::Image(DEFAULT_IMAGE.into())
     );
 }
 

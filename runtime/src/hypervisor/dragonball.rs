@@ -602,7 +602,9 @@ mod tests {
         let text = cmdline(&config.hypervisor.dragonball, &config, false);
         assert_eq!(
             text,
-            "quiet loglevel=4 panic=-1 console=hvc0 agent.log_vport=1025 agent.passfd_listener_port=1027 \
+            "quiet loglevel=4 panic=-1 console=hvc0 root=/dev/vda ro rootfstype=erofs \
+             systemd.unit=kata-containers.target systemd.mask=systemd-networkd.service \
+             systemd.mask=systemd-networkd.socket agent.log_vport=1025 agent.passfd_listener_port=1027 \
              agent.ready_vport=1023 loglevel=8 foo=bar"
         );
 
@@ -631,7 +633,7 @@ mod tests {
         let paths = SandboxPaths::below(folder.path(), "s1").unwrap();
         let hypervisor = Dragonball::new(&config.hypervisor.dragonball, &config, &paths, false);
         assert!(
-            hypervisor.cmdline.contains("root=/dev/vda1 ro rootfstype=ext4"),
+            hypervisor.cmdline.contains("root=/dev/vda1 ro rootfstype=erofs"),
             "{}",
             hypervisor.cmdline
         );

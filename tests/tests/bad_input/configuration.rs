@@ -31,10 +31,10 @@ fn kernel_when_missing_is_named() {
 fn image_when_missing_is_named() {
     refuses(
         "no-image",
-        "initrd",
-        "/nowhere/agent.initrd",
+        "image",
+        "/nowhere/agent.erofs",
         NOT_FOUND,
-        &["initrd", "/nowhere/agent.initrd"],
+        &["image", "/nowhere/agent.erofs"],
     );
 }
 
