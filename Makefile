@@ -41,7 +41,7 @@ test: ## everything: lint, unit and KVM tests, end-to-end tests
 .PHONY: lint
 lint: toolchain ## formatting and clippy
 	$(CARGO) fmt --all --check
-	$(limit) $(LIMIT_LINT) $(CARGO) clippy $(LOCKED) --workspace --all-targets --features tests/e2e -- -D warnings
+	$(limit) $(LIMIT_LINT) $(CARGO) clippy $(LOCKED) --workspace --all-targets --features tests/e2e,dragonball/e2e -- -D warnings
 
 .PHONY: unit
 unit: setup ## unit tests, and KVM tests with tiny guests

@@ -1,8 +1,8 @@
-//! Real Linux guests. They need a KVM that can run Linux (directly or in the lab) and are skipped unless
-//! `DRAGONBALL_KERNEL` names the kernel; `DRAGONBALL_MODULES` a folder of modules it needs for virtio;
+//! Real Linux guests. They need a KVM that can run Linux (directly or in the lab), hence the feature; `DRAGONBALL_KERNEL`
+//! names the kernel, `DRAGONBALL_MODULES` a folder of modules it needs for virtio,
 //! `DRAGONBALL_STOCK` bzImages of unmodified kernels, separated by colons.
 //!
-//! `cargo test -p dragonball --test linux -- --ignored --test-threads 1`
+//! `cargo test -p dragonball --features e2e --test linux -- --test-threads 1`
 
 mod guest;
 
@@ -71,7 +71,6 @@ fn wait_for(vm: &Vm, text: &str) {
 }
 
 #[test]
-#[ignore = "boots Linux"]
 fn boot_when_given_processors_and_memory_has_them() {
     let scratch = Scratch::new();
     for (vcpus, size_mib) in [(1, 128), (2, 256), (4, 3072), (8, 5120)] {
@@ -100,7 +99,6 @@ fn boot_when_given_processors_and_memory_has_them() {
 }
 
 #[test]
-#[ignore = "boots Linux"]
 fn end_when_the_guest_chooses_it_has_the_reason() {
     let scratch = Scratch::new();
     for (script, cmdline, expected) in [
@@ -117,7 +115,6 @@ fn end_when_the_guest_chooses_it_has_the_reason() {
 }
 
 #[test]
-#[ignore = "boots Linux"]
 fn devices_when_present_at_boot_work() {
     let scratch = Scratch::new();
     let share = scratch.path().join("share");
@@ -177,7 +174,6 @@ fn devices_when_present_at_boot_work() {
 }
 
 #[test]
-#[ignore = "boots Linux"]
 fn block_device_when_added_removed_and_added_again_is_seen() {
     let scratch = Scratch::new();
     let mut config = config(
@@ -222,7 +218,6 @@ fn block_device_when_added_removed_and_added_again_is_seen() {
 }
 
 #[test]
-#[ignore = "boots Linux"]
 fn pause_when_resumed_goes_on_without_complaint() {
     let scratch = Scratch::new();
     let mut config = config(
@@ -242,7 +237,6 @@ fn pause_when_resumed_goes_on_without_complaint() {
 }
 
 #[test]
-#[ignore = "boots Linux"]
 fn kernel_when_it_has_only_a_pvh_entry_boots() {
     let scratch = Scratch::new();
     let mut image = std::fs::read(kernel()).unwrap();
@@ -256,7 +250,6 @@ fn kernel_when_it_has_only_a_pvh_entry_boots() {
 }
 
 #[test]
-#[ignore = "boots Linux"]
 fn stock_kernels_when_compressed_boot_and_are_cached() {
     let stock = std::env::var("DRAGONBALL_STOCK").unwrap_or_default();
     let scratch = Scratch::new();
