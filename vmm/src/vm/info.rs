@@ -1,5 +1,6 @@
 //! What a machine tells about itself.
 
+use std::collections::BTreeMap;
 use std::time::{Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
@@ -81,4 +82,6 @@ pub struct DeviceMetrics {
     pub active: bool,
     /// Interrupts sent to the guest.
     pub interrupts: u64,
+    /// What the device itself counts, by name.
+    pub counters: BTreeMap<String, u64>,
 }

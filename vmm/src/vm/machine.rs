@@ -174,6 +174,7 @@ impl Machine {
                 id: transport.id().to_owned(),
                 active: transport.is_active(),
                 interrupts: transport.interrupt().raised(),
+                counters: transport.counters(),
             })
         };
         VmMetrics {

@@ -4,6 +4,7 @@
 //! checked against guest memory and frozen at DRIVER_OK, and anything else is ignored or answered with
 //! DEVICE_NEEDS_RESET.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -136,6 +137,12 @@ impl MmioTransport {
     /// Whether a driver runs the device.
     pub fn is_active(&self) -> bool {
         self.status & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK
+    }
+
+    /// What the device counts, by name.
+    pub fn counters(&self) -> BTreeMap<String, u64> {
+        let counters = self.device.counters().into_iter();
+        counters.map(|(name, value)| (name.to_owned(), value)).collect()
     }
 
     /// The ioeventfds, one per queue.

@@ -11,20 +11,22 @@ pub mod mmio;
 pub mod rng;
 pub mod served_queue;
 pub mod slots;
+pub mod state;
 #[cfg(test)]
 pub mod test_ring;
 pub mod vsock;
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use event_manager::SubscriberId;
+use event_manager::{MutEventSubscriber, SubscriberId};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::devices::virtio::state::{QueuePosition, StateError};
 use crate::io_loop::{IoLoop, IoLoopError, Worker};
 use crate::memory::GuestMemory;
 
@@ -124,7 +126,8 @@ impl Interrupt {
 pub struct ActiveQueue {
     /// Index of the queue in the device.
     pub index: usize,
-    /// Ring addresses, size and positions; EVENT_IDX already set from the negotiated features.
+    /// Ring addresses, size and positions (not 0 on a device that was suspended or restored); EVENT_IDX already set from
+    /// the negotiated features.
     pub queue: Queue,
     /// Signalled by the guest's QueueNotify write (an ioeventfd).
     pub kick: Arc<EventFd>,
@@ -186,6 +189,31 @@ impl Running {
     }
 }
 
+/// A worker of type `W` on the I/O loop that can be asked for its queues when it is taken off.
+#[derive(Debug)]
+pub struct OnLoop<W> {
+    worker: Arc<Mutex<W>>,
+    running: Running,
+}
+
+impl<W: MutEventSubscriber + Send + 'static> OnLoop<W> {
+    /// Hands `worker` to the loop.
+    ///
+    /// # Errors
+    /// The loop has ended.
+    pub fn start(io: IoLoop, worker: W) -> Result<Self, IoLoopError> {
+        let worker = Arc::new(Mutex::new(worker));
+        let running = Running::start(io, worker.clone())?;
+        Ok(Self { worker, running })
+    }
+
+    /// Takes the worker off the loop, then asks it; `device` is the id used in logs.
+    pub fn stop<T>(self, device: &str, ask: impl FnOnce(&mut W) -> T) -> T {
+        self.running.stop(device);
+        ask(&mut self.worker.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
 /// A guest read of the configuration space `space`; what lies beyond it reads as zero.
 pub fn read_space(space: &[u8], offset: u64, data: &mut [u8]) {
     let present = usize::try_from(offset)
@@ -229,4 +257,29 @@ pub trait VirtioDevice: Send {
     /// Stops the worker. When this returns nothing of the device touches guest memory any more; the device can be
     /// activated again. A no-op on an inactive device.
     fn reset(&mut self);
+
+    /// Stops the worker as [`reset`](Self::reset) does, but forgets nothing: requests already taken from a queue are
+    /// finished and returned, requests not taken stay in the rings, and connections, leases and positions are kept for
+    /// the next [`activate`](Self::activate). Returns where each queue given at activation stands; empty on an inactive
+    /// device.
+    fn suspend(&mut self) -> Vec<QueuePosition>;
+
+    /// What the device knows beyond its configuration and its queues, encoded by its `state.rs` with
+    /// [`state::encode`]; empty for a device that knows nothing more. Called while suspended or never activated.
+    ///
+    /// # Errors
+    /// [`StateError::Unsupported`] for a state that cannot be carried into another process.
+    fn save(&self) -> Result<Vec<u8>, StateError>;
+
+    /// Takes over what [`save`](Self::save) gave, in a fresh device made from the same configuration, before it is
+    /// activated. The bytes come from a file and are not trusted.
+    ///
+    /// # Errors
+    /// [`StateError`]; the device is not used then.
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError>;
+
+    /// Counters for [`DeviceMetrics`](crate::vm::DeviceMetrics), by name, e.g. `("read_bytes", 4096)`.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
 }

@@ -11,6 +11,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::state::QueuePosition;
 use super::{ActiveQueue, Interrupt};
 use crate::memory::GuestMemory;
 
@@ -21,6 +22,16 @@ pub enum Served {
     Idle,
     /// The budget ran out first: call again soon, a kick will not come.
     More,
+}
+
+/// Where queue `index` stands.
+pub fn queue_position(index: usize, queue: &Queue) -> QueuePosition {
+    QueuePosition {
+        // A device has at most 65,536 queues (QueueSel is checked against their number).
+        index: index as u16,
+        next_avail: queue.next_avail(),
+        next_used: queue.next_used(),
+    }
 }
 
 /// An [`ActiveQueue`] with the memory and interrupt it works on.
@@ -82,6 +93,11 @@ impl ServedQueue {
     /// Entries of the queue, which is also the longest chain allowed.
     pub fn size(&self) -> u16 {
         self.queue.size()
+    }
+
+    /// Where the queue stands, for [`VirtioDevice::suspend`](super::VirtioDevice::suspend).
+    pub fn position(&self) -> QueuePosition {
+        queue_position(self.index, &self.queue)
     }
 
     /// Takes up to `budget` chains, gives each to `handle`, which returns the bytes it wrote into the chain.

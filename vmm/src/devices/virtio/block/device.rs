@@ -14,6 +14,7 @@ use super::request::{MAX_RANGE_SECTORS, MAX_RANGES, SERIAL_BYTES, Target};
 use super::worker::BlockWorker;
 use crate::config::BlockConfig;
 use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};
 
 const QUEUE_SIZE: u16 = 256;
@@ -119,9 +120,20 @@ impl VirtioDevice for Block {
     }
 
     fn reset(&mut self) {
-        if let Some(worker) = self.worker.take() {
-            worker.stop();
-        }
+        self.suspend();
+    }
+
+    fn suspend(&mut self) -> Vec<QueuePosition> {
+        let worker = self.worker.take();
+        worker.and_then(BlockWorker::stop).into_iter().collect()
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Ok(Vec::new())
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        state::expect_none(&self.target.id, state)
     }
 }
 

@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::request::{Target, execute};
 use crate::devices::virtio::chain::Chain;
 use crate::devices::virtio::served_queue::{Served, ServedQueue};
+use crate::devices::virtio::state::QueuePosition;
 
 /// Requests per interrupt at most, so that the first of many slow ones is not held back by the last.
 const BATCH: usize = 8;
@@ -18,7 +19,7 @@ const BATCH: usize = 8;
 #[derive(Debug)]
 pub(super) struct BlockWorker {
     stop: Arc<EventFd>,
-    thread: JoinHandle<()>,
+    thread: JoinHandle<QueuePosition>,
 }
 
 impl BlockWorker {
@@ -31,27 +32,29 @@ impl BlockWorker {
         Ok(Self { stop, thread })
     }
 
-    /// Waits for the request in hand, if any, and ends the thread.
-    pub(super) fn stop(self) {
+    /// Waits for the request in hand, if any, and ends the thread. Says where the queue stands.
+    pub(super) fn stop(self) -> Option<QueuePosition> {
         if let Err(error) = self.stop.write(1) {
             tracing::error!(%error, "block: cannot wake the worker to stop it");
         }
-        if self.thread.join().is_err() {
+        let position = self.thread.join();
+        if position.is_err() {
             tracing::error!("block: the worker panicked");
         }
+        position.ok()
     }
 }
 
-fn run(target: &Target, mut queue: ServedQueue, write_through: bool, stop: &EventFd) {
+fn run(target: &Target, mut queue: ServedQueue, write_through: bool, stop: &EventFd) -> QueuePosition {
     let limit = queue.size();
     let mut wait = true;
     loop {
         match wait_for_kick(&queue, stop, wait) {
-            Ok(true) => return,
+            Ok(true) => return queue.position(),
             Ok(false) => {}
             Err(error) => {
                 tracing::error!(device = %target.id, %error, "block: poll failed, worker ends");
-                return;
+                return queue.position();
             }
         }
         queue.take_kick();

@@ -1,12 +1,11 @@
 //! Features, configuration space and activation.
 
-use std::sync::{Arc, Mutex};
-
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
 use super::ConsoleLog;
 use super::worker::ConsoleWorker;
-use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, Running, VirtioDevice};
+use crate::devices::virtio::state::{self, QueuePosition, StateError};
+use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, OnLoop, VirtioDevice};
 
 /// receiveq(port0) and transmitq(port0), 5.3.2.
 const QUEUE_SIZES: [u16; 2] = [64, 64];
@@ -20,7 +19,7 @@ const ID: &str = "console";
 #[derive(Debug)]
 pub struct Console {
     log: ConsoleLog,
-    running: Option<Running>,
+    running: Option<OnLoop<ConsoleWorker>>,
 }
 
 impl Console {
@@ -61,13 +60,25 @@ impl VirtioDevice for Console {
             activation.interrupt,
             self.log.clone(),
         );
-        self.running = Some(Running::start(activation.io, Arc::new(Mutex::new(worker)))?);
+        self.running = Some(OnLoop::start(activation.io, worker)?);
         Ok(())
     }
 
     fn reset(&mut self) {
-        if let Some(running) = self.running.take() {
-            running.stop(ID);
-        }
+        self.suspend();
+    }
+
+    /// The receive queue is never looked at: it stays where the driver left it.
+    fn suspend(&mut self) -> Vec<QueuePosition> {
+        let running = self.running.take();
+        running.map_or_else(Vec::new, |r| r.stop(ID, |worker| vec![worker.position()]))
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Ok(Vec::new())
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        state::expect_none(ID, state)
     }
 }

@@ -8,6 +8,7 @@ use virtio_queue::DescriptorChain;
 use super::ConsoleLog;
 use crate::devices::virtio::chain::Chain;
 use crate::devices::virtio::served_queue::{Served, ServedQueue};
+use crate::devices::virtio::state::QueuePosition;
 use crate::devices::virtio::{ActiveQueue, Interrupt};
 use crate::memory::GuestMemory;
 
@@ -37,6 +38,11 @@ impl ConsoleWorker {
             queue: ServedQueue::new(device, transmit, memory, interrupt),
             log,
         }
+    }
+
+    /// Where the transmit queue stands.
+    pub(super) fn position(&self) -> QueuePosition {
+        self.queue.position()
     }
 }
 

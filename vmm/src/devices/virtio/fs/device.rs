@@ -12,6 +12,7 @@ use super::share::Share;
 use super::worker::FsWorkers;
 use crate::config::FsConfig;
 use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};
 
 /// hiprio (FORGET, INTERRUPT) and the request queues. All threads serve all queues, so one request queue is as
@@ -185,9 +186,22 @@ impl VirtioDevice for Fs {
     }
 
     fn reset(&mut self) {
-        if let Some(workers) = self.workers.take() {
-            workers.stop();
-        }
+        self.suspend();
+    }
+
+    fn suspend(&mut self) -> Vec<QueuePosition> {
+        self.workers.take().map(FsWorkers::stop).unwrap_or_default()
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Err(StateError::Unsupported {
+            device: self.config.id.clone(),
+            reason: "the guest's open files and inodes of a share are not saved".to_owned(),
+        })
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        state::expect_none(&self.config.id, state)
     }
 }
 

@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::jail;
 use super::share::Share;
 use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
 
 /// Epoll data of the stop event; queues are their index.
@@ -41,6 +42,15 @@ struct Pool {
 pub(super) struct FsWorkers {
     stop: Arc<EventFd>,
     threads: Vec<Thread>,
+    pool: Arc<Pool>,
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pool")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
 }
 
 impl FsWorkers {
@@ -75,12 +85,14 @@ impl FsWorkers {
             epoll,
         });
         let (sender, receiver) = channel();
-        let first = Builder::new()
-            .name(format!("fs-{id}-0"))
-            .spawn(move || first_thread(&pool, count, &sender))?;
+        let first = Builder::new().name(format!("fs-{id}-0")).spawn({
+            let pool = pool.clone();
+            move || first_thread(&pool, count, &sender)
+        })?;
         let mut workers = Self {
             stop,
             threads: vec![first],
+            pool,
         };
         let ended = || Err(io::Error::other("the first worker ended early"));
         let (others, result) = receiver.recv().unwrap_or_else(|_| (Vec::new(), ended()));
@@ -94,8 +106,8 @@ impl FsWorkers {
         }
     }
 
-    /// Waits for the requests in hand and ends the threads.
-    pub(super) fn stop(self) {
+    /// Waits for the requests in hand and ends the threads. Says where the queues stand.
+    pub(super) fn stop(self) -> Vec<QueuePosition> {
         if let Err(error) = self.stop.write(1) {
             tracing::error!(%error, "fs: cannot wake the workers to stop them");
         }
@@ -104,6 +116,11 @@ impl FsWorkers {
                 tracing::error!("fs: a worker panicked");
             }
         }
+        self.pool
+            .queues
+            .iter()
+            .map(|queue| lock(queue).position())
+            .collect()
     }
 }
 

@@ -2,6 +2,7 @@ use std::sync::Mutex;
 
 use super::*;
 use crate::devices::virtio::ActivateError;
+use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::memory::allocate;
 
 const STATUS: u64 = 0x70;
@@ -57,6 +58,18 @@ impl VirtioDevice for Fake {
 
     fn reset(&mut self) {
         self.0.lock().unwrap().resets += 1;
+    }
+
+    fn suspend(&mut self) -> Vec<QueuePosition> {
+        Vec::new()
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Ok(Vec::new())
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        state::expect_none(self.id(), state)
     }
 }
 

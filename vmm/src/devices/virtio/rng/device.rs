@@ -1,13 +1,12 @@
 //! Features and activation; the device has no configuration space.
 
 use std::convert::Infallible;
-use std::sync::{Arc, Mutex};
-
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::worker::RngWorker;
 use crate::config::RngConfig;
-use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, Running, VirtioDevice};
+use crate::devices::virtio::state::{self, QueuePosition, StateError};
+use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, OnLoop, VirtioDevice};
 
 const QUEUE_SIZES: [u16; 1] = [64];
 
@@ -18,7 +17,7 @@ pub type RngError = Infallible;
 #[derive(Debug)]
 pub struct Rng {
     id: String,
-    running: Option<Running>,
+    running: Option<OnLoop<RngWorker>>,
 }
 
 impl Rng {
@@ -58,13 +57,24 @@ impl VirtioDevice for Rng {
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         let queue = activation.take_queue(&self.id, 0)?;
         let worker = RngWorker::new(&self.id, queue, activation.memory, activation.interrupt);
-        self.running = Some(Running::start(activation.io, Arc::new(Mutex::new(worker)))?);
+        self.running = Some(OnLoop::start(activation.io, worker)?);
         Ok(())
     }
 
     fn reset(&mut self) {
-        if let Some(running) = self.running.take() {
-            running.stop(&self.id);
-        }
+        self.suspend();
+    }
+
+    fn suspend(&mut self) -> Vec<QueuePosition> {
+        let running = self.running.take();
+        running.map_or_else(Vec::new, |r| r.stop(&self.id, |worker| vec![worker.position()]))
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Ok(Vec::new())
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        state::expect_none(&self.id, state)
     }
 }

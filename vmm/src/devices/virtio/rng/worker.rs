@@ -9,6 +9,7 @@ use vm_memory::VolatileSlice;
 
 use crate::devices::virtio::chain::Chain;
 use crate::devices::virtio::served_queue::{Served, ServedQueue};
+use crate::devices::virtio::state::QueuePosition;
 use crate::devices::virtio::{ActiveQueue, Interrupt};
 use crate::memory::GuestMemory;
 
@@ -33,6 +34,11 @@ impl RngWorker {
         Self {
             queue: ServedQueue::new(device, queue, memory, interrupt),
         }
+    }
+
+    /// Where the queue stands.
+    pub(super) fn position(&self) -> QueuePosition {
+        self.queue.position()
     }
 }
 

@@ -13,6 +13,7 @@ use super::shared::{Shared, lock};
 use super::uds::Endpoint;
 use super::worker::{Transport, Worker};
 use crate::config::VsockConfig;
+use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, Running, VirtioDevice, read_space};
 
 const ID: &str = "vsock";
@@ -110,6 +111,22 @@ impl VirtioDevice for Vsock {
             running.stop(ID);
             lock(&self.worker).stop();
         }
+    }
+
+    fn suspend(&mut self) -> Vec<QueuePosition> {
+        let Some(running) = self.running.take() else {
+            return Vec::new();
+        };
+        running.stop(ID);
+        lock(&self.worker).suspend()
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        Ok(Vec::new())
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
+        state::expect_none(ID, state)
     }
 }
 

@@ -16,6 +16,8 @@ use super::muxer::{Filled, Muxer, TOKEN_QUEUES};
 use super::packet::TxPacket;
 use super::rx_queue::RxQueue;
 use crate::devices::virtio::Interrupt;
+use crate::devices::virtio::served_queue::queue_position;
+use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
 
 /// Packets of each queue between two looks at the other one; each such batch is at most one interrupt.
@@ -74,6 +76,15 @@ impl Worker {
         // Runs what was asked for before the driver was up.
         self.muxer.shared().wake();
         Ok(())
+    }
+
+    /// Gives the queues back and says where they stand; connections stay, and go on with the next [`start`](Self::start).
+    pub(super) fn suspend(&mut self) -> Vec<QueuePosition> {
+        let Some(transport) = self.transport.take() else {
+            return Vec::new();
+        };
+        unwatch(&self.muxer, &transport.kicks);
+        vec![queue_position(0, &transport.rx), queue_position(1, &transport.tx)]
     }
 
     /// Gives the queues back, after a last look at what the guest has sent: a guest that powers off at once must not lose
