@@ -126,8 +126,8 @@ fn new_when_a_number_is_out_of_range_names_it() {
     assert!(error(|_, c| c.vcpus = VcpuConfig { boot: 0, max: 1 }).contains("0 at boot"));
     assert!(error(|_, c| c.vcpus = VcpuConfig { boot: 1, max: 255 }).contains("255 at most"));
     assert_eq!(
-        error(|_, c| c.hotplug_slots = 19),
-        "devices: 19 virtio-mmio slots requested (devices and hotplug slots), at most 18 exist"
+        error(|_, c| c.hotplug_slots = 97),
+        "devices: 97 virtio-mmio slots requested (devices and hotplug slots), at most 96 exist"
     );
 }
 

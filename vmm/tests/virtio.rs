@@ -8,6 +8,8 @@ use dragonball::vm::{ExitReason, HotplugError, VmState};
 use guest::{Code, LONG, Scratch, config, config_with, wait_for};
 
 const SLOT: u64 = 0xd000_0000;
+/// Presence of the slots, in the shared page.
+const PRESENCE: u64 = 0xf_0000;
 
 fn rng(id: &str) -> DeviceConfig {
     DeviceConfig::Rng(RngConfig { id: id.to_owned() })
@@ -129,7 +131,7 @@ fn add_device_when_running_fills_a_slot_and_raises_the_event() {
     let back = -(poll.0.len() as i8 + 2);
     let code = Code::default()
         .map_devices()
-        .in8(0x620)
+        .load32(PRESENCE)
         .print_al()
         .load32(SLOT + 8)
         .print_al();
@@ -139,7 +141,12 @@ fn add_device_when_running_fills_a_slot_and_raises_the_event() {
         .print_al()
         .in8(0x610)
         .print_al();
-    let code = code.in8(0x620).print_al().load32(SLOT + 8).print_al().power_off();
+    let code = code
+        .load32(PRESENCE)
+        .print_al()
+        .load32(SLOT + 8)
+        .print_al()
+        .power_off();
     let mut config = config(&scratch, &code);
     config.hotplug_slots = 1;
     let disk = scratch.write("disk", &[0; 4096]);

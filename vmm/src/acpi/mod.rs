@@ -1,16 +1,18 @@
 //! The ACPI tables of a hardware-reduced machine: RSDP, XSDT, FADT, MADT and a DSDT put together from what each device
 //! writes next to its registers.
 
+pub mod shared_page;
+
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, aml};
+use acpi_tables::{Aml, AmlSink, aml};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::devices::virtio::slots;
-use crate::devices::{ged, power, pvpanic, serial};
+use crate::devices::{cpu_hotplug, ged, power, power_button, pvpanic, serial, vmgenid};
 use crate::memory::{GuestMemory, layout};
 
 const OEM_ID: [u8; 6] = *b"DRGNBL";
@@ -32,6 +34,8 @@ pub struct Machine {
     pub ged_gsi: u32,
     /// Interrupt of each virtio-mmio slot.
     pub slot_gsis: Vec<u32>,
+    /// Pins of the I/O APIC.
+    pub io_apic_pins: u8,
     /// Whether there is a COM1.
     pub serial: bool,
 }
@@ -128,8 +132,10 @@ fn append(table: &mut Sdt, structure: &dyn Aml) {
 
 fn dsdt(machine: &Machine) -> Sdt {
     let mut scope = Vec::new();
-    write_processors(&mut scope, machine);
+    cpu_hotplug::write_aml(&mut scope, machine.max_vcpus);
     slots::write_aml(&mut scope, &machine.slot_gsis);
+    power_button::write_aml(&mut scope);
+    vmgenid::write_aml(&mut scope);
     ged::write_aml(&mut scope, machine.ged_gsi);
     pvpanic::write_aml(&mut scope);
     if machine.serial {
@@ -142,40 +148,12 @@ fn dsdt(machine: &Machine) -> Sdt {
     dsdt
 }
 
-/// Processor objects, in the container that Linux's processor driver expects for hotplug.
-fn write_processors(sink: &mut Vec<u8>, machine: &Machine) {
-    let processors: Vec<Processor> = (0..machine.max_vcpus)
-        .map(|index| Processor {
-            index,
-            present: index < machine.boot_vcpus,
-        })
-        .collect();
-    let hid = aml::Name::new("_HID".into(), &"ACPI0010");
-    let cid_value = aml::EISAName::new("PNP0A05");
-    let cid = aml::Name::new("_CID".into(), &cid_value);
-    let mut children: Vec<&dyn Aml> = vec![&hid, &cid];
-    children.extend(processors.iter().map(|p| p as &dyn Aml));
-    aml::Device::new("CPUS".into(), children).to_aml_bytes(sink);
-}
+/// AML that is already encoded.
+pub struct Raw<'a>(pub &'a [u8]);
 
-struct Processor {
-    index: u8,
-    present: bool,
-}
-
-impl Aml for Processor {
-    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-        let name = format!("C{:03X}", self.index);
-        let status = if self.present { 0x0fu8 } else { 0 };
-        aml::Device::new(
-            name.as_str().into(),
-            vec![
-                &aml::Name::new("_HID".into(), &"ACPI0007"),
-                &aml::Name::new("_UID".into(), &self.index),
-                &aml::Name::new("_STA".into(), &status),
-            ],
-        )
-        .to_aml_bytes(sink);
+impl Aml for Raw<'_> {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(self.0);
     }
 }
 

@@ -9,6 +9,7 @@ fn machine(max_vcpus: u8, slots: u32) -> Machine {
         max_vcpus,
         ged_gsi: 5,
         slot_gsis: (6..6 + slots).collect(),
+        io_apic_pins: 24,
         serial: true,
     }
 }
@@ -78,7 +79,8 @@ fn disassemble(dir: &Path, name: &str, table: &[u8]) -> String {
             .arg(&source)
             .output()
             .unwrap();
-        let log = String::from_utf8_lossy(&output.stdout).into_owned();
+        let log =
+            String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
         assert!(
             output.status.success() && log.contains("0 Errors"),
             "{log}\n{text}"
@@ -120,7 +122,10 @@ fn tables_when_read_by_iasl_describe_the_machine() {
 #[test]
 fn tables_when_the_machine_is_as_large_as_possible_fit_their_area() {
     let image = tables(
-        &machine(crate::config::MAX_VCPUS, u32::from(crate::irq::MAX_SLOTS)),
+        &machine(
+            crate::config::MAX_VCPUS,
+            u32::from(crate::devices::virtio::slots::MAX_SLOTS),
+        ),
         0xe_0000,
     );
     assert!((image.len() as u64) < layout::ACPI_TABLES_SIZE, "{}", image.len());

@@ -1,4 +1,4 @@
-//! Generic event device (ACPI 6.5, 5.6.9): one interrupt tells the guest to look at the virtio-mmio slots again.
+//! Generic event device (ACPI 6.5, 5.6.9): one interrupt tells the guest that something of the machine changed.
 
 use std::io;
 use std::ops::ControlFlow;
@@ -10,13 +10,28 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
 use crate::devices::virtio::slots;
+use crate::devices::{cpu_hotplug, power_button, vmgenid};
 use crate::vm::ExitReason;
+
+/// Notification value of the button and of the generation id.
+const STATUS_CHANGED: u8 = 0x80;
 
 /// Its only I/O port: the pending events, cleared by reading.
 pub const PORT: u16 = 0x610;
 
-/// The presence of a virtio-mmio slot changed.
-const SLOTS_CHANGED: u8 = 1;
+/// Something the guest can be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Event {
+    /// virtio-mmio slots were filled or emptied.
+    Slots = 1,
+    /// Processors are offered or asked for.
+    Processors = 2,
+    /// Somebody pressed the power button.
+    PowerButton = 4,
+    /// The machine has a new generation.
+    Generation = 8,
+}
 
 /// The event register and its interrupt.
 #[derive(Debug)]
@@ -34,13 +49,33 @@ impl Ged {
         }
     }
 
-    /// Tells the guest that slots were filled or emptied.
+    /// Tells the guest.
     ///
     /// # Errors
     /// The eventfd cannot be written.
-    pub fn notify_slots_changed(&self) -> io::Result<()> {
-        self.pending.fetch_or(SLOTS_CHANGED, Ordering::SeqCst);
+    pub fn notify(&self, event: Event) -> io::Result<()> {
+        self.pending.fetch_or(event as u8, Ordering::SeqCst);
         self.irqfd.write(1)
+    }
+
+    /// Sends the interrupt again if the guest has not asked what it was about: the edge was lost while the pin was masked.
+    pub fn repeat(&self) {
+        if self.pending.load(Ordering::SeqCst) != 0
+            && let Err(error) = self.irqfd.write(1)
+        {
+            tracing::error!(%error, "GED: cannot write the irqfd");
+        }
+    }
+
+    /// Events the guest has not fetched.
+    pub fn pending(&self) -> u8 {
+        self.pending.load(Ordering::SeqCst)
+    }
+
+    /// Takes over saved [`pending`](Self::pending) events.
+    pub fn restore(&self, pending: u8) {
+        self.pending.store(pending, Ordering::SeqCst);
+        self.repeat();
     }
 }
 
@@ -60,7 +95,14 @@ impl BusDevice for Ged {
 /// Writes the device. Linux ignores a Notify on an `LNRO0005` device; a Bus Check on the container around them makes it
 /// scan, so that is what the event method sends.
 pub fn write_aml(sink: &mut Vec<u8>, gsi: u32) {
-    let container = aml::Path::new(slots::CONTAINER_PATH);
+    let (container, button) = (
+        aml::Path::new(slots::CONTAINER_PATH),
+        aml::Path::new(power_button::PATH),
+    );
+    let generation = aml::Path::new(vmgenid::PATH);
+    let scan = aml::MethodCall::new(aml::Path::new(cpu_hotplug::SCAN_METHOD), vec![]);
+    let (slots_changed, processors) = (Event::Slots as u8, Event::Processors as u8);
+    let (pressed, renewed) = (Event::PowerButton as u8, Event::Generation as u8);
     aml::Device::new(
         "GED_".into(),
         vec![
@@ -84,8 +126,17 @@ pub fn write_aml(sink: &mut Vec<u8>, gsi: u32) {
                 true,
                 vec![
                     &aml::Store::new(&aml::Local(0), &aml::Path::new("EVTS")),
-                    &aml::And::new(&aml::Local(1), &aml::Local(0), &SLOTS_CHANGED),
+                    &aml::And::new(&aml::Local(1), &aml::Local(0), &slots_changed),
                     &aml::If::new(&aml::Local(1), vec![&aml::Notify::new(&container, &aml::ZERO)]),
+                    &aml::And::new(&aml::Local(1), &aml::Local(0), &processors),
+                    &aml::If::new(&aml::Local(1), vec![&scan]),
+                    &aml::And::new(&aml::Local(1), &aml::Local(0), &pressed),
+                    &aml::If::new(&aml::Local(1), vec![&aml::Notify::new(&button, &STATUS_CHANGED)]),
+                    &aml::And::new(&aml::Local(1), &aml::Local(0), &renewed),
+                    &aml::If::new(
+                        &aml::Local(1),
+                        vec![&aml::Notify::new(&generation, &STATUS_CHANGED)],
+                    ),
                 ],
             ),
         ],
@@ -101,12 +152,15 @@ mod tests {
     fn read_when_notified_gives_the_event_once_and_the_interrupt_fires() {
         let irqfd = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
         let ged = Ged::new(irqfd.clone());
-        ged.notify_slots_changed().unwrap();
-        assert_eq!(irqfd.read().unwrap(), 1);
+        ged.notify(Event::Slots).unwrap();
+        ged.repeat();
+        assert_eq!(irqfd.read().unwrap(), 2);
         let mut data = [0];
         ged.read(0, &mut data);
-        assert_eq!(data, [SLOTS_CHANGED]);
+        assert_eq!(data, [Event::Slots as u8]);
         ged.read(0, &mut data);
         assert_eq!(data, [0]);
+        ged.repeat();
+        assert!(irqfd.read().is_err());
     }
 }

@@ -1,15 +1,13 @@
-//! Allocation of global system interrupts: the 24 pins of KVM's I/O APIC.
+//! Global system interrupts: which pin of the I/O APIC is whose.
 //!
-//! Interrupts are edge-triggered and exclusive, so the pins bound the number of devices. Pins 0 to 4 keep their ISA
-//! meaning (4 is COM1); the machine has no MSI controller to go beyond 24.
+//! Interrupts are edge-triggered and exclusive. Pins 0 to 4 keep their ISA meaning (4 is COM1).
+
+pub mod io_apic;
 
 /// First pin given out.
 const FIRST: u32 = 5;
-/// Pins of the I/O APIC.
-const PINS: u32 = 24;
-
-/// Most virtio-mmio slots of a machine: the pins left after the GED's.
-pub const MAX_SLOTS: u8 = (PINS - FIRST - 1) as u8;
+/// What an I/O APIC has at least; some kernels take it for granted.
+const MIN_PINS: u32 = 24;
 
 /// Hands out pins in ascending order.
 #[derive(Debug)]
@@ -27,10 +25,16 @@ impl GsiAllocator {
     /// The next free pin, `None` when all are taken.
     pub fn allocate(&mut self) -> Option<u32> {
         let gsi = self.next;
-        (gsi < PINS).then(|| {
+        (gsi < u32::from(io_apic::MAX_PINS)).then(|| {
             self.next += 1;
             gsi
         })
+    }
+
+    /// Pins of an I/O APIC that has all those given out.
+    pub fn pins(&self) -> u8 {
+        // At most MAX_PINS.
+        self.next.max(MIN_PINS) as u8
     }
 }
 
@@ -41,9 +45,10 @@ mod tests {
     #[test]
     fn allocate_when_exhausted_gives_none_after_every_pin_once() {
         let mut allocator = GsiAllocator::default();
+        assert_eq!(allocator.pins(), 24);
         let all: Vec<u32> = std::iter::from_fn(|| allocator.allocate()).collect();
-        assert_eq!(all, (5..24).collect::<Vec<_>>());
-        assert_eq!(all.len(), usize::from(MAX_SLOTS) + 1);
+        assert_eq!(all, (5..u32::from(io_apic::MAX_PINS)).collect::<Vec<_>>());
+        assert_eq!(allocator.pins(), io_apic::MAX_PINS);
         assert_eq!(allocator.allocate(), None);
     }
 }

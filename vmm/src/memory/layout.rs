@@ -4,7 +4,7 @@
 //! 0x0000_0500  GDT                    0x0000_6000  PVH start info
 //! 0x0000_7000  zero page              0x0000_9000  page tables
 //! 0x0002_0000  command line (64 KiB)  0x000e_0000  ACPI tables (64 KiB)
-//! 0x000f_fff0  reset vector
+//! 0x000f_0000  shared page            0x000f_fff0  reset vector
 //! 0x0010_0000  RAM ................................ up to 3 GiB
 //! 0xd000_0000  virtio-mmio slots      0xfec0_0000  I/O APIC
 //! 0xfee0_0000  local APIC             0xfffb_c000  KVM's private pages (Intel)
@@ -36,6 +36,8 @@ pub const ACPI_TABLES: u64 = 0xe_0000;
 pub const ACPI_TABLES_SIZE: u64 = 0x1_0000;
 /// Where a BIOS would be; ends with the reset vector.
 pub const BIOS: u64 = 0xf_0000;
+/// The page the machine shares with AML; reserved, like the rest of the BIOS area.
+pub const SHARED_PAGE: u64 = BIOS;
 /// Where real-mode code jumps to reset the machine: the last 16 bytes below 1 MiB.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// First address a kernel may be loaded at.
@@ -177,6 +179,7 @@ mod tests {
             (PAGE_TABLES, 0x3000),
             (CMDLINE, CMDLINE_MAX as u64),
             (ACPI_TABLES, ACPI_TABLES_SIZE),
+            (SHARED_PAGE, 0x1000),
             (RESET_VECTOR, 16),
             (HIGH_RAM_START, 1),
         ];

@@ -1,6 +1,6 @@
 //! The gate all vCPU threads of a machine pass before each KVM_RUN: open, closed (pause) or ended (stop).
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// What vCPU threads are told.
@@ -92,8 +92,23 @@ impl Gate {
         }
     }
 
-    /// Called by a vCPU thread before each KVM_RUN; waits while the gate is closed.
-    pub fn pass(&self) -> Passage {
+    /// One more thread will pass; before it is made.
+    pub fn join(&self) {
+        self.lock().threads += 1;
+    }
+
+    /// Makes threads that wait at the closed gate look at their `leaving` flag.
+    pub fn nudge(&self) {
+        let _state = self.lock();
+        self.changed.notify_all();
+    }
+
+    /// Called by a vCPU thread before each KVM_RUN; waits while the gate is closed. `leaving` is the thread's own order to
+    /// end.
+    pub fn pass(&self, leaving: &AtomicBool) -> Passage {
+        if leaving.load(Ordering::Acquire) {
+            return Passage::End;
+        }
         if self.order.load(Ordering::Acquire) == Order::Run as u8 {
             return Passage::Open;
         }
@@ -108,10 +123,13 @@ impl Gate {
             passage = Passage::Reopened;
             state.parked += 1;
             self.changed.notify_all();
-            while state.order == Order::Park {
+            while state.order == Order::Park && !leaving.load(Ordering::Acquire) {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
             state.parked -= 1;
+            if leaving.load(Ordering::Acquire) {
+                return Passage::End;
+            }
         }
     }
 
@@ -139,7 +157,7 @@ mod tests {
             .map(|_| {
                 let (gate, rounds) = (gate.clone(), rounds.clone());
                 thread::spawn(move || {
-                    while gate.pass() != Passage::End {
+                    while gate.pass(&AtomicBool::new(false)) != Passage::End {
                         rounds.fetch_add(1, Ordering::SeqCst);
                         thread::yield_now();
                     }
@@ -173,10 +191,32 @@ mod tests {
         let gate = Arc::new(Gate::new(1));
         let thread = {
             let gate = gate.clone();
-            thread::spawn(move || (gate.pass(), gate.pass()))
+            thread::spawn(move || {
+                let stay = AtomicBool::new(false);
+                (gate.pass(&stay), gate.pass(&stay))
+            })
         };
         gate.wait_parked();
         gate.open();
         assert_eq!(thread.join().unwrap(), (Passage::Reopened, Passage::Open));
+    }
+
+    #[test]
+    fn pass_when_told_to_leave_ends_at_the_closed_gate() {
+        let gate = Arc::new(Gate::new(1));
+        gate.join();
+        let leaving = Arc::new(AtomicBool::new(false));
+        let thread = {
+            let (gate, leaving) = (gate.clone(), leaving.clone());
+            thread::spawn(move || gate.pass(&leaving))
+        };
+        while gate.lock().parked == 0 {
+            thread::yield_now();
+        }
+        leaving.store(true, Ordering::Release);
+        gate.nudge();
+        assert_eq!(thread.join().unwrap(), Passage::End);
+        let state = gate.lock();
+        assert_eq!((state.threads, state.parked), (2, 0));
     }
 }

@@ -2,8 +2,8 @@
 
 use std::io;
 use std::ops::ControlFlow;
-use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -46,7 +46,9 @@ pub struct VcpuThread {
     pub tid: i32,
     /// Its counters.
     pub counters: Arc<VcpuCounters>,
-    thread: JoinHandle<()>,
+    leaving: Arc<AtomicBool>,
+    lifecycle: Arc<Lifecycle>,
+    thread: JoinHandle<Vcpu>,
 }
 
 impl VcpuThread {
@@ -61,11 +63,21 @@ impl VcpuThread {
         }
     }
 
-    /// Waits for the thread to end.
-    pub fn join(self) {
-        if self.thread.join().is_err() {
+    /// Waits for the thread to end; gives its vCPU back unless the thread panicked.
+    pub fn join(self) -> Option<Vcpu> {
+        let vcpu = self.thread.join();
+        if vcpu.is_err() {
             tracing::error!(vcpu = self.index, "vCPU thread panicked");
         }
+        vcpu.ok()
+    }
+
+    /// Ends this one thread, whatever the others do.
+    pub fn retire(self) -> Option<Vcpu> {
+        self.leaving.store(true, Ordering::Release);
+        self.lifecycle.gate().nudge();
+        self.kick();
+        self.join()
     }
 }
 
@@ -83,24 +95,27 @@ impl Drop for Leaving {
 }
 
 impl Vcpu {
-    /// Starts the thread, which waits at the closed gate.
+    /// Starts the thread, which passes the gate first.
     ///
     /// # Errors
-    /// The host refuses the thread. The gate must then count one thread less; see [`Gate::leave`].
-    ///
-    /// [`Gate::leave`]: crate::vcpu::gate::Gate::leave
+    /// The host refuses the thread; the vCPU is lost with it.
     pub fn spawn(self) -> io::Result<VcpuThread> {
-        let (index, counters) = (self.index, self.counters.clone());
+        let (index, counters, lifecycle) = (self.index, self.counters.clone(), self.lifecycle.clone());
+        let leaving = Arc::new(AtomicBool::new(false));
         let (send_tid, tid) = mpsc::sync_channel(1);
+        lifecycle.gate().join();
+        let told = leaving.clone();
         let thread = thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || {
                 let leaving = Leaving(self.lifecycle.clone());
                 // SAFETY: gettid has no arguments and cannot fail.
                 let _ = send_tid.send(unsafe { libc::gettid() });
-                self.run();
+                let vcpu = self.run(&told);
                 drop(leaving);
-            })?;
+                vcpu
+            })
+            .inspect_err(|_| lifecycle.gate().leave())?;
         let tid = tid
             .recv()
             .map_err(|_| io::Error::other("vCPU thread ended before it started"))?;
@@ -108,14 +123,16 @@ impl Vcpu {
             index,
             tid,
             counters,
+            leaving,
+            lifecycle,
             thread,
         })
     }
 
-    fn run(mut self) {
+    fn run(mut self, leaving: &AtomicBool) -> Self {
         let registration = kick::Registration::new(&mut self.fd);
         loop {
-            match self.lifecycle.gate().pass() {
+            match self.lifecycle.gate().pass(leaving) {
                 Passage::Open => {}
                 Passage::Reopened => self.tell_kvmclock(),
                 Passage::End => break,
@@ -126,6 +143,7 @@ impl Vcpu {
             }
         }
         drop(registration);
+        self
     }
 
     /// Tells the guest's watchdogs that it was not running. The guest may not use kvmclock (yet): EINVAL.

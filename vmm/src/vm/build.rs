@@ -6,33 +6,35 @@
 use std::io;
 use std::sync::Arc;
 
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::acpi;
+use crate::acpi::{self, shared_page::SharedPage};
 use crate::boot;
 use crate::bus::Bus;
 use crate::config::{ConsoleConfig, VmConfig};
+use crate::devices::cpu_hotplug::{self, CpuHotplug};
 use crate::devices::ged::{self, Ged};
 use crate::devices::power::{self, Power};
 use crate::devices::pvpanic::{self, PvPanic};
 use crate::devices::serial::{self, Serial};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::console::{Console, ConsoleLog};
-use crate::devices::virtio::slots::{PRESENCE_PORT, PRESENCE_PORTS, Presence, Slots};
+use crate::devices::virtio::slots::{self, Slots};
 use crate::devices::virtio::vsock::{Vsock, VsockHandle};
+use crate::devices::vmgenid;
 use crate::io_loop::IoLoop;
-use crate::irq::{self, GsiAllocator};
+use crate::irq::GsiAllocator;
+use crate::irq::io_apic::{self, IoApic};
 use crate::memory::{self, layout};
-use crate::vcpu::metrics::VcpuCounters;
-use crate::vcpu::run::Vcpu;
+use crate::vcpu::factory::{self, VcpuFactory};
 use crate::vcpu::{cpuid, kick, regs};
 use crate::vm::devices;
 use crate::vm::error::BuildError;
 use crate::vm::kvm::{self, ioctl_error};
 use crate::vm::lifecycle::Lifecycle;
-use crate::vm::machine::Machine;
+use crate::vm::machine::{Board, Machine, Vcpus};
 
 /// A machine whose vCPU threads wait at the gate.
 pub struct Built {
@@ -66,43 +68,52 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
             what: "reset vector",
             source: io::Error::other(e.to_string()),
         })?;
+    let shared = Arc::new(SharedPage::new(memory.clone()));
+    let generation = vmgenid::new_id().map_err(|source| BuildError::Host {
+        what: "generation id",
+        source,
+    })?;
+    shared.set_generation(generation);
     let entry = boot::load(&config.boot, &memory, memory_size, rsdp)?;
 
     kvm::set_memory(&vm, &memory)?;
-    vm.create_irq_chip().map_err(ioctl_error("KVM_CREATE_IRQCHIP"))?;
-    let mut vcpus = Vec::new();
+    kvm::split_irqchip(&vm)?;
+    let max = config.vcpus.max;
+    let mut fds = Vec::new();
     for index in 0..config.vcpus.boot {
-        let vcpu = vm
-            .create_vcpu(u64::from(index))
-            .map_err(ioctl_error("KVM_CREATE_VCPU"))?;
-        let cpuid = cpuid::for_vcpu(&cpuid, index, config.vcpus.max)?;
-        vcpu.set_cpuid2(&cpuid).map_err(ioctl_error("KVM_SET_CPUID2"))?;
-        regs::set_msrs(&vcpu, index)?;
+        let vcpu = factory::create(&vm, &cpuid, index, max)?;
         if index == 0 {
             regs::set_boot_state(&vcpu, &memory, entry)?;
         }
-        vcpus.push(vcpu);
+        fds.push(vcpu);
     }
 
-    let slots = Arc::new(Slots::new(plan.acpi.slot_gsis.len() as u8));
-    let ged = Arc::new(Ged::new(new_irqfd(&vm, plan.acpi.ged_gsi)?));
-    let serial = match plan.acpi.serial {
-        true => Some(Serial::new(console.clone(), new_irqfd(&vm, serial::GSI)?)),
-        false => None,
-    };
-    let (pio, mmio) = buses(&slots, &ged, serial)?;
-
     let vm = Arc::new(vm);
+    let hotplug = Arc::new(CpuHotplug::new(shared.clone(), config.vcpus.boot, max));
+    let board = board(&vm, &plan.acpi, shared, &console)?;
+    let (pio, mmio) = buses(&board, &hotplug)?;
+    let lifecycle = Arc::new(Lifecycle::new());
+    let vcpus = Vcpus {
+        threads: Vec::new(),
+        spare: Vec::new(),
+        factory: VcpuFactory {
+            cpuid,
+            max,
+            pio,
+            mmio,
+            lifecycle: lifecycle.clone(),
+        },
+        hotplug,
+    };
     let io = IoLoop::spawn("vmm-io")?;
-    let lifecycle = Arc::new(Lifecycle::new(vcpus.len()));
-    let machine = Machine::new(vm, memory, slots, &plan.acpi.slot_gsis, ged, io);
+    let machine = Machine::new(vm, memory, board, vcpus, io);
     let mut built = Built {
         machine,
         lifecycle,
         console,
         vsock: plan.vsock,
     };
-    match populate(&mut built, plan.devices, vcpus, pio, mmio) {
+    match populate(&mut built.machine, plan.devices, fds) {
         Ok(()) => Ok(built),
         Err(error) => {
             built.lifecycle.gate().end();
@@ -112,17 +123,46 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     }
 }
 
+/// The interrupt controller and what hangs on it.
+fn board(
+    vm: &Arc<VmFd>,
+    acpi: &acpi::Machine,
+    shared: Arc<SharedPage>,
+    console: &ConsoleLog,
+) -> Result<Board, BuildError> {
+    let slots = Arc::new(Slots::new(acpi.slot_gsis.len() as u8, shared.clone()));
+    let ged = Arc::new(Ged::new(new_irqfd(vm, acpi.ged_gsi)?));
+    let serial = match acpi.serial {
+        true => Some(Arc::new(Serial::new(
+            console.clone(),
+            new_irqfd(vm, serial::GSI)?,
+        ))),
+        false => None,
+    };
+    let routing = kvm::Routes {
+        vm: vm.clone(),
+        ged: (acpi.ged_gsi, ged.clone()),
+        slots: (acpi.slot_gsis.first().copied().unwrap_or(u32::MAX), slots.clone()),
+    };
+    Ok(Board {
+        slots,
+        slot_gsis: acpi.slot_gsis.clone(),
+        ged,
+        io_apic: Arc::new(IoApic::new(acpi.io_apic_pins, Box::new(routing))),
+        shared,
+        serial,
+    })
+}
+
 /// The parts that have threads or registrations to undo: devices, then vCPU threads.
 fn populate(
-    built: &mut Built,
+    machine: &mut Machine,
     devices: Vec<Box<dyn VirtioDevice>>,
-    vcpus: Vec<kvm_ioctls::VcpuFd>,
-    pio: Arc<Bus>,
-    mmio: Arc<Bus>,
+    vcpus: Vec<VcpuFd>,
 ) -> Result<(), BuildError> {
     for (slot, device) in devices.into_iter().enumerate() {
         let id = device.id().to_owned();
-        built.machine.plug(slot, device).map_err(|e| BuildError::Device {
+        machine.plug(slot, device).map_err(|e| BuildError::Device {
             id,
             reason: format!("{}: {}", e.what, e.source),
         })?;
@@ -132,19 +172,12 @@ fn populate(
         source,
     })?;
     for (index, fd) in (0u8..).zip(vcpus) {
-        let vcpu = Vcpu {
-            index,
-            fd,
-            pio: pio.clone(),
-            mmio: mmio.clone(),
-            lifecycle: built.lifecycle.clone(),
-            counters: Arc::new(VcpuCounters::default()),
-        };
+        let vcpu = machine.vcpus.factory.connect(index, fd);
         let thread = vcpu.spawn().map_err(|source| BuildError::Host {
             what: "vCPU thread",
             source,
         })?;
-        built.machine.vcpus.push(thread);
+        machine.vcpus.threads.push(thread);
     }
     Ok(())
 }
@@ -181,8 +214,11 @@ impl Plan {
         let slots = all.len() + usize::from(config.hotplug_slots);
         let too_many = || BuildError::TooManySlots {
             requested: slots,
-            max: irq::MAX_SLOTS,
+            max: slots::MAX_SLOTS,
         };
+        if slots > usize::from(slots::MAX_SLOTS) {
+            return Err(too_many());
+        }
         let mut gsis = GsiAllocator::default();
         let ged_gsi = gsis.allocate().ok_or_else(too_many)?;
         let mut slot_gsis = Vec::new();
@@ -194,6 +230,7 @@ impl Plan {
             max_vcpus: config.vcpus.max,
             ged_gsi,
             slot_gsis,
+            io_apic_pins: gsis.pins(),
             serial: config.console == ConsoleConfig::Serial,
         };
         Ok(Self {
@@ -215,28 +252,25 @@ fn check_vcpu_limit(kvm: &Kvm, config: &VmConfig) -> Result<(), BuildError> {
     Ok(())
 }
 
-fn buses(
-    slots: &Arc<Slots>,
-    ged: &Arc<Ged>,
-    serial: Option<Serial>,
-) -> Result<(Arc<Bus>, Arc<Bus>), BuildError> {
+fn buses(board: &Board, hotplug: &Arc<CpuHotplug>) -> Result<(Arc<Bus>, Arc<Bus>), BuildError> {
     let mut pio = Bus::default();
     pio.insert(power::PORT.into(), power::PORTS.into(), Arc::new(Power))?;
     pio.insert(pvpanic::PORT.into(), 1, Arc::new(PvPanic))?;
-    pio.insert(ged::PORT.into(), 1, ged.clone())?;
+    pio.insert(ged::PORT.into(), 1, board.ged.clone())?;
     pio.insert(
-        PRESENCE_PORT.into(),
-        PRESENCE_PORTS.into(),
-        Arc::new(Presence(slots.clone())),
+        cpu_hotplug::PORT.into(),
+        cpu_hotplug::PORTS.into(),
+        hotplug.clone(),
     )?;
-    if let Some(serial) = serial {
-        pio.insert(serial::PORT.into(), serial::PORTS.into(), Arc::new(serial))?;
+    if let Some(serial) = &board.serial {
+        pio.insert(serial::PORT.into(), serial::PORTS.into(), serial.clone())?;
     }
     let mut mmio = Bus::default();
-    if !slots.is_empty() {
-        let size = slots.len() as u64 * layout::VIRTIO_MMIO_SLOT_SIZE;
-        mmio.insert(layout::VIRTIO_MMIO_START, size, slots.clone())?;
+    if !board.slots.is_empty() {
+        let size = board.slots.len() as u64 * layout::VIRTIO_MMIO_SLOT_SIZE;
+        mmio.insert(layout::VIRTIO_MMIO_START, size, board.slots.clone())?;
     }
+    mmio.insert(layout::IO_APIC.into(), io_apic::SIZE, board.io_apic.clone())?;
     Ok((Arc::new(pio), Arc::new(mmio)))
 }
 

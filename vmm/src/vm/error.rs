@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::acpi::AcpiError;
 use crate::boot::BootError;
@@ -126,12 +127,51 @@ pub enum VmError {
         /// The state it is in.
         state: VmState,
     },
+    /// The generic event device cannot interrupt the guest.
+    #[error("interrupt of the generic event device: {0}")]
+    Interrupt(#[from] io::Error),
     /// The machine has no vsock device.
     #[error("the machine has no vsock device")]
     NoVsock,
     /// A vsock operation failed.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+}
+
+/// The machine has not reached the size asked for. It is usable at the size it has.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// The machine is not running.
+    #[error("cannot resize a machine that is {0}")]
+    State(VmState),
+    /// More or fewer than the machine can have.
+    #[error("vCPUs: {requested} requested, the machine can have 1 to {max}")]
+    Vcpus {
+        /// Requested.
+        requested: u8,
+        /// Maximum of the configuration.
+        max: u8,
+    },
+    /// The host cannot make a vCPU.
+    #[error("vCPU {index}: {reason}")]
+    Host {
+        /// vCPU index.
+        index: u8,
+        /// Cause.
+        reason: String,
+    },
+    /// The guest refused or is silent.
+    #[error("vCPUs: {requested} requested, the guest has {reached} after {} ms: {reason}", waited.as_millis())]
+    Guest {
+        /// Requested.
+        requested: u8,
+        /// What the guest has now.
+        reached: u8,
+        /// Time waited.
+        waited: Duration,
+        /// vCPUs and what the guest said about them.
+        reason: String,
+    },
 }
 
 /// A device cannot be added or removed. The machine is as before.

@@ -1,6 +1,7 @@
 //! Devices that come and go while the guest runs.
 
 use crate::config::DeviceConfig;
+use crate::devices::ged::Event;
 use crate::vm::error::HotplugError;
 use crate::vm::info::DeviceInfo;
 use crate::vm::machine::Machine;
@@ -21,7 +22,7 @@ impl Vm {
             }
             let no_slot = || HotplugError::NoFreeSlot {
                 id: id.clone(),
-                slots: machine.slots.len(),
+                slots: machine.board.slots.len(),
             };
             let slot = machine.free_slot().ok_or_else(no_slot)?;
             let device = devices::create(&config).map_err(|reason| HotplugError::Device {
@@ -36,7 +37,7 @@ impl Vm {
             let info = machine
                 .plug(slot, device)
                 .map_err(|e| host_error(e.what, e.source))?;
-            if let Err(error) = machine.ged.notify_slots_changed() {
+            if let Err(error) = machine.board.ged.notify(Event::Slots) {
                 machine.unplug(slot);
                 return Err(host_error("interrupt of the generic event device", error));
             }
@@ -55,6 +56,7 @@ impl Vm {
             let not_found = || HotplugError::NotFound(id.to_owned());
             let slot = machine.slot_of(id).ok_or_else(not_found)?;
             let active = machine
+                .board
                 .slots
                 .lock(slot)
                 .is_some_and(|s| s.as_ref().is_some_and(|t| t.is_active()));

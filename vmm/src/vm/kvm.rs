@@ -2,11 +2,17 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::{Address, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 
+use crate::devices::ged::Ged;
+use crate::devices::virtio::slots::Slots;
+use crate::irq::io_apic::Routing;
 use crate::memory::{GuestMemory, layout};
 use crate::vm::error::{BuildError, KvmError};
 
@@ -83,6 +89,48 @@ pub fn set_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), BuildError> {
         unsafe { vm.set_user_memory_region(region) }.map_err(ioctl_error("KVM_SET_USER_MEMORY_REGION"))?;
     }
     Ok(())
+}
+
+/// Makes the local APICs KVM's and leaves the I/O APIC to us; must come before the first vCPU.
+///
+/// # Errors
+/// [`BuildError::Ioctl`].
+pub fn split_irqchip(vm: &VmFd) -> Result<(), BuildError> {
+    let mut cap = kvm_enable_cap {
+        cap: KVM_CAP_SPLIT_IRQCHIP,
+        ..Default::default()
+    };
+    // Pins whose EOI KVM reports: none, since no interrupt is level-triggered.
+    cap.args[0] = 0;
+    vm.enable_cap(&cap)
+        .map_err(ioctl_error("KVM_ENABLE_CAP(KVM_CAP_SPLIT_IRQCHIP)"))
+}
+
+/// Where the I/O APIC's routes go, and who is asked again when a pin is unmasked.
+pub struct Routes {
+    /// The VM.
+    pub vm: Arc<VmFd>,
+    /// GSI and device.
+    pub ged: (u32, Arc<Ged>),
+    /// GSI of the first slot, and the slots: their GSIs are consecutive.
+    pub slots: (u32, Arc<Slots>),
+}
+
+impl Routing for Routes {
+    fn set(&self, routes: &[kvm_irq_routing_entry]) -> Result<(), kvm_ioctls::Error> {
+        let too_many = |_| kvm_ioctls::Error::new(libc::E2BIG);
+        let routes = KvmIrqRouting::from_entries(routes).map_err(too_many)?;
+        self.vm.set_gsi_routing(&routes)
+    }
+
+    fn unmasked(&self, pin: u8) {
+        let gsi = u32::from(pin);
+        if gsi == self.ged.0 {
+            self.ged.1.repeat();
+        } else if let Some(slot) = gsi.checked_sub(self.slots.0) {
+            self.slots.1.repeat_interrupt(slot as usize);
+        }
+    }
 }
 
 /// Turns an errno into a [`BuildError::Ioctl`] that names the request.

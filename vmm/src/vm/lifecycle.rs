@@ -48,10 +48,10 @@ struct Inner {
 }
 
 impl Lifecycle {
-    /// A configured machine with `vcpus` vCPU threads.
-    pub fn new(vcpus: usize) -> Self {
+    /// A configured machine; vCPU threads join its gate when they are made.
+    pub fn new() -> Self {
         Self {
-            gate: Gate::new(vcpus),
+            gate: Gate::new(0),
             state: Mutex::new(Inner {
                 state: VmState::Configured,
                 ending: None,
@@ -145,7 +145,7 @@ mod tests {
 
     #[test]
     fn finish_when_called_twice_keeps_the_first_reason() {
-        let lifecycle = Lifecycle::new(0);
+        let lifecycle = Lifecycle::new();
         lifecycle.finish(ExitReason::Panic);
         lifecycle.finish(ExitReason::Stopped);
         assert_eq!(lifecycle.wait_ending(), ExitReason::Panic);
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn transition_when_ending_is_refused_with_the_reason() {
-        let lifecycle = Lifecycle::new(0);
+        let lifecycle = Lifecycle::new();
         lifecycle
             .transition(&[VmState::Configured], VmState::Running)
             .unwrap();
@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn wait_stopped_when_the_deadline_passes_gives_none() {
-        let lifecycle = Lifecycle::new(0);
+        let lifecycle = Lifecycle::new();
         assert_eq!(
             lifecycle.wait_stopped(Some(Instant::now() + Duration::from_millis(5))),
             None

@@ -7,13 +7,18 @@ use std::thread::JoinHandle;
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::acpi::shared_page::SharedPage;
+use crate::devices::cpu_hotplug::CpuHotplug;
 use crate::devices::ged::Ged;
+use crate::devices::serial::Serial;
 use crate::devices::virtio::mmio::{Host, MmioTransport, QUEUE_NOTIFY};
 use crate::devices::virtio::slots::{self, Slots};
 use crate::devices::virtio::{Interrupt, VirtioDevice};
 use crate::io_loop::IoLoop;
+use crate::irq::io_apic::IoApic;
 use crate::memory::{GuestMemory, layout};
-use crate::vcpu::run::VcpuThread;
+use crate::vcpu::factory::VcpuFactory;
+use crate::vcpu::run::{Vcpu, VcpuThread};
 use crate::vm::info::{DeviceInfo, DeviceMetrics, VmMetrics};
 
 /// A device cannot be connected to KVM.
@@ -34,17 +39,46 @@ struct SlotState {
     used_before: bool,
 }
 
+/// The processors of a machine.
+#[derive(Debug)]
+pub struct Vcpus {
+    /// vCPU threads, at the gate or in the guest, by ascending index.
+    pub threads: Vec<VcpuThread>,
+    /// vCPUs the guest gave back: KVM keeps them as long as the VM, so they are used again.
+    pub spare: Vec<Vcpu>,
+    /// How they are made.
+    pub factory: VcpuFactory,
+    /// What the guest knows of them.
+    pub hotplug: Arc<CpuHotplug>,
+}
+
+/// The parts of the board.
+#[derive(Debug)]
+pub struct Board {
+    /// The device slots.
+    pub slots: Arc<Slots>,
+    /// Interrupt of each slot.
+    pub slot_gsis: Vec<u32>,
+    /// Tells the guest about changes.
+    pub ged: Arc<Ged>,
+    /// The interrupt controller.
+    pub io_apic: Arc<IoApic>,
+    /// What AML reads.
+    pub shared: Arc<SharedPage>,
+    /// COM1, if there is one.
+    pub serial: Option<Arc<Serial>>,
+}
+
 /// A built machine; exists until the reaper takes it apart. Fields are dropped in this order.
 #[derive(Debug)]
 pub struct Machine {
-    /// vCPU threads, at the gate or in the guest.
-    pub vcpus: Vec<VcpuThread>,
-    /// The device slots.
-    pub slots: Arc<Slots>,
+    /// Processors.
+    pub vcpus: Vcpus,
+    /// Everything that is no device of the configuration.
+    pub board: Board,
     slot_states: Vec<SlotState>,
-    /// Tells the guest about slots.
-    pub ged: Arc<Ged>,
-    vm: Arc<VmFd>,
+    /// KVM's side of the machine.
+    pub vm: Arc<VmFd>,
     /// Guest RAM.
     pub memory: Arc<GuestMemory>,
     /// The loop of the device workers.
@@ -57,12 +91,12 @@ impl Machine {
     pub fn new(
         vm: Arc<VmFd>,
         memory: Arc<GuestMemory>,
-        slots: Arc<Slots>,
-        slot_gsis: &[u32],
-        ged: Arc<Ged>,
+        board: Board,
+        vcpus: Vcpus,
         (io, io_thread): (IoLoop, JoinHandle<()>),
     ) -> Self {
-        let slot_states = slot_gsis
+        let slot_states = board
+            .slot_gsis
             .iter()
             .map(|gsi| SlotState {
                 gsi: *gsi,
@@ -71,10 +105,9 @@ impl Machine {
             })
             .collect();
         Self {
-            vcpus: Vec::new(),
-            slots,
+            vcpus,
+            board,
             slot_states,
-            ged,
             vm,
             memory,
             io,
@@ -85,9 +118,9 @@ impl Machine {
     /// The slot a new device goes to: preferably one that never had a device, because Linux binds its driver by itself
     /// there.
     pub fn free_slot(&self) -> Option<usize> {
-        let free = |index: &usize| self.slots.lock(*index).is_some_and(|slot| slot.is_none());
+        let free = |index: &usize| self.board.slots.lock(*index).is_some_and(|slot| slot.is_none());
         let fresh = |index: &usize| self.slot_states.get(*index).is_some_and(|s| !s.used_before);
-        let all = 0..self.slots.len();
+        let all = 0..self.board.slots.len();
         all.clone()
             .find(|i| free(i) && fresh(i))
             .or_else(|| all.clone().find(free))
@@ -95,8 +128,9 @@ impl Machine {
 
     /// The slot of the device called `id`.
     pub fn slot_of(&self, id: &str) -> Option<usize> {
-        (0..self.slots.len()).find(|index| {
-            self.slots
+        (0..self.board.slots.len()).find(|index| {
+            self.board
+                .slots
                 .lock(*index)
                 .is_some_and(|slot| slot.as_ref().is_some_and(|t| t.id() == id))
         })
@@ -137,17 +171,17 @@ impl Machine {
         };
         let interrupt = Interrupt::new(Arc::default(), irqfd.clone());
         state.irqfd = Some(irqfd);
-        if let Some(mut slot) = self.slots.lock(index) {
+        if let Some(mut slot) = self.board.slots.lock(index) {
             *slot = Some(MmioTransport::new(device, host, interrupt, kicks));
         }
-        self.slots.set_present(index, true);
+        self.board.slots.set_present(index, true);
         Ok(info)
     }
 
     /// Takes the device out of slot `index` and stops it.
     pub fn unplug(&mut self, index: usize) -> Option<DeviceInfo> {
-        let mut transport = self.slots.lock(index)?.take()?;
-        self.slots.set_present(index, false);
+        let mut transport = self.board.slots.lock(index)?.take()?;
+        self.board.slots.set_present(index, false);
         transport.reset();
         unregister_kicks(&self.vm, index, transport.kicks());
         let state = self.slot_states.get_mut(index)?;
@@ -168,7 +202,7 @@ impl Machine {
     /// Counters of all vCPUs and devices.
     pub fn metrics(&self) -> VmMetrics {
         let device = |index| {
-            let slot = self.slots.lock(index)?;
+            let slot = self.board.slots.lock(index)?;
             let transport = slot.as_ref()?;
             Some(DeviceMetrics {
                 id: transport.id().to_owned(),
@@ -178,15 +212,20 @@ impl Machine {
             })
         };
         VmMetrics {
-            vcpus: self.vcpus.iter().map(|vcpu| vcpu.counters.snapshot()).collect(),
-            devices: (0..self.slots.len()).filter_map(device).collect(),
+            vcpus: self
+                .vcpus
+                .threads
+                .iter()
+                .map(|vcpu| vcpu.counters.snapshot())
+                .collect(),
+            devices: (0..self.board.slots.len()).filter_map(device).collect(),
         }
     }
 
     /// Ends all threads and device workers; the gate must have been ended before. What is left is memory and file
     /// descriptors, freed when the result is dropped.
     pub fn shut_down(mut self) -> Remains {
-        let vcpus = std::mem::take(&mut self.vcpus);
+        let vcpus = std::mem::take(&mut self.vcpus.threads);
         for vcpu in &vcpus {
             vcpu.kick();
         }
@@ -197,13 +236,13 @@ impl Machine {
         if let Err(error) = self.io.drain() {
             tracing::warn!(%error, "devices are stopped without draining");
         }
-        for index in 0..self.slots.len() {
-            if let Some(mut slot) = self.slots.lock(index)
+        for index in 0..self.board.slots.len() {
+            if let Some(mut slot) = self.board.slots.lock(index)
                 && let Some(transport) = slot.as_mut()
             {
                 transport.reset();
             }
-            if let Some(mut slot) = self.slots.lock(index) {
+            if let Some(mut slot) = self.board.slots.lock(index) {
                 *slot = None;
             }
         }

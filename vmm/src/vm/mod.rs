@@ -9,6 +9,7 @@ mod info;
 pub(crate) mod kvm;
 pub(crate) mod lifecycle;
 mod machine;
+mod processors;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -16,12 +17,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub use error::{BuildError, HotplugError, KvmError, VmError};
+pub use error::{BuildError, HotplugError, KvmError, ResizeError, VmError};
 pub use exit::ExitReason;
 pub use info::{BootTimings, DeviceInfo, DeviceMetrics, Mark, ThreadIds, VmMetrics};
 pub use lifecycle::VmState;
 
 use crate::config::VmConfig;
+use crate::devices::ged::Event;
 use crate::devices::virtio::console::ConsoleLog;
 use crate::devices::virtio::vsock::{AttachOptions, VsockHandle, VsockListener};
 use lifecycle::Lifecycle;
@@ -36,6 +38,8 @@ pub struct Vm {
     machine: Arc<Mutex<Option<Machine>>>,
     /// Start, pause and resume one at a time.
     operation: Mutex<()>,
+    /// One change of the machine's size at a time.
+    resize: Mutex<()>,
     console: ConsoleLog,
     vsock: Option<VsockHandle>,
     timings: Mutex<BootTimings>,
@@ -54,7 +58,7 @@ impl Vm {
             console,
             vsock,
         } = build::build(&config)?;
-        let thread_count = machine.vcpus.len();
+        let thread_count = machine.vcpus.threads.len();
         let machine = Arc::new(Mutex::new(Some(machine)));
         spawn_reaper(lifecycle.clone(), machine.clone()).inspect_err(|_| {
             lifecycle.gate().end();
@@ -73,6 +77,7 @@ impl Vm {
             lifecycle,
             machine,
             operation: Mutex::new(()),
+            resize: Mutex::new(()),
             console,
             vsock,
             timings: Mutex::new(timings),
@@ -100,7 +105,7 @@ impl Vm {
         self.transition("pause", VmState::Running, VmState::Running)?;
         self.lifecycle.gate().close();
         if let Some(machine) = &*lock(&self.machine) {
-            for vcpu in &machine.vcpus {
+            for vcpu in &machine.vcpus.threads {
                 vcpu.kick();
             }
         }
@@ -117,6 +122,20 @@ impl Vm {
         self.transition("resume", VmState::Paused, VmState::Running)?;
         self.lifecycle.gate().open();
         Ok(())
+    }
+
+    /// Presses the power button. What the guest does about it is its own decision; nothing may happen.
+    ///
+    /// # Errors
+    /// [`VmError::State`] when the machine is stopped, [`VmError::Interrupt`] when the host refuses the interrupt.
+    pub fn press_power_button(&self) -> Result<(), VmError> {
+        match &*lock(&self.machine) {
+            Some(machine) => Ok(machine.board.ged.notify(Event::PowerButton)?),
+            None => Err(VmError::State {
+                operation: "press the power button of",
+                state: self.state(),
+            }),
+        }
     }
 
     /// Ends the machine, in whatever state it is; when this returns no vCPU and no device worker runs. Memory and file
@@ -200,7 +219,12 @@ impl Vm {
     pub fn thread_ids(&self) -> ThreadIds {
         match &*lock(&self.machine) {
             Some(machine) => ThreadIds {
-                vcpus: machine.vcpus.iter().map(|vcpu| (vcpu.index, vcpu.tid)).collect(),
+                vcpus: machine
+                    .vcpus
+                    .threads
+                    .iter()
+                    .map(|vcpu| (vcpu.index, vcpu.tid))
+                    .collect(),
                 io: machine.io.thread_id(),
             },
             None => ThreadIds {

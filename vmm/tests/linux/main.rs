@@ -8,6 +8,7 @@
 mod guest;
 
 mod boot;
+mod hotplug;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

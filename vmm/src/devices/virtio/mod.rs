@@ -112,9 +112,20 @@ impl Interrupt {
         self.signal(INTERRUPT_CONFIG);
     }
 
+    /// Sends the interrupt again if the driver has not acknowledged the last one.
+    pub fn repeat(&self) {
+        if self.status.load(Ordering::SeqCst) != 0 {
+            self.trigger();
+        }
+    }
+
     fn signal(&self, bit: u32) {
         self.raised.fetch_add(1, Ordering::Relaxed);
         self.status.fetch_or(bit, Ordering::SeqCst);
+        self.trigger();
+    }
+
+    fn trigger(&self) {
         if let Err(error) = self.irqfd.write(1) {
             tracing::error!(%error, "virtio: cannot write the irqfd");
         }

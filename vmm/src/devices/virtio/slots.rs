@@ -1,42 +1,38 @@
 //! The virtio-mmio slots: fixed address windows, each empty or holding one device behind its transport.
 //!
 //! All slots are declared in the DSDT as `LNRO0005` devices inside an `ACPI0004` container. Their `_STA` reads a
-//! presence bitmap here, so an empty slot costs the guest nothing at boot and can be filled later: set the bit, then
-//! let the GED send a Bus Check to the container (proven on unmodified Linux 6.1 and 6.12).
+//! presence bit in the shared page, so an empty slot costs the guest no exit at boot and can be filled later: set the
+//! bit, then let the GED send a Bus Check to the container (proven on unmodified Linux 6.1 and 6.12).
 
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use acpi_tables::{Aml, aml};
 
+use crate::acpi::Raw;
+use crate::acpi::shared_page::{Bitmap, SharedPage, bit_path};
 use crate::bus::BusDevice;
 use crate::devices::virtio::mmio::{self, MmioTransport};
 use crate::memory::layout::{VIRTIO_MMIO_SLOT_SIZE, VIRTIO_MMIO_START};
 use crate::vm::ExitReason;
 
-/// First I/O port of the presence bitmap, 32 bits wide, read-only.
-pub const PRESENCE_PORT: u16 = 0x620;
-/// Number of ports of the bitmap.
-pub const PRESENCE_PORTS: u16 = 4;
+/// Most slots of a machine: 64 devices to add, and those a machine has anyway.
+pub const MAX_SLOTS: u8 = 96;
 /// The container, as other devices name it.
 pub const CONTAINER_PATH: &str = "\\_SB_.VIOC";
 
-/// All slots of a machine; the virtio-mmio window and, through [`Presence`], the bitmap.
+/// All slots of a machine.
 #[derive(Debug)]
 pub struct Slots {
     slots: Vec<Mutex<Option<MmioTransport>>>,
-    presence: AtomicU32,
+    shared: Arc<SharedPage>,
 }
 
 impl Slots {
-    /// `count` empty slots, at most 32 (the bitmap).
-    pub fn new(count: u8) -> Self {
-        let slots = (0..count.min(32)).map(|_| Mutex::new(None)).collect();
-        Self {
-            slots,
-            presence: AtomicU32::new(0),
-        }
+    /// `count` empty slots, at most [`MAX_SLOTS`].
+    pub fn new(count: u8, shared: Arc<SharedPage>) -> Self {
+        let slots = (0..count.min(MAX_SLOTS)).map(|_| Mutex::new(None)).collect();
+        Self { slots, shared }
     }
 
     /// Number of slots.
@@ -59,20 +55,20 @@ impl Slots {
         )
     }
 
-    /// Index of the first empty slot.
-    pub fn first_free(&self) -> Option<usize> {
-        (0..self.slots.len()).find(|index| self.lock(*index).is_some_and(|slot| slot.is_none()))
-    }
-
     /// Makes the slot visible (`_STA` = present) or invisible to the guest's next scan.
     pub fn set_present(&self, index: usize, present: bool) {
-        let bit = 1u32
-            .checked_shl(u32::try_from(index).unwrap_or(u32::MAX))
-            .unwrap_or(0);
-        if present {
-            self.presence.fetch_or(bit, Ordering::SeqCst);
-        } else {
-            self.presence.fetch_and(!bit, Ordering::SeqCst);
+        if let Ok(index) = u8::try_from(index) {
+            self.shared.set(Bitmap::SlotPresent, index, present);
+        }
+    }
+
+    /// Interrupts the guest again if the device of a slot still waits to be heard: an edge may have been lost while the pin
+    /// was masked.
+    pub fn repeat_interrupt(&self, index: usize) {
+        if let Some(slot) = self.lock(index)
+            && let Some(transport) = slot.as_ref()
+        {
+            transport.interrupt().repeat();
         }
     }
 
@@ -108,28 +104,6 @@ impl BusDevice for Slots {
     }
 }
 
-/// The presence bitmap as a register.
-#[derive(Debug)]
-pub struct Presence(pub std::sync::Arc<Slots>);
-
-impl BusDevice for Presence {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        let bitmap = self.0.presence.load(Ordering::SeqCst).to_le_bytes();
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (index, byte) in data.iter_mut().enumerate() {
-            *byte = start
-                .checked_add(index)
-                .and_then(|i| bitmap.get(i))
-                .copied()
-                .unwrap_or(0);
-        }
-    }
-
-    fn write(&self, _offset: u64, _data: &[u8]) -> ControlFlow<ExitReason> {
-        ControlFlow::Continue(())
-    }
-}
-
 /// Name of the platform device Linux makes of a slot.
 pub fn acpi_name(index: usize) -> String {
     format!("LNRO0005:{index:02x}")
@@ -137,33 +111,23 @@ pub fn acpi_name(index: usize) -> String {
 
 /// Writes the container with one device per entry of `gsis`.
 pub fn write_aml(sink: &mut Vec<u8>, gsis: &[u32]) {
-    let mut fields = Vec::new();
-    let mut devices = Vec::new();
-    for (index, gsi) in (0u8..32).zip(gsis) {
-        fields.push(aml::FieldEntry::Named(slot_name(b'P', index), 1));
-        write_slot_aml(&mut devices, index, *gsi);
+    let count = gsis.len().min(usize::from(MAX_SLOTS)) as u8;
+    let mut body = Vec::new();
+    Bitmap::SlotPresent.write_aml(&mut body, "SLTR", b'P', count);
+    for (index, gsi) in (0..count).zip(gsis) {
+        write_slot_aml(&mut body, index, *gsi);
     }
     let (hid, uid) = (
         aml::Name::new("_HID".into(), &"ACPI0004"),
         aml::Name::new("_UID".into(), &aml::ZERO),
     );
-    let region = aml::OpRegion::new("SLTR".into(), aml::OpRegionSpace::SystemIO, &PRESENCE_PORT, &4u8);
-    let field = aml::Field::new(
-        "SLTR".into(),
-        aml::FieldAccessType::DWord,
-        aml::FieldLockRule::NoLock,
-        aml::FieldUpdateRule::Preserve,
-        fields,
-    );
-    let devices = Raw(devices);
-    aml::Device::new("VIOC".into(), vec![&hid, &uid, &region, &field, &devices]).to_aml_bytes(sink);
+    aml::Device::new("VIOC".into(), vec![&hid, &uid, &Raw(&body)]).to_aml_bytes(sink);
 }
 
 fn write_slot_aml(sink: &mut Vec<u8>, index: u8, gsi: u32) {
-    let name = |letter| aml::Path::new(&String::from_utf8_lossy(&slot_name(letter, index)));
     let base = u32::try_from(Slots::address(usize::from(index))).unwrap_or(0);
     aml::Device::new(
-        name(b'V'),
+        bit_path(b'V', index),
         vec![
             &aml::Name::new("_HID".into(), &"LNRO0005"),
             &aml::Name::new("_UID".into(), &index),
@@ -173,7 +137,7 @@ fn write_slot_aml(sink: &mut Vec<u8>, index: u8, gsi: u32) {
                 0,
                 false,
                 vec![
-                    &aml::If::new(&name(b'P'), vec![&aml::Return::new(&0x0fu8)]),
+                    &aml::If::new(&bit_path(b'P', index), vec![&aml::Return::new(&0x0fu8)]),
                     &aml::Return::new(&aml::ZERO),
                 ],
             ),
@@ -189,30 +153,14 @@ fn write_slot_aml(sink: &mut Vec<u8>, index: u8, gsi: u32) {
     .to_aml_bytes(sink);
 }
 
-/// `V000`-style names, hexadecimal.
-fn slot_name(letter: u8, index: u8) -> [u8; 4] {
-    let digit = |n: u8| if n < 10 { b'0' + n } else { b'A' + (n - 10) };
-    [letter, b'0', digit(index >> 4), digit(index & 0xf)]
-}
-
-/// AML that is already encoded.
-struct Raw(Vec<u8>);
-
-impl Aml for Raw {
-    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-        sink.vec(&self.0);
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
 
     #[test]
     fn read_when_the_slot_is_empty_shows_a_device_id_of_zero() {
-        let slots = Slots::new(2);
+        let memory = Arc::new(crate::memory::allocate(64 << 20).unwrap());
+        let slots = Slots::new(2, Arc::new(SharedPage::new(memory)));
         let mut data = [0; 4];
         slots.read(VIRTIO_MMIO_SLOT_SIZE, &mut data);
         assert_eq!(&data, b"virt");
@@ -220,29 +168,5 @@ mod tests {
         assert_eq!(data, [0; 4]);
         slots.read(2 * VIRTIO_MMIO_SLOT_SIZE, &mut data);
         assert_eq!(data, [0xff; 4]);
-    }
-
-    #[test]
-    fn presence_when_bits_change_follows_them() {
-        let slots = Arc::new(Slots::new(20));
-        let presence = Presence(slots.clone());
-        slots.set_present(0, true);
-        slots.set_present(17, true);
-        slots.set_present(99, true);
-        let mut data = [0; 4];
-        presence.read(0, &mut data);
-        assert_eq!(u32::from_le_bytes(data), 1 | 1 << 17);
-        slots.set_present(0, false);
-        let mut byte = [0; 1];
-        presence.read(2, &mut byte);
-        assert_eq!(byte, [2]);
-        presence.read(9, &mut byte);
-        assert_eq!(byte, [0]);
-    }
-
-    #[test]
-    fn slot_name_when_two_digits_is_hexadecimal() {
-        assert_eq!(&slot_name(b'V', 0), b"V000");
-        assert_eq!(&slot_name(b'P', 0x1f), b"P01F");
     }
 }
