@@ -84,6 +84,26 @@ impl CpuHotplug {
         self.lock().clone()
     }
 
+    /// Takes over saved presence, by index. The shared page is part of the guest's memory and says the same.
+    ///
+    /// # Errors
+    /// The reason, when it is another machine's.
+    pub fn restore(&self, present: &[bool]) -> Result<(), String> {
+        let mut cpus = self.lock();
+        if cpus.len() != present.len() {
+            return Err(format!(
+                "{} processors saved, the machine has {}",
+                present.len(),
+                cpus.len()
+            ));
+        }
+        for ((index, cpu), present) in (0u8..).zip(cpus.iter_mut()).zip(present) {
+            *cpu = if *present { Cpu::Present } else { Cpu::Absent };
+            self.publish(index, *cpu);
+        }
+        Ok(())
+    }
+
     /// Offers a processor to the guest; the GED must be told afterwards.
     pub fn insert(&self, index: u8) {
         self.set(index, Cpu::Inserting);

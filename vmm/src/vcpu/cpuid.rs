@@ -72,6 +72,73 @@ pub fn for_vcpu(supported: &[kvm_cpuid_entry2], index: u8, max_vcpus: u8) -> Res
     CpuId::from_entries(&entries).map_err(|_| CpuidError::TooMany(entries.len()))
 }
 
+/// Whether a guest that was shown `saved` can go on where `here` is what the host supports.
+///
+/// # Errors
+/// The first difference that matters: another vendor or model, or a feature the host lacks.
+pub fn check_compatible(saved: &[kvm_cpuid_entry2], here: &[kvm_cpuid_entry2]) -> Result<(), String> {
+    let find = |list: &[kvm_cpuid_entry2], function, index| {
+        list.iter()
+            .find(|e| e.function == function && e.index == index)
+            .copied()
+    };
+    let identity = |list: &[kvm_cpuid_entry2]| {
+        let (vendor, model) = (
+            find(list, 0, 0).unwrap_or_default(),
+            find(list, 1, 0).unwrap_or_default(),
+        );
+        let name: Vec<u8> = [vendor.ebx, vendor.edx, vendor.ecx]
+            .iter()
+            .flat_map(|r| r.to_le_bytes())
+            .collect();
+        // Family and model without the stepping.
+        (String::from_utf8_lossy(&name).into_owned(), model.eax & !0xf)
+    };
+    let (then, now) = (identity(saved), identity(here));
+    if then != now {
+        return Err(format!(
+            "saved on a {} CPU with signature {:#x}, this is a {} CPU with signature {:#x}",
+            then.0, then.1, now.0, now.1
+        ));
+    }
+    for (function, index) in [
+        (1, 0),
+        (7, 0),
+        (7, 1),
+        (7, 2),
+        (0xd, 1),
+        (0x8000_0001, 0),
+        (0x8000_0007, 0),
+        (0x8000_0008, 0),
+    ] {
+        let Some(then) = find(saved, function, index) else {
+            continue;
+        };
+        let now = find(here, function, index).unwrap_or_default();
+        // In leaf 1 and 0x80000008 the other registers are numbers, in leaf 7.0 eax is.
+        let bits = match (function, index) {
+            (1, _) | (0x8000_0001, _) => [(then.ecx, now.ecx, "ecx"), (then.edx, now.edx, "edx"), (0, 0, "")],
+            (7, 0) => [
+                (then.ebx, now.ebx, "ebx"),
+                (then.ecx, now.ecx, "ecx"),
+                (then.edx, now.edx, "edx"),
+            ],
+            (0x8000_0007, _) => [(then.edx, now.edx, "edx"), (0, 0, ""), (0, 0, "")],
+            (0x8000_0008, _) => [(then.ebx, now.ebx, "ebx"), (0, 0, ""), (0, 0, "")],
+            _ => [(then.eax, now.eax, "eax"), (then.edx, now.edx, "edx"), (0, 0, "")],
+        };
+        for (then, now, register) in bits {
+            let missing = then & !now;
+            if missing != 0 {
+                return Err(format!(
+                    "this host's CPU lacks features of the one it was saved on: CPUID {function:#x}.{index} {register} bits {missing:#x}"
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
 struct Topology {
     apic_id: u32,
     cores: u32,
@@ -191,6 +258,20 @@ mod tests {
         assert_eq!(get(&cpuid, 1, 0).ebx, 1 << 16);
         assert_eq!(get(&cpuid, 1, 0).edx & EDX_HTT, 0);
         assert_eq!(cpuid.as_slice().len(), 2);
+    }
+
+    #[test]
+    fn check_compatible_when_vendor_or_features_differ_says_how() {
+        let mut saved = vec![leaf(0, 0, 1), leaf(1, 0, 0x0610_f01)];
+        saved[0].ebx = u32::from_le_bytes(*b"Genu");
+        saved[1].ecx = 0b101;
+        let mut here = saved.clone();
+        here[1].ecx = 0b111;
+        here[1].eax += 1;
+        assert_eq!(check_compatible(&saved, &here), Ok(()));
+        assert!(check_compatible(&here, &saved).unwrap_err().contains("bits 0x2"));
+        here[0].ebx = u32::from_le_bytes(*b"Auth");
+        assert!(check_compatible(&saved, &here).unwrap_err().contains("Genu"));
     }
 
     #[test]

@@ -7,3 +7,4 @@ pub mod kick;
 pub mod metrics;
 pub mod regs;
 pub mod run;
+pub mod state;

@@ -8,12 +8,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::devices::virtio::state::{QueuePosition, StateError};
 use crate::devices::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::io_loop::IoLoop;
 use crate::memory::GuestMemory;
@@ -38,7 +40,7 @@ mod status {
 }
 
 /// A queue as the driver wrote it, not yet validated.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct QueueRegisters {
     size: u32,
     ready: bool,
@@ -56,6 +58,21 @@ pub struct Host {
     pub io: IoLoop,
 }
 
+/// The registers of a slot and where its device stands, as they are saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TransportState {
+    status: u32,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    driver_features: u64,
+    queue_sel: u32,
+    queues: Vec<QueueRegisters>,
+    interrupt_status: u32,
+    config_generation: u32,
+    /// Empty unless a driver runs the device.
+    positions: Vec<QueuePosition>,
+}
+
 /// One device behind the registers of one slot.
 pub struct MmioTransport {
     device: Box<dyn VirtioDevice>,
@@ -69,6 +86,8 @@ pub struct MmioTransport {
     driver_features: u64,
     queue_sel: u32,
     queues: Vec<QueueRegisters>,
+    /// Where the device goes on when it is activated the next time; empty: at the beginning.
+    positions: Vec<QueuePosition>,
 }
 
 impl std::fmt::Debug for MmioTransport {
@@ -126,6 +145,7 @@ impl MmioTransport {
             driver_features: 0,
             queue_sel: 0,
             queues,
+            positions: Vec::new(),
         }
     }
 
@@ -306,7 +326,8 @@ impl MmioTransport {
         self.status = next | self.status & status::NEEDS_RESET;
         if start && next & status::FAILED == 0 && self.status & status::NEEDS_RESET == 0 {
             self.status |= status::DRIVER_OK;
-            self.activate();
+            // The driver sees a failure in the status register.
+            let _ = self.activate();
         }
     }
 
@@ -325,11 +346,12 @@ impl MmioTransport {
         unknown == 0 && version_1
     }
 
-    fn activate(&mut self) {
+    fn activate(&mut self) -> Result<(), String> {
         let result = self
             .activation()
             .and_then(|activation| self.device.activate(activation).map_err(|e| e.to_string()));
-        if let Err(reason) = result {
+        self.positions.clear();
+        if let Err(reason) = &result {
             tracing::error!(
                 device = self.device.id(),
                 reason,
@@ -338,6 +360,7 @@ impl MmioTransport {
             self.status |= status::NEEDS_RESET;
             self.interrupt.signal_config();
         }
+        result
     }
 
     fn activation(&self) -> Result<Activation, String> {
@@ -347,9 +370,13 @@ impl MmioTransport {
             if !registers.ready {
                 continue;
             }
-            let queue = self
+            let mut queue = self
                 .validate_queue(registers, *max_size)
                 .map_err(|e| format!("queue {index}: {e}"))?;
+            if let Some(position) = self.positions.iter().find(|p| usize::from(p.index) == index) {
+                queue.set_next_avail(position.next_avail);
+                queue.set_next_used(position.next_used);
+            }
             queues.push(ActiveQueue {
                 index,
                 queue,
@@ -388,6 +415,81 @@ impl MmioTransport {
         }
     }
 
+    /// Stops the device between two requests. It goes on with [`resume`](Self::resume).
+    pub fn suspend(&mut self) {
+        if self.is_active() {
+            self.positions = self.device.suspend();
+        }
+    }
+
+    /// Lets a suspended (or restored) device go on where it stood.
+    ///
+    /// # Errors
+    /// The reason why the device cannot start; the driver is told to reset it.
+    pub fn resume(&mut self) -> Result<(), String> {
+        if !self.is_active() {
+            return Ok(());
+        }
+        self.activate().inspect(|()| self.interrupt.repeat())
+    }
+
+    /// The registers, and what the device itself knows. The device must be suspended.
+    ///
+    /// # Errors
+    /// [`StateError`] when the device cannot be saved.
+    pub fn save(&self) -> Result<(TransportState, Vec<u8>), StateError> {
+        let state = TransportState {
+            status: self.status,
+            device_features_sel: self.device_features_sel,
+            driver_features_sel: self.driver_features_sel,
+            driver_features: self.driver_features,
+            queue_sel: self.queue_sel,
+            queues: self.queues.clone(),
+            interrupt_status: self.interrupt.status().load(Ordering::SeqCst),
+            config_generation: self.interrupt.config_generation().load(Ordering::SeqCst),
+            positions: self.positions.clone(),
+        };
+        Ok((state, self.device.save()?))
+    }
+
+    /// Takes over what [`save`](Self::save) gave; the device goes on with [`resume`](Self::resume).
+    ///
+    /// # Errors
+    /// [`StateError`] when it does not fit the device; the transport is of no use then.
+    pub fn restore(&mut self, state: TransportState, device: &[u8]) -> Result<(), StateError> {
+        let invalid = |reason: String| StateError::Invalid {
+            device: self.device.id().to_owned(),
+            reason,
+        };
+        if state.queues.len() != self.queues.len() {
+            let (saved, here) = (state.queues.len(), self.queues.len());
+            return Err(invalid(format!("{saved} queues saved, the device has {here}")));
+        }
+        if state.positions.len() > state.queues.len() {
+            return Err(invalid(format!("{} queue positions", state.positions.len())));
+        }
+        let unknown = state.driver_features & !self.device.features();
+        if unknown != 0 && state.status & status::FEATURES_OK != 0 {
+            return Err(invalid(format!(
+                "the driver uses features {unknown:#x}, which this host does not offer"
+            )));
+        }
+        self.device.restore(device)?;
+        self.status = state.status;
+        self.device_features_sel = state.device_features_sel;
+        self.driver_features_sel = state.driver_features_sel;
+        self.driver_features = state.driver_features;
+        self.queue_sel = state.queue_sel;
+        self.queues = state.queues;
+        self.positions = state.positions;
+        self.interrupt
+            .status()
+            .store(state.interrupt_status, Ordering::SeqCst);
+        let generation = self.interrupt.config_generation();
+        generation.store(state.config_generation, Ordering::SeqCst);
+        Ok(())
+    }
+
     /// Stops the device and forgets everything the driver set up. When this returns the device no longer touches guest
     /// memory.
     pub fn reset(&mut self) {
@@ -398,6 +500,7 @@ impl MmioTransport {
         self.driver_features = 0;
         self.queue_sel = 0;
         self.queues = initial_queues(&*self.device);
+        self.positions.clear();
         self.interrupt.status().store(0, Ordering::SeqCst);
     }
 }
