@@ -2,6 +2,7 @@
 
 mod build;
 mod devices;
+mod disks;
 mod error;
 mod exit;
 mod hotplug;

@@ -50,9 +50,8 @@ fn image() -> (TempDir, PathBuf) {
 
 fn config(path: &Path, read_only: bool) -> BlockConfig {
     BlockConfig {
-        id: "disk-with-a-long-name".into(),
-        path: path.to_owned(),
         read_only,
+        ..BlockConfig::new("disk-with-a-long-name", path)
     }
 }
 
