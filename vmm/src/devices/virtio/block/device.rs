@@ -10,7 +10,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::disk::{BlockError, Disk, SECTOR};
-use super::request::{MAX_RANGE_SECTORS, MAX_RANGES};
+use super::request::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS};
 use super::target::Target;
 use super::throttle::{Throttle, ThrottleTimer};
 use super::worker::{Surroundings, Worker};
@@ -160,12 +160,12 @@ impl Block {
         if disk.read_only() {
             return space;
         }
-        put(36, &MAX_RANGE_SECTORS.to_le_bytes());
+        put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
         put(40, &MAX_RANGES.to_le_bytes());
         // discard_sector_alignment
         let alignment = u64::from(disk.physical_block_size().max(4096)) / SECTOR;
         put(44, &(alignment as u32).to_le_bytes());
-        put(48, &MAX_RANGE_SECTORS.to_le_bytes());
+        put(48, &MAX_ZEROES_SECTORS.to_le_bytes());
         put(52, &MAX_RANGES.to_le_bytes());
         // write_zeroes_may_unmap
         put(56, &[1]);

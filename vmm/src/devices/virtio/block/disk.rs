@@ -100,7 +100,7 @@ struct Direct {
 
 /// Which of the disk's two files a transfer uses; the value is its index among the ring's registered files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Path {
+pub(super) enum Route {
     /// As configured.
     Main = 0,
     /// Through the page cache.
@@ -154,7 +154,6 @@ impl Disk {
         let direct = match config.direct {
             false => None,
             true => {
-                // Before O_DIRECT is set: a description of its own, so that the flag is not shared.
                 let buffered = reopen(&file, config.read_only).map_err(direct_error)?;
                 let flags = rustix::fs::fcntl_getfl(&file).map_err(|e| open_error(e.into()))?;
                 rustix::fs::fcntl_setfl(&file, flags | OFlags::DIRECT).map_err(|e| direct_error(e.into()))?;
@@ -234,9 +233,9 @@ impl Disk {
     ///
     /// What does not fit direct I/O goes through the page cache, which the kernel keeps coherent with direct I/O and which
     /// makes writes of parts of a block atomic; a bounce buffer of our own would have to lock blocks against each other.
-    pub(super) fn path(&self, segments: &[libc::iovec], offset: u64) -> Path {
+    pub(super) fn route(&self, segments: &[libc::iovec], offset: u64) -> Route {
         let Some(direct) = &self.direct else {
-            return Path::Main;
+            return Route::Main;
         };
         let len: u64 = segments.iter().map(|s| s.iov_len as u64).sum();
         let block = u64::from(self.block_size);
@@ -245,28 +244,28 @@ impl Disk {
             (s.iov_base as u64).is_multiple_of(direct.memory) && (s.iov_len as u64).is_multiple_of(block)
         };
         if offset.is_multiple_of(block) && len.is_multiple_of(block) && segments.iter().all(fits) {
-            Path::Main
+            Route::Main
         } else {
-            Path::Buffered
+            Route::Buffered
         }
     }
 
-    /// The file of a path. Without direct I/O there is only one.
-    pub(super) fn file(&self, path: Path) -> &File {
-        match (&self.direct, path) {
-            (Some(direct), Path::Buffered) => &direct.buffered,
+    /// The file of a route. Without direct I/O there is only one.
+    pub(super) fn file(&self, route: Route) -> &File {
+        match (&self.direct, route) {
+            (Some(direct), Route::Buffered) => &direct.buffered,
             _ => &self.file,
         }
     }
 
-    /// Whether transfers on `path` copy, and so keep the caller busy even if no device is waited for.
-    pub(super) fn copies(&self, path: Path) -> bool {
-        self.direct.is_none() || path == Path::Buffered
+    /// Whether transfers on `route` copy, and so keep the caller busy even if no device is waited for.
+    pub(super) fn copies(&self, route: Route) -> bool {
+        self.direct.is_none() || route == Route::Buffered
     }
 
-    /// The files in the order of [`Path`].
+    /// The files in the order of [`Route`].
     pub(super) fn descriptors(&self) -> [RawFd; 2] {
-        [Path::Main, Path::Buffered].map(|path| self.file(path).as_raw_fd())
+        [Route::Main, Route::Buffered].map(|route| self.file(route).as_raw_fd())
     }
 }
 

@@ -23,8 +23,10 @@ const RANGE_BYTES: u64 = 16;
 const RANGE_UNMAP: u32 = 1;
 /// Ranges in one DISCARD or WRITE_ZEROES.
 pub(super) const MAX_RANGES: u32 = 16;
-/// Sectors of one such range: 2 GiB, like Firecracker's and QEMU's bound of a 32-bit byte count.
-pub(super) const MAX_RANGE_SECTORS: u32 = 1 << 22;
+/// Sectors of one range of a DISCARD: 2 GiB, like Firecracker's and QEMU's bound of a 32-bit byte count.
+pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 22;
+/// Sectors of one range of a WRITE_ZEROES: 64 MiB, because they may really have to be written, and a reset waits for that.
+pub(super) const MAX_ZEROES_SECTORS: u32 = 1 << 17;
 
 /// Why a request failed; becomes its status byte.
 #[derive(Debug, thiserror::Error)]
@@ -69,7 +71,7 @@ pub(super) struct Request {
     status: Buffers,
     /// Request type of the header.
     kind: u32,
-    /// Bytes moved or covered, for counters and limits.
+    /// Bytes moved or covered.
     bytes: u64,
     /// Bytes before the status that are written if all goes well.
     written: u32,
@@ -116,9 +118,12 @@ impl Request {
         self.head
     }
 
-    /// Bytes it moves, for the rate limiter.
-    pub(super) fn bytes(&self) -> u64 {
-        self.bytes
+    /// Bytes it moves, for the rate limiter. Ranges do not count: a discard of gigabytes is one operation.
+    pub(super) fn bytes_moved(&self) -> u64 {
+        match self.kind {
+            VIRTIO_BLK_T_IN | VIRTIO_BLK_T_OUT => self.bytes,
+            _ => 0,
+        }
     }
 
     /// What is to be done now; `None` when the request can be answered.
@@ -163,7 +168,7 @@ impl Request {
             Err(error) => {
                 match error {
                     RequestError::Io(_) => {
-                        tracing::warn!(device = %target.id, %error, "block: request failed")
+                        tracing::warn!(device = %target.id, %error, "block: request failed");
                     }
                     _ => tracing::debug!(device = %target.id, %error, "block: request refused"),
                 }
@@ -252,14 +257,13 @@ impl Work {
             data.read(memory, index * RANGE_BYTES, &mut range)?;
             let (sector, sectors, flags) = (le_u64(&range, 0), le_u32(&range, 8), le_u32(&range, 12));
             let len = u64::from(sectors) * SECTOR;
-            if sectors > MAX_RANGE_SECTORS {
+            let (longest, allowed) = match kind {
+                VIRTIO_BLK_T_WRITE_ZEROES => (MAX_ZEROES_SECTORS, RANGE_UNMAP),
+                _ => (MAX_DISCARD_SECTORS, 0),
+            };
+            if sectors > longest {
                 return Err(RequestError::Malformed("range longer than announced"));
             }
-            let allowed = if kind == VIRTIO_BLK_T_WRITE_ZEROES {
-                RANGE_UNMAP
-            } else {
-                0
-            };
             if flags & !allowed != 0 {
                 return Err(RequestError::Unsupported(kind, flags));
             }

@@ -12,7 +12,7 @@ use io_uring::squeue::Flags;
 use io_uring::{IoUring, opcode, squeue, types};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::disk::{BlockError, Disk, Path};
+use super::disk::{BlockError, Disk, Route};
 use super::step::{Direction, Step};
 use crate::config::BlockEngine;
 
@@ -32,13 +32,16 @@ pub(super) fn available() -> Result<(), &'static str> {
         let result = probe();
         match &result {
             Ok(()) => {
-                tracing::info!("block: engine io_uring: the kernel has all operations and restrictions")
+                tracing::info!("block: engine io_uring: the kernel has all operations and restrictions");
             }
             Err(reason) => tracing::info!(%reason, "block: engine sync: io_uring cannot be used"),
         }
         result
     });
-    result.as_ref().map(|()| ()).map_err(String::as_str)
+    match result {
+        Ok(()) => Ok(()),
+        Err(reason) => Err(reason),
+    }
 }
 
 fn probe() -> Result<(), String> {
@@ -85,13 +88,15 @@ fn restrict(ring: &IoUring, files: &[i32]) -> Result<(), (&'static str, io::Erro
 
 /// Decides once, when the disk is made. True: io_uring.
 pub(super) fn choose(id: &str, engine: BlockEngine) -> Result<bool, BlockError> {
-    match (engine, available()) {
-        (BlockEngine::Sync, _) | (BlockEngine::Auto, Err(_)) => Ok(false),
-        (_, Ok(())) => Ok(true),
-        (BlockEngine::IoUring, Err(reason)) => Err(BlockError::NoIoUring {
-            id: id.to_owned(),
-            reason: reason.to_owned(),
-        }),
+    match engine {
+        BlockEngine::Sync => Ok(false),
+        BlockEngine::Auto => Ok(available().is_ok()),
+        BlockEngine::IoUring => available()
+            .map(|()| true)
+            .map_err(|reason| BlockError::NoIoUring {
+                id: id.to_owned(),
+                reason: reason.to_owned(),
+            }),
     }
 }
 
@@ -176,29 +181,79 @@ impl Drop for Ring {
 }
 
 fn entry(step: &Step) -> squeue::Entry {
-    let file = |path: Path| types::Fixed(path as u32);
+    let file = |route: Route| types::Fixed(route as u32);
     match step {
         Step::Move(transfer) => {
             let segments = transfer.segments();
             // At most MAX_SEGMENTS.
             let (pointer, count) = (segments.as_ptr(), segments.len() as u32);
             match transfer.direction() {
-                Direction::Read => opcode::Readv::new(file(transfer.path()), pointer, count)
+                Direction::Read => opcode::Readv::new(file(transfer.route()), pointer, count)
                     .offset(transfer.offset())
                     .build(),
-                Direction::Write => opcode::Writev::new(file(transfer.path()), pointer, count)
+                Direction::Write => opcode::Writev::new(file(transfer.route()), pointer, count)
                     .offset(transfer.offset())
                     .build(),
             }
         }
-        Step::Flush => opcode::Fsync::new(file(Path::Main))
+        Step::Flush => opcode::Fsync::new(file(Route::Main))
             .flags(types::FsyncFlags::DATASYNC)
             .build(),
         Step::Allocate {
             mode, offset, len, ..
-        } => opcode::Fallocate::new(file(Path::Main), *len)
+        } => opcode::Fallocate::new(file(Route::Main), *len)
             .offset(*offset)
             .mode(*mode)
             .build(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::BlockConfig;
+
+    #[test]
+    fn ring_when_asked_for_more_than_a_disk_needs_refuses() {
+        if let Err(reason) = available() {
+            eprintln!("not run: {reason}");
+            return;
+        }
+        let image = vmm_sys_util::tempfile::TempFile::new().unwrap();
+        image.as_file().set_len(4096).unwrap();
+        let disk = Disk::open(&BlockConfig::new("d", image.as_path())).unwrap();
+        let mut ring = Ring::new(&disk, 8).unwrap();
+        let mut byte = [0u8];
+        let segment = libc::iovec {
+            iov_base: byte.as_mut_ptr().cast(),
+            iov_len: 1,
+        };
+        let file = image.as_file().as_raw_fd();
+        let read = |file: types::Fd| opcode::Readv::new(file, &raw const segment, 1).build();
+        let refused = [
+            opcode::Nop::new().build(),
+            opcode::Close::new(types::Fd(file)).build(),
+            read(types::Fd(file)),
+            opcode::Readv::new(types::Fixed(0), &raw const segment, 1)
+                .build()
+                .flags(Flags::IO_LINK),
+        ];
+        for entry in refused {
+            // SAFETY: `segment` and `byte` outlive the completion taken below.
+            unsafe { ring.ring.submission().push(&entry) }.unwrap();
+            ring.submit(1).unwrap();
+            let (_, result) = ring.take().unwrap();
+            assert_eq!(
+                result.unwrap_err().raw_os_error(),
+                Some(libc::EACCES),
+                "{entry:?}"
+            );
+        }
+        assert!(ring.ring.submitter().register_files_update(0, &[file]).is_err());
+        let allowed = opcode::Readv::new(types::Fixed(0), &raw const segment, 1).build();
+        // SAFETY: as above.
+        unsafe { ring.ring.submission().push(&allowed) }.unwrap();
+        ring.submit(1).unwrap();
+        assert_eq!(ring.take().unwrap().1.unwrap(), 1);
     }
 }

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use super::disk::{Disk, Path};
+use super::disk::{Disk, Route};
 use crate::devices::virtio::chain::{Buffers, OutOfBuffer};
 use crate::memory::GuestMemory;
 
@@ -33,7 +33,7 @@ pub(super) enum Direction {
 #[derive(Debug)]
 pub(super) struct Transfer {
     direction: Direction,
-    path: Path,
+    route: Route,
     /// Keeps the memory behind the segments mapped; `None` for the page of zeroes.
     _memory: Option<Arc<GuestMemory>>,
     segments: Vec<libc::iovec>,
@@ -65,7 +65,7 @@ impl Transfer {
             .collect();
         Ok(Self {
             direction,
-            path: disk.path(&segments, offset),
+            route: disk.route(&segments, offset),
             _memory: Some(memory.clone()),
             segments,
             first: 0,
@@ -90,7 +90,7 @@ impl Transfer {
         }
         Self {
             direction: Direction::Write,
-            path: disk.path(&segments, offset),
+            route: disk.route(&segments, offset),
             _memory: None,
             segments,
             first: 0,
@@ -105,8 +105,8 @@ impl Transfer {
     }
 
     /// Which file.
-    pub(super) fn path(&self) -> Path {
-        self.path
+    pub(super) fn route(&self) -> Route {
+        self.route
     }
 
     /// The segments to move next, at most [`MAX_SEGMENTS`].
@@ -143,7 +143,7 @@ impl Transfer {
         }
         if self.left > 0 {
             // A short transfer may end anywhere.
-            self.path = disk.path(self.segments.get(self.first..).unwrap_or_default(), self.offset);
+            self.route = disk.route(self.segments.get(self.first..).unwrap_or_default(), self.offset);
         }
         self.left == 0
     }
@@ -259,7 +259,7 @@ impl Step {
     pub(super) fn perform(&self, disk: &Disk) -> io::Result<u64> {
         match self {
             Self::Move(transfer) => move_bytes(disk, transfer),
-            Self::Flush => disk.file(Path::Main).sync_data().map(|()| 0),
+            Self::Flush => disk.file(Route::Main).sync_data().map(|()| 0),
             Self::Allocate {
                 mode, offset, len, ..
             } => fallocate(disk, *mode, *offset, *len).map(|()| 0),
@@ -268,7 +268,7 @@ impl Step {
 }
 
 fn move_bytes(disk: &Disk, transfer: &Transfer) -> io::Result<u64> {
-    let file = disk.file(transfer.path()).as_raw_fd();
+    let file = disk.file(transfer.route()).as_raw_fd();
     let segments = transfer.segments();
     let position = to_off(transfer.offset())?;
     // At most MAX_SEGMENTS.
@@ -286,7 +286,7 @@ fn move_bytes(disk: &Disk, transfer: &Transfer) -> io::Result<u64> {
 fn fallocate(disk: &Disk, mode: i32, offset: u64, len: u64) -> io::Result<()> {
     let (offset, len) = (to_off(offset)?, to_off(len)?);
     // SAFETY: no memory is passed.
-    match unsafe { libc::fallocate64(disk.file(Path::Main).as_raw_fd(), mode, offset, len) } {
+    match unsafe { libc::fallocate64(disk.file(Route::Main).as_raw_fd(), mode, offset, len) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

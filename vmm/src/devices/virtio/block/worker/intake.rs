@@ -78,7 +78,7 @@ impl Intake {
 
     fn admit(&mut self, request: Request) -> Taken {
         match &self.target.throttle {
-            Some(throttle) if !throttle.admit(request.bytes(), self.queue.kick()) => {
+            Some(throttle) if !throttle.admit(request.bytes_moved(), self.queue.kick()) => {
                 self.held = Some(request);
                 Taken::Throttled
             }

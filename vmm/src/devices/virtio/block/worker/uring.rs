@@ -147,7 +147,7 @@ impl UringWorker {
     /// Takes what the step copies from `inline`, if that is enough for it.
     fn fits_inline(&self, step: &Step, inline: &mut u64) -> bool {
         match step {
-            Step::Move(transfer) if self.intake.target.disk.copies(transfer.path()) => {
+            Step::Move(transfer) if self.intake.target.disk.copies(transfer.route()) => {
                 let left = inline.checked_sub(transfer.left());
                 *inline = left.unwrap_or(*inline);
                 left.is_some()
