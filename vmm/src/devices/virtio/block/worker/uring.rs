@@ -18,7 +18,7 @@ use crate::devices::virtio::state::QueuePosition;
 
 /// Chains per turn of the loop.
 const BUDGET: usize = 64;
-/// Bytes per turn that may be copied from or to the page cache on the loop's own thread, about 50 µs; more are left to the
+/// Bytes per turn that may be copied from or to the page cache on the loop's own thread, at some GB/s; more are left to the
 /// kernel's workers.
 const INLINE_BYTES: u64 = 256 << 10;
 /// Between attempts when the kernel has no memory for requests and the worker is being stopped.
