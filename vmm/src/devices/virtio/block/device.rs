@@ -148,7 +148,10 @@ impl Block {
         };
         put(0, &disk.sectors().to_le_bytes());
         // Data segments of one request: a chain has at most as many descriptors as the queue, two are header and status.
-        let segments = self.queue_sizes.first().map_or(0, |size| u32::from(*size) - 2);
+        let segments = self
+            .queue_sizes
+            .first()
+            .map_or(0, |size| u32::from(size.saturating_sub(2)));
         put(12, &segments.to_le_bytes());
         put(20, &disk.block_size().to_le_bytes());
         // Topology: logical blocks per physical one (log2), alignment, smallest and best I/O in logical blocks.

@@ -151,21 +151,13 @@ impl Disk {
             block_size = rustix::fs::ioctl_blksszget(&file).map_err(|e| open_error(e.into()))?;
             physical = rustix::fs::ioctl_blkpbszget(&file).map_err(|e| open_error(e.into()))?;
         }
-        let direct = match config.direct {
-            false => None,
-            true => {
-                let buffered = reopen(&file, config.read_only).map_err(direct_error)?;
-                let flags = rustix::fs::fcntl_getfl(&file).map_err(|e| open_error(e.into()))?;
-                rustix::fs::fcntl_setfl(&file, flags | OFlags::DIRECT).map_err(|e| direct_error(e.into()))?;
-                let (memory, offset) =
-                    direct_alignment(&file, if is_device { block_size } else { SAFE_ALIGNMENT });
-                block_size = block_size.max(offset);
-                Some(Direct {
-                    memory: u64::from(memory),
-                    buffered,
-                })
-            }
-        };
+        let mut direct = None;
+        if config.direct {
+            let (way, offset) =
+                go_direct(&file, is_device.then_some(block_size), config).map_err(direct_error)?;
+            block_size = block_size.max(offset);
+            direct = Some(way);
+        }
         let disk = Self {
             file,
             direct,
@@ -288,6 +280,20 @@ fn reopen(file: &File, read_only: bool) -> io::Result<File> {
         .read(true)
         .write(!read_only)
         .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+/// Switches `file` to direct I/O. Returns the other way to it and the alignment of offsets; `block_size` is a block
+/// device's own.
+fn go_direct(file: &File, block_size: Option<u32>, config: &BlockConfig) -> io::Result<(Direct, u32)> {
+    let buffered = reopen(file, config.read_only)?;
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT)?;
+    let (memory, offset) = direct_alignment(file, block_size.unwrap_or(SAFE_ALIGNMENT));
+    let direct = Direct {
+        memory: u64::from(memory),
+        buffered,
+    };
+    Ok((direct, offset))
 }
 
 /// Alignment of memory and of offsets for direct I/O; `fallback` when the kernel (before 6.1) or the file system does not
