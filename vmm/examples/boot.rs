@@ -64,11 +64,10 @@ fn parse() -> Result<Arguments, String> {
                 config.hotplug_slots = u8::try_from(integer(value()?)?).map_err(|e| e.to_string())?;
             }
             "--timeout" => timeout = Duration::from_secs(integer(value()?)?),
-            "--disk" => config.devices.push(DeviceConfig::Block(BlockConfig {
-                id: format!("disk{number}"),
-                path: value()?.into(),
-                read_only: false,
-            })),
+            "--disk" => config.devices.push(DeviceConfig::Block(BlockConfig::new(
+                format!("disk{number}"),
+                value()?,
+            ))),
             "--share" => config.devices.push(DeviceConfig::Fs(FsConfig {
                 id: format!("share{number}"),
                 tag: format!("share{number}"),

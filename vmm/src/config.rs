@@ -110,12 +110,103 @@ impl DeviceConfig {
 /// A disk backed by a raw image file or a block device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockConfig {
-    /// Device id; also the serial the guest reads (first 20 bytes).
+    /// Device id.
     pub id: String,
     /// Raw image file or block device.
     pub path: PathBuf,
     /// Refuse writes, on the host, whatever the driver negotiated.
+    #[serde(default)]
     pub read_only: bool,
+    /// How the host does the I/O.
+    #[serde(default)]
+    pub engine: BlockEngine,
+    /// Request queues, 1..=[`MAX_BLOCK_QUEUES`]; a guest uses at most one per vCPU.
+    #[serde(default = "one_queue")]
+    pub queues: u8,
+    /// Descriptors per queue: a power of two, 16..=1024. Two less is the most data segments of a request.
+    #[serde(default = "default_queue_size")]
+    pub queue_size: u16,
+    /// Go around the host's page cache (O_DIRECT).
+    #[serde(default)]
+    pub direct: bool,
+    /// What the guest reads as the disk's serial, 1 to 20 printable ASCII characters; `None`: the start of `id`.
+    #[serde(default)]
+    pub serial: Option<String>,
+    /// Limits on the requests and bytes of all queues together; `None`: none.
+    #[serde(default)]
+    pub rate_limiter: Option<RateLimiterConfig>,
+}
+
+/// Most queues of a disk.
+pub const MAX_BLOCK_QUEUES: u8 = 16;
+
+fn one_queue() -> u8 {
+    1
+}
+
+fn default_queue_size() -> u16 {
+    256
+}
+
+impl BlockConfig {
+    /// A writable disk with one queue of 256 entries, through the host's page cache, without limits.
+    pub fn new(id: impl Into<String>, path: impl Into<PathBuf>) -> Self {
+        Self {
+            id: id.into(),
+            path: path.into(),
+            read_only: false,
+            engine: BlockEngine::default(),
+            queues: one_queue(),
+            queue_size: default_queue_size(),
+            direct: false,
+            serial: None,
+            rate_limiter: None,
+        }
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        let Self {
+            queues, queue_size, ..
+        } = *self;
+        let id = || self.id.clone();
+        if queues == 0 || queues > MAX_BLOCK_QUEUES {
+            return Err(ConfigError::BlockQueues { id: id(), queues });
+        }
+        if !queue_size.is_power_of_two() || !(16..=1024).contains(&queue_size) {
+            return Err(ConfigError::BlockQueueSize {
+                id: id(),
+                size: queue_size,
+            });
+        }
+        if let Some(serial) = &self.serial
+            && (serial.is_empty()
+                || serial.len() > 20
+                || !serial.bytes().all(|b| b.is_ascii_graphic() || b == b' '))
+        {
+            return Err(ConfigError::BlockSerial {
+                id: id(),
+                serial: serial.clone(),
+            });
+        }
+        match &self.rate_limiter {
+            Some(limiter) => limiter.validate(&self.id),
+            None => Ok(()),
+        }
+    }
+}
+
+/// How the host does a disk's I/O.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BlockEngine {
+    /// io_uring where the kernel has it, else synchronous.
+    #[default]
+    Auto,
+    /// io_uring on the I/O loop: many requests at once, in any order. An error on a host without it.
+    #[serde(rename = "io_uring")]
+    IoUring,
+    /// Blocking system calls, one at a time, on one thread per queue.
+    Sync,
 }
 
 /// A directory shared over virtio-fs.
@@ -153,6 +244,51 @@ pub struct RngConfig {
     pub id: String,
 }
 
+/// Limits on what a device may move; without a bucket there is no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct RateLimiterConfig {
+    /// Tokens are bytes.
+    pub bandwidth: Option<TokenBucketConfig>,
+    /// Tokens are operations: block requests, network frames.
+    pub ops: Option<TokenBucketConfig>,
+}
+
+/// A token bucket: full at first, refilled at a constant rate of `size` tokens in `refill_time_ms`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenBucketConfig {
+    /// Most tokens it holds, 1 or more.
+    pub size: u64,
+    /// Tokens given once on top of that, spent first and never refilled.
+    #[serde(default)]
+    pub one_time_burst: u64,
+    /// Time in ms from empty to full, 1 or more.
+    pub refill_time_ms: u64,
+}
+
+impl RateLimiterConfig {
+    /// Checks the limiter of device `id`.
+    ///
+    /// # Errors
+    /// [`ConfigError::TokenBucket`] for a bucket that could never hold or never gain a token.
+    pub fn validate(&self, id: &str) -> Result<(), ConfigError> {
+        for (name, bucket) in [("bandwidth", self.bandwidth), ("ops", self.ops)] {
+            if let Some(TokenBucketConfig {
+                size, refill_time_ms, ..
+            }) = bucket
+                && (size == 0 || refill_time_ms == 0)
+            {
+                return Err(ConfigError::TokenBucket {
+                    id: id.to_owned(),
+                    bucket: name,
+                    size,
+                    refill_time_ms,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
 /// A configuration that cannot become a VM.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
@@ -179,6 +315,30 @@ pub enum ConfigError {
     /// A reserved context id.
     #[error("vsock: guest CID {0} is reserved, need 3 or more")]
     GuestCid(u32),
+    /// A bad number of queues.
+    #[error("disk {id:?}: {queues} queues, need 1 to {MAX_BLOCK_QUEUES}")]
+    BlockQueues {
+        /// Device id.
+        id: String,
+        /// Requested queues.
+        queues: u8,
+    },
+    /// A bad queue size.
+    #[error("disk {id:?}: queues of {size} entries, need a power of two from 16 to 1024")]
+    BlockQueueSize {
+        /// Device id.
+        id: String,
+        /// Requested size.
+        size: u16,
+    },
+    /// A bad serial.
+    #[error("disk {id:?}: serial {serial:?} must be 1 to 20 printable ASCII characters")]
+    BlockSerial {
+        /// Device id.
+        id: String,
+        /// The serial.
+        serial: String,
+    },
     /// A bad mount tag.
     #[error("share {id:?}: tag {tag:?} must be 1 to 36 bytes")]
     FsTag {
@@ -186,6 +346,21 @@ pub enum ConfigError {
         id: String,
         /// The tag.
         tag: String,
+    },
+    /// A rate limiter that would let nothing through.
+    #[error(
+        "device {id:?}: rate limiter: {bucket}: size {size}, refill_time_ms {refill_time_ms}: both must be 1 or more \
+         (leave the bucket out for no limit)"
+    )]
+    TokenBucket {
+        /// Device id.
+        id: String,
+        /// `bandwidth` or `ops`.
+        bucket: &'static str,
+        /// Configured size.
+        size: u64,
+        /// Configured refill time.
+        refill_time_ms: u64,
     },
     /// A bad number of threads.
     #[error("share {id:?}: {threads} threads, need 1 to 64")]
@@ -238,6 +413,9 @@ impl DeviceConfig {
         let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
         if id.is_empty() || id.len() > 64 || !id.chars().all(allowed) {
             return Err(ConfigError::DeviceId(id.to_owned()));
+        }
+        if let Self::Block(block) = self {
+            block.validate()?;
         }
         if let Self::Fs(fs) = self {
             if fs.tag.is_empty() || fs.tag.len() > 36 {

@@ -134,9 +134,8 @@ fn new_when_a_number_is_out_of_range_names_it() {
 #[test]
 fn new_when_a_disk_is_missing_names_device_and_file() {
     let disk = BlockConfig {
-        id: "root".to_owned(),
-        path: "/nonexistent/disk".into(),
         read_only: true,
+        ..BlockConfig::new("root", "/nonexistent/disk")
     };
     let message = error(|_, c| c.devices.push(DeviceConfig::Block(disk)));
     assert!(

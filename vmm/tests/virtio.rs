@@ -152,9 +152,8 @@ fn add_device_when_running_fills_a_slot_and_raises_the_event() {
     let disk = scratch.write("disk", &[0; 4096]);
     let block = |id: &str| {
         DeviceConfig::Block(BlockConfig {
-            id: id.to_owned(),
-            path: disk.clone(),
             read_only: true,
+            ..BlockConfig::new(id, &disk)
         })
     };
     let vm = Vm::new(config).unwrap();

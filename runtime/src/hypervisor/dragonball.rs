@@ -157,9 +157,8 @@ fn device(device: &DeviceType) -> vmm::DeviceConfig {
 
 fn block(device: &BlockDevice) -> vmm::DeviceConfig {
     vmm::DeviceConfig::Block(vmm::BlockConfig {
-        id: device.id.clone(),
-        path: device.path.clone(),
         read_only: device.read_only,
+        ..vmm::BlockConfig::new(&device.id, &device.path)
     })
 }
 

@@ -140,7 +140,7 @@ pub enum VmError {
 
 /// The machine has not reached the size asked for. It is usable at the size it has.
 #[derive(Debug, thiserror::Error)]
-pub enum ResizeError {
+pub enum ResizeVcpuError {
     /// The machine is not running.
     #[error("cannot resize a machine that is {0}")]
     State(VmState),
@@ -223,4 +223,31 @@ pub enum HotplugError {
         /// Cause.
         source: io::Error,
     },
+}
+
+/// An operation on one device of a machine was not carried out; nothing changed.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The machine is stopped.
+    #[error("device {id}: the machine is {state}")]
+    State {
+        /// Device id.
+        id: String,
+        /// The state it is in.
+        state: VmState,
+    },
+    /// There is no such device.
+    #[error("device {0}: no such device")]
+    NotFound(String),
+    /// There is a device of that name, but it cannot do this.
+    #[error("device {id} is not a {wanted}")]
+    Kind {
+        /// Device id.
+        id: String,
+        /// What the operation needs, e.g. `disk`.
+        wanted: &'static str,
+    },
+    /// The device refused; the message names it.
+    #[error(transparent)]
+    Refused(Box<dyn std::error::Error + Send + Sync>),
 }

@@ -6,7 +6,7 @@ use crate::devices::cpu_hotplug::Cpu;
 use crate::devices::ged::Event;
 use crate::vcpu::factory;
 use crate::vcpu::run::VcpuThread;
-use crate::vm::error::ResizeError;
+use crate::vm::error::ResizeVcpuError;
 use crate::vm::machine::{Machine, Vcpus};
 use crate::vm::{Vm, VmState, lock};
 
@@ -17,9 +17,9 @@ impl Vm {
     /// taken from the end, and the guest's kernel takes them offline itself. A resize waits for the one before it.
     ///
     /// # Errors
-    /// [`ResizeError`]. After [`ResizeError::Guest`] the machine has the vCPUs the guest agreed to, and any number may be
+    /// [`ResizeVcpuError`]. After [`ResizeVcpuError::Guest`] the machine has the vCPUs the guest agreed to, and any number may be
     /// asked for again.
-    pub fn resize_vcpu(&self, count: u8, timeout: Duration) -> Result<(u8, u8), ResizeError> {
+    pub fn resize_vcpu(&self, count: u8, timeout: Duration) -> Result<(u8, u8), ResizeVcpuError> {
         let _resize = lock(&self.resize);
         let started = Instant::now();
         let deadline = started.checked_add(timeout).unwrap_or(started);
@@ -27,7 +27,7 @@ impl Vm {
         let cpus = hotplug.cpus();
         let max = u8::try_from(cpus.len()).unwrap_or(u8::MAX);
         if count == 0 || count > max {
-            return Err(ResizeError::Vcpus {
+            return Err(ResizeVcpuError::Vcpus {
                 requested: count,
                 max,
             });
@@ -79,7 +79,7 @@ impl Vm {
         if failures.is_empty() {
             return Ok((old, reached));
         }
-        Err(ResizeError::Guest {
+        Err(ResizeVcpuError::Guest {
             requested: count,
             reached,
             waited: started.elapsed(),
@@ -102,11 +102,11 @@ impl Vm {
 
     fn with_running<T>(
         &self,
-        operation: impl FnOnce(&mut Machine) -> Result<T, ResizeError>,
-    ) -> Result<T, ResizeError> {
+        operation: impl FnOnce(&mut Machine) -> Result<T, ResizeVcpuError>,
+    ) -> Result<T, ResizeVcpuError> {
         match (self.state(), &mut *lock(&self.machine)) {
             (VmState::Running, Some(machine)) => operation(machine),
-            (state, _) => Err(ResizeError::State(state)),
+            (state, _) => Err(ResizeVcpuError::State(state)),
         }
     }
 }
@@ -123,8 +123,8 @@ fn present(cpus: &[Cpu]) -> u8 {
 
 impl Machine {
     /// Makes the thread of vCPU `index`, with a vCPU that was used before if there is one.
-    fn start_vcpu(&mut self, index: u8) -> Result<(), ResizeError> {
-        let host = |reason: String| ResizeError::Host { index, reason };
+    fn start_vcpu(&mut self, index: u8) -> Result<(), ResizeVcpuError> {
+        let host = |reason: String| ResizeVcpuError::Host { index, reason };
         let vcpus = &mut self.vcpus;
         let spare = vcpus.spare.iter().position(|vcpu| vcpu.index == index);
         let vcpu = match spare {
@@ -146,7 +146,7 @@ impl Machine {
     }
 
     /// Makes the threads of `missing` and asks the guest to take them and to give `surplus` back.
-    fn ask(&mut self, missing: &[u8], surplus: &[u8]) -> Result<(), ResizeError> {
+    fn ask(&mut self, missing: &[u8], surplus: &[u8]) -> Result<(), ResizeVcpuError> {
         for index in missing {
             self.start_vcpu(*index)?;
         }
@@ -157,7 +157,7 @@ impl Machine {
             self.vcpus.hotplug.eject(*index);
         }
         let notified = self.board.ged.notify(Event::Processors);
-        notified.map_err(|error| ResizeError::Host {
+        notified.map_err(|error| ResizeVcpuError::Host {
             index: missing.iter().chain(surplus).copied().next().unwrap_or(0),
             reason: format!("interrupt of the generic event device: {error}"),
         })

@@ -64,9 +64,8 @@ fn devices_when_present_at_boot_work() {
     let disk = |name: &str, read_only| {
         let path = scratch.write(name, &[name.as_bytes(), &[b'\n'; 4096]].concat());
         DeviceConfig::Block(BlockConfig {
-            id: name.to_owned(),
-            path,
             read_only,
+            ..BlockConfig::new(name, path)
         })
     };
     let mut config = config(
@@ -128,9 +127,8 @@ fn block_device_when_added_removed_and_added_again_is_seen() {
     let disk = |name: &str| {
         let path = scratch.write(name, &[name.as_bytes(), &[b'\n'; 4096]].concat());
         DeviceConfig::Block(BlockConfig {
-            id: name.to_owned(),
-            path,
             read_only: true,
+            ..BlockConfig::new(name, path)
         })
     };
     let vm = start(config);

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use dragonball::config::{DeviceConfig, RngConfig, VcpuConfig};
-use dragonball::vm::{ExitReason, HotplugError, ResizeError};
+use dragonball::vm::{ExitReason, HotplugError, ResizeVcpuError};
 
 use crate::guest::Scratch;
 use crate::{LONG, config, start, wait_for};
@@ -46,14 +46,17 @@ fn vcpus_when_resized_under_load_follow() {
     }
     assert!(matches!(
         vm.resize_vcpu(9, patience),
-        Err(ResizeError::Vcpus { requested: 9, max: 8 })
+        Err(ResizeVcpuError::Vcpus { requested: 9, max: 8 })
     ));
     assert!(matches!(
         vm.resize_vcpu(0, patience),
-        Err(ResizeError::Vcpus { .. })
+        Err(ResizeVcpuError::Vcpus { .. })
     ));
     vm.stop().unwrap();
-    assert!(matches!(vm.resize_vcpu(1, patience), Err(ResizeError::State(_))));
+    assert!(matches!(
+        vm.resize_vcpu(1, patience),
+        Err(ResizeVcpuError::State(_))
+    ));
 }
 
 #[test]
@@ -68,7 +71,7 @@ fn vcpus_when_the_guest_is_silent_stay_and_can_be_resized_later() {
     assert!(
         matches!(
             error,
-            ResizeError::Guest {
+            ResizeVcpuError::Guest {
                 requested: 4,
                 reached: 1,
                 ..

@@ -7,6 +7,7 @@
 #[path = "../guest/mod.rs"]
 mod guest;
 
+mod block;
 mod boot;
 mod hotplug;
 

@@ -1,80 +1,230 @@
-//! Features, configuration space and activation.
+//! Features, configuration space, activation and resize.
 
+use std::io;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-use super::BlockError;
-use super::disk::{Disk, SECTOR};
-use super::request::{MAX_RANGE_SECTORS, MAX_RANGES, SERIAL_BYTES, Target};
-use super::worker::BlockWorker;
-use crate::config::BlockConfig;
-use crate::devices::virtio::served_queue::ServedQueue;
-use crate::devices::virtio::state::{self, QueuePosition, StateError};
-use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};
+use super::disk::{BlockError, Disk, SECTOR};
+use super::request::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS};
+use super::target::Target;
+use super::throttle::{Throttle, ThrottleTimer};
+use super::worker::{Surroundings, Worker};
+use super::{ring, state};
+use crate::config::{BlockConfig, BlockEngine};
+use crate::devices::virtio::state::{QueuePosition, StateError};
+use crate::devices::virtio::{
+    ActivateError, Activation, CHAIN_FEATURES, Interrupt, OnLoop, VirtioDevice, read_space,
+};
 
-const QUEUE_SIZE: u16 = 256;
-const QUEUE_SIZES: [u16; 1] = [QUEUE_SIZE];
-/// Data segments of one request: a chain has at most as many descriptors as the queue, two are header and status.
-const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Bytes of `struct virtio_blk_config` up to `write_zeroes_may_unmap` and its padding (5.2.4).
 const CONFIG_BYTES: usize = 60;
+/// Offset of its field `writeback`.
+const WRITEBACK: u64 = 32;
+
+/// A disk cannot take its image's new size.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// The size cannot be read.
+    #[error("disk {id}: cannot read the size of its image: {source}")]
+    Measure {
+        /// Device id.
+        id: String,
+        /// Cause.
+        source: io::Error,
+    },
+    /// The image became smaller while a driver uses the disk.
+    #[error(
+        "disk {id}: its image has {new} bytes, the guest uses {old}: a disk in use only grows; unmount it and unbind its driver first, or make the image at least as large again"
+    )]
+    Shrunk {
+        /// Device id.
+        id: String,
+        /// Capacity in bytes, which stays.
+        old: u64,
+        /// Whole blocks of the image, in bytes.
+        new: u64,
+    },
+    /// Not even one block is left.
+    #[error("disk {id}: its image has less than one block of {block_size} bytes")]
+    Empty {
+        /// Device id.
+        id: String,
+        /// Logical block size in bytes.
+        block_size: u32,
+    },
+}
+
+/// From DRIVER_OK to reset or suspend.
+#[derive(Debug)]
+struct Active {
+    workers: Vec<Worker>,
+    timer: Option<OnLoop<ThrottleTimer>>,
+    interrupt: Interrupt,
+    /// The driver may write the configuration field `writeback`.
+    writeback_writable: bool,
+}
 
 /// A disk.
 #[derive(Debug)]
 pub struct Block {
     target: Arc<Target>,
-    config: [u8; CONFIG_BYTES],
-    worker: Option<BlockWorker>,
+    /// Not `Auto` where the host has no io_uring.
+    engine: BlockEngine,
+    queue_sizes: Vec<u16>,
+    active: Option<Active>,
 }
 
 impl Block {
     /// Opens and locks the image.
     ///
     /// # Errors
-    /// [`BlockError`] when the image cannot be opened, is no disk, or is in use.
+    /// [`BlockError`] when the image cannot be opened, is no disk, or is in use, or the host cannot do what was asked for.
     pub fn new(config: &BlockConfig) -> Result<Self, BlockError> {
+        let engine = match ring::choose(&config.id, config.engine)? {
+            true => config.engine,
+            false => BlockEngine::Sync,
+        };
         let disk = Disk::open(config)?;
-        let mut serial = [0; SERIAL_BYTES];
-        for (to, from) in serial.iter_mut().zip(config.id.bytes()) {
-            *to = from;
-        }
+        let throttle = config.rate_limiter.as_ref().map(Throttle::new).transpose();
+        let throttle = throttle.map_err(|source| BlockError::RateLimiter {
+            id: config.id.clone(),
+            source,
+        })?;
+        let serial = config.serial.as_ref().unwrap_or(&config.id);
         Ok(Self {
-            config: config_space(disk.sectors()),
-            target: Arc::new(Target {
-                disk,
-                serial,
-                id: config.id.clone(),
-            }),
-            worker: None,
+            target: Arc::new(Target::new(config.id.clone(), disk, serial, throttle)),
+            engine,
+            queue_sizes: vec![config.queue_size; usize::from(config.queues)],
+            active: None,
         })
+    }
+
+    /// Reads the size of the image again and tells the guest, whose disk gets it at once. Returns the capacity in bytes.
+    ///
+    /// A disk in use only grows: its guest counts on every sector it has seen. Without a driver it takes any size.
+    ///
+    /// # Errors
+    /// [`ResizeError`]; the capacity is as before.
+    pub fn resize(&mut self) -> Result<u64, ResizeError> {
+        let disk = &self.target.disk;
+        let id = || self.target.id.clone();
+        let size = disk
+            .measure()
+            .map_err(|source| ResizeError::Measure { id: id(), source })?;
+        let new = size - size % u64::from(disk.block_size());
+        let old = disk.sectors() * SECTOR;
+        if new == 0 {
+            return Err(ResizeError::Empty {
+                id: id(),
+                block_size: disk.block_size(),
+            });
+        }
+        if new < old && self.active.is_some() {
+            return Err(ResizeError::Shrunk { id: id(), old, new });
+        }
+        if new != old {
+            disk.set_sectors(new / SECTOR);
+            if let Some(active) = &self.active {
+                active.interrupt.signal_config();
+            }
+            tracing::info!(device = %self.target.id, old, new, "disk resized");
+        }
+        Ok(new)
+    }
+
+    /// `struct virtio_blk_config`; fields of features not offered are zero.
+    fn config_space(&self) -> [u8; CONFIG_BYTES] {
+        let disk = &self.target.disk;
+        let mut space = [0; CONFIG_BYTES];
+        let mut put = |at: usize, bytes: &[u8]| {
+            for (to, from) in space.iter_mut().skip(at).zip(bytes) {
+                *to = *from;
+            }
+        };
+        put(0, &disk.sectors().to_le_bytes());
+        // Data segments of one request: a chain has at most as many descriptors as the queue, two are header and status.
+        let segments = self
+            .queue_sizes
+            .first()
+            .map_or(0, |size| u32::from(size.saturating_sub(2)));
+        put(12, &segments.to_le_bytes());
+        put(20, &disk.block_size().to_le_bytes());
+        // Topology: logical blocks per physical one (log2), alignment, smallest and best I/O in logical blocks.
+        let exponent = (disk.physical_block_size() / disk.block_size()).trailing_zeros();
+        put(24, &[exponent as u8, 0]);
+        put(26, &(1u16 << exponent).to_le_bytes());
+        put(WRITEBACK as usize, &[u8::from(self.target.writeback())]);
+        put(34, &(self.queue_sizes.len() as u16).to_le_bytes());
+        if disk.read_only() {
+            return space;
+        }
+        put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
+        put(40, &MAX_RANGES.to_le_bytes());
+        // discard_sector_alignment
+        let alignment = u64::from(disk.physical_block_size().max(4096)) / SECTOR;
+        put(44, &(alignment as u32).to_le_bytes());
+        put(48, &MAX_ZEROES_SECTORS.to_le_bytes());
+        put(52, &MAX_RANGES.to_le_bytes());
+        // write_zeroes_may_unmap
+        put(56, &[1]);
+        space
+    }
+
+    fn start(&self, activation: Activation) -> Result<Active, ActivateError> {
+        let mut active = Active {
+            workers: Vec::new(),
+            timer: None,
+            interrupt: activation.interrupt.clone(),
+            writeback_writable: has(activation.features, VIRTIO_BLK_F_CONFIG_WCE)
+                && has(activation.features, VIRTIO_BLK_F_FLUSH),
+        };
+        let around = Surroundings {
+            target: self.target.clone(),
+            memory: activation.memory,
+            interrupt: activation.interrupt,
+            io: activation.io,
+        };
+        for queue in activation.queues {
+            match Worker::start(&around, queue, self.engine) {
+                Ok(worker) => active.workers.push(worker),
+                Err(error) => {
+                    active.stop(&self.target.id);
+                    return Err(error);
+                }
+            }
+        }
+        if let Some(throttle) = &self.target.throttle {
+            match OnLoop::start(around.io, ThrottleTimer::new(throttle.clone())) {
+                Ok(timer) => active.timer = Some(timer),
+                Err(error) => {
+                    active.stop(&self.target.id);
+                    return Err(error.into());
+                }
+            }
+        }
+        Ok(active)
     }
 }
 
-/// `struct virtio_blk_config`; fields of features not offered are zero.
-fn config_space(sectors: u64) -> [u8; CONFIG_BYTES] {
-    let mut space = [0; CONFIG_BYTES];
-    let mut put = |at: usize, bytes: &[u8]| {
-        for (to, from) in space.iter_mut().skip(at).zip(bytes) {
-            *to = *from;
+impl Active {
+    fn stop(self, device: &str) -> Vec<QueuePosition> {
+        if let Some(timer) = self.timer {
+            timer.stop(device, |_| ());
         }
-    };
-    put(0, &sectors.to_le_bytes());
-    put(12, &SEG_MAX.to_le_bytes());
-    put(20, &(SECTOR as u32).to_le_bytes());
-    put(36, &MAX_RANGE_SECTORS.to_le_bytes());
-    put(40, &MAX_RANGES.to_le_bytes());
-    // discard_sector_alignment, in sectors: a 4 KiB page.
-    put(44, &8u32.to_le_bytes());
-    put(48, &MAX_RANGE_SECTORS.to_le_bytes());
-    put(52, &MAX_RANGES.to_le_bytes());
-    // write_zeroes_may_unmap
-    put(56, &[1]);
-    space
+        self.workers
+            .into_iter()
+            .filter_map(|worker| worker.stop(device))
+            .collect()
+    }
+}
+
+fn has(features: u64, bit: u32) -> bool {
+    features & 1 << bit != 0
 }
 
 impl VirtioDevice for Block {
@@ -87,53 +237,81 @@ impl VirtioDevice for Block {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     fn features(&self) -> u64 {
-        let common =
-            CHAIN_FEATURES | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE | 1 << VIRTIO_BLK_F_FLUSH;
+        let mut features = CHAIN_FEATURES
+            | 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | 1 << VIRTIO_BLK_F_TOPOLOGY
+            | 1 << VIRTIO_BLK_F_FLUSH;
+        if self.queue_sizes.len() > 1 {
+            features |= 1 << VIRTIO_BLK_F_MQ;
+        }
         if self.target.disk.read_only() {
-            common | 1 << VIRTIO_BLK_F_RO
+            features | 1 << VIRTIO_BLK_F_RO
         } else {
-            common | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+            features
+                | 1 << VIRTIO_BLK_F_DISCARD
+                | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+                | 1 << VIRTIO_BLK_F_CONFIG_WCE
         }
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_space(&self.config, offset, data);
+        read_space(&self.config_space(), offset, data);
     }
 
-    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let queue = activation.take_queue(&self.target.id, 0)?;
-        let queue = ServedQueue::new(&self.target.id, queue, activation.memory, activation.interrupt);
-        let write_through = activation.features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
-        let worker = BlockWorker::spawn(self.target.clone(), queue, write_through).map_err(|source| {
-            ActivateError::Host {
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let writable = self.active.as_ref().is_some_and(|a| a.writeback_writable);
+        if let (WRITEBACK, [value], true) = (offset, data, writable) {
+            self.target.set_writeback(*value != 0);
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        if activation.queues.is_empty() {
+            return Err(ActivateError::QueueMissing {
                 device: self.target.id.clone(),
-                what: "cannot start the worker thread",
-                source,
-            }
-        })?;
-        self.worker = Some(worker);
+                index: 0,
+            });
+        }
+        // Without CONFIG_WCE the cache is write-back exactly if the driver can flush it (5.2.6.2). With it the field counts,
+        // and is on after a reset and as it was after a suspend.
+        if !has(activation.features, VIRTIO_BLK_F_FLUSH) {
+            self.target.set_writeback(false);
+        } else if !has(activation.features, VIRTIO_BLK_F_CONFIG_WCE) {
+            self.target.set_writeback(true);
+        }
+        self.active = Some(self.start(activation)?);
         Ok(())
     }
 
     fn reset(&mut self) {
         self.suspend();
+        self.target.set_writeback(true);
     }
 
     fn suspend(&mut self) -> Vec<QueuePosition> {
-        let worker = self.worker.take();
-        worker.and_then(BlockWorker::stop).into_iter().collect()
+        let active = self.active.take();
+        active.map_or_else(Vec::new, |active| active.stop(&self.target.id))
     }
 
     fn save(&self) -> Result<Vec<u8>, StateError> {
-        Ok(Vec::new())
+        state::save(&self.target)
     }
 
-    fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
-        state::expect_none(&self.target.id, state)
+    fn restore(&mut self, bytes: &[u8]) -> Result<(), StateError> {
+        state::restore(&self.target, bytes)
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let mut counters = self.target.counters.snapshot();
+        if let Some(throttle) = &self.target.throttle {
+            counters.push(("throttled", throttle.throttled()));
+        }
+        counters
     }
 }
 

@@ -1,19 +1,20 @@
-//! The host side of a disk: an open image, its size, and bounded vectored I/O on it.
+//! The host side of a disk: an open, locked image, its size and its block sizes.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use vm_memory::VolatileSlice;
+use rustix::fs::{AtFlags, OFlags, StatxFlags};
 
 use crate::config::BlockConfig;
 
 /// Unit of addresses and of the capacity, whatever the disk's block size (5.2.6).
 pub(super) const SECTOR: u64 = 512;
-/// Linux' UIO_MAXIOV.
-const MAX_SEGMENTS: usize = 1024;
+/// Offsets and buffers every file system takes for direct I/O, when it does not say what it needs.
+const SAFE_ALIGNMENT: u32 = 4096;
 
 /// A disk that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -38,8 +39,8 @@ pub enum BlockError {
         /// Image.
         path: PathBuf,
     },
-    /// Less than one sector.
-    #[error("disk {id}: {path:?} has {size} bytes, a disk needs at least {SECTOR}")]
+    /// Less than one block.
+    #[error("disk {id}: {path:?} has {size} bytes, a disk needs at least {block_size}")]
     Empty {
         /// Device id.
         id: String,
@@ -47,6 +48,8 @@ pub enum BlockError {
         path: PathBuf,
         /// Size in bytes.
         size: u64,
+        /// Logical block size in bytes.
+        block_size: u32,
     },
     /// Somebody else writes the image, or uses it while we want to write it.
     #[error("disk {id}: {path:?} is in use by another virtual machine or process")]
@@ -56,13 +59,62 @@ pub enum BlockError {
         /// Image.
         path: PathBuf,
     },
+    /// The file system has no O_DIRECT.
+    #[error(
+        "disk {id}: {path:?} is on a file system without direct I/O, switch `direct` off or move the image: {source}"
+    )]
+    Direct {
+        /// Device id.
+        id: String,
+        /// Image.
+        path: PathBuf,
+        /// Cause.
+        source: io::Error,
+    },
+    /// io_uring was asked for by name, and is not there.
+    #[error("disk {id}: this host has no io_uring for it ({reason}); use engine \"auto\" or \"sync\"")]
+    NoIoUring {
+        /// Device id.
+        id: String,
+        /// What is missing.
+        reason: String,
+    },
+    /// The rate limiter's timer.
+    #[error("disk {id}: rate limiter: {source}")]
+    RateLimiter {
+        /// Device id.
+        id: String,
+        /// Cause.
+        source: io::Error,
+    },
+}
+
+/// The other way to the image when it is open for direct I/O.
+#[derive(Debug)]
+struct Direct {
+    /// What direct I/O needs of buffer addresses, in bytes.
+    memory: u64,
+    /// The same file through the page cache.
+    buffered: File,
+}
+
+/// Which of the disk's two files a transfer uses; the value is its index among the ring's registered files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Route {
+    /// As configured.
+    Main = 0,
+    /// Through the page cache.
+    Buffered = 1,
 }
 
 /// An open image.
 #[derive(Debug)]
 pub(super) struct Disk {
     file: File,
-    sectors: u64,
+    direct: Option<Direct>,
+    sectors: AtomicU64,
+    block_size: u32,
+    physical_block_size: u32,
     read_only: bool,
 }
 
@@ -81,36 +133,80 @@ impl Disk {
             },
             source,
         };
-        // O_NONBLOCK: opening a FIFO by mistake must not hang. It has no meaning for files and disks.
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(!config.read_only)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(&path)
-            .map_err(open_error)?;
-        let file_type = file.metadata().map_err(open_error)?.file_type();
-        if !file_type.is_file() && !file_type.is_block_device() {
+        let file = open_image(config).map_err(open_error)?;
+        let metadata = file.metadata().map_err(open_error)?;
+        let is_device = metadata.file_type().is_block_device();
+        if !metadata.file_type().is_file() && !is_device {
             return Err(BlockError::Type { id, path });
         }
         lock(&file, config)?;
-        // Works for block devices, whose metadata has no size.
-        let size = file.seek(SeekFrom::End(0)).map_err(open_error)?;
-        if size < SECTOR {
-            return Err(BlockError::Empty { id, path, size });
+        let direct_error = |source| BlockError::Direct {
+            id: id.clone(),
+            path: path.clone(),
+            source,
+        };
+        let sector = SECTOR as u32;
+        let (mut block_size, mut physical) = (sector, u32::try_from(metadata.blksize()).unwrap_or(sector));
+        if is_device {
+            block_size = rustix::fs::ioctl_blksszget(&file).map_err(|e| open_error(e.into()))?;
+            physical = rustix::fs::ioctl_blkpbszget(&file).map_err(|e| open_error(e.into()))?;
         }
-        if !size.is_multiple_of(SECTOR) {
-            tracing::warn!(device = %id, ?path, size, "disk size is not a multiple of {SECTOR}, the rest is not visible");
+        let mut direct = None;
+        if config.direct {
+            let (way, offset) =
+                go_direct(&file, is_device.then_some(block_size), config).map_err(direct_error)?;
+            block_size = block_size.max(offset);
+            direct = Some(way);
         }
-        Ok(Self {
+        let disk = Self {
             file,
-            sectors: size / SECTOR,
+            direct,
+            sectors: AtomicU64::new(0),
+            block_size,
+            physical_block_size: usable_physical(physical, block_size),
             read_only: config.read_only,
-        })
+        };
+        let size = disk.measure().map_err(open_error)?;
+        let whole = size - size % u64::from(block_size);
+        if whole == 0 {
+            return Err(BlockError::Empty {
+                id,
+                path,
+                size,
+                block_size,
+            });
+        }
+        if size != whole {
+            tracing::warn!(device = %id, ?path, size, block_size, "disk size is not a multiple of the block size, the rest is not visible");
+        }
+        disk.set_sectors(whole / SECTOR);
+        Ok(disk)
     }
 
-    /// Capacity in sectors.
+    /// Size of the image now, in bytes.
+    pub(super) fn measure(&self) -> io::Result<u64> {
+        // Works for block devices, whose metadata has no size. Nobody uses the file's position.
+        (&self.file).seek(SeekFrom::End(0))
+    }
+
+    /// Capacity in sectors, as the guest knows it.
     pub(super) fn sectors(&self) -> u64 {
-        self.sectors
+        self.sectors.load(Ordering::Acquire)
+    }
+
+    /// Changes the capacity.
+    pub(super) fn set_sectors(&self, sectors: u64) {
+        self.sectors.store(sectors, Ordering::Release);
+    }
+
+    /// Smallest unit the host likes, in bytes: a power of two, 512 or more.
+    pub(super) fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    /// What the host writes without reading first, in bytes: `block_size` times a power of two.
+    pub(super) fn physical_block_size(&self) -> u32 {
+        self.physical_block_size
     }
 
     /// Whether every change is refused.
@@ -120,65 +216,109 @@ impl Disk {
 
     /// Byte offset of a range, or `None` when it leaves the disk.
     pub(super) fn range(&self, sector: u64, len: u64) -> Option<u64> {
-        let end = self.sectors.checked_mul(SECTOR)?;
+        let end = self.sectors().checked_mul(SECTOR)?;
         let start = sector.checked_mul(SECTOR)?;
         (start.checked_add(len)? <= end).then_some(start)
     }
 
-    /// Reads into guest memory until every slice is full.
-    pub(super) fn read(&self, slices: &[VolatileSlice], offset: u64) -> io::Result<()> {
-        transfer(slices, offset, |segments, count, offset| {
-            // SAFETY: each segment is guest memory that stays mapped while `slices` lives, and the kernel is the only
-            // one to write it on our behalf; the guest seeing it half-written is the guest's affair.
-            unsafe { libc::preadv64(self.file.as_raw_fd(), segments, count, offset) }
-        })
-    }
-
-    /// Writes guest memory to the disk, all of it.
-    pub(super) fn write(&self, slices: &[VolatileSlice], offset: u64) -> io::Result<()> {
-        transfer(slices, offset, |segments, count, offset| {
-            // SAFETY: each segment is guest memory that stays mapped while `slices` lives; the kernel only reads it.
-            unsafe { libc::pwritev64(self.file.as_raw_fd(), segments, count, offset) }
-        })
-    }
-
-    /// Makes everything written so far durable.
-    pub(super) fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
-    }
-
-    /// Gives the space of a range back; it reads as zeroes or as before.
-    pub(super) fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        match self.fallocate(
-            libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-            offset,
-            len,
-        ) {
-            // A hint (5.2.6): a file system without holes may ignore it.
-            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
-            result => result,
-        }
-    }
-
-    /// Makes a range read as zeroes; with `unmap` its space may be given back.
-    pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        let how = if unmap {
-            libc::FALLOC_FL_PUNCH_HOLE
-        } else {
-            libc::FALLOC_FL_ZERO_RANGE
+    /// Which file a transfer of `segments` at `offset` can use.
+    ///
+    /// What does not fit direct I/O goes through the page cache, which the kernel keeps coherent with direct I/O and which
+    /// makes writes of parts of a block atomic; a bounce buffer of our own would have to lock blocks against each other.
+    pub(super) fn route(&self, segments: &[libc::iovec], offset: u64) -> Route {
+        let Some(direct) = &self.direct else {
+            return Route::Main;
         };
-        self.fallocate(how | libc::FALLOC_FL_KEEP_SIZE, offset, len)
+        let len: u64 = segments.iter().map(|s| s.iov_len as u64).sum();
+        let block = u64::from(self.block_size);
+        // Some kernels take segments of a part of a block, others want each to be whole blocks.
+        let fits = |s: &libc::iovec| {
+            (s.iov_base as u64).is_multiple_of(direct.memory) && (s.iov_len as u64).is_multiple_of(block)
+        };
+        if offset.is_multiple_of(block) && len.is_multiple_of(block) && segments.iter().all(fits) {
+            Route::Main
+        } else {
+            Route::Buffered
+        }
     }
 
-    fn fallocate(&self, mode: i32, offset: u64, len: u64) -> io::Result<()> {
-        let invalid = |_| io::Error::from_raw_os_error(libc::EINVAL);
-        let offset = i64::try_from(offset).map_err(invalid)?;
-        let len = i64::try_from(len).map_err(invalid)?;
-        // SAFETY: no memory is passed.
-        match unsafe { libc::fallocate64(self.file.as_raw_fd(), mode, offset, len) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
+    /// The file of a route. Without direct I/O there is only one.
+    pub(super) fn file(&self, route: Route) -> &File {
+        match (&self.direct, route) {
+            (Some(direct), Route::Buffered) => &direct.buffered,
+            _ => &self.file,
         }
+    }
+
+    /// Whether transfers on `route` copy, and so keep the caller busy even if no device is waited for.
+    pub(super) fn copies(&self, route: Route) -> bool {
+        self.direct.is_none() || route == Route::Buffered
+    }
+
+    /// The files in the order of [`Route`].
+    pub(super) fn descriptors(&self) -> [RawFd; 2] {
+        [Route::Main, Route::Buffered].map(|route| self.file(route).as_raw_fd())
+    }
+}
+
+fn open_image(config: &BlockConfig) -> io::Result<File> {
+    // O_NONBLOCK: opening a FIFO by mistake must not hang.
+    let file = OpenOptions::new()
+        .read(true)
+        .write(!config.read_only)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(&config.path)?;
+    // It must not stay: io_uring answers EAGAIN on such a file where it would have to wait for the disk.
+    let flags = rustix::fs::fcntl_getfl(&file)?;
+    rustix::fs::fcntl_setfl(&file, flags & !OFlags::NONBLOCK)?;
+    Ok(file)
+}
+
+/// The same file, whatever its path names by now, as a new open file description.
+fn reopen(file: &File, read_only: bool) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(!read_only)
+        .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+/// Switches `file` to direct I/O. Returns the other way to it and the alignment of offsets; `block_size` is a block
+/// device's own.
+fn go_direct(file: &File, block_size: Option<u32>, config: &BlockConfig) -> io::Result<(Direct, u32)> {
+    let buffered = reopen(file, config.read_only)?;
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT)?;
+    let (memory, offset) = direct_alignment(file, block_size.unwrap_or(SAFE_ALIGNMENT));
+    let direct = Direct {
+        memory: u64::from(memory),
+        buffered,
+    };
+    Ok((direct, offset))
+}
+
+/// Alignment of memory and of offsets for direct I/O; `fallback` when the kernel (before 6.1) or the file system does not
+/// say.
+fn direct_alignment(file: &File, fallback: u32) -> (u32, u32) {
+    let told = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
+    match told {
+        Ok(told)
+            if told.stx_dio_mem_align.is_power_of_two() && told.stx_dio_offset_align.is_power_of_two() =>
+        {
+            (
+                told.stx_dio_mem_align,
+                told.stx_dio_offset_align.max(SECTOR as u32),
+            )
+        }
+        _ => (fallback, fallback),
+    }
+}
+
+fn usable_physical(physical: u32, block_size: u32) -> u32 {
+    // A network file system's block size may be a megabyte: that is a preference, no block.
+    if physical.is_power_of_two() && (block_size..=0x1_0000).contains(&physical) {
+        physical
+    } else {
+        block_size
     }
 }
 
@@ -205,58 +345,4 @@ fn lock(file: &File, config: &BlockConfig) -> Result<(), BlockError> {
     }
     tracing::warn!(device = %config.id, path = ?config.path, %error, "disk: the file system has no locks");
     Ok(())
-}
-
-/// Calls `io` until all of `slices` is moved. Running into the end of the file is an error: the range was checked
-/// against the capacity, so the file shrank.
-fn transfer(
-    slices: &[VolatileSlice],
-    mut offset: u64,
-    io: impl Fn(*const libc::iovec, libc::c_int, i64) -> isize,
-) -> io::Result<()> {
-    let guards: Vec<_> = slices.iter().map(|slice| slice.ptr_guard_mut()).collect();
-    let mut segments: Vec<libc::iovec> = guards
-        .iter()
-        .zip(slices)
-        .map(|(guard, slice)| libc::iovec {
-            iov_base: guard.as_ptr().cast(),
-            iov_len: slice.len(),
-        })
-        .collect();
-    let mut rest = segments.as_mut_slice();
-    while !rest.is_empty() {
-        let position = i64::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
-        let count = rest.len().min(MAX_SEGMENTS);
-        let moved = io(rest.as_ptr(), count as libc::c_int, position);
-        let Ok(moved) = usize::try_from(moved) else {
-            let error = io::Error::last_os_error();
-            if error.kind() == io::ErrorKind::Interrupted {
-                continue;
-            }
-            return Err(error);
-        };
-        if moved == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        offset += moved as u64;
-        rest = advance(rest, moved);
-    }
-    Ok(())
-}
-
-/// Drops the first `bytes` bytes of a list of non-empty segments.
-fn advance(mut segments: &mut [libc::iovec], mut bytes: usize) -> &mut [libc::iovec] {
-    while bytes > 0 {
-        let Some((first, _)) = segments.split_first_mut() else {
-            break;
-        };
-        if bytes < first.iov_len {
-            first.iov_base = first.iov_base.cast::<u8>().wrapping_add(bytes).cast();
-            first.iov_len -= bytes;
-            break;
-        }
-        bytes -= first.iov_len;
-        segments = segments.get_mut(1..).unwrap_or_default();
-    }
-    segments
 }

@@ -2,13 +2,22 @@
 //!
 //! Only raw images: a format with a header (qcow2) lets the guest write that header, and with it the names of host
 //! files (GHSA-jmr4-g2hv-mjj6).
+//!
+//! A queue's requests are checked and turned into steps (`request.rs`, `step.rs`) that own the memory they need. Two
+//! engines carry steps out: io_uring on the I/O loop, many at once (`ring.rs`, `worker/uring.rs`), or blocking calls on a
+//! thread per queue (`worker/sync.rs`).
 
 mod device;
 mod disk;
 mod request;
+mod ring;
+mod state;
+mod step;
+mod target;
 #[cfg(test)]
 mod tests;
+mod throttle;
 mod worker;
 
-pub use device::Block;
+pub use device::{Block, ResizeError};
 pub use disk::BlockError;

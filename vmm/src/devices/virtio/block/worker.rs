@@ -1,91 +1,79 @@
-//! The thread that serves the request queue: synchronous I/O straight from and to guest memory.
+//! Queues at work: what both engines share.
+
+pub(super) mod intake;
+pub(super) mod sync;
+pub(super) mod uring;
 
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-
-use super::request::{Target, execute};
-use crate::devices::virtio::chain::Chain;
-use crate::devices::virtio::served_queue::{Served, ServedQueue};
+use super::target::Target;
+use crate::config::BlockEngine;
 use crate::devices::virtio::state::QueuePosition;
+use crate::devices::virtio::{ActivateError, ActiveQueue, Interrupt, OnLoop};
+use crate::io_loop::IoLoop;
+use crate::memory::GuestMemory;
+use intake::Intake;
+use sync::SyncWorker;
+use uring::UringWorker;
 
-/// Requests per interrupt at most, so that the first of many slow ones is not held back by the last.
-const BATCH: usize = 8;
-
-/// The running thread. [`BlockWorker::stop`] ends it.
+/// What every queue of an activation gets.
 #[derive(Debug)]
-pub(super) struct BlockWorker {
-    stop: Arc<EventFd>,
-    thread: JoinHandle<QueuePosition>,
+pub(super) struct Surroundings {
+    pub(super) target: Arc<Target>,
+    pub(super) memory: Arc<GuestMemory>,
+    pub(super) interrupt: Interrupt,
+    pub(super) io: IoLoop,
 }
 
-impl BlockWorker {
-    pub(super) fn spawn(target: Arc<Target>, queue: ServedQueue, write_through: bool) -> io::Result<Self> {
-        let stop = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        let stopped = stop.clone();
-        let thread = std::thread::Builder::new()
-            .name(format!("blk-{}", target.id))
-            .spawn(move || run(&target, queue, write_through, &stopped))?;
-        Ok(Self { stop, thread })
-    }
-
-    /// Waits for the request in hand, if any, and ends the thread. Says where the queue stands.
-    pub(super) fn stop(self) -> Option<QueuePosition> {
-        if let Err(error) = self.stop.write(1) {
-            tracing::error!(%error, "block: cannot wake the worker to stop it");
-        }
-        let position = self.thread.join();
-        if position.is_err() {
-            tracing::error!("block: the worker panicked");
-        }
-        position.ok()
-    }
+/// A queue being served.
+#[derive(Debug)]
+pub(super) enum Worker {
+    /// On the I/O loop.
+    Uring(OnLoop<UringWorker>),
+    /// On a thread of its own.
+    Sync(SyncWorker),
 }
 
-fn run(target: &Target, mut queue: ServedQueue, write_through: bool, stop: &EventFd) -> QueuePosition {
-    let limit = queue.size();
-    let mut wait = true;
-    loop {
-        match wait_for_kick(&queue, stop, wait) {
-            Ok(true) => return queue.position(),
-            Ok(false) => {}
-            Err(error) => {
-                tracing::error!(device = %target.id, %error, "block: poll failed, worker ends");
-                return queue.position();
+impl Worker {
+    /// Starts serving `queue`. `engine` is never `Auto` where the host has no io_uring.
+    pub(super) fn start(
+        around: &Surroundings,
+        queue: ActiveQueue,
+        engine: BlockEngine,
+    ) -> Result<Self, ActivateError> {
+        let target = &around.target;
+        let failed = |what| {
+            move |source: io::Error| ActivateError::Host {
+                device: target.id.clone(),
+                what,
+                source,
+            }
+        };
+        let index = queue.index;
+        let intake = Intake::new(around, queue);
+        if engine != BlockEngine::Sync {
+            match UringWorker::ring(&intake) {
+                Ok(ring) => {
+                    let worker = UringWorker::new(intake, ring);
+                    return Ok(Self::Uring(OnLoop::start(around.io.clone(), worker)?));
+                }
+                // It was there when the disk was made; out of file descriptors or locked memory.
+                Err(error) if engine == BlockEngine::Auto => {
+                    tracing::warn!(device = %target.id, queue = index, %error, "block: no ring to be had, queue served synchronously");
+                }
+                Err(error) => return Err(failed("cannot make an io_uring")(error)),
             }
         }
-        queue.take_kick();
-        let served = queue.serve(BATCH, |memory, chain| match Chain::parse(memory, chain, limit) {
-            Ok(chain) => execute(target, memory, &chain, write_through),
-            Err(error) => {
-                tracing::debug!(device = %target.id, %error, "block: chain dropped");
-                0
-            }
-        });
-        wait = served == Served::Idle;
+        let worker = SyncWorker::spawn(intake, index).map_err(failed("cannot start the worker thread"))?;
+        Ok(Self::Sync(worker))
     }
-}
 
-/// Sleeps until a kick or a stop if `wait`, else only looks; true means stop.
-fn wait_for_kick(queue: &ServedQueue, stop: &EventFd, wait: bool) -> io::Result<bool> {
-    let readable = |fd| libc::pollfd {
-        fd,
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    let mut fds = [readable(stop.as_raw_fd()), readable(queue.kick().as_raw_fd())];
-    let timeout = if wait { -1 } else { 0 };
-    loop {
-        // SAFETY: `fds` is an array of two, alive during the call.
-        if unsafe { libc::poll(fds.as_mut_ptr(), 2, timeout) } >= 0 {
-            return Ok(fds[0].revents != 0);
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
+    /// Finishes what was taken from the queue and takes nothing more. Says where the queue stands.
+    pub(super) fn stop(self, device: &str) -> Option<QueuePosition> {
+        match self {
+            Self::Uring(worker) => worker.stop(device, UringWorker::finish),
+            Self::Sync(worker) => worker.stop(device),
         }
     }
 }

@@ -1,113 +1,42 @@
+//! Requests of every kind, well-formed and not, on both engines.
+
 use std::fs::File;
-use std::io::Write;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
-    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES,
-};
-use vmm_sys_util::tempdir::TempDir;
-
-use super::{Block, BlockError};
-use crate::config::BlockConfig;
-use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::test_ring::{
-    BUFFERS, Buf, INDIRECT, MEMORY_SIZE, NEXT, TestGuest, TestRing, Used, WRITE, survive_malformed_chains,
+    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
-const OK: u8 = VIRTIO_BLK_S_OK as u8;
-const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
-const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
+use super::*;
+use crate::devices::virtio::block::BlockError;
+use crate::devices::virtio::test_ring::{INDIRECT, MEMORY_SIZE, NEXT, Used, WRITE, survive_malformed_chains};
 
-const HEADER: u64 = BUFFERS;
-const STATUS: u64 = BUFFERS + 0x100;
-const DATA: u64 = BUFFERS + 0x1_0000;
-/// 8 MiB and a bit that no sector holds.
-const IMAGE_BYTES: usize = (8 << 20) + 100;
+on_each_engine![
+    read_when_scattered_fills_every_buffer,
+    write_when_scattered_reaches_the_image,
+    write_when_read_only_is_refused_whatever_was_negotiated,
+    access_when_beyond_the_end_is_an_error,
+    data_when_not_whole_sectors_is_an_error,
+    data_when_in_the_wrong_direction_is_an_error,
+    request_when_nothing_is_writable_is_dropped,
+    header_when_short_is_an_error_and_when_split_is_not,
+    indirect_request_is_served,
+    unknown_types_are_unsupported,
+    serial_is_the_start_of_the_id,
+    discard_and_write_zeroes_zero_their_ranges_only,
+    ranges_when_invalid_are_refused,
+    file_when_it_shrinks_gives_errors,
+    many_requests_complete_with_few_interrupts,
+    write_zeroes_when_the_file_system_cannot_is_written,
+    large_request_crosses_memory_limits_safely,
+    malformed_chains_are_returned,
+    reset_joins_the_worker_and_leaves_memory_alone,
+    reset_when_avail_index_jumped_still_ends,
+];
 
-/// An image with recognizable sectors, and a device on it.
-struct Fixture {
-    guest: TestGuest,
-    block: Block,
-    rings: Vec<TestRing>,
-    path: PathBuf,
-    _dir: TempDir,
-}
-
-fn image() -> (TempDir, PathBuf) {
-    let dir = TempDir::new_with_prefix("/tmp/dragonball-blk").unwrap();
-    let path = dir.as_path().join("image");
-    let mut bytes = vec![0; IMAGE_BYTES];
-    for (sector, chunk) in bytes.chunks_mut(512).enumerate() {
-        chunk.fill((sector % 251) as u8 + 1);
-    }
-    File::create(&path).unwrap().write_all(&bytes).unwrap();
-    (dir, path)
-}
-
-fn config(path: &Path, read_only: bool) -> BlockConfig {
-    BlockConfig {
-        id: "disk-with-a-long-name".into(),
-        path: path.to_owned(),
-        read_only,
-    }
-}
-
-impl Fixture {
-    fn new(read_only: bool) -> Self {
-        let (dir, path) = image();
-        let guest = TestGuest::new();
-        let mut block = Block::new(&config(&path, read_only)).unwrap();
-        let rings = guest.activate(&mut block, 64, true);
-        Self {
-            guest,
-            block,
-            rings,
-            path,
-            _dir: dir,
-        }
-    }
-
-    fn header(&self, kind: u32, sector: u64) {
-        let mut header = [0; 16];
-        header[..4].copy_from_slice(&kind.to_le_bytes());
-        header[8..].copy_from_slice(&sector.to_le_bytes());
-        self.guest.write(HEADER, &header);
-        self.guest.write(STATUS, &[0xee]);
-    }
-
-    /// Header, `data`, status; returns the completion and the status byte.
-    fn request(&mut self, kind: u32, sector: u64, data: &[Buf]) -> (Used, u8) {
-        self.header(kind, sector);
-        let mut chain = vec![Buf::Read(HEADER, 16)];
-        chain.extend(data);
-        chain.push(Buf::Write(STATUS, 1));
-        let used = self.rings[0].round_trip(&chain);
-        (used, self.guest.read(STATUS, 1)[0])
-    }
-
-    fn on_disk(&self, offset: u64, len: usize) -> Vec<u8> {
-        let mut bytes = vec![0; len];
-        File::open(&self.path)
-            .unwrap()
-            .read_exact_at(&mut bytes, offset)
-            .unwrap();
-        bytes
-    }
-}
-
-impl Drop for Fixture {
-    fn drop(&mut self) {
-        self.block.reset();
-    }
-}
-
-#[test]
-fn read_when_scattered_fills_every_buffer() {
-    let mut f = Fixture::new(true);
+fn read_when_scattered_fills_every_buffer(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, true);
     let (used, status) = f.request(
         VIRTIO_BLK_T_IN,
         3,
@@ -126,9 +55,8 @@ fn read_when_scattered_fills_every_buffer() {
     f.guest.wait_interrupt();
 }
 
-#[test]
-fn write_when_scattered_reaches_the_image() {
-    let mut f = Fixture::new(false);
+fn write_when_scattered_reaches_the_image(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, false);
     f.guest.write(DATA, &[0x55; 100]);
     f.guest.write(DATA + 0x1000, &[0xaa; 412]);
     let data = [Buf::Read(DATA, 100), Buf::Read(DATA + 0x1000, 412)];
@@ -142,9 +70,8 @@ fn write_when_scattered_reaches_the_image() {
     assert_eq!((used.len, status), (1, OK));
 }
 
-#[test]
-fn write_when_read_only_is_refused_whatever_was_negotiated() {
-    let mut f = Fixture::new(true);
+fn write_when_read_only_is_refused_whatever_was_negotiated(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, true);
     assert_ne!(f.block.features() & 1 << VIRTIO_BLK_F_RO, 0);
     for kind in [VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
         let (used, status) = f.request(kind, 0, &[Buf::Read(DATA, 512)]);
@@ -153,9 +80,8 @@ fn write_when_read_only_is_refused_whatever_was_negotiated() {
     assert_eq!(f.on_disk(0, 1), [1]);
 }
 
-#[test]
-fn access_when_beyond_the_end_is_an_error() {
-    let mut f = Fixture::new(false);
+fn access_when_beyond_the_end_is_an_error(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, false);
     let last = IMAGE_BYTES as u64 / 512 - 1;
     let one = [Buf::Write(DATA, 512)];
     assert_eq!(f.request(VIRTIO_BLK_T_IN, last, &one).1, OK);
@@ -176,9 +102,8 @@ fn access_when_beyond_the_end_is_an_error() {
     );
 }
 
-#[test]
-fn data_when_not_whole_sectors_is_an_error() {
-    let mut f = Fixture::new(false);
+fn data_when_not_whole_sectors_is_an_error(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, false);
     for len in [1, 511, 513] {
         assert_eq!(f.request(VIRTIO_BLK_T_IN, 0, &[Buf::Write(DATA, len)]).1, IOERR);
         assert_eq!(f.request(VIRTIO_BLK_T_OUT, 0, &[Buf::Read(DATA, len)]).1, IOERR);
@@ -188,26 +113,23 @@ fn data_when_not_whole_sectors_is_an_error() {
     assert_eq!(f.on_disk(0, 2), [1, 1]);
 }
 
-#[test]
-fn data_when_in_the_wrong_direction_is_an_error() {
-    let mut f = Fixture::new(false);
+fn data_when_in_the_wrong_direction_is_an_error(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, false);
     assert_eq!(f.request(VIRTIO_BLK_T_OUT, 0, &[Buf::Write(DATA, 512)]).1, IOERR);
     assert_eq!(f.request(VIRTIO_BLK_T_IN, 0, &[Buf::Read(DATA, 512)]).1, IOERR);
     assert_eq!(f.on_disk(0, 1), [1]);
 }
 
-#[test]
-fn request_when_nothing_is_writable_is_dropped() {
-    let mut f = Fixture::new(false);
+fn request_when_nothing_is_writable_is_dropped(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, false);
     f.header(VIRTIO_BLK_T_OUT, 0);
     let used = f.rings[0].round_trip(&[Buf::Read(HEADER, 16), Buf::Read(DATA, 512)]);
     assert_eq!(used.len, 0);
     assert_eq!(f.on_disk(0, 1), [1]);
 }
 
-#[test]
-fn header_when_short_is_an_error_and_when_split_is_not() {
-    let mut f = Fixture::new(false);
+fn header_when_short_is_an_error_and_when_split_is_not(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, false);
     f.header(VIRTIO_BLK_T_IN, 1);
     let used = f.rings[0].round_trip(&[
         Buf::Read(HEADER, 15),
@@ -227,9 +149,8 @@ fn header_when_short_is_an_error_and_when_split_is_not() {
     assert_eq!(f.guest.read(DATA, 513), [vec![2; 512], vec![OK]].concat());
 }
 
-#[test]
-fn indirect_request_is_served() {
-    let mut f = Fixture::new(true);
+fn indirect_request_is_served(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, true);
     f.header(VIRTIO_BLK_T_IN, 5);
     let table = BUFFERS + 0x2000;
     let ring = &mut f.rings[0];
@@ -243,18 +164,16 @@ fn indirect_request_is_served() {
     assert_eq!(f.guest.read(DATA, 512), [6; 512]);
 }
 
-#[test]
-fn unknown_types_are_unsupported() {
-    let mut f = Fixture::new(false);
+fn unknown_types_are_unsupported(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, false);
     for kind in [2, 3, 7, 9, 0x8000_0000, u32::MAX] {
         let (used, status) = f.request(kind, 0, &[Buf::Write(DATA, 512)]);
         assert_eq!((used.len, status), (1, UNSUPP), "type {kind:#x}");
     }
 }
 
-#[test]
-fn serial_is_the_start_of_the_id() {
-    let mut f = Fixture::new(false);
+fn serial_is_the_start_of_the_id(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, false);
     let (used, status) = f.request(VIRTIO_BLK_T_GET_ID, 0, &[Buf::Write(DATA, 20)]);
     assert_eq!((used.len, status), (21, OK));
     assert_eq!(f.guest.read(DATA, 20), b"disk-with-a-long-nam");
@@ -273,9 +192,8 @@ fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
     .concat()
 }
 
-#[test]
-fn discard_and_write_zeroes_zero_their_ranges_only() {
-    let mut f = Fixture::new(false);
+fn discard_and_write_zeroes_zero_their_ranges_only(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, false);
     for (kind, flags, sector) in [
         (VIRTIO_BLK_T_DISCARD, 0, 8),
         (VIRTIO_BLK_T_WRITE_ZEROES, 0, 32),
@@ -294,9 +212,34 @@ fn discard_and_write_zeroes_zero_their_ranges_only() {
     assert_eq!(std::fs::metadata(&f.path).unwrap().len(), IMAGE_BYTES as u64);
 }
 
-#[test]
-fn ranges_when_invalid_are_refused() {
-    let mut f = Fixture::new(false);
+fn write_zeroes_when_the_file_system_cannot_is_written(engine: BlockEngine) {
+    // tmpfs has holes but no FALLOC_FL_ZERO_RANGE.
+    let dir = TempDir::new_with_prefix("/dev/shm/dragonball-blk").unwrap();
+    let path = dir.as_path().join("image");
+    let mut f = Fixture::with(|config| {
+        std::fs::copy(&config.path, &path).unwrap();
+        config.path.clone_from(&path);
+        config.engine = engine;
+    });
+    f.path = path;
+    // More than one step writes, and not whole pages.
+    let sectors = (3 << 20) / 512 + 3;
+    f.guest
+        .write(DATA, &[range(5, sectors, 0), range(8192, 2, 0)].concat());
+    let (used, status) = f.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &[Buf::Read(DATA, 32)]);
+    assert_eq!((used.len, status), (1, OK));
+    let end = u64::from(5 + sectors);
+    for (from, until) in [(5, end), (8192, 8194)] {
+        let len = ((until - from) * 512) as usize;
+        assert!(f.on_disk(from * 512, len).iter().all(|byte| *byte == 0));
+        assert_eq!(f.on_disk(from * 512 - 1, 1), [pattern(from - 1)]);
+        assert_eq!(f.on_disk(until * 512, 1), [pattern(until)]);
+    }
+    assert_eq!(f.counter("write_zeroes_bytes"), u64::from(sectors + 2) * 512);
+}
+
+fn ranges_when_invalid_are_refused(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, false);
     let last = IMAGE_BYTES as u64 / 512;
     let cases = [
         (VIRTIO_BLK_T_DISCARD, range(0, 8, 1), 16, UNSUPP),
@@ -319,9 +262,8 @@ fn ranges_when_invalid_are_refused() {
     assert_eq!(f.on_disk(0, 1), [1]);
 }
 
-#[test]
-fn file_when_it_shrinks_gives_errors() {
-    let mut f = Fixture::new(false);
+fn file_when_it_shrinks_gives_errors(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, false);
     File::options()
         .write(true)
         .open(&f.path)
@@ -332,9 +274,8 @@ fn file_when_it_shrinks_gives_errors() {
     assert_eq!(f.request(VIRTIO_BLK_T_IN, 7, &[Buf::Write(DATA, 1024)]).1, IOERR);
 }
 
-#[test]
-fn many_requests_complete_with_few_interrupts() {
-    let mut f = Fixture::new(true);
+fn many_requests_complete_with_few_interrupts(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, true);
     f.header(VIRTIO_BLK_T_IN, 0);
     for index in 0..21 {
         let data = Buf::Write(DATA + index * 512, 512);
@@ -348,9 +289,8 @@ fn many_requests_complete_with_few_interrupts() {
     assert_eq!(f.guest.wait_interrupt(), 1);
 }
 
-#[test]
-fn large_request_crosses_memory_limits_safely() {
-    let mut f = Fixture::new(true);
+fn large_request_crosses_memory_limits_safely(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, true);
     let (used, status) = f.request(VIRTIO_BLK_T_IN, 0, &[Buf::Write(DATA, 4 << 20)]);
     assert_eq!((used.len, status), ((4 << 20) + 1, OK));
     assert_eq!(f.guest.read(DATA, 4 << 20), f.on_disk(0, 4 << 20));
@@ -361,17 +301,15 @@ fn large_request_crosses_memory_limits_safely() {
     assert_eq!((used.len, status), (0, 0xee), "an invalid chain gets no status");
 }
 
-#[test]
-fn malformed_chains_are_returned() {
-    let mut f = Fixture::new(false);
+fn malformed_chains_are_returned(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, false);
     survive_malformed_chains(&mut f.rings[0]);
     assert_eq!(f.on_disk(0, 4096)[..512], [1; 512]);
     assert_eq!(f.request(VIRTIO_BLK_T_IN, 0, &[Buf::Write(DATA, 512)]).1, OK);
 }
 
-#[test]
-fn reset_joins_the_worker_and_leaves_memory_alone() {
-    let mut f = Fixture::new(false);
+fn reset_joins_the_worker_and_leaves_memory_alone(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, false);
     f.block.reset();
     f.block.reset();
     f.header(VIRTIO_BLK_T_IN, 0);
@@ -388,9 +326,8 @@ fn reset_joins_the_worker_and_leaves_memory_alone() {
     assert_eq!(f.request(VIRTIO_BLK_T_IN, 0, &[Buf::Write(DATA, 512)]).1, OK);
 }
 
-#[test]
-fn reset_when_avail_index_jumped_still_ends() {
-    let mut f = Fixture::new(false);
+fn reset_when_avail_index_jumped_still_ends(engine: BlockEngine) {
+    let mut f = Fixture::new(engine, false);
     f.rings[0].set_avail_index(5000);
     f.rings[0].kick();
     f.block.reset();

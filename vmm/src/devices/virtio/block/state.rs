@@ -1,0 +1,63 @@
+//! What a disk knows beyond its configuration, its queues and its image.
+
+use serde::{Deserialize, Serialize};
+
+use super::disk::{Disk, SECTOR};
+use super::target::Target;
+use crate::devices::virtio::state::{self, StateError};
+use crate::rate_limiter::RateLimiterState;
+
+/// The form in a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct BlockState {
+    /// Capacity in sectors, as the guest knows it.
+    pub(super) sectors: u64,
+    /// Whether writes may complete before they are durable.
+    pub(super) writeback: bool,
+    /// What is left in the rate limiter's buckets, if there is one.
+    pub(super) limiter: Option<RateLimiterState>,
+}
+
+/// The state of `target`.
+pub(super) fn save(target: &Target) -> Result<Vec<u8>, StateError> {
+    let state = BlockState {
+        sectors: target.disk.sectors(),
+        writeback: target.writeback(),
+        limiter: target.throttle.as_ref().map(|throttle| throttle.state()),
+    };
+    state::encode(&target.id, &state)
+}
+
+/// Puts what [`save`] gave into `target`, whose image was opened anew. An image that grew since keeps the saved capacity,
+/// which is what the guest counts on, until a resize tells it.
+pub(super) fn restore(target: &Target, bytes: &[u8]) -> Result<(), StateError> {
+    let state: BlockState = state::decode(&target.id, bytes)?;
+    check_capacity(&target.disk, state.sectors).map_err(|reason| StateError::Invalid {
+        device: target.id.clone(),
+        reason,
+    })?;
+    target.disk.set_sectors(state.sectors);
+    target.set_writeback(state.writeback);
+    // Without a limiter in either there is nothing to carry over: the configuration decides.
+    if let (Some(throttle), Some(limiter)) = (&target.throttle, &state.limiter) {
+        throttle.restore(limiter);
+    }
+    Ok(())
+}
+
+fn check_capacity(disk: &Disk, saved: u64) -> Result<(), String> {
+    let present = disk.sectors();
+    let block = u64::from(disk.block_size()) / SECTOR;
+    if saved == 0 || !saved.is_multiple_of(block) {
+        return Err(format!(
+            "capacity of {saved} sectors, not a number of blocks of {} bytes",
+            disk.block_size()
+        ));
+    }
+    if saved > present {
+        return Err(format!(
+            "the disk had {saved} sectors when it was saved, its image has {present} now: it was cut or is another one"
+        ));
+    }
+    Ok(())
+}
