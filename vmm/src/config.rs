@@ -94,6 +94,8 @@ pub enum DeviceConfig {
     Fs(FsConfig),
     /// An entropy source.
     Rng(RngConfig),
+    /// A network interface.
+    Net(NetConfig),
 }
 
 impl DeviceConfig {
@@ -103,6 +105,7 @@ impl DeviceConfig {
             Self::Block(c) => &c.id,
             Self::Fs(c) => &c.id,
             Self::Rng(c) => &c.id,
+            Self::Net(c) => &c.id,
         }
     }
 }
@@ -244,6 +247,105 @@ pub struct RngConfig {
     pub id: String,
 }
 
+/// A network interface over a TAP.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetConfig {
+    /// Device id.
+    pub id: String,
+    /// The host side.
+    pub tap: TapConfig,
+    /// Hardware address of the guest's interface; `None`: a locally administered one made from the device id, the TAP's
+    /// name and its namespace, the same each time.
+    pub mac: Option<[u8; 6]>,
+    /// MTU the guest is told, 68 or more bytes; `None`: it takes 1500. The TAP's own MTU is its owner's affair.
+    pub mtu: Option<u16>,
+    /// Pairs of receive and transmit queues, 1..=[`MAX_QUEUE_PAIRS`].
+    pub queue_pairs: u8,
+    /// Entries of each receive and transmit queue: a power of two, 32..=1024. (Linux stops transmitting while a frame of
+    /// 19 descriptors would not fit.)
+    pub queue_size: u16,
+    /// Limit on what the guest receives; excess waits in the TAP, which drops when its own queue is full.
+    #[serde(default)]
+    pub rx_rate_limiter: RateLimiterConfig,
+    /// Limit on what the guest sends; excess waits in the ring.
+    #[serde(default)]
+    pub tx_rate_limiter: RateLimiterConfig,
+}
+
+/// Most queue pairs of a network interface.
+pub const MAX_QUEUE_PAIRS: u8 = 8;
+
+/// A TAP: an existing one is attached to and stays when the machine ends (if it is persistent); otherwise one is made,
+/// which is gone with the machine. It is set up, given addresses and a bridge by whoever owns it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TapConfig {
+    /// Interface name, 1 to 15 bytes.
+    pub name: String,
+    /// Network namespace it is in, e.g. `/run/netns/pod`; `None`: the caller's.
+    #[serde(default)]
+    pub netns: Option<PathBuf>,
+}
+
+impl NetConfig {
+    /// An interface called `id` over the TAP `tap` of the caller's namespace: one queue pair of 256 entries, no limits.
+    pub fn new(id: &str, tap: &str) -> Self {
+        Self {
+            id: id.to_owned(),
+            tap: TapConfig {
+                name: tap.to_owned(),
+                netns: None,
+            },
+            mac: None,
+            mtu: None,
+            queue_pairs: 1,
+            queue_size: 256,
+            rx_rate_limiter: RateLimiterConfig::default(),
+            tx_rate_limiter: RateLimiterConfig::default(),
+        }
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        let invalid = |reason: String| {
+            Err(ConfigError::Net {
+                id: self.id.clone(),
+                reason,
+            })
+        };
+        let name = &self.tap.name;
+        // What the kernel's dev_valid_name refuses, and %, which it takes for a pattern.
+        let bad = |c: char| !c.is_ascii_graphic() || matches!(c, '/' | ':' | '%');
+        if name.is_empty() || name.len() > 15 || name.contains(bad) || name == "." || name == ".." {
+            return invalid(format!(
+                "{name:?} is no interface name (1 to 15 characters, no / : %)"
+            ));
+        }
+        if let Some(mac) = self.mac
+            && (mac[0] & 1 != 0 || mac == [0; 6])
+        {
+            return invalid(format!("mac {mac:02x?} is not the address of one interface"));
+        }
+        if let Some(mtu) = self.mtu
+            && mtu < 68
+        {
+            return invalid(format!("mtu {mtu}: need 68 or more"));
+        }
+        if self.queue_pairs == 0 || self.queue_pairs > MAX_QUEUE_PAIRS {
+            return invalid(format!(
+                "{} queue pairs: need 1 to {MAX_QUEUE_PAIRS}",
+                self.queue_pairs
+            ));
+        }
+        if !self.queue_size.is_power_of_two() || !(32..=1024).contains(&self.queue_size) {
+            return invalid(format!(
+                "queue size {}: need a power of two from 32 to 1024",
+                self.queue_size
+            ));
+        }
+        self.rx_rate_limiter.validate(&self.id)?;
+        self.tx_rate_limiter.validate(&self.id)
+    }
+}
+
 /// Limits on what a device may move; without a bucket there is no limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct RateLimiterConfig {
@@ -347,6 +449,14 @@ pub enum ConfigError {
         /// The tag.
         tag: String,
     },
+    /// A network interface that cannot be.
+    #[error("network {id:?}: {reason}")]
+    Net {
+        /// Device id.
+        id: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// A rate limiter that would let nothing through.
     #[error(
         "device {id:?}: rate limiter: {bucket}: size {size}, refill_time_ms {refill_time_ms}: both must be 1 or more \
@@ -416,6 +526,9 @@ impl DeviceConfig {
         }
         if let Self::Block(block) = self {
             block.validate()?;
+        }
+        if let Self::Net(net) = self {
+            net.validate()?;
         }
         if let Self::Fs(fs) = self {
             if fs.tag.is_empty() || fs.tag.len() > 36 {

@@ -1,7 +1,11 @@
 //! Devices that come and go while the guest runs.
 
-use crate::config::DeviceConfig;
+use std::os::fd::OwnedFd;
+
+use crate::config::{DeviceConfig, NetConfig};
 use crate::devices::ged::Event;
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::net::{Net, NetHandle};
 use crate::vm::error::HotplugError;
 use crate::vm::info::DeviceInfo;
 use crate::vm::machine::Machine;
@@ -15,7 +19,39 @@ impl Vm {
     /// [`HotplugError`]; the machine is as before.
     pub fn add_device(&self, config: DeviceConfig) -> Result<DeviceInfo, HotplugError> {
         config.validate()?;
-        let id = config.id().to_owned();
+        self.plug(config.id(), || Ok((devices::create(&config)?, ())))
+            .map(|(info, ())| info)
+    }
+
+    /// As [`add_device`](Self::add_device), for a network interface: also gives a handle to change its link and limits,
+    /// and can take over open TAP queues (`tap_fds`, one for each queue pair; none: the TAP is opened by name).
+    ///
+    /// # Errors
+    /// [`HotplugError`]; the machine is as before.
+    pub fn add_net(
+        &self,
+        config: NetConfig,
+        tap_fds: Vec<OwnedFd>,
+    ) -> Result<(DeviceInfo, NetHandle), HotplugError> {
+        DeviceConfig::Net(config.clone()).validate()?;
+        self.plug(&config.id, || {
+            let net = match tap_fds.is_empty() {
+                true => Net::new(&config),
+                false => Net::with_fds(&config, tap_fds),
+            };
+            let net = net.map_err(|e| e.to_string())?;
+            let handle = net.handle();
+            Ok((Box::new(net) as Box<dyn VirtioDevice>, handle))
+        })
+    }
+
+    /// Puts the device that `create` makes into a free slot, and passes on what else it gives.
+    fn plug<T>(
+        &self,
+        id: &str,
+        create: impl FnOnce() -> Result<(Box<dyn VirtioDevice>, T), String>,
+    ) -> Result<(DeviceInfo, T), HotplugError> {
+        let id = id.to_owned();
         self.with_machine(&id, |machine| {
             if machine.slot_of(&id).is_some() {
                 return Err(HotplugError::Exists(id.clone()));
@@ -25,7 +61,7 @@ impl Vm {
                 slots: machine.board.slots.len(),
             };
             let slot = machine.free_slot().ok_or_else(no_slot)?;
-            let device = devices::create(&config).map_err(|reason| HotplugError::Device {
+            let (device, extra) = create().map_err(|reason| HotplugError::Device {
                 id: id.clone(),
                 reason,
             })?;
@@ -42,7 +78,7 @@ impl Vm {
                 return Err(host_error("interrupt of the generic event device", error));
             }
             tracing::info!(id, slot = info.acpi_name, "device added");
-            Ok(info)
+            Ok((info, extra))
         })
     }
 

@@ -10,6 +10,7 @@ mod guest;
 mod block;
 mod boot;
 mod hotplug;
+mod net;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

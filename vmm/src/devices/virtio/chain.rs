@@ -174,6 +174,26 @@ impl Buffers {
         }
         Ok(out)
     }
+
+    /// Appends the buffers as host memory to `out` until that has `limit` entries, without an allocation of its own.
+    /// Returns the number of bytes appended. The entries are valid as long as `memory` is.
+    pub fn iovecs(&self, memory: &GuestMemory, limit: usize, out: &mut Vec<libc::iovec>) -> u64 {
+        let mut covered = 0;
+        for &(address, len) in &self.parts {
+            for slice in memory.get_slices(address, len as usize) {
+                let Ok(slice) = slice else { return covered };
+                if out.len() >= limit {
+                    return covered;
+                }
+                out.push(libc::iovec {
+                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                    iov_len: slice.len(),
+                });
+                covered += slice.len() as u64;
+            }
+        }
+        covered
+    }
 }
 
 /// A descriptor chain, read from guest memory once and checked.

@@ -8,6 +8,7 @@ pub mod chain;
 pub mod console;
 pub mod fs;
 pub mod mmio;
+pub mod net;
 pub mod rng;
 pub mod served_queue;
 pub mod slots;

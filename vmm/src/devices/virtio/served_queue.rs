@@ -8,7 +8,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::state::QueuePosition;
@@ -49,12 +49,15 @@ pub struct ServedQueue {
     promised: bool,
     /// Chains were completed since the last `notify`.
     completed: bool,
+    /// The used index at the last `notify`.
+    notified_at: u16,
 }
 
 impl ServedQueue {
     /// `device` is the id used in logs.
     pub fn new(device: &str, active: ActiveQueue, memory: Arc<GuestMemory>, interrupt: Interrupt) -> Self {
         Self {
+            notified_at: active.queue.next_used(),
             device: device.to_owned(),
             index: active.index,
             queue: active.queue,
@@ -160,6 +163,40 @@ impl ServedQueue {
         self.completed = true;
     }
 
+    /// Returns several chains with one update of the used index, so that the driver sees all of them or none: a driver
+    /// that finds a part of a merged network frame only drops it (virtio 1.2, 5.1.6.4).
+    pub fn complete_together(&mut self, chains: &[(u16, u32)]) {
+        self.completed = true;
+        if let Err(error) = self.put_used(chains) {
+            self.stop(&error);
+        }
+    }
+
+    fn put_used(&mut self, chains: &[(u16, u32)]) -> Result<(), vm_memory::GuestMemoryError> {
+        let ring = GuestAddress(self.queue.used_ring());
+        let mut next = self.queue.next_used();
+        for &(head, written) in chains {
+            // A ring is ready only with a size of 1 or more.
+            let slot = next.checked_rem(self.queue.size()).unwrap_or(0);
+            // `flags` and `idx`, then the elements: `id` and `len` (virtio 1.2, 2.7.8).
+            let element = u64::from(head) | u64::from(written) << 32;
+            let at = ring.unchecked_add(4 + 8 * u64::from(slot));
+            self.memory.write_slice(&element.to_le_bytes(), at)?;
+            next = next.wrapping_add(1);
+        }
+        self.queue.set_next_used(next);
+        self.memory
+            .store(next.to_le(), ring.unchecked_add(2), Ordering::Release)
+    }
+
+    /// Gives the last `count` chains taken back to the ring; the next [`pop`](Self::pop) takes them again. None of them
+    /// may have been returned to the driver.
+    pub fn put_back(&mut self, count: usize) {
+        for _ in 0..count {
+            self.queue.go_to_previous_position();
+        }
+    }
+
     /// Asks the driver not to kick: the queue is being looked at anyway.
     pub fn suppress_kicks(&mut self) {
         if let Err(error) = self.queue.disable_notification(&*self.memory) {
@@ -189,17 +226,31 @@ impl ServedQueue {
         if !std::mem::take(&mut self.completed) {
             return;
         }
-        // `needs_notification` knows EVENT_IDX only; without it the driver has one flag (virtio 1.2, 2.7.7).
-        let wanted = if self.queue.event_idx_enabled() {
-            self.queue.needs_notification(&*self.memory)
-        } else {
-            fence(Ordering::SeqCst);
-            Ok(!self.interrupts_suppressed())
-        };
-        match wanted {
-            Ok(true) => self.interrupt.signal_used(),
-            Ok(false) => {}
-            Err(error) => self.stop(&error),
+        fence(Ordering::SeqCst);
+        if self.interrupt_wanted() {
+            self.interrupt.signal_used();
+        }
+    }
+
+    /// What the driver asks for: an interrupt when the used index passes one value (EVENT_IDX, virtio 1.2, 2.7.7.2), or
+    /// one flag for all.
+    fn interrupt_wanted(&mut self) -> bool {
+        let next_used = self.queue.next_used();
+        let before = std::mem::replace(&mut self.notified_at, next_used);
+        if !self.queue.event_idx_enabled() {
+            return !self.interrupts_suppressed();
+        }
+        // `used_event` follows the avail ring's flags, index and entries.
+        let at = self.queue.avail_ring() + 4 + 2 * u64::from(self.queue.size());
+        match self.memory.load::<u16>(GuestAddress(at), Ordering::Relaxed) {
+            Ok(event) => {
+                let since_event = next_used.wrapping_sub(u16::from_le(event)).wrapping_sub(1);
+                since_event < next_used.wrapping_sub(before)
+            }
+            Err(error) => {
+                self.stop(&error);
+                false
+            }
         }
     }
 

@@ -1,0 +1,356 @@
+//! A receive queue: frames read from the TAP straight into the driver's buffers.
+//!
+//! The length of a frame shows only when it has been read. So a read gets as many buffers as the driver has, up to the
+//! largest frame, and behind them a scratch area of ours: what overflows into it (the driver is short of buffers) is
+//! copied when the driver offers more, and no frame is lost for want of them. Chains taken and not used are
+//! held for the next frame, in the order of the ring, so that a suspend can put them back.
+
+use std::collections::VecDeque;
+use std::io;
+
+use virtio_queue::DescriptorChain;
+
+use super::counters::Counters;
+use super::tap::{Backend, read_frame};
+use super::{BUDGET, FRAME_MAX, HEADER, MAX_SEGMENTS, NUM_BUFFERS};
+use crate::devices::virtio::chain::{Buffers, Chain};
+use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::state::QueuePosition;
+use crate::memory::GuestMemory;
+use crate::rate_limiter::RateLimiter;
+
+/// Chains taken per turn: a frame of the largest size in buffers of 1,500 bytes needs 44.
+const CHAIN_BUDGET: usize = 64 * BUDGET;
+
+/// What a receive queue waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum RxWait {
+    /// A frame.
+    Frame,
+    /// Its next turn.
+    Turn,
+    /// Buffers: the next kick.
+    Buffers,
+    /// The rate limiter.
+    Tokens,
+    /// Nothing any more: the TAP is gone.
+    Gone,
+}
+
+/// A chain taken from the ring. One that cannot be used is returned when its turn comes, for the order.
+#[derive(Debug)]
+struct Held {
+    head: u16,
+    buffers: Option<Buffers>,
+}
+
+/// A frame longer than the buffers there were: bytes up to `written` are in the held chains, the rest is here.
+#[derive(Debug)]
+struct Spilled {
+    written: u64,
+    rest: Vec<u8>,
+}
+
+impl Spilled {
+    fn len(&self) -> u64 {
+        self.written + self.rest.len() as u64
+    }
+}
+
+/// Why there are not enough buffers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Short {
+    /// The ring is empty, and kicks are on.
+    Starved,
+    /// The turn is over.
+    Budget,
+    /// An unusable chain lies between the buffers.
+    Interrupted,
+}
+
+/// A receive queue.
+#[derive(Debug)]
+pub(super) struct RxQueue {
+    queue: ServedQueue,
+    held: VecDeque<Held>,
+    /// Bytes of the usable chains in `held`.
+    capacity: u64,
+    spilled: Option<Spilled>,
+    /// A frame may take several chains (VIRTIO_NET_F_MRG_RXBUF).
+    merge: bool,
+    /// Bytes to have ready for a frame.
+    want: u64,
+}
+
+impl RxQueue {
+    /// `want`: bytes of the usual largest frame, header included; only used with `merge`.
+    pub(super) fn new(queue: ServedQueue, merge: bool, want: u64) -> Self {
+        Self {
+            queue,
+            held: VecDeque::new(),
+            capacity: 0,
+            spilled: None,
+            merge,
+            want,
+        }
+    }
+
+    /// The queue, for kicks.
+    pub(super) fn queue(&self) -> &ServedQueue {
+        &self.queue
+    }
+
+    /// Puts back what is held and says where the queue stands.
+    pub(super) fn stop(&mut self, counters: &Counters) -> QueuePosition {
+        if self.spilled.take().is_some() {
+            counters.rx_dropped.add(1);
+        }
+        self.queue.put_back(self.held.len());
+        self.held.clear();
+        self.capacity = 0;
+        self.queue.position()
+    }
+
+    /// Receives what the TAP has, up to the turn's budget. `scratch` has [`FRAME_MAX`] + 1 bytes. Kicks are needed only
+    /// when it returns [`RxWait::Buffers`], and are on then.
+    pub(super) fn serve(
+        &mut self,
+        backend: &dyn Backend,
+        limiter: &mut RateLimiter,
+        scratch: &mut [u8],
+        counters: &Counters,
+    ) -> RxWait {
+        self.queue.suppress_kicks();
+        let wait = self.receive(backend, limiter, scratch, counters);
+        self.queue.notify();
+        wait
+    }
+
+    fn receive(
+        &mut self,
+        backend: &dyn Backend,
+        limiter: &mut RateLimiter,
+        scratch: &mut [u8],
+        counters: &Counters,
+    ) -> RxWait {
+        let memory = self.queue.memory().clone();
+        let mut segments = Vec::new();
+        let mut chains_left = CHAIN_BUDGET;
+        for _ in 0..BUDGET {
+            let needed = self.spilled.as_ref().map_or(1, Spilled::len);
+            let want = needed.max(if self.merge { self.want } else { 1 });
+            match self.hold(&memory, needed, want, &mut chains_left, counters) {
+                Ok(()) => {}
+                Err(Short::Starved) => {
+                    counters.rx_starved.add(1);
+                    return RxWait::Buffers;
+                }
+                Err(Short::Budget) => return RxWait::Turn,
+                Err(Short::Interrupted) => {
+                    self.give_up_spilled(counters);
+                    continue;
+                }
+            }
+            if let Some(spilled) = self.spilled.take() {
+                self.finish_spilled(&memory, &spilled, counters);
+                continue;
+            }
+            if !limiter.may_start() {
+                counters.rx_throttled.add(1);
+                return RxWait::Tokens;
+            }
+            let covered = self.segments(&memory, scratch, &mut segments);
+            // SAFETY: the segments are guest memory, mapped while `memory` lives, and `scratch`.
+            let len = match unsafe { read_frame(backend, &segments) } {
+                Ok(len) if len >= HEADER => len,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return RxWait::Frame,
+                other => {
+                    tracing::warn!(result = ?other, "net: the TAP is gone, nothing is received any more");
+                    counters.rx_errors.add(1);
+                    return RxWait::Gone;
+                }
+            };
+            limiter.charge(len.saturating_sub(HEADER) as u64, 1);
+            self.received(&memory, len, covered, scratch, counters);
+        }
+        RxWait::Turn
+    }
+
+    /// Takes chains until `want` bytes are held, or at least `needed`.
+    fn hold(
+        &mut self,
+        memory: &GuestMemory,
+        needed: u64,
+        want: u64,
+        chains_left: &mut usize,
+        counters: &Counters,
+    ) -> Result<(), Short> {
+        loop {
+            while self.capacity < want && !self.ends_unusable(counters) {
+                if *chains_left == 0 {
+                    return if self.capacity >= needed {
+                        Ok(())
+                    } else {
+                        Err(Short::Budget)
+                    };
+                }
+                let Some(chain) = self.queue.pop(memory) else {
+                    break;
+                };
+                *chains_left -= 1;
+                let held = parse(memory, chain, self.queue.size());
+                self.capacity += held.buffers.as_ref().map_or(0, Buffers::len);
+                self.held.push_back(held);
+            }
+            if self.capacity >= needed {
+                return Ok(());
+            }
+            if self.ends_unusable(counters) {
+                return Err(Short::Interrupted);
+            }
+            if !self.queue.enable_kicks() {
+                return Err(Short::Starved);
+            }
+            self.queue.suppress_kicks();
+        }
+    }
+
+    /// Returns unusable chains whose turn it is; true if there is one behind usable ones.
+    fn ends_unusable(&mut self, counters: &Counters) -> bool {
+        while let Some(first) = self.held.pop_front_if(|held| held.buffers.is_none()) {
+            counters.rx_errors.add(1);
+            self.queue.complete(first.head, 0);
+        }
+        self.held.back().is_some_and(|held| held.buffers.is_none())
+    }
+
+    /// Host memory for the next frame: held chains, then `scratch`. Returns the bytes that are in chains.
+    fn segments(&self, memory: &GuestMemory, scratch: &mut [u8], out: &mut Vec<libc::iovec>) -> u64 {
+        out.clear();
+        let mut covered = 0;
+        for buffers in self.held.iter().map_while(|held| held.buffers.as_ref()) {
+            let now = buffers.iovecs(memory, MAX_SEGMENTS - 1, out);
+            covered += now;
+            if !self.merge || now < buffers.len() || covered > FRAME_MAX as u64 {
+                break;
+            }
+        }
+        // One byte more than the largest frame, so that a larger one shows.
+        let room = scratch.len().saturating_sub(covered as usize).max(1);
+        out.push(libc::iovec {
+            iov_base: scratch.as_mut_ptr().cast(),
+            iov_len: room.min(scratch.len()),
+        });
+        covered
+    }
+
+    /// A frame of `len` bytes was read, `covered` of which had room in the chains.
+    fn received(
+        &mut self,
+        memory: &GuestMemory,
+        len: usize,
+        covered: u64,
+        scratch: &[u8],
+        counters: &Counters,
+    ) {
+        let first = self.held.front().and_then(|held| held.buffers.as_ref());
+        let fits = self.merge || first.is_some_and(|buffers| len as u64 <= buffers.len());
+        if len > FRAME_MAX || !fits {
+            tracing::debug!(len, "net: frame larger than the driver's buffers, dropped");
+            counters.rx_dropped.add(1);
+            return;
+        }
+        let beyond = usize::try_from((len as u64).saturating_sub(covered)).unwrap_or(0);
+        if beyond == 0 {
+            self.finish(memory, len as u64, counters);
+            return;
+        }
+        self.spilled = Some(Spilled {
+            written: covered,
+            rest: scratch.get(..beyond).unwrap_or_default().to_vec(),
+        });
+    }
+
+    /// The held chains are long enough now.
+    fn finish_spilled(&mut self, memory: &GuestMemory, spilled: &Spilled, counters: &Counters) {
+        let mut skip = spilled.written;
+        let mut rest = spilled.rest.as_slice();
+        for buffers in self.held.iter().map_while(|held| held.buffers.as_ref()) {
+            if skip >= buffers.len() {
+                skip -= buffers.len();
+                continue;
+            }
+            let room = usize::try_from(buffers.len() - skip).unwrap_or(usize::MAX);
+            let (now, later) = rest.split_at(room.min(rest.len()));
+            if let Err(error) = buffers.write(memory, skip, now) {
+                tracing::debug!(%error, "net: a part of a frame is lost");
+            }
+            (rest, skip) = (later, 0);
+        }
+        self.finish(memory, spilled.len(), counters);
+    }
+
+    /// The frame cannot be finished: an unusable chain lies between its buffers. Only a broken driver makes one; it gets
+    /// its buffers back empty.
+    fn give_up_spilled(&mut self, counters: &Counters) {
+        if self.spilled.take().is_some() {
+            counters.rx_dropped.add(1);
+        }
+        for held in self.held.drain(..) {
+            if held.buffers.is_none() {
+                counters.rx_errors.add(1);
+            }
+            self.queue.complete(held.head, 0);
+        }
+        self.capacity = 0;
+    }
+
+    /// Returns the chains that hold the frame of `len` bytes, all at once.
+    fn finish(&mut self, memory: &GuestMemory, len: u64, counters: &Counters) {
+        let mut used = Vec::new();
+        let mut first = None;
+        let mut left = len;
+        while left > 0
+            && let Some(held) = self.held.pop_front_if(|held| held.buffers.is_some())
+        {
+            let Some(buffers) = held.buffers else { break };
+            let now = left.min(buffers.len());
+            self.capacity -= buffers.len();
+            left -= now;
+            // At most FRAME_MAX.
+            used.push((held.head, now as u32));
+            first.get_or_insert(buffers);
+        }
+        // 1 without VIRTIO_NET_F_MRG_RXBUF (5.1.6.4.1); a chain has at least HEADER bytes.
+        let count = u16::try_from(used.len()).unwrap_or(u16::MAX).to_le_bytes();
+        if let Some(first) = first
+            && let Err(error) = first.write(memory, NUM_BUFFERS, &count)
+        {
+            tracing::debug!(%error, "net: num_buffers is lost");
+        }
+        self.queue.complete_together(&used);
+        counters.rx_frames.add(1);
+        counters.rx_bytes.add(len.saturating_sub(HEADER as u64));
+    }
+}
+
+/// Takes a chain apart. Without room for the header it is of no use (5.1.6.3.2).
+fn parse(memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>, limit: u16) -> Held {
+    let head = chain.head_index();
+    let buffers = match Chain::parse(memory, chain, limit) {
+        Ok(chain) if chain.writable.len() >= HEADER as u64 => Some(chain.writable),
+        Ok(chain) => {
+            tracing::debug!(
+                head,
+                bytes = chain.writable.len(),
+                "net: receive buffer too small"
+            );
+            None
+        }
+        Err(error) => {
+            tracing::debug!(%error, "net: receive chain dropped");
+            None
+        }
+    };
+    Held { head, buffers }
+}

@@ -1,0 +1,8 @@
+mod control;
+mod flow;
+mod hostile;
+mod lifecycle;
+mod rig;
+mod rx;
+mod tap;
+mod tx;

@@ -1,0 +1,252 @@
+//! An interface whose TAP is a socket: each message is a frame with its header, and the test has the other end.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair, sockopt,
+};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::QueueT;
+
+use crate::config::NetConfig;
+use crate::devices::virtio::net::Net;
+use crate::devices::virtio::net::tap::Backend;
+use crate::devices::virtio::state::QueuePosition;
+use crate::devices::virtio::test_ring::{BUFFERS, Buf, PATIENCE, TestGuest, TestRing};
+use crate::devices::virtio::{Activation, Interrupt, VirtioDevice};
+
+pub const MERGE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
+pub const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+pub const RING: u16 = 64;
+/// Buffers of the receive queue; those of the transmit queue start at [`BUFFERS`].
+pub const RX_BUFFERS: u64 = BUFFERS + (8 << 20);
+
+/// Stands for one queue of a TAP.
+#[derive(Debug)]
+pub struct Socket {
+    fd: OwnedFd,
+    pub offload: AtomicU32,
+    pub enabled: AtomicBool,
+    pub refuse: AtomicBool,
+}
+
+impl AsRawFd for Socket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl Backend for Socket {
+    fn set_offload(&self, offload: u32) -> io::Result<()> {
+        self.offload.store(offload, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn set_enabled(&self, enabled: bool) -> io::Result<()> {
+        if self.refuse.load(Ordering::SeqCst) && enabled {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        self.enabled.store(enabled, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+/// The other end.
+#[derive(Debug)]
+pub struct Wire(OwnedFd);
+
+impl Wire {
+    /// Sends a frame to the guest; false when the "TAP" is full.
+    pub fn try_send(&self, frame: &[u8]) -> bool {
+        match send(&self.0, frame, SendFlags::DONTWAIT) {
+            Ok(count) => {
+                assert_eq!(count, frame.len());
+                true
+            }
+            Err(error) => {
+                assert_eq!(error, rustix::io::Errno::AGAIN);
+                false
+            }
+        }
+    }
+
+    pub fn send(&self, frame: &[u8]) {
+        assert!(self.try_send(frame));
+    }
+
+    pub fn try_recv(&self) -> Option<Vec<u8>> {
+        let mut frame = vec![0; 1 << 17];
+        match recv(&self.0, &mut frame[..], RecvFlags::DONTWAIT) {
+            Ok((count, _)) => {
+                frame.truncate(count);
+                Some(frame)
+            }
+            Err(error) => {
+                assert_eq!(error, rustix::io::Errno::AGAIN);
+                None
+            }
+        }
+    }
+
+    pub fn recv(&self) -> Vec<u8> {
+        let mut frame = None;
+        eventually("a frame from the guest", || {
+            frame = self.try_recv();
+            frame.is_some()
+        });
+        frame.unwrap()
+    }
+}
+
+/// A pair of ends; the buffers hold about `bytes`.
+pub fn wire(bytes: usize) -> (Arc<Socket>, Wire) {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    for end in [&ours, &theirs] {
+        sockopt::set_socket_send_buffer_size(end, bytes).unwrap();
+    }
+    let socket = Socket {
+        fd: ours,
+        offload: AtomicU32::new(u32::MAX),
+        enabled: AtomicBool::new(true),
+        refuse: AtomicBool::new(false),
+    };
+    (Arc::new(socket), Wire(theirs))
+}
+
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// A frame of `len` bytes with its header, no two alike.
+pub fn frame(number: usize, len: usize) -> Vec<u8> {
+    let mut frame = vec![0; 12];
+    frame.extend((0..len - 12).map(|at| (at * 7 + at / 256 + number * 13) as u8));
+    frame
+}
+
+/// An interface with a driver.
+pub struct Rig {
+    pub guest: TestGuest,
+    pub net: Net,
+    pub rings: Vec<TestRing>,
+    pub sockets: Vec<Arc<Socket>>,
+    pub wires: Vec<Wire>,
+    pub features: u64,
+}
+
+pub fn net_config() -> NetConfig {
+    NetConfig {
+        queue_size: RING,
+        ..NetConfig::new("net0", "tap0")
+    }
+}
+
+pub fn device(config: &NetConfig, sockets: &[Arc<Socket>]) -> Net {
+    let backends = sockets.iter().map(|socket| socket.clone() as Arc<dyn Backend>);
+    Net::with_backends(config, backends.collect()).unwrap()
+}
+
+impl Rig {
+    pub fn new(features: u64) -> Self {
+        Self::with(&net_config(), features)
+    }
+
+    pub fn with(config: &NetConfig, features: u64) -> Self {
+        let (sockets, wires) = (0..config.queue_pairs).map(|_| wire(1 << 20)).unzip();
+        Self::over(config, features, sockets, wires)
+    }
+
+    pub fn over(config: &NetConfig, features: u64, sockets: Vec<Arc<Socket>>, wires: Vec<Wire>) -> Self {
+        let guest = TestGuest::new();
+        let net = device(config, &sockets);
+        let sizes = net.queue_sizes().iter().enumerate();
+        let event_idx = features & EVENT_IDX != 0;
+        let rings = sizes
+            .map(|(index, size)| guest.ring(index, *size, event_idx))
+            .collect();
+        let mut rig = Self {
+            guest,
+            net,
+            rings,
+            sockets,
+            wires,
+            features: features | 1 << VIRTIO_F_VERSION_1,
+        };
+        rig.activate(&[]);
+        rig
+    }
+
+    /// Activates the device with its queues at `positions`, or at 0.
+    pub fn activate(&mut self, positions: &[QueuePosition]) {
+        let queues = self.rings.iter().enumerate().map(|(index, ring)| {
+            let mut active = ring.active();
+            if let Some(position) = positions.iter().find(|p| usize::from(p.index) == index) {
+                active.queue.set_next_avail(position.next_avail);
+                active.queue.set_next_used(position.next_used);
+            }
+            active
+        });
+        let activation = Activation {
+            memory: self.guest.memory.clone(),
+            features: self.features,
+            queues: queues.collect(),
+            interrupt: Interrupt::new(self.guest.status.clone(), self.guest.irqfd.clone()),
+            io: self.guest.io.clone(),
+        };
+        self.net.activate(activation).unwrap();
+    }
+
+    pub fn counter(&self, name: &str) -> u64 {
+        let counters = self.net.counters();
+        counters.into_iter().find(|(n, _)| *n == name).unwrap().1
+    }
+
+    /// Offers receive buffer `number` of `len` bytes, without a kick. Returns its head.
+    pub fn offer_rx(&mut self, number: u64, len: u32) -> u16 {
+        self.rings[0].submit(&[Buf::Write(rx_buffer(number), len)])
+    }
+
+    /// Offers the frame in transmit buffer `number`, without a kick. Returns its head.
+    pub fn offer_tx(&mut self, number: u64, frame: &[u8]) -> u16 {
+        let at = tx_buffer(number);
+        self.guest.write(at, frame);
+        self.rings[1].submit(&[Buf::Read(at, frame.len() as u32)])
+    }
+
+    /// What receive buffer `number` holds: `num_buffers`, and the bytes with that field cleared.
+    pub fn received(&self, number: u64, len: u32) -> (u16, Vec<u8>) {
+        let mut bytes = self.guest.read(rx_buffer(number), len as usize);
+        let count = u16::from_le_bytes([bytes[10], bytes[11]]);
+        bytes[10..12].fill(0);
+        (count, bytes)
+    }
+
+    /// Runs the loop a few times with nothing to do, and says whether it did something: a spinning worker does.
+    pub fn spins(&self, counter: &str) -> bool {
+        self.guest.io.drain().unwrap();
+        let before = self.counter(counter);
+        for _ in 0..20 {
+            self.guest.io.drain().unwrap();
+        }
+        self.counter(counter) != before
+    }
+}
+
+pub fn rx_buffer(number: u64) -> u64 {
+    RX_BUFFERS + number * 0x1_1000
+}
+
+pub fn tx_buffer(number: u64) -> u64 {
+    BUFFERS + number * 0x1_1000
+}

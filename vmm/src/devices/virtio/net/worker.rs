@@ -1,0 +1,394 @@
+//! All queues of an interface, served on the I/O loop.
+//!
+//! Who wakes whom, so that no wake-up is lost (CVE-2020-16843) and nothing spins:
+//! - A receive queue waits for a frame (EPOLLIN), or for buffers (kicks on, EPOLLIN off), or for the rate limiter (timer,
+//!   EPOLLIN off). Kicks are switched on before the last look at the ring, epoll is level-triggered: whatever came in
+//!   between is seen.
+//! - A transmit queue waits for a kick, or for space in the TAP (EPOLLOUT; the chain is back in the ring), or for the rate
+//!   limiter (timer).
+//! - A queue whose turn is over kicks itself.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+
+use super::control;
+use super::handle::{Shared, lock};
+use super::rx::{RxQueue, RxWait};
+use super::state::Limits;
+use super::tap::Backend;
+use super::tx::{TxQueue, TxWait};
+use super::{FRAME_MAX, HEADER};
+use crate::devices::virtio::served_queue::{Served, ServedQueue};
+use crate::devices::virtio::state::QueuePosition;
+use crate::rate_limiter::RateLimiter;
+
+/// What an event is about: `kind`, and the pair above it.
+mod token {
+    pub const RX_KICK: u32 = 0;
+    pub const TX_KICK: u32 = 1;
+    pub const TAP: u32 = 2;
+    pub const CONTROL: u32 = 3;
+    pub const RX_TIMER: u32 = 4;
+    pub const TX_TIMER: u32 = 5;
+    pub const CHANGED: u32 = 6;
+    pub const KINDS: u32 = 7;
+
+    pub fn of(kind: u32, pair: usize) -> u32 {
+        // At most 8 pairs.
+        kind + KINDS * pair as u32
+    }
+}
+
+/// A queue pair and its end of the TAP.
+#[derive(Debug)]
+pub(super) struct Pair {
+    backend: Arc<dyn Backend>,
+    rx: RxQueue,
+    tx: TxQueue,
+    rx_wait: RxWait,
+    tx_wait: TxWait,
+    /// What epoll watches the TAP for; `None`: not at all, it is gone.
+    watched: Option<EventSet>,
+}
+
+impl Pair {
+    pub(super) fn new(backend: Arc<dyn Backend>, rx: RxQueue, tx: TxQueue) -> Self {
+        Self {
+            backend,
+            rx,
+            tx,
+            rx_wait: RxWait::Turn,
+            tx_wait: TxWait::Turn,
+            watched: None,
+        }
+    }
+
+    fn interest(&self) -> EventSet {
+        let mut interest = EventSet::empty();
+        interest.set(EventSet::IN, self.rx_wait == RxWait::Frame);
+        interest.set(EventSet::OUT, self.tx_wait == TxWait::Space);
+        interest
+    }
+}
+
+/// The rate limiters of an interface.
+#[derive(Debug)]
+pub(super) struct Limiters {
+    pub(super) rx: RateLimiter,
+    pub(super) tx: RateLimiter,
+}
+
+/// What a stopped worker leaves behind.
+#[derive(Debug)]
+pub(super) struct Remains {
+    pub(super) positions: Vec<QueuePosition>,
+    pub(super) pairs: u16,
+    pub(super) limits: Limits,
+}
+
+/// The queues of an interface.
+#[derive(Debug)]
+pub(super) struct NetWorker {
+    pairs: Vec<Pair>,
+    /// Pairs in use, from the first.
+    active: usize,
+    control: Option<ServedQueue>,
+    /// Queues the driver set up and does not use.
+    idle: Vec<QueuePosition>,
+    limiters: Limiters,
+    shared: Arc<Shared>,
+    scratch: Vec<u8>,
+    /// The pair that is first when tokens come: each in turn.
+    first: usize,
+}
+
+impl NetWorker {
+    pub(super) fn new(
+        pairs: Vec<Pair>,
+        active: usize,
+        control: Option<ServedQueue>,
+        idle: Vec<QueuePosition>,
+        limiters: Limiters,
+        shared: Arc<Shared>,
+    ) -> Self {
+        Self {
+            pairs,
+            active,
+            control,
+            idle,
+            limiters,
+            shared,
+            scratch: vec![0; FRAME_MAX + 1],
+            first: 0,
+        }
+    }
+
+    /// Ends the work, off the loop: chains taken and not used go back to their rings.
+    pub(super) fn stop(&mut self) -> Remains {
+        let mut positions = self.idle.clone();
+        for pair in &mut self.pairs {
+            positions.push(pair.rx.stop(&self.shared.counters));
+            positions.push(pair.tx.queue.position());
+        }
+        positions.extend(self.control.as_ref().map(ServedQueue::position));
+        positions.sort_by_key(|position| position.index);
+        Remains {
+            positions,
+            // At most 8.
+            pairs: self.active as u16,
+            limits: Limits {
+                rx: self.limiters.rx.state(),
+                tx: self.limiters.tx.state(),
+            },
+        }
+    }
+
+    fn serve_rx(&mut self, index: usize) {
+        if index >= self.active {
+            return;
+        }
+        let Some(pair) = self.pairs.get_mut(index) else {
+            return;
+        };
+        if pair.rx_wait == RxWait::Gone {
+            return;
+        }
+        pair.rx_wait = pair.rx.serve(
+            &*pair.backend,
+            &mut self.limiters.rx,
+            &mut self.scratch,
+            &self.shared.counters,
+        );
+        if pair.rx_wait == RxWait::Turn {
+            pair.rx.queue().kick_self();
+        }
+    }
+
+    fn serve_tx(&mut self, index: usize) {
+        if index >= self.active {
+            return;
+        }
+        let Some(pair) = self.pairs.get_mut(index) else {
+            return;
+        };
+        pair.tx_wait = pair
+            .tx
+            .serve(&*pair.backend, &mut self.limiters.tx, &self.shared.counters);
+        if pair.tx_wait == TxWait::Turn {
+            pair.tx.queue.kick_self();
+        }
+    }
+
+    fn serve_control(&mut self) {
+        let Self {
+            pairs,
+            active,
+            control: Some(queue),
+            shared,
+            ..
+        } = self
+        else {
+            return;
+        };
+        queue.take_kick();
+        let limit = queue.size();
+        let before = *active;
+        let served = queue.serve(control::BUDGET, |memory, chain| {
+            let max_pairs = pairs.len();
+            control::serve(memory, chain, limit, max_pairs, &shared.counters, |wanted| {
+                switch_pairs(&shared.id, pairs, wanted, active)
+            })
+        });
+        if served == Served::More {
+            queue.kick_self();
+        }
+        // Their queues may hold work from before.
+        for pair in pairs.iter().take(*active).skip(before) {
+            pair.rx.queue().kick_self();
+            pair.tx.queue.kick_self();
+        }
+    }
+
+    /// All pairs that wait for tokens, each first in turn.
+    fn retry(&mut self, waits: impl Fn(&Pair) -> bool, serve: impl Fn(&mut Self, usize)) {
+        self.first = self.first.wrapping_add(1);
+        let count = self.active;
+        for step in 0..count {
+            let index = self.first.wrapping_add(step).checked_rem(count).unwrap_or(0);
+            if self.pairs.get(index).is_some_and(&waits) {
+                serve(self, index);
+            }
+        }
+    }
+
+    fn tap_event(&mut self, index: usize, set: EventSet, ops: &mut EventOps) {
+        if set.intersects(EventSet::IN) {
+            self.serve_rx(index);
+        }
+        if set.intersects(EventSet::OUT) {
+            self.serve_tx(index);
+        }
+        // Always reported, asked for or not: leave it to epoll and the loop spins. The interface was deleted.
+        if set.intersects(EventSet::ERROR | EventSet::HANG_UP)
+            && let Some(pair) = self.pairs.get_mut(index)
+            && pair.watched.is_some()
+        {
+            tracing::warn!(device = %self.shared.id, pair = index, "net: the TAP is gone");
+            pair.rx_wait = RxWait::Gone;
+            unwatch(&self.shared.id, pair, ops);
+            // What waits for space is refused now, not kept.
+            self.serve_tx(index);
+        }
+    }
+
+    fn apply_limits(&mut self) {
+        // Nothing to read means it was read already.
+        let _ = self.shared.changed.read();
+        let limits = *lock(&self.shared.limits);
+        self.limiters.rx.update(&limits.rx);
+        self.limiters.tx.update(&limits.tx);
+    }
+
+    /// Watches each TAP for what its queues wait for.
+    fn update_interest(&mut self, ops: &mut EventOps) {
+        for (index, pair) in self.pairs.iter_mut().enumerate() {
+            let Some(watched) = pair.watched else { continue };
+            if pair.rx_wait == RxWait::Gone {
+                unwatch(&self.shared.id, pair, ops);
+                continue;
+            }
+            let interest = if index < self.active {
+                pair.interest()
+            } else {
+                EventSet::empty()
+            };
+            if interest == watched {
+                continue;
+            }
+            let fd = pair.backend.as_raw_fd();
+            match ops.modify(Events::with_data_raw(fd, token::of(token::TAP, index), interest)) {
+                Ok(()) => pair.watched = Some(interest),
+                Err(error) => {
+                    tracing::error!(device = %self.shared.id, ?error, "net: cannot watch the TAP");
+                }
+            }
+        }
+    }
+}
+
+fn unwatch(device: &str, pair: &mut Pair, ops: &mut EventOps) {
+    if pair.watched.take().is_some()
+        && let Err(error) = ops.remove(Events::with_data_raw(
+            pair.backend.as_raw_fd(),
+            0,
+            EventSet::empty(),
+        ))
+    {
+        tracing::error!(device, ?error, "net: cannot stop watching the TAP");
+    }
+}
+
+/// Lets frames arrive at the first `wanted` queues of the TAP only. When the host refuses, all is as before.
+fn switch_pairs(device: &str, pairs: &[Pair], wanted: usize, active: &mut usize) -> bool {
+    let switch = |count: usize| {
+        // New ones first: there is never none.
+        let (on, off) = pairs.split_at(count.min(pairs.len()));
+        on.iter().try_for_each(|pair| pair.backend.set_enabled(true))?;
+        off.iter().try_for_each(|pair| pair.backend.set_enabled(false))
+    };
+    match switch(wanted) {
+        Ok(()) => {
+            *active = wanted;
+            true
+        }
+        Err(error) => {
+            tracing::warn!(device, wanted, %error, "net: cannot switch queues of the TAP");
+            if let Err(error) = switch(*active) {
+                tracing::error!(device, active, %error, "net: nor switch them back");
+            }
+            false
+        }
+    }
+}
+
+impl MutEventSubscriber for NetWorker {
+    fn init(&mut self, ops: &mut EventOps) {
+        let mut watch = |fd, token, set| {
+            let result = ops.add(Events::with_data_raw(fd, token, set));
+            if let Err(error) = &result {
+                tracing::error!(device = %self.shared.id, token, ?error, "net: cannot watch");
+            }
+            result.is_ok()
+        };
+        for (index, pair) in self.pairs.iter_mut().enumerate() {
+            let (rx, tx) = (pair.rx.queue(), &pair.tx.queue);
+            watch(
+                rx.kick().as_raw_fd(),
+                token::of(token::RX_KICK, index),
+                EventSet::IN,
+            );
+            watch(
+                tx.kick().as_raw_fd(),
+                token::of(token::TX_KICK, index),
+                EventSet::IN,
+            );
+            // A device that was suspended gets no kick for what is in the rings already.
+            rx.kick_self();
+            tx.kick_self();
+            let tap = token::of(token::TAP, index);
+            if watch(pair.backend.as_raw_fd(), tap, EventSet::empty()) {
+                pair.watched = Some(EventSet::empty());
+            }
+        }
+        if let Some(control) = &self.control {
+            watch(control.kick().as_raw_fd(), token::CONTROL, EventSet::IN);
+            control.kick_self();
+        }
+        watch(self.limiters.rx.as_raw_fd(), token::RX_TIMER, EventSet::IN);
+        watch(self.limiters.tx.as_raw_fd(), token::TX_TIMER, EventSet::IN);
+        watch(self.shared.changed.as_raw_fd(), token::CHANGED, EventSet::IN);
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        let kind = events.data() % token::KINDS;
+        let index = (events.data() / token::KINDS) as usize;
+        match kind {
+            token::RX_KICK => {
+                if let Some(pair) = self.pairs.get(index) {
+                    pair.rx.queue().take_kick();
+                }
+                self.serve_rx(index);
+            }
+            token::TX_KICK => {
+                if let Some(pair) = self.pairs.get(index) {
+                    pair.tx.queue.take_kick();
+                }
+                self.serve_tx(index);
+            }
+            token::TAP => self.tap_event(index, events.event_set(), ops),
+            token::CONTROL => self.serve_control(),
+            token::RX_TIMER => {
+                self.limiters.rx.on_timer();
+                self.retry(|pair| pair.rx_wait == RxWait::Tokens, Self::serve_rx);
+            }
+            token::TX_TIMER => {
+                self.limiters.tx.on_timer();
+                self.retry(|pair| pair.tx_wait == TxWait::Tokens, Self::serve_tx);
+            }
+            _ => self.apply_limits(),
+        }
+        self.update_interest(ops);
+    }
+}
+
+/// Bytes of the usual largest frame with its header: what to have ready in merged buffers (5.1.6.3.1).
+pub(super) fn usual_frame(segments: bool, mtu: Option<u16>) -> u64 {
+    if segments {
+        return FRAME_MAX as u64;
+    }
+    // Ethernet header with a VLAN tag.
+    let frame = HEADER as u64 + 18 + u64::from(mtu.unwrap_or(1500));
+    frame.max(1526)
+}
