@@ -153,6 +153,51 @@ pub struct RngConfig {
     pub id: String,
 }
 
+/// Limits on what a device may move; without a bucket there is no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct RateLimiterConfig {
+    /// Tokens are bytes.
+    pub bandwidth: Option<TokenBucketConfig>,
+    /// Tokens are operations: block requests, network frames.
+    pub ops: Option<TokenBucketConfig>,
+}
+
+/// A token bucket: full at first, refilled at a constant rate of `size` tokens in `refill_time_ms`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenBucketConfig {
+    /// Most tokens it holds, 1 or more.
+    pub size: u64,
+    /// Tokens given once on top of that, spent first and never refilled.
+    #[serde(default)]
+    pub one_time_burst: u64,
+    /// Time in ms from empty to full, 1 or more.
+    pub refill_time_ms: u64,
+}
+
+impl RateLimiterConfig {
+    /// Checks the limiter of device `id`.
+    ///
+    /// # Errors
+    /// [`ConfigError::TokenBucket`] for a bucket that could never hold or never gain a token.
+    pub fn validate(&self, id: &str) -> Result<(), ConfigError> {
+        for (name, bucket) in [("bandwidth", self.bandwidth), ("ops", self.ops)] {
+            if let Some(TokenBucketConfig {
+                size, refill_time_ms, ..
+            }) = bucket
+                && (size == 0 || refill_time_ms == 0)
+            {
+                return Err(ConfigError::TokenBucket {
+                    id: id.to_owned(),
+                    bucket: name,
+                    size,
+                    refill_time_ms,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
 /// A configuration that cannot become a VM.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
@@ -186,6 +231,21 @@ pub enum ConfigError {
         id: String,
         /// The tag.
         tag: String,
+    },
+    /// A rate limiter that would let nothing through.
+    #[error(
+        "device {id:?}: rate limiter: {bucket}: size {size}, refill_time_ms {refill_time_ms}: both must be 1 or more \
+         (leave the bucket out for no limit)"
+    )]
+    TokenBucket {
+        /// Device id.
+        id: String,
+        /// `bandwidth` or `ops`.
+        bucket: &'static str,
+        /// Configured size.
+        size: u64,
+        /// Configured refill time.
+        refill_time_ms: u64,
     },
     /// A bad number of threads.
     #[error("share {id:?}: {threads} threads, need 1 to 64")]

@@ -15,6 +15,7 @@ pub mod io_loop;
 mod irq;
 pub mod memory;
 pub mod probe;
+pub mod rate_limiter;
 mod vcpu;
 pub mod vm;
 
