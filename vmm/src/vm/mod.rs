@@ -9,6 +9,7 @@ mod info;
 pub(crate) mod kvm;
 pub(crate) mod lifecycle;
 mod machine;
+mod share;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
