@@ -28,6 +28,7 @@ use crate::memory::{self, layout};
 use crate::vcpu::metrics::VcpuCounters;
 use crate::vcpu::run::Vcpu;
 use crate::vcpu::{cpuid, kick, regs};
+use crate::vm::console::Input;
 use crate::vm::devices;
 use crate::vm::error::BuildError;
 use crate::vm::kvm::{self, ioctl_error};
@@ -42,6 +43,8 @@ pub struct Built {
     pub lifecycle: Arc<Lifecycle>,
     /// Its console.
     pub console: ConsoleLog,
+    /// What is typed on it.
+    pub input: Input,
     /// Its vsock device, if it has one.
     pub vsock: Option<VsockHandle>,
 }
@@ -87,10 +90,14 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     let slots = Arc::new(Slots::new(plan.acpi.slot_gsis.len() as u8));
     let ged = Arc::new(Ged::new(new_irqfd(&vm, plan.acpi.ged_gsi)?));
     let serial = match plan.acpi.serial {
-        true => Some(Serial::new(console.clone(), new_irqfd(&vm, serial::GSI)?)),
+        true => Some(Arc::new(Serial::new(
+            console.clone(),
+            new_irqfd(&vm, serial::GSI)?,
+        ))),
         false => None,
     };
-    let (pio, mmio) = buses(&slots, &ged, serial)?;
+    let (pio, mmio) = buses(&slots, &ged, serial.clone())?;
+    let input = serial.map_or(plan.input, Input::Serial);
 
     let vm = Arc::new(vm);
     let io = IoLoop::spawn("vmm-io")?;
@@ -100,6 +107,7 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         machine,
         lifecycle,
         console,
+        input,
         vsock: plan.vsock,
     };
     match populate(&mut built, plan.devices, vcpus, pio, mmio) {
@@ -154,14 +162,21 @@ struct Plan {
     /// In slot order.
     devices: Vec<Box<dyn VirtioDevice>>,
     vsock: Option<VsockHandle>,
+    input: Input,
     acpi: acpi::Machine,
 }
 
 impl Plan {
     fn new(config: &VmConfig, console: &ConsoleLog) -> Result<Self, BuildError> {
         let mut all: Vec<Box<dyn VirtioDevice>> = Vec::new();
+        let mut input = Input::Off;
         if config.console == ConsoleConfig::Hvc {
-            all.push(Box::new(Console::new(console.clone())));
+            let (device, handle) = Console::new(console.clone()).map_err(|source| BuildError::Host {
+                what: "eventfd",
+                source,
+            })?;
+            all.push(Box::new(device));
+            input = Input::Hvc(handle);
         }
         let mut vsock = None;
         if let Some(config) = &config.vsock {
@@ -199,6 +214,7 @@ impl Plan {
         Ok(Self {
             devices: all,
             vsock,
+            input,
             acpi,
         })
     }
@@ -218,7 +234,7 @@ fn check_vcpu_limit(kvm: &Kvm, config: &VmConfig) -> Result<(), BuildError> {
 fn buses(
     slots: &Arc<Slots>,
     ged: &Arc<Ged>,
-    serial: Option<Serial>,
+    serial: Option<Arc<Serial>>,
 ) -> Result<(Arc<Bus>, Arc<Bus>), BuildError> {
     let mut pio = Bus::default();
     pio.insert(power::PORT.into(), power::PORTS.into(), Arc::new(Power))?;
@@ -230,7 +246,7 @@ fn buses(
         Arc::new(Presence(slots.clone())),
     )?;
     if let Some(serial) = serial {
-        pio.insert(serial::PORT.into(), serial::PORTS.into(), Arc::new(serial))?;
+        pio.insert(serial::PORT.into(), serial::PORTS.into(), serial)?;
     }
     let mut mmio = Bus::default();
     if !slots.is_empty() {

@@ -1,6 +1,7 @@
 //! The handle of a machine.
 
 mod build;
+mod console;
 mod devices;
 mod error;
 mod exit;
@@ -26,6 +27,7 @@ use crate::config::VmConfig;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::console::ConsoleLog;
 use crate::devices::virtio::vsock::{AttachOptions, VsockHandle, VsockListener};
+use console::Input;
 use lifecycle::Lifecycle;
 use machine::{Machine, NoSuchDevice};
 
@@ -39,6 +41,7 @@ pub struct Vm {
     /// Start, pause and resume one at a time.
     operation: Mutex<()>,
     console: ConsoleLog,
+    input: Input,
     vsock: Option<VsockHandle>,
     timings: Mutex<BootTimings>,
 }
@@ -54,6 +57,7 @@ impl Vm {
             machine,
             lifecycle,
             console,
+            input,
             vsock,
         } = build::build(&config)?;
         let thread_count = machine.vcpus.len();
@@ -76,6 +80,7 @@ impl Vm {
             machine,
             operation: Mutex::new(()),
             console,
+            input,
             vsock,
             timings: Mutex::new(timings),
         })

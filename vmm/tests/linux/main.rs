@@ -8,6 +8,8 @@
 mod guest;
 
 mod boot;
+mod console;
+mod fs;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
