@@ -80,6 +80,9 @@ pub(super) enum MountError {
     Busy(usize),
 }
 
+/// Takes an entry of our own root, with the mount of its name, and says whether it did.
+type AddName<'a> = dyn FnMut(DirEntry, Option<&Arc<Mount>>) -> io::Result<bool> + 'a;
+
 /// What moved.
 #[derive(Debug, Default)]
 pub(super) struct Moved {
@@ -315,11 +318,7 @@ impl Share {
     }
 
     /// Gives the root's own listing after `offset` to `add`, with the mount of each name.
-    pub(super) fn read_names(
-        &self,
-        offset: u64,
-        add: &mut dyn FnMut(DirEntry, Option<&Arc<Mount>>) -> io::Result<bool>,
-    ) -> io::Result<()> {
+    pub(super) fn read_names(&self, offset: u64, add: &mut AddName<'_>) -> io::Result<()> {
         let Root::Names(names) = &*self.root() else {
             return Err(errno(libc::EBADF));
         };
