@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use dragonball::Vm;
 use dragonball::config::{
-    BlockConfig, BootConfig, ConsoleConfig, DeviceConfig, FsCache, FsConfig, MemoryConfig, RngConfig,
-    VcpuConfig, VmConfig,
+    BlockConfig, BootConfig, ConsoleConfig, DeviceConfig, FsConfig, FsRoot, MemoryConfig, RngConfig,
+    SharedDir, VcpuConfig, VmConfig,
 };
 use dragonball::vm::ExitReason;
 
@@ -68,13 +68,11 @@ fn parse() -> Result<Arguments, String> {
                 format!("disk{number}"),
                 value()?,
             ))),
-            "--share" => config.devices.push(DeviceConfig::Fs(FsConfig {
-                id: format!("share{number}"),
-                tag: format!("share{number}"),
-                shared_dir: value()?.into(),
-                cache: FsCache::Auto,
-                threads: 1,
-            })),
+            "--share" => config.devices.push(DeviceConfig::Fs(FsConfig::new(
+                format!("share{number}"),
+                format!("share{number}"),
+                FsRoot::Directory(SharedDir::writable(value()?)),
+            ))),
             other => return Err(format!("unknown option {other}")),
         }
     }

@@ -1,5 +1,6 @@
 //! Every knob of a VM, checked once by [`VmConfig::validate`].
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -10,6 +11,11 @@ pub const MIN_MEMORY_MIB: u64 = 64;
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 /// Most vCPUs of one VM: x2APIC ids in the MADT start at 0 and stay below 255.
 pub const MAX_VCPUS: u8 = 254;
+
+/// Largest request queue of a share, in entries.
+pub const MAX_FS_QUEUE_SIZE: u16 = 1024;
+/// Smallest: the driver keeps four for headers.
+const MIN_FS_QUEUE_SIZE: u16 = 16;
 
 /// A virtual machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -219,12 +225,91 @@ pub struct FsConfig {
     pub id: String,
     /// Mount tag, at most 36 bytes.
     pub tag: String,
-    /// Host directory that becomes the root of the share.
-    pub shared_dir: PathBuf,
+    /// What the guest finds at the mount point.
+    pub root: FsRoot,
     /// What the guest may cache.
     pub cache: FsCache,
+    /// Whether the guest's kernel may keep written data and write it back later. The guest must then be the only writer:
+    /// sizes and times of files it has written to are not read from the host any more. Not with [`FsCache::Never`].
+    pub writeback: bool,
+    /// Extended attributes; without them the guest's calls fail with EOPNOTSUPP.
+    pub xattr: bool,
     /// Worker threads, 1..=64.
     pub threads: u8,
+    /// Entries of the request queue: a power of two, 16..=[`MAX_FS_QUEUE_SIZE`]. Linux' largest requests need 260.
+    pub queue_size: u16,
+    /// Limits on requests (FORGET and INTERRUPT do not count) and on the bytes in them and in their answers.
+    pub rate_limiter: RateLimiterConfig,
+}
+
+impl FsConfig {
+    /// A share with what suits most: cached with a short timeout, extended attributes, one thread, no limits.
+    pub fn new(id: impl Into<String>, tag: impl Into<String>, root: FsRoot) -> Self {
+        Self {
+            id: id.into(),
+            tag: tag.into(),
+            root,
+            cache: FsCache::Auto,
+            writeback: false,
+            xattr: true,
+            threads: 1,
+            queue_size: MAX_FS_QUEUE_SIZE,
+            rate_limiter: RateLimiterConfig::default(),
+        }
+    }
+}
+
+/// What the guest finds at the mount point of a share.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FsRoot {
+    /// A host directory.
+    Directory(SharedDir),
+    /// A read-only directory with these in it, by name; more come and go with `Vm::fs_mount` and `Vm::fs_unmount`.
+    Shares(BTreeMap<String, SharedDir>),
+}
+
+/// A host directory to be shared.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedDir {
+    /// The directory.
+    pub path: PathBuf,
+    /// Refuse changes, on the host, however the guest mounts it.
+    pub read_only: bool,
+}
+
+impl SharedDir {
+    /// The guest may change what is in `path`.
+    pub fn writable(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            read_only: false,
+        }
+    }
+
+    /// The guest may only look at what is in `path`.
+    pub fn read_only(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            read_only: true,
+        }
+    }
+}
+
+/// Checks the name of a directory in the root of a share (device `id`): one path component of at most 255 bytes.
+///
+/// # Errors
+/// [`ConfigError::FsName`].
+pub fn check_share_name(id: &str, name: &str) -> Result<(), ConfigError> {
+    let bad =
+        name.is_empty() || name.len() > 255 || name == "." || name == ".." || name.contains(['/', '\0']);
+    match bad {
+        true => Err(ConfigError::FsName {
+            id: id.to_owned(),
+            name: name.to_owned(),
+        }),
+        false => Ok(()),
+    }
 }
 
 /// Cache policy of a share (virtiofsd's names).
@@ -472,6 +557,27 @@ pub enum ConfigError {
         /// Configured refill time.
         refill_time_ms: u64,
     },
+    /// A queue of a size that does not exist.
+    #[error(
+        "share {id:?}: queue of {size} entries, need a power of two from {MIN_FS_QUEUE_SIZE} to {MAX_FS_QUEUE_SIZE}"
+    )]
+    FsQueueSize {
+        /// Device id.
+        id: String,
+        /// Requested entries.
+        size: u16,
+    },
+    /// Write-back without a cache.
+    #[error("share {0:?}: write-back needs a cache: choose \"auto\" or \"always\", or turn it off")]
+    FsWriteback(String),
+    /// A bad name for a directory in a share.
+    #[error("share {id:?}: name {name:?} must be 1 to 255 bytes without '/', and not '.' or '..'")]
+    FsName {
+        /// Device id.
+        id: String,
+        /// The name.
+        name: String,
+    },
     /// A bad number of threads.
     #[error("share {id:?}: {threads} threads, need 1 to 64")]
     FsThreads {
@@ -531,19 +637,42 @@ impl DeviceConfig {
             net.validate()?;
         }
         if let Self::Fs(fs) = self {
-            if fs.tag.is_empty() || fs.tag.len() > 36 {
-                return Err(ConfigError::FsTag {
-                    id: fs.id.clone(),
-                    tag: fs.tag.clone(),
-                });
-            }
-            if fs.threads == 0 || fs.threads > 64 {
-                return Err(ConfigError::FsThreads {
-                    id: fs.id.clone(),
-                    threads: fs.threads,
-                });
-            }
+            fs.validate()?;
         }
         Ok(())
+    }
+}
+
+impl FsConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let id = || self.id.clone();
+        if self.tag.is_empty() || self.tag.len() > 36 {
+            return Err(ConfigError::FsTag {
+                id: id(),
+                tag: self.tag.clone(),
+            });
+        }
+        if self.threads == 0 || self.threads > 64 {
+            return Err(ConfigError::FsThreads {
+                id: id(),
+                threads: self.threads,
+            });
+        }
+        let sizes = MIN_FS_QUEUE_SIZE..=MAX_FS_QUEUE_SIZE;
+        if !sizes.contains(&self.queue_size) || !self.queue_size.is_power_of_two() {
+            return Err(ConfigError::FsQueueSize {
+                id: id(),
+                size: self.queue_size,
+            });
+        }
+        if self.writeback && self.cache == FsCache::Never {
+            return Err(ConfigError::FsWriteback(id()));
+        }
+        if let FsRoot::Shares(shares) = &self.root {
+            shares
+                .keys()
+                .try_for_each(|name| check_share_name(&self.id, name))?;
+        }
+        self.rate_limiter.validate(&self.id)
     }
 }

@@ -164,15 +164,17 @@ fn block(device: &BlockDevice) -> vmm::DeviceConfig {
 
 fn share(device: &ShareFsDevice) -> vmm::DeviceConfig {
     vmm::DeviceConfig::Fs(vmm::FsConfig {
-        id: device.id.clone(),
-        tag: device.tag.clone(),
-        shared_dir: device.shared_dir.clone(),
         cache: match device.cache.as_str() {
             "never" => vmm::FsCache::Never,
             "always" => vmm::FsCache::Always,
             _ => vmm::FsCache::Auto,
         },
         threads: device.threads,
+        ..vmm::FsConfig::new(
+            device.id.clone(),
+            device.tag.clone(),
+            vmm::FsRoot::Directory(vmm::SharedDir::writable(&device.shared_dir)),
+        )
     })
 }
 

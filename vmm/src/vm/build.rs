@@ -30,6 +30,7 @@ use crate::irq::io_apic::{self, IoApic};
 use crate::memory::{self, layout};
 use crate::vcpu::factory::{self, VcpuFactory};
 use crate::vcpu::{cpuid, kick, regs};
+use crate::vm::console::Input;
 use crate::vm::devices;
 use crate::vm::error::BuildError;
 use crate::vm::kvm::{self, ioctl_error};
@@ -44,6 +45,8 @@ pub struct Built {
     pub lifecycle: Arc<Lifecycle>,
     /// Its console.
     pub console: ConsoleLog,
+    /// What is typed on it.
+    pub input: Input,
     /// Its vsock device, if it has one.
     pub vsock: Option<VsockHandle>,
 }
@@ -105,12 +108,14 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         },
         hotplug,
     };
+    let input = board.serial.clone().map_or(plan.input, Input::Serial);
     let io = IoLoop::spawn("vmm-io")?;
     let machine = Machine::new(vm, memory, board, vcpus, io);
     let mut built = Built {
         machine,
         lifecycle,
         console,
+        input,
         vsock: plan.vsock,
     };
     match populate(&mut built.machine, plan.devices, fds) {
@@ -187,14 +192,21 @@ struct Plan {
     /// In slot order.
     devices: Vec<Box<dyn VirtioDevice>>,
     vsock: Option<VsockHandle>,
+    input: Input,
     acpi: acpi::Machine,
 }
 
 impl Plan {
     fn new(config: &VmConfig, console: &ConsoleLog) -> Result<Self, BuildError> {
         let mut all: Vec<Box<dyn VirtioDevice>> = Vec::new();
+        let mut input = Input::Off;
         if config.console == ConsoleConfig::Hvc {
-            all.push(Box::new(Console::new(console.clone())));
+            let (device, handle) = Console::new(console.clone()).map_err(|source| BuildError::Host {
+                what: "eventfd",
+                source,
+            })?;
+            all.push(Box::new(device));
+            input = Input::Hvc(handle);
         }
         let mut vsock = None;
         if let Some(config) = &config.vsock {
@@ -236,6 +248,7 @@ impl Plan {
         Ok(Self {
             devices: all,
             vsock,
+            input,
             acpi,
         })
     }

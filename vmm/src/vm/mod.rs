@@ -1,6 +1,7 @@
 //! The handle of a machine.
 
 mod build;
+mod console;
 mod devices;
 mod disks;
 mod error;
@@ -11,6 +12,7 @@ pub(crate) mod kvm;
 pub(crate) mod lifecycle;
 mod machine;
 mod processors;
+mod share;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -28,6 +30,7 @@ use crate::devices::ged::Event;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::console::ConsoleLog;
 use crate::devices::virtio::vsock::{AttachOptions, VsockHandle, VsockListener};
+use console::Input;
 use lifecycle::Lifecycle;
 use machine::{Machine, NoSuchDevice};
 
@@ -43,6 +46,7 @@ pub struct Vm {
     /// One change of the machine's size at a time.
     resize: Mutex<()>,
     console: ConsoleLog,
+    input: Input,
     vsock: Option<VsockHandle>,
     timings: Mutex<BootTimings>,
 }
@@ -58,6 +62,7 @@ impl Vm {
             machine,
             lifecycle,
             console,
+            input,
             vsock,
         } = build::build(&config)?;
         let thread_count = machine.vcpus.threads.len();
@@ -81,6 +86,7 @@ impl Vm {
             operation: Mutex::new(()),
             resize: Mutex::new(()),
             console,
+            input,
             vsock,
             timings: Mutex::new(timings),
         })

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use dragonball::config::{
-    BlockConfig, ConsoleConfig, DeviceConfig, FsCache, FsConfig, MemoryConfig, RngConfig, VcpuConfig,
-    VsockConfig,
+    BlockConfig, ConsoleConfig, DeviceConfig, FsConfig, FsRoot, MemoryConfig, RngConfig, SharedDir,
+    VcpuConfig, VsockConfig,
 };
 use dragonball::vm::{ExitReason, HotplugError};
 
@@ -82,13 +82,11 @@ fn devices_when_present_at_boot_work() {
         disk("first-disk", false),
         disk("second-disk", true),
         DeviceConfig::Rng(RngConfig { id: "rng".to_owned() }),
-        DeviceConfig::Fs(FsConfig {
-            id: "share".to_owned(),
-            tag: "tag".to_owned(),
-            shared_dir: share.clone(),
-            cache: FsCache::Auto,
-            threads: 1,
-        }),
+        DeviceConfig::Fs(FsConfig::new(
+            "share",
+            "tag",
+            FsRoot::Directory(SharedDir::writable(&share)),
+        )),
     ];
     let (reason, console) = run(config);
     assert_eq!(reason, ExitReason::PowerOff, "{console}");

@@ -9,6 +9,8 @@ mod guest;
 
 mod block;
 mod boot;
+mod console;
+mod fs;
 mod hotplug;
 mod net;
 

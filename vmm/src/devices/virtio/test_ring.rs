@@ -16,6 +16,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::state::QueuePosition;
 use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::io_loop::IoLoop;
 use crate::memory::GuestMemory;
@@ -105,6 +106,15 @@ impl TestRing {
             queue,
             kick: self.kick.clone(),
         }
+    }
+
+    /// The queue as the transport would hand it to a device that goes on where another stood.
+    pub fn active_at(&self, position: &QueuePosition) -> ActiveQueue {
+        assert_eq!(usize::from(position.index), self.index);
+        let mut active = self.active();
+        active.queue.set_next_avail(position.next_avail);
+        active.queue.set_next_used(position.next_used);
+        active
     }
 
     /// Writes one descriptor of the queue's table.
@@ -276,6 +286,30 @@ impl TestGuest {
         };
         device.activate(activation).unwrap();
         rings
+    }
+
+    /// Starts `device` on `rings` where `positions` say, as the transport does after a suspend or a restore.
+    pub fn resume(
+        &self,
+        device: &mut dyn VirtioDevice,
+        rings: &[&TestRing],
+        positions: &[QueuePosition],
+        event_idx: bool,
+    ) {
+        assert_eq!(rings.len(), positions.len());
+        let queues = rings.iter().zip(positions);
+        let mut features = 1 << VIRTIO_F_VERSION_1;
+        if event_idx {
+            features |= 1 << VIRTIO_RING_F_EVENT_IDX;
+        }
+        let activation = Activation {
+            memory: self.memory.clone(),
+            features,
+            queues: queues.map(|(ring, at)| ring.active_at(at)).collect(),
+            interrupt: Interrupt::new(self.status.clone(), self.irqfd.clone()),
+            io: self.io.clone(),
+        };
+        device.activate(activation).unwrap();
     }
 
     /// Interrupts since the last call.

@@ -1,31 +1,50 @@
 //! Features, configuration space and activation.
 
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
-use super::ConsoleLog;
-use super::worker::ConsoleWorker;
+use super::state::ConsoleState;
+use super::worker::{ConsoleWorker, Counters};
+use super::{ConsoleInput, ConsoleLog, INPUT_CAPACITY};
+use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, OnLoop, VirtioDevice};
 
 /// receiveq(port0) and transmitq(port0), 5.3.2.
 const QUEUE_SIZES: [u16; 2] = [64, 64];
+const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 const ID: &str = "console";
 
-/// The console device: one port, output only.
+/// The console device: one port.
 ///
-/// The guest's receive buffers stay in its queue; nothing is ever typed. VIRTIO_CONSOLE_F_EMERG_WRITE is not offered:
+/// VIRTIO_CONSOLE_F_EMERG_WRITE is not offered:
 /// Linux has no driver for it (drivers/char/virtio_console.c, 6.12), its early output is the serial port's work.
 #[derive(Debug)]
 pub struct Console {
     log: ConsoleLog,
+    input: ConsoleInput,
+    counters: Arc<Counters>,
     running: Option<OnLoop<ConsoleWorker>>,
 }
 
 impl Console {
-    /// A console that writes to `log`.
-    pub fn new(log: ConsoleLog) -> Self {
-        Self { log, running: None }
+    /// A console that writes to `log`, and what is typed on it.
+    ///
+    /// # Errors
+    /// There is no eventfd to be had.
+    pub fn new(log: ConsoleLog) -> io::Result<(Self, ConsoleInput)> {
+        let input = ConsoleInput::new()?;
+        let console = Self {
+            log,
+            input: input.clone(),
+            counters: Arc::default(),
+            running: None,
+        };
+        Ok((console, input))
     }
 }
 
@@ -52,13 +71,19 @@ impl VirtioDevice for Console {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let transmit = activation.take_queue(ID, TRANSMIT)?;
+        let queues = [
+            activation.take_queue(ID, RECEIVE)?,
+            activation.take_queue(ID, TRANSMIT)?,
+        ];
+        let [receive, transmit] = queues.map(|queue| {
+            ServedQueue::new(ID, queue, activation.memory.clone(), activation.interrupt.clone())
+        });
         let worker = ConsoleWorker::new(
-            ID,
+            receive,
             transmit,
-            activation.memory,
-            activation.interrupt,
             self.log.clone(),
+            self.input.clone(),
+            self.counters.clone(),
         );
         self.running = Some(OnLoop::start(activation.io, worker)?);
         Ok(())
@@ -68,17 +93,27 @@ impl VirtioDevice for Console {
         self.suspend();
     }
 
-    /// The receive queue is never looked at: it stays where the driver left it.
     fn suspend(&mut self) -> Vec<QueuePosition> {
         let running = self.running.take();
-        running.map_or_else(Vec::new, |r| r.stop(ID, |worker| vec![worker.position()]))
+        running.map_or_else(Vec::new, |r| r.stop(ID, |worker| worker.positions()))
     }
 
     fn save(&self) -> Result<Vec<u8>, StateError> {
-        Ok(Vec::new())
+        let input = self.input.pending().peek(INPUT_CAPACITY);
+        state::encode(ID, &ConsoleState { input })
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
-        state::expect_none(ID, state)
+        let state = ConsoleState::decode(ID, state)?;
+        self.input.push(&state.input);
+        Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        vec![
+            ("output_bytes", self.counters.output.load(Ordering::Relaxed)),
+            ("input_bytes", self.counters.input.load(Ordering::Relaxed)),
+            ("input_waiting", self.input.pending().len() as u64),
+        ]
     }
 }

@@ -3,9 +3,11 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use super::{Console, ConsoleLog};
+use super::{Console, ConsoleInput, ConsoleLog, INPUT_CAPACITY};
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::test_ring::{BUFFERS, Buf, PATIENCE, TestGuest, survive_malformed_chains};
+use crate::devices::virtio::test_ring::{
+    BUFFERS, Buf, PATIENCE, TestGuest, TestRing, survive_malformed_chains,
+};
 
 fn pipe() -> (std::fs::File, OwnedFd) {
     let mut fds = [0; 2];
@@ -116,7 +118,7 @@ fn sink_when_shared_keeps_its_flags() {
 fn output_when_chained_arrives_in_order() {
     let guest = TestGuest::new();
     let log = ConsoleLog::default();
-    let mut console = Console::new(log.clone());
+    let mut console = Console::new(log.clone()).unwrap().0;
     let mut rings = guest.activate(&mut console, 8, false);
     guest.write(BUFFERS, b"hello ");
     guest.write(BUFFERS + 0x1000, b"world\n");
@@ -131,7 +133,7 @@ fn output_when_chained_arrives_in_order() {
 fn output_when_huge_is_bounded() {
     let guest = TestGuest::new();
     let log = ConsoleLog::with_capacity(1 << 20);
-    let mut console = Console::new(log.clone());
+    let mut console = Console::new(log.clone()).unwrap().0;
     let mut rings = guest.activate(&mut console, 8, true);
     guest.write(BUFFERS, &vec![b'q'; 1 << 20]);
     rings[1].round_trip(&[Buf::Read(BUFFERS, 1 << 20)]);
@@ -143,7 +145,7 @@ fn output_when_huge_is_bounded() {
 fn more_chains_than_one_turn_are_all_served() {
     let guest = TestGuest::new();
     let log = ConsoleLog::default();
-    let mut console = Console::new(log.clone());
+    let mut console = Console::new(log.clone()).unwrap().0;
     let mut rings = guest.activate(&mut console, 256, true);
     guest.write(BUFFERS, b"x");
     for _ in 0..200 {
@@ -161,7 +163,7 @@ fn more_chains_than_one_turn_are_all_served() {
 fn malformed_chains_are_returned() {
     let guest = TestGuest::new();
     let log = ConsoleLog::default();
-    let mut console = Console::new(log.clone());
+    let mut console = Console::new(log.clone()).unwrap().0;
     let mut rings = guest.activate(&mut console, 16, false);
     survive_malformed_chains(&mut rings[1]);
     guest.write(BUFFERS, b"alive");
@@ -174,7 +176,7 @@ fn malformed_chains_are_returned() {
 fn avail_index_when_it_jumps_stops_the_queue_until_reset() {
     let guest = TestGuest::new();
     let log = ConsoleLog::default();
-    let mut console = Console::new(log.clone());
+    let mut console = Console::new(log.clone()).unwrap().0;
     let mut rings = guest.activate(&mut console, 16, true);
     rings[1].set_avail_index(1000);
     rings[1].kick();
@@ -191,7 +193,7 @@ fn avail_index_when_it_jumps_stops_the_queue_until_reset() {
 fn reset_stops_the_worker() {
     let guest = TestGuest::new();
     let log = ConsoleLog::default();
-    let mut console = Console::new(log.clone());
+    let mut console = Console::new(log.clone()).unwrap().0;
     let mut rings = guest.activate(&mut console, 16, false);
     console.reset();
     console.reset();
@@ -206,7 +208,7 @@ fn reset_stops_the_worker() {
 #[test]
 fn interrupts_when_suppressed_are_not_sent() {
     let guest = TestGuest::new();
-    let mut console = Console::new(ConsoleLog::default());
+    let mut console = Console::new(ConsoleLog::default()).unwrap().0;
     let mut rings = guest.activate(&mut console, 16, false);
     rings[1].set_avail_flags(1);
     rings[1].round_trip(&[Buf::Read(BUFFERS, 4)]);
@@ -226,6 +228,117 @@ fn interrupts_when_suppressed_are_not_sent() {
 #[test]
 fn config_space_reads_as_zero() {
     let mut data = [7; 16];
-    Console::new(ConsoleLog::default()).read_config(u64::MAX, &mut data);
+    Console::new(ConsoleLog::default())
+        .unwrap()
+        .0
+        .read_config(u64::MAX, &mut data);
     assert_eq!(data, [0; 16]);
+}
+
+fn console() -> (TestGuest, Console, ConsoleInput) {
+    let (console, input) = Console::new(ConsoleLog::default()).unwrap();
+    (TestGuest::new(), console, input)
+}
+
+fn received(guest: &TestGuest, ring: &mut TestRing, address: u64) -> Vec<u8> {
+    let used = ring.wait_used();
+    guest.read(address, used.len as usize)
+}
+
+#[test]
+fn input_when_buffers_are_there_arrives_with_an_interrupt() {
+    for event_idx in [false, true] {
+        let (guest, mut console, input) = console();
+        let mut rings = guest.activate(&mut console, 8, event_idx);
+        rings[0].submit(&[Buf::Write(BUFFERS, 4096)]);
+        rings[0].kick();
+        assert_eq!(input.push(b"ls\n"), 3);
+        assert_eq!(received(&guest, &mut rings[0], BUFFERS), b"ls\n");
+        guest.wait_interrupt();
+        // Split over buffers as they come, in order.
+        rings[0].submit(&[Buf::Write(BUFFERS, 2), Buf::Write(BUFFERS + 0x1000, 1)]);
+        rings[0].kick();
+        input.push(b"abcd");
+        assert_eq!(rings[0].wait_used().len, 3);
+        assert_eq!(
+            [guest.read(BUFFERS, 2), guest.read(BUFFERS + 0x1000, 1)].concat(),
+            b"abc"
+        );
+        rings[0].submit(&[Buf::Write(BUFFERS, 16)]);
+        rings[0].kick();
+        assert_eq!(received(&guest, &mut rings[0], BUFFERS), b"d");
+    }
+}
+
+#[test]
+fn input_when_the_guest_does_not_take_it_is_bounded() {
+    let (guest, mut console, input) = console();
+    // Before the driver is up, too.
+    assert_eq!(input.push(&[b'x'; 3000]), 3000);
+    assert_eq!(input.push(&[b'y'; 3000]), INPUT_CAPACITY - 3000);
+    assert_eq!(input.push(b"z"), 0);
+    let mut rings = guest.activate(&mut console, 8, true);
+    rings[0].submit(&[Buf::Write(BUFFERS, 8192)]);
+    rings[0].kick();
+    let got = received(&guest, &mut rings[0], BUFFERS);
+    assert_eq!(got.len(), INPUT_CAPACITY);
+    assert!(got.starts_with(&[b'x'; 3000]) && got.ends_with(b"y"));
+    assert_eq!(input.push(b"z"), 1);
+}
+
+#[test]
+fn input_when_receive_chains_are_malformed_is_kept_for_a_good_one() {
+    let (guest, mut console, input) = console();
+    let mut rings = guest.activate(&mut console, 8, false);
+    input.push(b"kept");
+    survive_malformed_chains(&mut rings[0]);
+    // Readable by the device only: no room.
+    assert_eq!(rings[0].round_trip(&[Buf::Read(BUFFERS, 16)]).len, 0);
+    assert_eq!(rings[0].round_trip(&[Buf::Write(BUFFERS, 16)]).len, 4);
+    assert_eq!(guest.read(BUFFERS, 4), b"kept");
+    input.push(b"x");
+    rings[0].set_avail_index(40_000);
+    rings[0].kick();
+    // Output goes on.
+    guest.write(BUFFERS, b"out");
+    rings[1].round_trip(&[Buf::Read(BUFFERS, 3)]);
+}
+
+#[test]
+fn suspend_and_restore_keep_input_and_what_is_in_the_rings() {
+    let (guest, mut console, input) = console();
+    let mut rings = guest.activate(&mut console, 8, true);
+    guest.write(BUFFERS, b"out");
+    rings[1].round_trip(&[Buf::Read(BUFFERS, 3)]);
+    rings[0].submit(&[Buf::Write(BUFFERS, 2)]);
+    rings[0].kick();
+    input.push(b"typed");
+    assert_eq!(received(&guest, &mut rings[0], BUFFERS), b"ty");
+    let positions = console.suspend();
+    assert_eq!(positions.len(), 2);
+    input.push(b"!");
+    // Offered while nobody looks; no kick follows.
+    rings[0].submit(&[Buf::Write(BUFFERS, 2)]);
+    rings[1].submit(&[Buf::Read(BUFFERS + 0x1000, 3)]);
+    guest.resume(&mut console, &[&rings[0], &rings[1]], &positions, true);
+    assert_eq!(received(&guest, &mut rings[0], BUFFERS), b"pe");
+    rings[1].wait_used();
+
+    let positions = console.suspend();
+    let state = console.save().unwrap();
+    let (mut console, _input) = Console::new(ConsoleLog::default()).unwrap();
+    console.restore(&state).unwrap();
+    rings[0].submit(&[Buf::Write(BUFFERS, 16)]);
+    guest.resume(&mut console, &[&rings[0], &rings[1]], &positions, true);
+    assert_eq!(received(&guest, &mut rings[0], BUFFERS), b"d!");
+    console.reset();
+}
+
+#[test]
+fn restore_when_the_state_is_damaged_or_too_large_is_refused() {
+    let (_guest, mut console, _input) = console();
+    let too_long = crate::devices::virtio::state::encode("console", &vec![0u8; INPUT_CAPACITY + 1]).unwrap();
+    assert!(console.restore(&too_long).is_err());
+    assert!(console.restore(&[]).is_err());
+    assert!(console.restore(&[5, 1]).is_err());
 }

@@ -1,17 +1,20 @@
-//! The transmit queue, served on the I/O loop.
+//! Both queues, served on the I/O loop.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_queue::DescriptorChain;
 
-use super::ConsoleLog;
+use super::{ConsoleInput, ConsoleLog};
 use crate::devices::virtio::chain::Chain;
 use crate::devices::virtio::served_queue::{Served, ServedQueue};
 use crate::devices::virtio::state::QueuePosition;
-use crate::devices::virtio::{ActiveQueue, Interrupt};
 use crate::memory::GuestMemory;
 
+/// Event data: which queue an event is about.
+const RECEIVE: u32 = 0;
+const TRANSMIT: u32 = 1;
 /// Output taken from one chain; the ring keeps no more, and Linux sends at most a page.
 const MAX_CHAIN_BYTES: u64 = 64 << 10;
 /// Chains per turn, so that a guest that only prints leaves the loop to others.
@@ -19,52 +22,143 @@ const BUDGET: usize = 64;
 /// Bytes copied at a time.
 const COPY_BYTES: usize = 4096;
 
-/// Moves the guest's output into the log.
+/// What moved.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub(super) output: AtomicU64,
+    pub(super) input: AtomicU64,
+}
+
+/// Moves the guest's output into the log and the input into the guest's buffers.
 #[derive(Debug)]
 pub(super) struct ConsoleWorker {
-    queue: ServedQueue,
+    receive: ServedQueue,
+    transmit: ServedQueue,
     log: ConsoleLog,
+    input: ConsoleInput,
+    counters: Arc<Counters>,
 }
 
 impl ConsoleWorker {
     pub(super) fn new(
-        device: &str,
-        transmit: ActiveQueue,
-        memory: Arc<GuestMemory>,
-        interrupt: Interrupt,
+        receive: ServedQueue,
+        transmit: ServedQueue,
         log: ConsoleLog,
+        input: ConsoleInput,
+        counters: Arc<Counters>,
     ) -> Self {
         Self {
-            queue: ServedQueue::new(device, transmit, memory, interrupt),
+            receive,
+            transmit,
             log,
+            input,
+            counters,
         }
     }
 
-    /// Where the transmit queue stands.
-    pub(super) fn position(&self) -> QueuePosition {
-        self.queue.position()
+    /// Where the queues stand.
+    pub(super) fn positions(&self) -> Vec<QueuePosition> {
+        vec![self.receive.position(), self.transmit.position()]
+    }
+
+    fn take_output(&mut self) {
+        self.transmit.take_kick();
+        let Self {
+            transmit: queue,
+            log,
+            counters,
+            ..
+        } = self;
+        let limit = queue.size();
+        let served = queue.serve(BUDGET, |memory, chain| {
+            transmit(memory, chain, limit, log, counters)
+        });
+        if served == Served::More {
+            queue.kick_self();
+        }
+    }
+
+    /// Fills receive buffers as long as there is input. Kicks are asked for only when input waits for buffers.
+    fn give_input(&mut self) {
+        self.receive.take_kick();
+        // Nothing to read means somebody took it already.
+        let _ = self.input.wake_fd().read();
+        let memory = self.receive.memory().clone();
+        for _ in 0..BUDGET {
+            if self.input.pending().is_empty() {
+                self.receive.suppress_kicks();
+                self.receive.notify();
+                return;
+            }
+            if let Some(chain) = self.receive.pop(&memory) {
+                let head = chain.head_index();
+                let written = self.fill(&memory, chain);
+                self.receive.complete(head, written);
+            } else if !self.receive.enable_kicks() {
+                self.receive.notify();
+                return;
+            }
+        }
+        self.receive.notify();
+        self.input.wake();
+    }
+
+    fn fill(&self, memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>) -> u32 {
+        let buffer = match Chain::parse(memory, chain, self.receive.size()) {
+            Ok(chain) => chain.writable,
+            Err(error) => {
+                tracing::debug!(%error, "console: receive buffer dropped");
+                return 0;
+            }
+        };
+        let mut pending = self.input.pending();
+        let bytes = pending.peek(usize::try_from(buffer.len()).unwrap_or(usize::MAX));
+        if let Err(error) = buffer.write(memory, 0, &bytes) {
+            tracing::debug!(%error, "console: input not delivered");
+            return 0;
+        }
+        pending.consume(bytes.len());
+        self.counters
+            .input
+            .fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        // At most INPUT_CAPACITY.
+        u32::try_from(bytes.len()).unwrap_or(u32::MAX)
     }
 }
 
 impl MutEventSubscriber for ConsoleWorker {
     fn init(&mut self, ops: &mut EventOps) {
-        if let Err(error) = ops.add(Events::new(&**self.queue.kick(), EventSet::IN)) {
-            tracing::error!(?error, "console: cannot watch the transmit queue");
+        let watched = [
+            (&**self.transmit.kick(), TRANSMIT),
+            (&**self.receive.kick(), RECEIVE),
+            (self.input.wake_fd(), RECEIVE),
+        ];
+        for (fd, data) in watched {
+            if let Err(error) = ops.add(Events::with_data(fd, data, EventSet::IN)) {
+                tracing::error!(?error, "console: cannot watch a queue");
+            }
         }
+        // What the driver offered before a suspend, or another process was told of, comes without a kick.
+        self.transmit.kick_self();
+        self.input.wake();
     }
 
-    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        self.queue.take_kick();
-        let Self { queue, log } = self;
-        let limit = queue.size();
-        if queue.serve(BUDGET, |memory, chain| transmit(memory, chain, limit, log)) == Served::More {
-            queue.kick_self();
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        match events.data() {
+            TRANSMIT => self.take_output(),
+            _ => self.give_input(),
         }
     }
 }
 
 /// One chain of output. The device writes nothing into it, so the used length is 0.
-fn transmit(memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>, limit: u16, log: &ConsoleLog) -> u32 {
+fn transmit(
+    memory: &GuestMemory,
+    chain: DescriptorChain<&GuestMemory>,
+    limit: u16,
+    log: &ConsoleLog,
+    counters: &Counters,
+) -> u32 {
     let chain = match Chain::parse(memory, chain, limit) {
         Ok(chain) => chain,
         Err(error) => {
@@ -85,6 +179,7 @@ fn transmit(memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>, limit: u
             break;
         }
         log.write(piece);
+        counters.output.fetch_add(now, Ordering::Relaxed);
         offset += now;
         left -= now;
     }

@@ -5,23 +5,30 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 
-use super::share::Share;
-use super::worker::FsWorkers;
-use crate::config::FsConfig;
+use super::handle::FsHandle;
+use super::mounts::{MAX_MOUNTS, Mount, Names, ROOT_MOUNT, Root};
+use super::share::{Options, Share};
+use super::state::FsState;
+use super::worker::{FsWorkers, Service, lock};
+use crate::config::{FsConfig, FsRoot, SharedDir};
 use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};
+use crate::rate_limiter::RateLimiter;
 
-/// hiprio (FORGET, INTERRUPT) and the request queues. All threads serve all queues, so one request queue is as
-/// parallel as many; Linux before 6.10 uses no more anyway. A request of 256 pages needs 260 descriptors.
-const QUEUE_SIZES: [u16; 2] = [128, 1024];
+/// hiprio (FORGET, INTERRUPT) and the request queue, whose size is configured. All threads serve both, so one request
+/// queue is as parallel as many; Linux before 6.10 uses no more anyway.
+const QUEUES: usize = 2;
+const HIPRIO_SIZE: u16 = 128;
 /// `struct virtio_fs_config`: tag[36], num_request_queues (5.11.4).
 const CONFIG_BYTES: usize = 40;
 const TAG_BYTES: usize = 36;
-const REQUEST_QUEUES: u32 = QUEUE_SIZES.len() as u32 - 1;
+const REQUEST_QUEUES: u32 = QUEUES as u32 - 1;
 /// Descriptors left to the rest of the process.
 const RESERVED_FDS: u64 = 1024;
 
@@ -38,6 +45,14 @@ pub enum FsError {
         /// Cause.
         source: io::Error,
     },
+    /// More directories than one device can have.
+    #[error("share {id}: {count} directories, at most {MAX_MOUNTS}")]
+    TooManyShares {
+        /// Device id.
+        id: String,
+        /// Configured directories.
+        count: usize,
+    },
     /// Something else of the host is missing.
     #[error("share {id}: {what}: {source}")]
     Host {
@@ -50,33 +65,29 @@ pub enum FsError {
     },
 }
 
-/// A shared directory.
+/// A shared directory, or several.
 #[derive(Debug)]
 pub struct Fs {
     config: FsConfig,
     space: [u8; CONFIG_BYTES],
-    root: OwnedFd,
-    proc_fds: OwnedFd,
-    fd_limit: usize,
+    queue_sizes: [u16; QUEUES],
+    service: Arc<Service>,
     workers: Option<FsWorkers>,
 }
 
 impl Fs {
-    /// Opens the shared directory; it is this directory from now on, wherever it is moved.
+    /// Opens the shared directories; they are these directories from now on, wherever they are moved.
     ///
     /// The guest makes the process hold one descriptor for every file in its dentry cache. The soft limit of open files
     /// of the whole process is therefore raised to the hard one; the guest gets ENFILE when less than a reserve is
-    /// left.
+    /// left. (File handles instead of descriptors would need CAP_DAC_READ_SEARCH and are not confined to a directory:
+    /// open_by_handle_at(2) opens any file of the file system.)
     ///
     /// # Errors
     /// [`FsError`] when the directory or `/proc/self/fd` cannot be opened.
     pub fn new(config: &FsConfig) -> Result<Self, FsError> {
         let id = &config.id;
-        let root = open_directory(&config.shared_dir).map_err(|source| FsError::Directory {
-            id: id.clone(),
-            path: config.shared_dir.clone(),
-            source,
-        })?;
+        let root = open_root(config)?;
         let host = |what| {
             move |source| FsError::Host {
                 id: id.clone(),
@@ -94,14 +105,27 @@ impl Fs {
         }
         queues.copy_from_slice(&REQUEST_QUEUES.to_le_bytes());
         let fd_limit = limit.saturating_sub(RESERVED_FDS).max(limit / 2);
+        let options = Options {
+            cache: config.cache,
+            writeback: config.writeback,
+            xattr: config.xattr,
+        };
+        let fd_limit = usize::try_from(fd_limit).unwrap_or(usize::MAX);
+        let share =
+            Share::new(root, proc_fds, options, fd_limit).map_err(host("cannot look at the directory"))?;
+        let limiter = RateLimiter::new(&config.rate_limiter).map_err(host("cannot create a timer"))?;
         Ok(Self {
             config: config.clone(),
             space,
-            root,
-            proc_fds,
-            fd_limit: usize::try_from(fd_limit).unwrap_or(usize::MAX),
+            queue_sizes: [HIPRIO_SIZE, config.queue_size],
+            service: Arc::new(Service::new(share, limiter)),
             workers: None,
         })
+    }
+
+    /// The host's side of the device, usable from any thread for as long as it exists.
+    pub fn handle(&self) -> FsHandle {
+        FsHandle::new(self.config.id.clone(), self.service.clone())
     }
 
     fn start(&self, activation: Activation) -> io::Result<FsWorkers> {
@@ -116,13 +140,38 @@ impl Fs {
             .into_iter()
             .map(|queue| ServedQueue::new(id, queue, memory.clone(), interrupt.clone()))
             .collect();
-        let (root, proc_fds) = (self.root.try_clone()?, self.proc_fds.try_clone()?);
-        let share = Share::new(root, proc_fds, self.config.cache, self.fd_limit)?;
-        FsWorkers::spawn(id, self.config.threads, share, queues, memory)
+        FsWorkers::spawn(id, self.config.threads, self.service.clone(), queues, memory)
     }
 }
 
-fn open_directory(path: &Path) -> io::Result<OwnedFd> {
+fn open_root(config: &FsConfig) -> Result<Root, FsError> {
+    let open = |id, name: &str, dir: &SharedDir| {
+        let fd = open_directory(&dir.path).map_err(|source| FsError::Directory {
+            id: config.id.clone(),
+            path: dir.path.clone(),
+            source,
+        })?;
+        let mount = Mount::new(id, name.to_owned(), dir.path.clone(), dir.read_only, fd);
+        Ok(Arc::new(mount))
+    };
+    match &config.root {
+        FsRoot::Directory(dir) => Ok(Root::Directory(open(ROOT_MOUNT, "", dir)?)),
+        FsRoot::Shares(shares) if shares.len() > MAX_MOUNTS => Err(FsError::TooManyShares {
+            id: config.id.clone(),
+            count: shares.len(),
+        }),
+        FsRoot::Shares(shares) => {
+            let mut names = Names::default();
+            for (name, dir) in shares {
+                let id = names.next_id();
+                names.insert(open(id, name, dir)?);
+            }
+            Ok(Root::Names(names))
+        }
+    }
+}
+
+pub(super) fn open_directory(path: &Path) -> io::Result<OwnedFd> {
     let flags = libc::O_PATH | libc::O_DIRECTORY;
     Ok(File::options().read(true).custom_flags(flags).open(path)?.into())
 }
@@ -156,7 +205,7 @@ impl VirtioDevice for Fs {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     fn features(&self) -> u64 {
@@ -168,7 +217,7 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        for index in 0..QUEUE_SIZES.len() {
+        for index in 0..QUEUES {
             if !activation.queues.iter().any(|queue| queue.index == index) {
                 return Err(ActivateError::QueueMissing {
                     device: self.config.id.clone(),
@@ -187,6 +236,7 @@ impl VirtioDevice for Fs {
 
     fn reset(&mut self) {
         self.suspend();
+        self.service.share.forget_guest();
     }
 
     fn suspend(&mut self) -> Vec<QueuePosition> {
@@ -194,14 +244,30 @@ impl VirtioDevice for Fs {
     }
 
     fn save(&self) -> Result<Vec<u8>, StateError> {
-        Err(StateError::Unsupported {
-            device: self.config.id.clone(),
-            reason: "the guest's open files and inodes of a share are not saved".to_owned(),
-        })
+        let limiter = lock(&self.service.limiter).state();
+        let id = &self.config.id;
+        state::encode(id, &super::state::save(id, &self.service.share, limiter)?)
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
-        state::expect_none(&self.config.id, state)
+        let state: FsState = state::decode(&self.config.id, state)?;
+        lock(&self.service.limiter).restore(&state.limiter);
+        super::state::restore(&self.config, &self.service.share, state)
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let Service { share, .. } = &*self.service;
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        vec![
+            ("requests", read(&self.service.requests)),
+            ("malformed", read(&self.service.malformed)),
+            ("read_bytes", read(&share.moved.read_bytes)),
+            ("write_bytes", read(&share.moved.write_bytes)),
+            ("inodes", share.inodes.len() as u64),
+            ("open_files", share.handles.len() as u64),
+            ("mounts", share.root().mounts().len() as u64),
+            ("throttled", lock(&self.service.limiter).throttled()),
+        ]
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGua
 
 use fuse_backend_rs::api::filesystem::ROOT_ID;
 
+use super::mounts::Mount;
 use super::sys::{Stat, errno};
 
 /// How many descriptors the guest may make us hold. The rest of the process needs some too.
@@ -52,9 +53,22 @@ impl Drop for FdTicket {
 /// What makes two lookups find the same inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
+    /// The share it was reached through: one may be read-only.
+    share: u64,
     device: u64,
     number: u64,
     mount: u64,
+}
+
+impl Key {
+    fn new(stat: &Stat, mount: &Mount) -> Self {
+        Self {
+            share: mount.id,
+            device: stat.attr.st_dev,
+            number: stat.attr.st_ino,
+            mount: stat.mount,
+        }
+    }
 }
 
 /// A file the guest knows.
@@ -63,6 +77,7 @@ pub(super) struct Inode {
     fd: OwnedFd,
     file_type: u32,
     key: Key,
+    mount: Arc<Mount>,
     _ticket: FdTicket,
 }
 
@@ -75,6 +90,20 @@ impl Inode {
     /// S_IFREG, S_IFDIR…; never changes.
     pub(super) fn file_type(&self) -> u32 {
         self.file_type
+    }
+
+    /// The share it is in.
+    pub(super) fn mount(&self) -> &Arc<Mount> {
+        &self.mount
+    }
+
+    /// # Errors
+    /// EROFS when the guest may not change anything in the share.
+    pub(super) fn check_writable(&self) -> io::Result<()> {
+        match self.mount.read_only {
+            true => Err(errno(libc::EROFS)),
+            false => Ok(()),
+        }
     }
 }
 
@@ -100,34 +129,36 @@ pub(super) struct Inodes {
 }
 
 impl Inodes {
-    /// `root` becomes inode [`ROOT_ID`], which cannot be forgotten.
-    pub(super) fn new(root: OwnedFd, stat: &Stat, budget: Arc<FdBudget>) -> io::Result<Self> {
+    /// No inodes. [`ROOT_ID`] is only for [`Self::insert`].
+    pub(super) fn new(budget: Arc<FdBudget>) -> Self {
         let inodes = Self {
             tables: RwLock::default(),
             budget,
         };
-        inodes.write().last_id = ROOT_ID - 1;
-        inodes.remember(root, stat)?;
-        Ok(inodes)
+        inodes.write().last_id = ROOT_ID;
+        inodes
     }
 
     /// # Errors
-    /// ENOENT when the guest holds no reference to `id`.
+    /// ENOENT when the guest holds no reference to `id`; EROFS for a root of our own, of which nothing but what a
+    /// directory must answer can be asked.
     pub(super) fn get(&self, id: u64) -> io::Result<Arc<Inode>> {
-        let tables = self.read();
-        let known = tables.by_id.get(&id).ok_or_else(|| errno(libc::ENOENT))?;
-        Ok(known.inode.clone())
+        match self.read().by_id.get(&id) {
+            Some(known) => Ok(known.inode.clone()),
+            None if id == ROOT_ID => Err(errno(libc::EROFS)),
+            None => Err(errno(libc::ENOENT)),
+        }
     }
 
     /// The id of the file behind the O_PATH descriptor `fd`, with one reference more.
-    pub(super) fn remember(&self, fd: OwnedFd, stat: &Stat) -> io::Result<u64> {
-        let key = Key {
-            device: stat.attr.st_dev,
-            number: stat.attr.st_ino,
-            mount: stat.mount,
-        };
+    pub(super) fn remember(&self, fd: OwnedFd, stat: &Stat, mount: &Arc<Mount>) -> io::Result<u64> {
+        let key = Key::new(stat, mount);
         let mut tables = self.write();
         let tables = &mut *tables;
+        // Under the lock, so that nothing comes in behind `remove_mount`.
+        if mount.is_closed() {
+            return Err(errno(libc::ENOENT));
+        }
         if let Some(&id) = tables.by_key.get(&key)
             && let Some(known) = tables.by_id.get_mut(&id)
         {
@@ -139,6 +170,7 @@ impl Inodes {
             fd,
             file_type: stat.attr.st_mode & libc::S_IFMT,
             key,
+            mount: mount.clone(),
             _ticket: self.budget.take()?,
         });
         tables.last_id += 1;
@@ -146,6 +178,71 @@ impl Inodes {
         tables.by_id.insert(id, Known { inode, lookups: 1 });
         tables.by_key.insert(key, id);
         Ok(id)
+    }
+
+    /// Makes `id` the file behind `fd`, with `lookups` references: the root, or an inode of an earlier process.
+    ///
+    /// # Errors
+    /// EEXIST when the id or the file is known already, ENFILE.
+    pub(super) fn insert(
+        &self,
+        id: u64,
+        lookups: u64,
+        fd: OwnedFd,
+        stat: &Stat,
+        mount: &Arc<Mount>,
+    ) -> io::Result<()> {
+        let key = Key::new(stat, mount);
+        let mut tables = self.write();
+        if tables.by_id.contains_key(&id) || tables.by_key.contains_key(&key) {
+            return Err(errno(libc::EEXIST));
+        }
+        let inode = Arc::new(Inode {
+            fd,
+            file_type: stat.attr.st_mode & libc::S_IFMT,
+            key,
+            mount: mount.clone(),
+            _ticket: self.budget.take()?,
+        });
+        tables.last_id = tables.last_id.max(id);
+        tables.by_id.insert(id, Known { inode, lookups });
+        tables.by_key.insert(key, id);
+        Ok(())
+    }
+
+    /// Forgets every inode of a closed share, whatever references the guest has.
+    pub(super) fn remove_mount(&self, mount: &Mount) {
+        let mut gone = Vec::new();
+        let mut tables = self.write();
+        let Tables { by_id, by_key, .. } = &mut *tables;
+        by_key.retain(|key, _| key.share != mount.id);
+        by_id.retain(|_, known| {
+            let keep = known.inode.mount.id != mount.id;
+            if !keep {
+                gone.push(known.inode.clone());
+            }
+            keep
+        });
+        drop(tables);
+        drop(gone);
+    }
+
+    /// Every inode but the root with its id and references, and the last id given out.
+    pub(super) fn all(&self) -> (Vec<(u64, u64, Arc<Inode>)>, u64) {
+        let tables = self.read();
+        let known = tables.by_id.iter().filter(|(id, _)| **id != ROOT_ID);
+        let all = known.map(|(id, known)| (*id, known.lookups, known.inode.clone()));
+        (all.collect(), tables.last_id)
+    }
+
+    /// Takes ids up to `id` as given out.
+    pub(super) fn set_last_id(&self, id: u64) {
+        let mut tables = self.write();
+        tables.last_id = tables.last_id.max(id);
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.read().by_id.len()
     }
 
     /// Takes `count` references to `id` back.
@@ -190,12 +287,18 @@ impl Inodes {
 pub(super) struct Handle {
     inode: u64,
     file: File,
+    mount: Arc<Mount>,
     /// Held while the position of `file` matters: reading a directory, seeking.
     pub(super) position: Mutex<()>,
     _ticket: FdTicket,
 }
 
 impl Handle {
+    /// The id of its inode.
+    pub(super) fn inode(&self) -> u64 {
+        self.inode
+    }
+
     pub(super) fn file(&self) -> &File {
         &self.file
     }
@@ -222,16 +325,64 @@ impl Handles {
         }
     }
 
-    pub(super) fn add(&self, inode: u64, file: File) -> io::Result<u64> {
+    /// # Errors
+    /// ENFILE; ESTALE when the share has been unmounted.
+    pub(super) fn add(&self, inode: u64, mount: &Arc<Mount>, file: File) -> io::Result<u64> {
+        let id = self.last_id.fetch_add(1, Ordering::Relaxed) + 1;
+        self.insert(id, inode, mount, file)?;
+        Ok(id)
+    }
+
+    /// A handle with an id that was given out before.
+    ///
+    /// # Errors
+    /// As [`Self::add`], and EEXIST.
+    pub(super) fn insert(&self, id: u64, inode: u64, mount: &Arc<Mount>, file: File) -> io::Result<()> {
         let handle = Arc::new(Handle {
             inode,
             file,
+            mount: mount.clone(),
             position: Mutex::new(()),
             _ticket: self.budget.take()?,
         });
-        let id = self.last_id.fetch_add(1, Ordering::Relaxed) + 1;
-        self.write().insert(id, handle);
-        Ok(id)
+        let mut open = self.write();
+        // Under the lock, so that nothing comes in behind `close_mount`.
+        if mount.is_closed() {
+            return Err(errno(libc::ESTALE));
+        }
+        if open.contains_key(&id) {
+            return Err(errno(libc::EEXIST));
+        }
+        open.insert(id, handle);
+        Ok(())
+    }
+
+    /// Closes the share if nothing of it is open, otherwise says how much is.
+    pub(super) fn close_mount(&self, mount: &Mount) -> Result<(), usize> {
+        let open = self.write();
+        match open.values().filter(|handle| handle.mount.id == mount.id).count() {
+            0 => {
+                mount.close();
+                Ok(())
+            }
+            count => Err(count),
+        }
+    }
+
+    /// Every handle with its id, and the last id given out.
+    pub(super) fn all(&self) -> (Vec<(u64, Arc<Handle>)>, u64) {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        let all = open.iter().map(|(id, handle)| (*id, handle.clone())).collect();
+        (all, self.last_id.load(Ordering::Relaxed))
+    }
+
+    /// Takes ids up to `id` as given out.
+    pub(super) fn set_last_id(&self, id: u64) {
+        self.last_id.fetch_max(id, Ordering::Relaxed);
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.open.read().unwrap_or_else(PoisonError::into_inner).len()
     }
 
     /// # Errors

@@ -16,12 +16,17 @@
 mod credentials;
 mod device;
 mod directory;
+mod filesystem;
+mod handle;
 mod inodes;
 mod jail;
+mod mounts;
 mod share;
+mod state;
 mod sys;
 #[cfg(test)]
 mod tests;
 mod worker;
 
 pub use device::{Fs, FsError};
+pub use handle::{FsHandle, FsMountError, Unmount};

@@ -13,6 +13,8 @@ use fuse_backend_rs::abi::fuse_abi::{stat64, statvfs64};
 pub(super) struct Stat {
     /// The attributes.
     pub(super) attr: stat64,
+    /// When it was made, in seconds and nanoseconds; not every file system says.
+    pub(super) birth: Option<(i64, u32)>,
     /// The mount it was reached through. Two bind mounts of one directory are two directories: one may be read-only.
     pub(super) mount: u64,
 }
@@ -85,7 +87,7 @@ pub(super) fn reopen(proc_fds: BorrowedFd, fd: BorrowedFd, flags: i32) -> io::Re
 
 pub(super) fn stat(fd: BorrowedFd) -> io::Result<Stat> {
     let mut out = MaybeUninit::<libc::statx>::zeroed();
-    let mask = libc::STATX_BASIC_STATS | libc::STATX_MNT_ID;
+    let mask = libc::STATX_BASIC_STATS | libc::STATX_BTIME | libc::STATX_MNT_ID;
     // SAFETY: the path is a constant, `out` has room for the answer.
     check(unsafe {
         libc::statx(
@@ -115,8 +117,59 @@ pub(super) fn stat(fd: BorrowedFd) -> io::Result<Stat> {
     (attr.st_ctime, attr.st_ctime_nsec) = (x.stx_ctime.tv_sec, x.stx_ctime.tv_nsec.into());
     Ok(Stat {
         attr,
+        birth: (x.stx_mask & libc::STATX_BTIME != 0).then_some((x.stx_btime.tv_sec, x.stx_btime.tv_nsec)),
         mount: x.stx_mnt_id,
     })
+}
+
+/// Largest handle there is (MAX_HANDLE_SZ).
+const HANDLE_BYTES: usize = 128;
+
+/// What the file system itself knows the file by, with its generation: unlike the inode number it is not given to
+/// another file. `None` where the file system has no such thing (overlayfs without nfs_export, some FUSE).
+pub(super) fn file_handle(fd: BorrowedFd) -> Option<Vec<u8>> {
+    /// `struct file_handle`, open_by_handle_at(2).
+    #[repr(C)]
+    struct FileHandle {
+        bytes: u32,
+        kind: i32,
+        handle: [u8; HANDLE_BYTES],
+    }
+    let mut handle = FileHandle {
+        bytes: HANDLE_BYTES as u32,
+        kind: 0,
+        handle: [0; HANDLE_BYTES],
+    };
+    let mut mount = 0i32;
+    // SAFETY: the path is a constant, `handle` has the room it claims, `mount` has room for the answer.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_name_to_handle_at,
+            fd.as_raw_fd(),
+            c"".as_ptr(),
+            &raw mut handle,
+            &raw mut mount,
+            libc::AT_EMPTY_PATH,
+        )
+    };
+    let bytes = handle.handle.get(..handle.bytes as usize)?;
+    (result == 0).then(|| [&handle.kind.to_ne_bytes()[..], bytes].concat())
+}
+
+/// The flags `fd` was opened with, as far as F_GETFL tells.
+pub(super) fn open_flags(fd: BorrowedFd) -> io::Result<i32> {
+    // SAFETY: F_GETFL takes no argument.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(flags)
+}
+
+/// Where the file behind `fd` is, as seen from the calling thread's root. `proc_fds` is `/proc/self/fd`. Names may
+/// change at any time, so this is only a hint.
+pub(super) fn path_of(proc_fds: BorrowedFd, fd: BorrowedFd) -> io::Result<Vec<u8>> {
+    read_link(proc_fds, &proc_name(fd))
 }
 
 pub(super) fn statfs(fd: BorrowedFd) -> io::Result<statvfs64> {
@@ -204,12 +257,16 @@ pub(super) fn rename(from: BorrowedFd, old: &CStr, to: BorrowedFd, new: &CStr, f
 }
 
 pub(super) fn readlink(fd: BorrowedFd) -> io::Result<Vec<u8>> {
+    read_link(fd, c"")
+}
+
+fn read_link(dir: BorrowedFd, name: &CStr) -> io::Result<Vec<u8>> {
     let mut target = vec![0u8; libc::PATH_MAX as usize];
     // SAFETY: the buffer has the length given.
     let len = unsafe {
         libc::readlinkat(
-            fd.as_raw_fd(),
-            c"".as_ptr(),
+            dir.as_raw_fd(),
+            name.as_ptr(),
             target.as_mut_ptr().cast(),
             target.len(),
         )

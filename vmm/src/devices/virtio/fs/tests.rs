@@ -4,3 +4,5 @@ mod client;
 mod confinement;
 mod files;
 mod hostile;
+mod restore;
+mod shares;

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
@@ -21,17 +22,52 @@ use super::share::Share;
 use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
+use crate::rate_limiter::RateLimiter;
 
-/// Epoll data of the stop event; queues are their index.
+/// Epoll data of the stop event and of the rate limiter's timer; queues are their index.
 const STOP: u64 = u64::MAX;
+const TIMER: u64 = u64::MAX - 1;
+/// FORGET and INTERRUPT: they give something back, so they are not limited.
+const HIPRIO: usize = 0;
 
 type Thread = JoinHandle<()>;
+
+/// What outlives the threads, from one activation to the next.
+pub(super) struct Service {
+    pub(super) share: Arc<Share>,
+    server: Server<Arc<Share>>,
+    pub(super) limiter: Mutex<RateLimiter>,
+    pub(super) requests: AtomicU64,
+    pub(super) malformed: AtomicU64,
+}
+
+impl Service {
+    pub(super) fn new(share: Share, limiter: RateLimiter) -> Self {
+        let share = Arc::new(share);
+        Self {
+            server: Server::new(share.clone()),
+            share,
+            limiter: Mutex::new(limiter),
+            requests: AtomicU64::new(0),
+            malformed: AtomicU64::new(0),
+        }
+    }
+}
+
+impl std::fmt::Debug for Service {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Service")
+            .field("share", &self.share)
+            .finish_non_exhaustive()
+    }
+}
 
 /// What the threads work on.
 struct Pool {
     id: String,
-    share: Arc<Share>,
-    server: Server<Arc<Share>>,
+    service: Arc<Service>,
+    /// The threads shall end after the request in hand.
+    stopping: AtomicBool,
     queues: Vec<Mutex<ServedQueue>>,
     memory: Arc<GuestMemory>,
     epoll: Epoll,
@@ -58,7 +94,7 @@ impl FsWorkers {
     pub(super) fn spawn(
         id: &str,
         count: u8,
-        share: Share,
+        service: Arc<Service>,
         queues: Vec<ServedQueue>,
         memory: Arc<GuestMemory>,
     ) -> io::Result<Self> {
@@ -70,16 +106,19 @@ impl FsWorkers {
             stop.as_raw_fd(),
             EpollEvent::new(EventSet::IN, STOP),
         )?;
+        let timer = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, TIMER);
+        epoll.ctl(ControlOperation::Add, lock(&service.limiter).as_raw_fd(), timer)?;
         for (index, queue) in queues.iter().enumerate() {
+            // What the guest asked for before, e.g. while the machine was saved, comes without a kick.
+            queue.kick_self();
             // Edge-triggered: each ring of the doorbell wakes one thread.
             let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, index as u64);
             epoll.ctl(ControlOperation::Add, queue.kick().as_raw_fd(), event)?;
         }
-        let share = Arc::new(share);
         let pool = Arc::new(Pool {
             id: id.to_owned(),
-            server: Server::new(share.clone()),
-            share,
+            service,
+            stopping: AtomicBool::new(false),
             queues: queues.into_iter().map(Mutex::new).collect(),
             memory,
             epoll,
@@ -108,6 +147,7 @@ impl FsWorkers {
 
     /// Waits for the requests in hand and ends the threads. Says where the queues stand.
     pub(super) fn stop(self) -> Vec<QueuePosition> {
+        self.pool.stopping.store(true, Ordering::SeqCst);
         if let Err(error) = self.stop.write(1) {
             tracing::error!(%error, "fs: cannot wake the workers to stop them");
         }
@@ -127,7 +167,7 @@ impl FsWorkers {
 /// Goes to jail, starts the other threads there (they inherit namespace, directory and umask), and becomes a worker.
 fn first_thread(pool: &Arc<Pool>, count: u8, report: &Sender<(Vec<Thread>, io::Result<()>)>) {
     let mut others = Vec::new();
-    let result = jail::enter(pool.share.proc_fds().as_fd()).and_then(|()| {
+    let result = jail::enter(pool.service.share.proc_fds().as_fd()).and_then(|()| {
         for number in 1..count {
             let pool = pool.clone();
             let builder = Builder::new().name(format!("fs-{}-{number}", pool.id));
@@ -149,6 +189,7 @@ impl Pool {
             match self.epoll.wait(-1, &mut events) {
                 Ok(0) => {}
                 Ok(_) if events[0].data() == STOP => return,
+                Ok(_) if events[0].data() == TIMER => self.on_timer(),
                 Ok(_) => self.serve(usize::try_from(events[0].data()).unwrap_or(usize::MAX)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
@@ -159,14 +200,32 @@ impl Pool {
         }
     }
 
+    /// The rate limiter lets requests through again.
+    fn on_timer(&self) {
+        lock(&self.service.limiter).on_timer();
+        for queue in self.queues.iter().skip(HIPRIO + 1) {
+            lock(queue).kick_self();
+        }
+    }
+
+    /// Whether a request of queue `index` may be taken now; if not, the timer wakes somebody.
+    fn may_take(&self, index: usize) -> bool {
+        index == HIPRIO || lock(&self.service.limiter).may_start()
+    }
+
     /// Serves a queue until it is empty.
     fn serve(&self, index: usize) {
         let Some(queue) = self.queues.get(index) else {
             return;
         };
-        while let Some(chain) = self.take(queue) {
+        while !self.stopping.load(Ordering::SeqCst)
+            && let Some(chain) = self.take(index, queue)
+        {
             let head = chain.head_index();
-            let written = self.handle(chain);
+            let (read, written) = self.handle(chain);
+            if index != HIPRIO {
+                lock(&self.service.limiter).charge(read + u64::from(written), 1);
+            }
             let mut queue = lock(queue);
             queue.complete(head, written);
             queue.notify();
@@ -174,9 +233,12 @@ impl Pool {
     }
 
     /// The next chain. Kicks stay enabled all the time, so that the next request finds a thread while this one runs.
-    fn take(&self, queue: &Mutex<ServedQueue>) -> Option<DescriptorChain<&GuestMemory>> {
+    fn take(&self, index: usize, queue: &Mutex<ServedQueue>) -> Option<DescriptorChain<&GuestMemory>> {
         let mut queue = lock(queue);
         queue.take_kick();
+        if !self.may_take(index) {
+            return None;
+        }
         loop {
             if let Some(chain) = queue.pop(&self.memory) {
                 if queue.enable_kicks() {
@@ -190,32 +252,38 @@ impl Pool {
         }
     }
 
-    /// One FUSE request; returns the bytes of its answer.
-    fn handle(&self, chain: DescriptorChain<&GuestMemory>) -> u32 {
+    /// One FUSE request; returns its bytes and those of its answer.
+    fn handle(&self, chain: DescriptorChain<&GuestMemory>) -> (u64, u32) {
+        self.service.requests.fetch_add(1, Ordering::Relaxed);
+        let malformed = || self.service.malformed.fetch_add(1, Ordering::Relaxed);
         let reader = match Reader::from_descriptor_chain(&*self.memory, chain.clone()) {
             Ok(reader) => reader,
             Err(error) => {
                 tracing::debug!(device = %self.id, ?error, "fs: unreadable request");
-                return 0;
+                malformed();
+                return (0, 0);
             }
         };
         let writer = match VirtioFsWriter::new(&*self.memory, chain) {
             Ok(writer) => Writer::VirtioFs(writer),
             Err(error) => {
                 tracing::debug!(device = %self.id, ?error, "fs: no room for an answer");
-                return 0;
+                malformed();
+                return (0, 0);
             }
         };
-        match self.server.handle_message(reader, writer, None, None) {
-            Ok(written) => u32::try_from(written).unwrap_or(u32::MAX),
+        let read = reader.available_bytes() as u64;
+        match self.service.server.handle_message(reader, writer, None, None) {
+            Ok(written) => (read, u32::try_from(written).unwrap_or(u32::MAX)),
             Err(error) => {
                 tracing::debug!(device = %self.id, %error, "fs: malformed request");
-                0
+                malformed();
+                (read, 0)
             }
         }
     }
 }
 
-fn lock(queue: &Mutex<ServedQueue>) -> MutexGuard<'_, ServedQueue> {
-    queue.lock().unwrap_or_else(PoisonError::into_inner)
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -10,6 +10,8 @@ use super::error::VsockError;
 use super::handle::VsockHandle;
 use super::muxer::Muxer;
 use super::shared::{Shared, lock};
+use super::state::VsockState;
+use super::transport_reset::EventQueue;
 use super::uds::Endpoint;
 use super::worker::{Transport, Worker};
 use crate::config::VsockConfig;
@@ -27,6 +29,8 @@ pub struct Vsock {
     shared: Arc<Shared>,
     worker: Arc<Mutex<Worker>>,
     running: Option<Running>,
+    /// Activated since the last reset; suspended or not.
+    driver_up: bool,
 }
 
 impl Vsock {
@@ -49,6 +53,7 @@ impl Vsock {
             shared: shared.clone(),
             worker: Arc::new(Mutex::new(Worker::new(muxer))),
             running: None,
+            driver_up: false,
         };
         Ok((device, VsockHandle::new(shared)))
     }
@@ -77,14 +82,18 @@ impl VirtioDevice for Vsock {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        // The event queue only carries transport resets after a migration.
         let rx = activation.take_queue(ID, 0)?;
         let tx = activation.take_queue(ID, 1)?;
+        let event = activation.take_queue(ID, 2)?;
         let transport = Transport {
             memory: activation.memory,
             rx: rx.queue,
             tx: tx.queue,
             kicks: [rx.kick, tx.kick],
+            event: EventQueue {
+                queue: event.queue,
+                kick: event.kick,
+            },
             interrupt: activation.interrupt,
         };
         lock(&self.worker)
@@ -97,6 +106,7 @@ impl VirtioDevice for Vsock {
         match Running::start(activation.io, self.worker.clone()) {
             Ok(running) => {
                 self.running = Some(running);
+                self.driver_up = true;
                 Ok(())
             }
             Err(error) => {
@@ -106,9 +116,12 @@ impl VirtioDevice for Vsock {
         }
     }
 
+    /// Also on a suspended device: the guest has forgotten its connections either way.
     fn reset(&mut self) {
         if let Some(running) = self.running.take() {
             running.stop(ID);
+        }
+        if std::mem::take(&mut self.driver_up) {
             lock(&self.worker).stop();
         }
     }
@@ -122,11 +135,50 @@ impl VirtioDevice for Vsock {
     }
 
     fn save(&self) -> Result<Vec<u8>, StateError> {
-        Ok(Vec::new())
+        state::encode(
+            ID,
+            &VsockState {
+                guest_cid: self.guest_cid,
+                driver_up: self.driver_up,
+                next_port: self.shared.next_port(),
+            },
+        )
     }
 
+    /// The guest's connections have no host end any more. If its driver is up it is told so, before anything else, as
+    /// soon as the device is activated; what was asked for meanwhile waits until the guest has taken note.
     fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
-        state::expect_none(ID, state)
+        let state: VsockState = state::decode(ID, state)?;
+        state.check_cid(ID, self.guest_cid)?;
+        if !self.shared.set_next_port(state.next_port) {
+            return Err(StateError::Invalid {
+                device: ID.to_owned(),
+                reason: format!("host port {} is not one the host opens", state.next_port),
+            });
+        }
+        self.driver_up = state.driver_up;
+        if state.driver_up {
+            lock(&self.worker).expect_stale_guest();
+        }
+        Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let m = self.shared.counters.snapshot();
+        vec![
+            ("rx_packets", m.rx_packets),
+            ("rx_bytes", m.rx_bytes),
+            ("tx_packets", m.tx_packets),
+            ("tx_bytes", m.tx_bytes),
+            ("connections", m.connections),
+            ("open_connections", m.open_connections),
+            ("refused", m.refused),
+            ("retries", m.retries),
+            ("malformed", m.malformed),
+            ("dropped_bytes", m.dropped_bytes),
+            ("rx_stalls", m.rx_stalls),
+            ("transport_resets", m.transport_resets),
+        ]
     }
 }
 

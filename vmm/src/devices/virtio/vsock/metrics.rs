@@ -29,6 +29,8 @@ pub struct VsockMetrics {
     pub dropped_bytes: u64,
     /// Times the device had something for the guest and no buffer to put it in.
     pub rx_stalls: u64,
+    /// Times the guest was told that all its connections are gone, after a restore.
+    pub transport_resets: u64,
 }
 
 /// One monotonic counter (or, for `open_connections`, a gauge).
@@ -67,6 +69,7 @@ pub(super) struct Counters {
     pub(super) malformed: Counter,
     pub(super) dropped_bytes: Counter,
     pub(super) rx_stalls: Counter,
+    pub(super) transport_resets: Counter,
 }
 
 impl Counters {
@@ -84,6 +87,7 @@ impl Counters {
             malformed: self.malformed.get(),
             dropped_bytes: self.dropped_bytes.get(),
             rx_stalls: self.rx_stalls.get(),
+            transport_resets: self.transport_resets.get(),
         }
     }
 }

@@ -31,6 +31,8 @@ mod origin;
 mod packet;
 mod rx_queue;
 mod shared;
+mod state;
+mod transport_reset;
 mod uds;
 mod worker;
 

@@ -74,6 +74,8 @@ pub(super) struct Muxer {
     /// Connections in [`Phase::Flushing`], oldest first.
     flushing: BTreeSet<ConnId>,
     warned_of_loss: bool,
+    /// The guest has connections of an earlier process and is about to forget them.
+    guest_stale: bool,
 }
 
 impl Muxer {
@@ -117,6 +119,7 @@ impl Muxer {
             waiting: HashSet::new(),
             flushing: BTreeSet::new(),
             warned_of_loss: false,
+            guest_stale: false,
         })
     }
 
@@ -127,6 +130,12 @@ impl Muxer {
 
     pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.shared
+    }
+
+    /// While the guest is stale, packets for connections of before are dropped: it ends them by itself, and an RST that
+    /// arrives after that could end a new one with the same ports.
+    pub(super) fn set_guest_stale(&mut self, stale: bool) {
+        self.guest_stale = stale;
     }
 
     /// Whether the guest's packets have to wait until it takes answers.
@@ -311,6 +320,7 @@ impl Muxer {
             Some(Op::Request) => self.accept(pair, &header),
             // Never answered: two sides that refuse each other's refusals would not end.
             Some(Op::Rst) => {}
+            _ if self.guest_stale => {}
             _ => self.resets.push_back(header.refusal()),
         }
     }
@@ -323,6 +333,7 @@ impl Muxer {
         };
         match self.by_ports.get(&pair) {
             Some(&id) => self.settle(id, Verdict::Reset),
+            None if self.guest_stale => {}
             None => self.push_reset(pair),
         }
     }

@@ -160,6 +160,20 @@ impl Shared {
         }
     }
 
+    /// The port [`Self::take_port`] looks at next.
+    pub(super) fn next_port(&self) -> u32 {
+        lock(&self.ports).next
+    }
+
+    /// Goes on after the ports of an earlier process; false if `port` is not one of ours.
+    pub(super) fn set_next_port(&self, port: u32) -> bool {
+        let valid = (FIRST_PORT..=LAST_PORT).contains(&port);
+        if valid {
+            lock(&self.ports).next = port;
+        }
+        valid
+    }
+
     pub(super) fn free_port(&self, port: u32) {
         lock(&self.ports).used.remove(&port);
     }

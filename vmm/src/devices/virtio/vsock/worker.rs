@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::muxer::{Filled, Muxer, TOKEN_QUEUES};
 use super::packet::TxPacket;
 use super::rx_queue::RxQueue;
+use super::transport_reset::{EventQueue, TransportReset};
 use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::served_queue::queue_position;
 use crate::devices::virtio::state::QueuePosition;
@@ -35,6 +36,7 @@ pub(super) struct Transport {
     pub(super) tx: Queue,
     /// Signalled by the driver when it adds buffers.
     pub(super) kicks: [Arc<EventFd>; 2],
+    pub(super) event: EventQueue,
     pub(super) interrupt: Interrupt,
 }
 
@@ -44,6 +46,15 @@ pub(super) struct Transport {
 pub(super) struct Worker {
     muxer: Muxer,
     transport: Option<Transport>,
+    reset: TransportReset,
+}
+
+impl Transport {
+    /// Everything the driver signals.
+    fn kicks(&self) -> [&EventFd; 3] {
+        let [rx, tx] = &self.kicks;
+        [rx, tx, &self.event.kick]
+    }
 }
 
 impl Worker {
@@ -51,7 +62,14 @@ impl Worker {
         Self {
             muxer,
             transport: None,
+            reset: TransportReset::Settled,
         }
+    }
+
+    /// The guest that comes with the next transport still has the connections of an earlier process.
+    pub(super) fn expect_stale_guest(&mut self) {
+        self.reset = TransportReset::ToSend;
+        self.muxer.set_guest_stale(true);
     }
 
     /// Takes the queues. The caller then adds the worker to the loop.
@@ -60,10 +78,11 @@ impl Worker {
     /// epoll refused a kick descriptor; the worker is unchanged.
     pub(super) fn start(&mut self, mut transport: Transport) -> io::Result<()> {
         let epoll = self.muxer.epoll();
-        for (index, kick) in transport.kicks.iter().enumerate() {
+        let kicks = transport.kicks();
+        for (index, kick) in kicks.iter().enumerate() {
             let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, TOKEN_QUEUES);
             if let Err(error) = epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), event) {
-                unwatch(&self.muxer, transport.kicks.get(..index).unwrap_or_default());
+                unwatch(&self.muxer, kicks.get(..index).unwrap_or_default());
                 return Err(error);
             }
         }
@@ -83,19 +102,42 @@ impl Worker {
         let Some(transport) = self.transport.take() else {
             return Vec::new();
         };
-        unwatch(&self.muxer, &transport.kicks);
-        vec![queue_position(0, &transport.rx), queue_position(1, &transport.tx)]
+        unwatch(&self.muxer, &transport.kicks());
+        vec![
+            queue_position(0, &transport.rx),
+            queue_position(1, &transport.tx),
+            queue_position(2, &transport.event.queue),
+        ]
     }
 
     /// Gives the queues back, after a last look at what the guest has sent: a guest that powers off at once must not lose
     /// its last words. Not on the loop any more.
     pub(super) fn stop(&mut self) {
-        let Some(mut transport) = self.transport.take() else {
+        if let Some(mut transport) = self.transport.take() {
+            drain(&mut self.muxer, &mut transport, BATCH);
+            unwatch(&self.muxer, &transport.kicks());
+        }
+        self.reset = TransportReset::Settled;
+        self.muxer.set_guest_stale(false);
+        self.muxer.reset();
+    }
+
+    /// Goes on with telling the guest that it has no connections, if that is to be done.
+    fn settle(&mut self) {
+        let Some(transport) = &mut self.transport else {
             return;
         };
-        drain(&mut self.muxer, &mut transport, BATCH);
-        unwatch(&self.muxer, &transport.kicks);
-        self.muxer.reset();
+        let before = self.reset;
+        self.reset = transport
+            .event
+            .advance(before, &transport.memory, &transport.interrupt);
+        if before == TransportReset::ToSend && self.reset != before {
+            self.muxer.shared().counters.transport_resets.inc();
+        }
+        if !before.is_settled() && self.reset.is_settled() {
+            tracing::info!("vsock: the guest has closed its connections of before the restore");
+            self.muxer.set_guest_stale(false);
+        }
     }
 
     /// Runs until there is nothing to do, or the others' turn has come.
@@ -123,13 +165,20 @@ impl Worker {
 
     /// Moves packets both ways until neither side has any or the rounds are over.
     fn pump(&mut self) {
+        if !self.reset.is_settled() {
+            self.settle();
+        }
+        let open = self.reset.is_settled();
         let Some(transport) = &mut self.transport else {
             return;
         };
         let mut rounds_in_vain = 0;
         for _ in 0..ROUNDS {
             let sent = drain(&mut self.muxer, transport, BATCH);
-            let (filled, received) = fill(&mut self.muxer, transport, BATCH);
+            let (filled, received) = match open {
+                true => fill(&mut self.muxer, transport, BATCH),
+                false => (Filled::Idle, 0),
+            };
             let may_have_more = sent == BATCH || filled == Filled::Budget;
             if !may_have_more && !look_again(transport, filled, self.muxer.is_congested()) {
                 return;
@@ -219,7 +268,7 @@ fn look_again(transport: &mut Transport, filled: Filled, congested: bool) -> boo
     tx || rx
 }
 
-fn unwatch(muxer: &Muxer, kicks: &[Arc<EventFd>]) {
+fn unwatch(muxer: &Muxer, kicks: &[&EventFd]) {
     for kick in kicks {
         if let Err(error) =
             muxer

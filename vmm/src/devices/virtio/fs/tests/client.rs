@@ -1,12 +1,14 @@
 //! Raw FUSE messages (include/uapi/linux/fuse.h, 7.33).
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use vmm_sys_util::tempdir::TempDir;
 
-use crate::config::{FsCache, FsConfig};
+use crate::config::{FsCache, FsConfig, FsRoot, SharedDir};
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::fs::Fs;
+use crate::devices::virtio::fs::{Fs, FsHandle};
+use crate::devices::virtio::state::{QueuePosition, StateError};
 use crate::devices::virtio::test_ring::{BUFFERS, Buf, TestGuest, TestRing};
 
 pub const LOOKUP: u32 = 1;
@@ -106,6 +108,7 @@ pub fn entry(bytes: &[u8]) -> Entry {
 pub struct Client {
     pub guest: TestGuest,
     pub fs: Fs,
+    pub config: FsConfig,
     pub rings: Vec<TestRing>,
     pub uid: u32,
     pub gid: u32,
@@ -120,24 +123,38 @@ impl Client {
     }
 
     pub fn with(cache: FsCache, threads: u8) -> Self {
+        Self::configured(|config| (config.cache, config.threads) = (cache, threads))
+    }
+
+    /// A root of our own with `shares` of the test's folder in it.
+    pub fn shares(cache: FsCache, shares: impl Fn(&Path) -> BTreeMap<String, SharedDir>) -> Self {
+        Self::configured(|config| {
+            let FsRoot::Directory(dir) = &config.root else {
+                unreachable!("the default is a directory")
+            };
+            config.root = FsRoot::Shares(shares(dir.path.parent().unwrap()));
+            config.cache = cache;
+        })
+    }
+
+    /// A share of the folder `share` with two threads, but for what `change` changes.
+    pub fn configured(change: impl FnOnce(&mut FsConfig)) -> Self {
         let dir = TempDir::new_with_prefix("/tmp/dragonball-fs").unwrap();
         let share = dir.as_path().join("share");
         std::fs::create_dir(&share).unwrap();
         std::fs::create_dir(dir.as_path().join("outside")).unwrap();
         std::fs::write(dir.as_path().join("outside/secret"), "secret").unwrap();
         let guest = TestGuest::new();
-        let mut fs = Fs::new(&FsConfig {
-            id: format!("t{}", dir.as_path().file_name().unwrap().to_str().unwrap().len()),
-            tag: "kataShared".into(),
-            shared_dir: share,
-            cache,
-            threads,
-        })
-        .unwrap();
+        let id = format!("t{}", dir.as_path().file_name().unwrap().to_str().unwrap().len());
+        let mut config = FsConfig::new(id, "kataShared", FsRoot::Directory(SharedDir::writable(share)));
+        config.threads = 2;
+        change(&mut config);
+        let mut fs = Fs::new(&config).unwrap();
         let rings = guest.activate(&mut fs, 128, true);
         let mut client = Self {
             guest,
             fs,
+            config,
             rings,
             uid: 0,
             gid: 0,
@@ -146,6 +163,39 @@ impl Client {
         };
         client.init().unwrap();
         client
+    }
+
+    pub fn handle(&self) -> FsHandle {
+        self.fs.handle()
+    }
+
+    /// Stops the device and starts it again: a pause of the machine.
+    pub fn pause(&mut self, between: impl FnOnce(&mut Self)) {
+        let positions = self.fs.suspend();
+        between(self);
+        self.resume(&positions);
+    }
+
+    /// Moves the guest to the device of another process.
+    pub fn restore(&mut self) -> Result<(), StateError> {
+        let positions = self.fs.suspend();
+        let state = self.fs.save()?;
+        self.restore_from(&state)?;
+        self.resume(&positions);
+        Ok(())
+    }
+
+    /// Makes a fresh device of the configuration with `state`.
+    pub fn restore_from(&mut self, state: &[u8]) -> Result<(), StateError> {
+        let mut fs = Fs::new(&self.config).unwrap();
+        fs.restore(state)?;
+        self.fs = fs;
+        Ok(())
+    }
+
+    pub fn resume(&mut self, positions: &[QueuePosition]) {
+        let rings: Vec<_> = self.rings.iter().collect();
+        self.guest.resume(&mut self.fs, &rings, positions, true);
     }
 
     pub fn share(&self) -> PathBuf {

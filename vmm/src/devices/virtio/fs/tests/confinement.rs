@@ -4,10 +4,13 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::client::*;
+use crate::config::{FsConfig, FsRoot, SharedDir};
 use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::fs::mounts::{Mount, Root};
 use crate::devices::virtio::fs::share::Share;
 
 #[test]
@@ -217,8 +220,9 @@ fn handles_belong_to_their_inode() {
 fn descriptors_have_a_limit() {
     let dir = vmm_sys_util::tempdir::TempDir::new_with_prefix("/tmp/dragonball-fs").unwrap();
     let open = |path: &Path| fs::File::open(path).unwrap().into();
+    let mount = Mount::new(0, String::new(), "shared".into(), false, open(dir.as_path()));
     let share = Share::new(
-        open(dir.as_path()),
+        Root::Directory(Arc::new(mount)),
         open(Path::new("/proc/self/fd")),
         Default::default(),
         4,
@@ -443,13 +447,8 @@ fn shared_directory_when_missing_or_a_file_is_refused_with_its_name() {
     let file = fs::File::open(c.outside().join("secret")).unwrap();
     assert!(file.as_raw_fd() > 0);
     for path in [c.base().join("missing"), c.outside().join("secret")] {
-        let config = crate::config::FsConfig {
-            id: "fs9".into(),
-            tag: "tag".into(),
-            shared_dir: path.clone(),
-            cache: Default::default(),
-            threads: 1,
-        };
+        let root = FsRoot::Directory(SharedDir::writable(&path));
+        let config = FsConfig::new("fs9", "tag", root);
         let error = crate::devices::virtio::fs::Fs::new(&config)
             .unwrap_err()
             .to_string();

@@ -5,7 +5,10 @@ use std::time::{Duration, Instant};
 
 use crate::config::VsockConfig;
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::test_ring::{BUFFERS, Buf, RINGS, TestGuest, TestRing, Used};
+use crate::devices::virtio::state::QueuePosition;
+use crate::devices::virtio::test_ring::{
+    BUFFERS, Buf, MALFORMED, RINGS, TestGuest, TestRing, Used, survive_malformed_chains,
+};
 use crate::devices::virtio::vsock::packet::{HEADER_LEN, Header};
 use crate::devices::virtio::vsock::{Vsock, VsockHandle};
 
@@ -17,6 +20,7 @@ pub(super) const RING: u16 = 128;
 pub(super) const RX_BUFFER: u32 = 4096;
 const RX_AREA: u64 = BUFFERS;
 const TX_AREA: u64 = 0x80_0000;
+const EVENT_AREA: u64 = 0x70_0000;
 const TX_SLOT: u64 = 0x1_1000;
 const TX_SLOTS: u64 = 64;
 
@@ -34,6 +38,7 @@ pub(super) struct Driver {
     pub(super) handle: VsockHandle,
     pub(super) rx: TestRing,
     pub(super) tx: TestRing,
+    pub(super) event: TestRing,
     /// Address of each posted rx buffer; `None` for those made to be refused.
     rx_posted: HashMap<u16, Option<u64>>,
     rx_awkward: bool,
@@ -44,6 +49,7 @@ pub(super) struct Driver {
     tx_order: VecDeque<u16>,
     rx_side: Side,
     tx_side: Side,
+    event_side: Side,
     event_idx: bool,
     /// Interrupts so far.
     pub(super) interrupts: u64,
@@ -95,13 +101,14 @@ impl Driver {
 
     fn bare(mut device: Vsock, handle: VsockHandle, event_idx: bool) -> Self {
         let guest = TestGuest::new();
-        let (rx, tx) = activate(&guest, &mut device, event_idx);
+        let (rx, tx, event) = activate(&guest, &mut device, event_idx);
         Self {
             guest,
             device,
             handle,
             rx,
             tx,
+            event,
             rx_posted: HashMap::new(),
             rx_awkward: false,
             tx_free: (0..TX_SLOTS).map(|slot| TX_AREA + slot * TX_SLOT).collect(),
@@ -109,6 +116,7 @@ impl Driver {
             rx_order: VecDeque::new(),
             rx_side: Side::default(),
             tx_side: Side::default(),
+            event_side: Side::default(),
             event_idx,
             interrupts: 0,
             tx_order: VecDeque::new(),
@@ -118,14 +126,70 @@ impl Driver {
     /// Resets the device and brings the driver up again.
     pub(super) fn restart(&mut self) {
         self.device.reset();
-        (self.rx, self.tx) = activate(&self.guest, &mut self.device, true);
+        (self.rx, self.tx, self.event) = activate(&self.guest, &mut self.device, true);
         self.event_idx = true;
-        (self.rx_side, self.tx_side) = Default::default();
+        (self.rx_side, self.tx_side, self.event_side) = Default::default();
         self.rx_posted.clear();
         self.rx_order.clear();
         self.tx_order.clear();
         self.tx_free.extend(self.tx_busy.drain().map(|(_, slot)| slot));
         self.post_all();
+    }
+
+    /// Stops the device and starts it again: a pause of the machine.
+    pub(super) fn pause(&mut self, between: impl FnOnce(&mut Self)) {
+        let positions = self.device.suspend();
+        between(self);
+        self.resume(&positions);
+    }
+
+    /// Moves the guest to a device of another process.
+    pub(super) fn restore(&mut self, between: impl FnOnce(&mut Self)) {
+        let positions = self.device.suspend();
+        let state = self.device.save().unwrap();
+        let config = VsockConfig {
+            guest_cid: GUEST_CID,
+            uds_path: None,
+        };
+        (self.device, self.handle) = Vsock::new(&config).unwrap();
+        self.device.restore(&state).unwrap();
+        between(self);
+        self.resume(&positions);
+    }
+
+    fn resume(&mut self, positions: &[QueuePosition]) {
+        let rings = [&self.rx, &self.tx, &self.event];
+        self.guest
+            .resume(&mut self.device, &rings, positions, self.event_idx);
+    }
+
+    /// Offers an event buffer, and rings only if the device asked for it.
+    pub(super) fn post_event(&mut self) {
+        self.event.submit(&[Buf::Write(EVENT_AREA, 8)]);
+        self.event_side.offered = self.event_side.offered.wrapping_add(1);
+        if self
+            .event_side
+            .must_ring(&self.guest, RINGS + 0x2_0000, self.event_idx)
+        {
+            self.event.kick();
+        }
+    }
+
+    /// Offers malformed event buffers, each of which must come back.
+    pub(super) fn survive_malformed_events(&mut self) {
+        survive_malformed_chains(&mut self.event);
+        let count = MALFORMED.len() as u16;
+        self.event_side.offered = self.event_side.offered.wrapping_add(count);
+        self.event_side.told = self.event_side.offered;
+    }
+
+    /// The id of the next event.
+    pub(super) fn wait_event(&mut self) -> u32 {
+        let used = self.event.wait_used();
+        assert_eq!(used.len, 4);
+        let id = self.guest.read(EVENT_AREA, 4);
+        self.guest.write(EVENT_AREA, &[0xff; 8]);
+        u32::from_le_bytes(id.try_into().unwrap())
     }
 
     pub(super) fn post_all(&mut self) {
@@ -186,8 +250,14 @@ impl Driver {
         let slot = self.tx_slot();
         self.guest.write(slot, &header.to_wire());
         self.guest.write(slot + HEADER_LEN as u64, payload);
-        self.tx
+        let head = self
+            .tx
             .submit(&[Buf::Read(slot, (HEADER_LEN + payload.len()) as u32)]);
+        self.tx_busy.insert(head, slot);
+        self.tx_order.push_back(head);
+        // As if the device had been told and had not looked.
+        self.tx_side.offered = self.tx_side.offered.wrapping_add(1);
+        self.tx_side.told = self.tx_side.offered;
     }
 
     /// Sends raw buffers, described by their offset in a slot filled with `bytes`.
@@ -357,7 +427,8 @@ impl Side {
     }
 }
 
-fn activate(guest: &TestGuest, device: &mut Vsock, event_idx: bool) -> (TestRing, TestRing) {
+fn activate(guest: &TestGuest, device: &mut Vsock, event_idx: bool) -> (TestRing, TestRing, TestRing) {
     let mut rings = guest.activate(device, RING, event_idx).into_iter();
-    (rings.next().unwrap(), rings.next().unwrap())
+    let mut next = || rings.next().unwrap();
+    (next(), next(), next())
 }

@@ -6,5 +6,6 @@ mod endpoint;
 mod flow;
 mod hostile;
 mod lifecycle;
+mod restore;
 mod stack;
 mod streams;

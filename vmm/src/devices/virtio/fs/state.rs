@@ -1,0 +1,423 @@
+//! What the guest holds, in a form that another process can take up.
+//!
+//! Descriptors cannot be saved, so an inode is saved as its path below its share and as what identifies the file, and is
+//! looked up again in the same confined way as the guest would. It must be the same file: the guest goes on with its
+//! cached pages and open files. What cannot be found again is refused by name, when it is saved as far as possible:
+//!
+//! - a file that is open and has no name any more refuses the save. One that is merely known to the guest is left out:
+//!   the guest gets ENOENT for it and looks again, as when the host deletes a file behind its back;
+//! - a share that was unmounted while its files were open refuses the save;
+//! - a file that is gone or is another one refuses the restore. With `always` or write-back it must not have changed
+//!   either: two processes restored from one state cannot both own the files.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use fuse_backend_rs::api::filesystem::ROOT_ID;
+use serde::{Deserialize, Serialize};
+
+use super::device::open_directory;
+use super::inodes::Inode;
+use super::mounts::{MAX_MOUNTS, Mount, Names, ROOT_MOUNT, Root};
+use super::share::{OPEN_FLAGS, Share};
+use super::sys::{self, Stat};
+use crate::config::{FsCache, FsConfig, FsRoot, SharedDir, check_share_name};
+use crate::devices::virtio::state::StateError;
+use crate::rate_limiter::RateLimiterState;
+
+/// The device's state.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct FsState {
+    pub(super) limiter: RateLimiterState,
+    share: ShareState,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct ShareState {
+    /// Agreed on with the guest.
+    writeback: bool,
+    mounts: Vec<MountState>,
+    last_mount: u64,
+    inodes: Vec<InodeState>,
+    last_inode: u64,
+    handles: Vec<HandleState>,
+    last_handle: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct MountState {
+    id: u64,
+    name: String,
+    path: PathBuf,
+    read_only: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct InodeState {
+    id: u64,
+    lookups: u64,
+    mount: u64,
+    /// Below the share, components separated by `/`; empty for the share itself.
+    path: Vec<u8>,
+    identity: Identity,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct HandleState {
+    id: u64,
+    inode: u64,
+    /// As for open(2).
+    flags: i32,
+}
+
+/// What makes a file the same file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Identity {
+    device: u64,
+    number: u64,
+    file_type: u32,
+    birth: Option<(i64, u32)>,
+    /// See [`sys::file_handle`].
+    handle: Option<Vec<u8>>,
+    /// Size and modification time of a regular file.
+    content: Option<(i64, i64, i64)>,
+}
+
+impl Identity {
+    fn of(fd: BorrowedFd) -> io::Result<(Self, Stat)> {
+        let stat = sys::stat(fd)?;
+        let attr = &stat.attr;
+        let file_type = attr.st_mode & libc::S_IFMT;
+        let content = (attr.st_size, attr.st_mtime, attr.st_mtime_nsec);
+        let identity = Self {
+            device: attr.st_dev,
+            number: attr.st_ino,
+            file_type,
+            birth: stat.birth,
+            handle: sys::file_handle(fd),
+            content: (file_type == libc::S_IFREG).then_some(content),
+        };
+        Ok((identity, stat))
+    }
+
+    /// What is different about `now`, if it matters.
+    fn difference(&self, now: &Self, content_matters: bool) -> Option<&'static str> {
+        let file = |i: &Self| (i.device, i.number, i.file_type, i.birth, i.handle.clone());
+        if file(self) != file(now) {
+            return Some("another file");
+        }
+        (content_matters && self.content != now.content).then_some("a changed file")
+    }
+}
+
+/// Opens paths below a directory one component after the other, remembering the last ones: paths come sorted.
+struct Walk<'a> {
+    root: BorrowedFd<'a>,
+    open: Vec<(CString, OwnedFd)>,
+}
+
+impl<'a> Walk<'a> {
+    fn new(root: BorrowedFd<'a>) -> Self {
+        Self {
+            root,
+            open: Vec::new(),
+        }
+    }
+
+    /// The file at `path`, O_PATH; never outside, never through a link.
+    fn open(&mut self, path: &[u8]) -> io::Result<OwnedFd> {
+        let parts: Vec<&[u8]> = match path {
+            [] => Vec::new(),
+            path => path.split(|byte| *byte == b'/').collect(),
+        };
+        let same = self.open.iter().zip(&parts);
+        let same = same
+            .take_while(|((name, _), part)| name.as_bytes() == **part)
+            .count();
+        self.open.truncate(same);
+        for part in parts.into_iter().skip(same) {
+            let name = CString::new(part)?;
+            let dir = self.open.last().map_or(self.root, |(_, fd)| fd.as_fd());
+            let fd = sys::open_child(dir, &name, libc::O_PATH, 0)?;
+            self.open.push((name, fd));
+        }
+        self.open
+            .last()
+            .map_or(self.root, |(_, fd)| fd.as_fd())
+            .try_clone_to_owned()
+    }
+}
+
+fn shown(mount: &Mount, path: &[u8]) -> PathBuf {
+    mount.path.join(std::ffi::OsStr::from_bytes(path))
+}
+
+fn content_matters(cache: FsCache, writeback: bool) -> bool {
+    writeback || cache == FsCache::Always
+}
+
+/// What the guest holds of `share`. `device` is the id, for errors. Called while no worker runs.
+pub(super) fn save(device: &str, share: &Share, limiter: RateLimiterState) -> Result<FsState, StateError> {
+    let unsupported = |reason: String| StateError::Unsupported {
+        device: device.to_owned(),
+        reason,
+    };
+    let (mounts, last_mount) = match &*share.root() {
+        root @ Root::Directory(_) => (root.mounts(), ROOT_MOUNT),
+        root @ Root::Names(names) => (root.mounts(), names.last_id()),
+    };
+    let (handles, last_handle) = share.handles.all();
+    let mut open = HashMap::new();
+    for (_, handle) in &handles {
+        *open.entry(handle.inode()).or_insert(0) += 1;
+    }
+    let (known, last_inode) = share.inodes.all();
+    let mut inodes = Vec::new();
+    for mount in &mounts {
+        let of_mount = known.iter().filter(|(_, _, inode)| inode.mount().id == mount.id);
+        inodes.extend(save_inodes(share, mount, of_mount, &open).map_err(unsupported)?);
+    }
+    let gone = known
+        .iter()
+        .find(|(_, _, inode)| mounts.iter().all(|m| m.id != inode.mount().id));
+    if let Some((_, _, inode)) = gone {
+        let mount = inode.mount();
+        return Err(unsupported(format!(
+            "{:?} was unmounted while files of it were open and the guest still holds some of them: close them first",
+            mount.name
+        )));
+    }
+    let handles = handles.iter().map(|(id, handle)| {
+        let flags = sys::open_flags(handle.fd())? & (OPEN_FLAGS | libc::O_DIRECTORY);
+        Ok(HandleState {
+            id: *id,
+            inode: handle.inode(),
+            flags,
+        })
+    });
+    let handles = handles
+        .collect::<io::Result<_>>()
+        .map_err(|e| unsupported(e.to_string()))?;
+    let mounts = mounts.iter().map(|mount| MountState {
+        id: mount.id,
+        name: mount.name.clone(),
+        path: mount.path.clone(),
+        read_only: mount.read_only,
+    });
+    Ok(FsState {
+        limiter,
+        share: ShareState {
+            writeback: share.writeback(),
+            mounts: mounts.collect(),
+            last_mount,
+            inodes,
+            last_inode,
+            handles,
+            last_handle,
+        },
+    })
+}
+
+fn save_inodes<'a>(
+    share: &Share,
+    mount: &Mount,
+    inodes: impl Iterator<Item = &'a (u64, u64, Arc<Inode>)>,
+    open: &HashMap<u64, usize>,
+) -> Result<Vec<InodeState>, String> {
+    let proc_fds = share.proc_fds.as_fd();
+    let root = sys::path_of(proc_fds, mount.root()).map_err(|e| format!("{:?}: {e}", mount.path))?;
+    let mut paths = Vec::new();
+    for (id, lookups, inode) in inodes {
+        let path = sys::path_of(proc_fds, inode.fd()).map_err(|e| format!("{:?}: {e}", mount.path))?;
+        paths.push((path, *id, *lookups, inode));
+    }
+    paths.sort_by(|a, b| a.0.cmp(&b.0));
+    let mut walk = Walk::new(mount.root());
+    let mut saved = Vec::new();
+    for (path, id, lookups, inode) in paths {
+        // The path is what the kernel says; whether it leads to the inode is tried.
+        let (identity, stat) = Identity::of(inode.fd()).map_err(|e| format!("{}: {e}", lossy(&path)))?;
+        let found = below(&root, &path).filter(|path| {
+            walk.open(path)
+                .and_then(|fd| sys::stat(fd.as_fd()))
+                .is_ok_and(|found| same(&found, &stat))
+        });
+        match (found, open.get(&id)) {
+            (Some(path), _) => saved.push(InodeState {
+                id,
+                lookups,
+                mount: mount.id,
+                path: path.to_vec(),
+                identity,
+            }),
+            (None, None) => {
+                tracing::debug!(path = %lossy(&path), "fs: the guest knows a file without a name, left out");
+            }
+            (None, Some(count)) => {
+                return Err(format!(
+                    "{} is open in the guest ({count} times) and is deleted or was moved out of the share: close it first",
+                    lossy(&path)
+                ));
+            }
+        }
+    }
+    Ok(saved)
+}
+
+fn same(one: &Stat, other: &Stat) -> bool {
+    let file = |stat: &Stat| (stat.attr.st_dev, stat.attr.st_ino, stat.mount);
+    file(one) == file(other)
+}
+
+fn lossy(path: &[u8]) -> String {
+    format!("{:?}", Path::new(std::ffi::OsStr::from_bytes(path)))
+}
+
+/// `path` relative to `root`, both absolute.
+fn below<'p>(root: &[u8], path: &'p [u8]) -> Option<&'p [u8]> {
+    match path.strip_prefix(root.strip_suffix(b"/").unwrap_or(root))? {
+        [] => Some(&[]),
+        [b'/', rest @ ..] => Some(rest),
+        _ => None,
+    }
+}
+
+/// Makes `share`, fresh and of `config`, hold what `state` says. What is mounted is what was mounted; a directory that
+/// the configuration names too is the configuration's, so that it can be another path.
+pub(super) fn restore(config: &FsConfig, share: &Share, state: FsState) -> Result<(), StateError> {
+    let device = &config.id;
+    let invalid = |reason: String| StateError::Invalid {
+        device: device.clone(),
+        reason,
+    };
+    let state = state.share;
+    let mounts = restore_mounts(config, share, &state).map_err(invalid)?;
+    let content_matters = content_matters(config.cache, state.writeback);
+    restore_inodes(share, &mounts, state.inodes, content_matters).map_err(invalid)?;
+    for handle in &state.handles {
+        restore_handle(share, handle).map_err(invalid)?;
+    }
+    share.inodes.set_last_id(state.last_inode);
+    share.handles.set_last_id(state.last_handle);
+    share.set_writeback(state.writeback);
+    Ok(())
+}
+
+type Mounts = BTreeMap<u64, Arc<Mount>>;
+
+fn restore_mounts(config: &FsConfig, share: &Share, state: &ShareState) -> Result<Mounts, String> {
+    let mut root = share.root_mut();
+    match (&mut *root, &config.root) {
+        (Root::Directory(mount), _) => match state.mounts.as_slice() {
+            [only] if only.id == ROOT_MOUNT => Ok(Mounts::from([(ROOT_MOUNT, mount.clone())])),
+            _ => Err("the root was made of several shares, the configuration has one directory".to_owned()),
+        },
+        (Root::Names(names), FsRoot::Shares(shares)) => {
+            let mut fresh = Names::default();
+            let mut mounts = Mounts::new();
+            if state.mounts.len() > MAX_MOUNTS {
+                return Err(format!("{} shares, at most {MAX_MOUNTS}", state.mounts.len()));
+            }
+            for saved in &state.mounts {
+                check_share_name(&config.id, &saved.name).map_err(|e| e.to_string())?;
+                let own = SharedDir {
+                    path: saved.path.clone(),
+                    read_only: saved.read_only,
+                };
+                let SharedDir { path, read_only } = shares.get(&saved.name).unwrap_or(&own).clone();
+                let fd = open_directory(&path).map_err(|e| format!("{path:?}: {e}"))?;
+                let mount = Arc::new(Mount::new(saved.id, saved.name.clone(), path, read_only, fd));
+                let in_order = saved.id > Names::default().last_id() && saved.id <= state.last_mount;
+                if !in_order
+                    || fresh.contains(&saved.name)
+                    || mounts.insert(saved.id, mount.clone()).is_some()
+                {
+                    return Err(format!("share {:?} has number {}", saved.name, saved.id));
+                }
+                fresh.insert(mount);
+            }
+            fresh.set_last_id(state.last_mount);
+            *names = fresh;
+            Ok(mounts)
+        }
+        (Root::Names(_), FsRoot::Directory(_)) => Err("the configuration has one directory".to_owned()),
+    }
+}
+
+fn restore_inodes(
+    share: &Share,
+    mounts: &Mounts,
+    mut inodes: Vec<InodeState>,
+    content_matters: bool,
+) -> Result<(), String> {
+    // Sorted again: the file is not trusted, and the walk is quick only for neighbours.
+    inodes.sort_by(|a, b| (a.mount, &a.path).cmp(&(b.mount, &b.path)));
+    let mut walk: Option<(u64, Walk)> = None;
+    for inode in &inodes {
+        let missing = || {
+            format!(
+                "inode {} is of share {}, which there is not",
+                inode.id, inode.mount
+            )
+        };
+        let mount = mounts.get(&inode.mount).ok_or_else(missing)?;
+        if inode.id <= ROOT_ID || inode.lookups == 0 {
+            return Err(format!("inode {} with {} references", inode.id, inode.lookups));
+        }
+        if walk.as_ref().is_none_or(|(of, _)| *of != inode.mount) {
+            walk = Some((inode.mount, Walk::new(mount.root())));
+        }
+        let path = shown(mount, &inode.path);
+        let failed = |e: io::Error| format!("{path:?}: {e}: the guest knows this file and needs it");
+        let Some((_, walk)) = &mut walk else { continue };
+        let fd = walk.open(&inode.path).map_err(failed)?;
+        let (identity, stat) = Identity::of(fd.as_fd()).map_err(failed)?;
+        if let Some(what) = inode.identity.difference(&identity, content_matters) {
+            return Err(format!(
+                "{path:?} is {what}: the guest knows it as it was when the state was saved"
+            ));
+        }
+        share
+            .inodes
+            .insert(inode.id, inode.lookups, fd, &stat, mount)
+            .map_err(failed)?;
+    }
+    Ok(())
+}
+
+fn restore_handle(share: &Share, handle: &HandleState) -> Result<(), String> {
+    let failed = |e: io::Error| format!("open file {} of inode {}: {e}", handle.id, handle.inode);
+    let inode = share.inodes.get(handle.inode).map_err(failed)?;
+    let flags = match inode.file_type() {
+        libc::S_IFDIR => libc::O_RDONLY | libc::O_DIRECTORY,
+        libc::S_IFREG => handle.flags & OPEN_FLAGS,
+        _ => return Err(failed(io::ErrorKind::InvalidInput.into())),
+    };
+    if flags & libc::O_ACCMODE != libc::O_RDONLY {
+        inode.check_writable().map_err(failed)?;
+    }
+    let file = share.reopen(&inode, flags).map_err(failed)?;
+    share
+        .handles
+        .insert(handle.id, handle.inode, inode.mount(), file)
+        .map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::below;
+
+    #[test]
+    fn below_when_the_path_is_elsewhere_finds_nothing() {
+        assert_eq!(below(b"/a/b", b"/a/b"), Some(&b""[..]));
+        assert_eq!(below(b"/a/b", b"/a/b/c/d"), Some(&b"c/d"[..]));
+        assert_eq!(below(b"/a/b", b"/a/bc"), None);
+        assert_eq!(below(b"/", b"/a"), Some(&b"a"[..]));
+        assert_eq!(below(b"/a", b"/b"), None);
+    }
+}
