@@ -1,7 +1,7 @@
 //! Boots a kernel and an initramfs, with the guest's console on stdout; for trying the VMM by itself.
 //!
 //! `boot --kernel vmlinux --initramfs initrd [--cmdline TEXT] [--vcpus N] [--memory MIB] [--serial | --no-console]
-//! [--disk FILE]… [--share DIR]… [--rng] [--slots N] [--timeout SECONDS]`
+//! [--disk FILE]… [--share DIR]… [--net TAP]… [--rng] [--slots N] [--timeout SECONDS]`
 
 use std::io;
 use std::os::fd::AsFd;
@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use dragonball::Vm;
 use dragonball::config::{
-    BlockConfig, BootConfig, ConsoleConfig, DeviceConfig, FsConfig, FsRoot, MemoryConfig, RngConfig,
-    SharedDir, VcpuConfig, VmConfig,
+    BlockConfig, BootConfig, ConsoleConfig, DeviceConfig, FsConfig, FsRoot, MemoryConfig, NetConfig,
+    RngConfig, SharedDir, VcpuConfig, VmConfig,
 };
 use dragonball::vm::ExitReason;
 
@@ -68,6 +68,10 @@ fn parse() -> Result<Arguments, String> {
                 format!("disk{number}"),
                 value()?,
             ))),
+            "--net" => {
+                let net = NetConfig::new(&format!("net{number}"), &value()?);
+                config.devices.push(DeviceConfig::Net(net));
+            }
             "--share" => config.devices.push(DeviceConfig::Fs(FsConfig::new(
                 format!("share{number}"),
                 format!("share{number}"),

@@ -5,7 +5,7 @@ mod guest;
 use std::path::PathBuf;
 
 use dragonball::Vm;
-use dragonball::config::{BlockConfig, DeviceConfig, RngConfig, VcpuConfig, VmConfig};
+use dragonball::config::{BlockConfig, DeviceConfig, NetConfig, RngConfig, VcpuConfig, VmConfig};
 use guest::{Code, Scratch, config, elf};
 
 fn error(change: impl FnOnce(&Scratch, &mut VmConfig)) -> String {
@@ -155,4 +155,17 @@ fn new_when_two_devices_share_an_id_names_it() {
         error(|_, c| c.devices = vec![rng(), rng()]),
         "configuration: device id \"same\" is used twice"
     );
+}
+
+#[test]
+fn new_when_a_tap_cannot_be_had_names_device_and_namespace() {
+    let mut net = NetConfig::new("net0", "tap0");
+    net.tap.netns = Some("/nonexistent/netns".into());
+    let message = error(|_, c| c.devices.push(DeviceConfig::Net(net)));
+    assert!(
+        message.starts_with("device net0: ") && message.contains("/nonexistent/netns"),
+        "{message}"
+    );
+    let message = error(|_, c| c.devices.push(DeviceConfig::Net(NetConfig::new("net0", "a/b"))));
+    assert!(message.contains("\"a/b\" is no interface name"), "{message}");
 }

@@ -238,8 +238,6 @@ impl NetWorker {
             tracing::warn!(device = %self.shared.id, pair = index, "net: the TAP is gone");
             pair.rx_wait = RxWait::Gone;
             unwatch(&self.shared.id, pair, ops);
-            // What waits for space is refused now, not kept.
-            self.serve_tx(index);
         }
     }
 
@@ -278,6 +276,7 @@ impl NetWorker {
     }
 }
 
+/// Takes the TAP of `pair` off epoll: it is gone.
 fn unwatch(device: &str, pair: &mut Pair, ops: &mut EventOps) {
     if pair.watched.take().is_some()
         && let Err(error) = ops.remove(Events::with_data_raw(
@@ -287,6 +286,10 @@ fn unwatch(device: &str, pair: &mut Pair, ops: &mut EventOps) {
         ))
     {
         tracing::error!(device, ?error, "net: cannot stop watching the TAP");
+    }
+    if pair.tx_wait == TxWait::Space {
+        // What waits for space would wait for ever: it is refused now.
+        pair.tx.queue.kick_self();
     }
 }
 

@@ -49,7 +49,7 @@ fn pairs_when_set_are_switched_and_work() {
     rig.rings[3].submit(&[Buf::Read(tx_buffer(0), 100)]);
     rig.rings[3].kick();
     rig.wires[1].send(&frame(2, 200));
-    rig.guest.io.drain().unwrap();
+    rig.settle();
     assert_eq!((rig.rings[2].try_used(), rig.rings[3].try_used()), (None, None));
 
     assert_eq!(command(&mut rig, 6, &[4, 0, 2, 0]), 0);
@@ -62,7 +62,7 @@ fn pairs_when_set_are_switched_and_work() {
     rig.rings[2].submit(&[Buf::Write(rx_buffer(0), 300)]);
     rig.rings[2].kick();
     rig.wires[1].send(&frame(3, 200));
-    rig.guest.io.drain().unwrap();
+    rig.settle();
     assert_eq!(rig.rings[2].try_used(), None);
     assert_eq!(command(&mut rig, 6, &[4, 0, 3, 0]), 0);
     assert_eq!(rig.rings[2].wait_used().len, 200);

@@ -232,13 +232,28 @@ impl Rig {
         (count, bytes)
     }
 
-    /// Runs the loop a few times with nothing to do, and says whether it did something: a spinning worker does.
-    pub fn spins(&self, counter: &str) -> bool {
-        self.guest.io.drain().unwrap();
-        let before = self.counter(counter);
-        for _ in 0..20 {
+    /// Waits until a frame that does not fit has been read into receive buffer 0.
+    pub fn wait_first_bytes(&self, frame: &[u8]) {
+        eventually("the first part of a frame", || {
+            self.guest.read(rx_buffer(0) + 12, 16) == frame[12..28]
+        });
+        self.settle();
+    }
+
+    /// Returns when the loop has handled what was pending. Calls to the loop alone do not show that: it answers
+    /// several in a row before it looks at events again, so each starts when it had time to do that.
+    pub fn settle(&self) {
+        for _ in 0..3 {
+            std::thread::sleep(Duration::from_millis(2));
             self.guest.io.drain().unwrap();
         }
+    }
+
+    /// Gives the loop time with nothing to do, and says whether it did something: a spinning worker does.
+    pub fn spins(&self, counter: &str) -> bool {
+        self.settle();
+        let before = self.counter(counter);
+        self.settle();
         self.counter(counter) != before
     }
 }

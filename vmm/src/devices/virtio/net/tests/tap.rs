@@ -319,7 +319,7 @@ fn tap_when_deleted_or_down_neither_blocks_nor_spins() {
         assert!(ip("link del dbgone"));
         rig.rings[1].round_trip(&[Buf::Read(super::rig::tx_buffer(0), 500)]);
         eventually("a refused frame", || rig.counter("tx_errors") == 2);
-        rig.guest.io.drain().unwrap();
+        rig.settle();
         let before = cpu_ticks(rig.guest.io.thread_id());
         std::thread::sleep(std::time::Duration::from_millis(300));
         let spent = cpu_ticks(rig.guest.io.thread_id()) - before;

@@ -91,6 +91,35 @@ fn frames_when_many_are_offered_at_once_interrupt_once_per_batch() {
     for number in 0..64 {
         assert_eq!(rig.wires[0].recv(), frame(number, 100));
     }
-    rig.guest.io.drain().unwrap();
+    rig.settle();
     assert!((1..=2).contains(&rig.guest.interrupts()));
+}
+
+#[test]
+fn interrupt_when_the_driver_names_an_index_comes_there_only() {
+    let mut rig = Rig::new(EVENT_IDX);
+    rig.rings[1].set_used_event(2);
+    for number in 0..4 {
+        rig.offer_tx(number, &frame(1, 100));
+        rig.rings[1].kick();
+        rig.rings[1].wait_used();
+        rig.settle();
+        assert_eq!(rig.guest.interrupts(), u64::from(number == 2), "{number}");
+    }
+}
+
+#[test]
+fn frame_when_the_tap_is_full_and_then_gone_is_returned() {
+    let (socket, other) = wire(4096);
+    let mut rig = Rig::over(&net_config(), 0, vec![socket], vec![other]);
+    for number in 0..60 {
+        rig.offer_tx(number, &frame(number as usize, 1000));
+    }
+    rig.rings[1].kick();
+    eventually("a full TAP", || rig.counter("tx_blocked") > 0);
+    rig.wires.clear();
+    for _ in 0..60 {
+        rig.rings[1].wait_used();
+    }
+    assert!(rig.counter("tx_errors") > 0);
 }
