@@ -184,3 +184,30 @@ pub enum HotplugError {
         source: io::Error,
     },
 }
+
+/// An operation on one device of a machine was not carried out; nothing changed.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The machine is stopped.
+    #[error("device {id}: the machine is {state}")]
+    State {
+        /// Device id.
+        id: String,
+        /// The state it is in.
+        state: VmState,
+    },
+    /// There is no such device.
+    #[error("device {0}: no such device")]
+    NotFound(String),
+    /// There is a device of that name, but it cannot do this.
+    #[error("device {id} is not a {wanted}")]
+    Kind {
+        /// Device id.
+        id: String,
+        /// What the operation needs, e.g. `disk`.
+        wanted: &'static str,
+    },
+    /// The device refused; the message names it.
+    #[error(transparent)]
+    Refused(Box<dyn std::error::Error + Send + Sync>),
+}

@@ -25,6 +25,10 @@ pub struct ConnectError {
     pub source: io::Error,
 }
 
+/// No slot holds a device of that name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NoSuchDevice;
+
 /// What the machine knows about a slot, whatever is in it.
 #[derive(Debug)]
 struct SlotState {
@@ -100,6 +104,26 @@ impl Machine {
                 .lock(*index)
                 .is_some_and(|slot| slot.as_ref().is_some_and(|t| t.id() == id))
         })
+    }
+
+    /// Runs `operation` on the device called `id`, locked against the guest. `None` when that device is not a `T`.
+    ///
+    /// # Errors
+    /// There is no such device.
+    pub fn with_device<T: VirtioDevice, R>(
+        &self,
+        id: &str,
+        operation: impl FnOnce(&mut T) -> R,
+    ) -> Result<Option<R>, NoSuchDevice> {
+        for index in 0..self.slots.len() {
+            if let Some(mut slot) = self.slots.lock(index)
+                && let Some(transport) = slot.as_mut()
+                && transport.id() == id
+            {
+                return Ok(transport.device_as::<T>().map(operation));
+            }
+        }
+        Err(NoSuchDevice)
     }
 
     /// Puts `device` into the empty slot `index`: interrupt, doorbells, registers, presence, in this order.

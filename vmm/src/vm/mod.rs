@@ -16,16 +16,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-pub use error::{BuildError, HotplugError, KvmError, VmError};
+pub use error::{BuildError, DeviceError, HotplugError, KvmError, VmError};
 pub use exit::ExitReason;
 pub use info::{BootTimings, DeviceInfo, DeviceMetrics, Mark, ThreadIds, VmMetrics};
 pub use lifecycle::VmState;
 
 use crate::config::VmConfig;
+use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::console::ConsoleLog;
 use crate::devices::virtio::vsock::{AttachOptions, VsockHandle, VsockListener};
 use lifecycle::Lifecycle;
-use machine::Machine;
+use machine::{Machine, NoSuchDevice};
 
 /// A virtual machine. Methods may be called from any thread; dropping the handle stops the machine.
 #[derive(Debug)]
@@ -213,6 +214,36 @@ impl Vm {
     /// When the phases of the boot happened.
     pub fn timings(&self) -> BootTimings {
         *lock(&self.timings)
+    }
+
+    /// Runs `operation` on the device called `id`, which must be a `T` (`wanted` for people, e.g. `disk`). The device is
+    /// locked meanwhile: `operation` must not wait for the guest.
+    ///
+    /// # Errors
+    /// [`DeviceError`]; a refusal of the device becomes [`DeviceError::Refused`].
+    pub(crate) fn with_device<T, R, E>(
+        &self,
+        id: &str,
+        wanted: &'static str,
+        operation: impl FnOnce(&mut T) -> Result<R, E>,
+    ) -> Result<R, DeviceError>
+    where
+        T: VirtioDevice,
+        E: std::error::Error + Send + Sync + 'static,
+    {
+        let machine = lock(&self.machine);
+        let id = || id.to_owned();
+        let Some(machine) = &*machine else {
+            return Err(DeviceError::State {
+                id: id(),
+                state: self.state(),
+            });
+        };
+        match machine.with_device(&id(), operation) {
+            Ok(Some(result)) => result.map_err(|e| DeviceError::Refused(Box::new(e))),
+            Ok(None) => Err(DeviceError::Kind { id: id(), wanted }),
+            Err(NoSuchDevice) => Err(DeviceError::NotFound(id())),
+        }
     }
 
     fn transition(&self, operation: &'static str, from: VmState, to: VmState) -> Result<(), VmError> {

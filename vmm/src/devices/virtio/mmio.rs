@@ -4,6 +4,7 @@
 //! checked against guest memory and frozen at DRIVER_OK, and anything else is ignored or answered with
 //! DEVICE_NEEDS_RESET.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -132,6 +133,12 @@ impl MmioTransport {
     /// The device's id.
     pub fn id(&self) -> &str {
         self.device.id()
+    }
+
+    /// The device itself if it is a `T`.
+    pub fn device_as<T: VirtioDevice>(&mut self) -> Option<&mut T> {
+        let device: &mut dyn Any = &mut *self.device;
+        device.downcast_mut()
     }
 
     /// Whether a driver runs the device.

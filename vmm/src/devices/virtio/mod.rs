@@ -16,6 +16,7 @@ pub mod state;
 pub mod test_ring;
 pub mod vsock;
 
+use std::any::Any;
 use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -229,7 +230,10 @@ pub fn read_space(space: &[u8], offset: u64, data: &mut [u8]) {
 ///
 /// The transport owns status, feature negotiation and queue registers; the device owns its configuration space and its
 /// worker. Calls come from vCPU threads, one at a time (the transport holds the device's lock).
-pub trait VirtioDevice: Send {
+///
+/// [`Any`] lets the machine find the device's own type behind the trait, for what only that type can do (a disk's new
+/// size, a balloon's target): `Machine::with_device`.
+pub trait VirtioDevice: Any + Send {
     /// Device id of the configuration, unique in the VM; used in logs and metrics.
     fn id(&self) -> &str;
 
