@@ -13,22 +13,25 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::acpi;
 use crate::boot;
 use crate::bus::Bus;
-use crate::config::{ConsoleConfig, VmConfig};
+use crate::config::{ConsoleConfig, MemoryConfig, VmConfig};
 use crate::devices::ged::{self, Ged};
 use crate::devices::power::{self, Power};
 use crate::devices::pvpanic::{self, PvPanic};
 use crate::devices::serial::{self, Serial};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::console::{Console, ConsoleLog};
+use crate::devices::virtio::mem::{self, Mem, MemHandle};
 use crate::devices::virtio::slots::{PRESENCE_PORT, PRESENCE_PORTS, Presence, Slots};
 use crate::devices::virtio::vsock::{Vsock, VsockHandle};
 use crate::io_loop::IoLoop;
 use crate::irq::{self, GsiAllocator};
+use crate::memory::layout::MemoryLayout;
+use crate::memory::window::{Memslots, Windows};
 use crate::memory::{self, layout};
 use crate::vcpu::metrics::VcpuCounters;
 use crate::vcpu::run::Vcpu;
 use crate::vcpu::{cpuid, kick, regs};
-use crate::vm::devices;
+use crate::vm::devices::{self, Opened};
 use crate::vm::error::BuildError;
 use crate::vm::kvm::{self, ioctl_error};
 use crate::vm::lifecycle::Lifecycle;
@@ -44,6 +47,8 @@ pub struct Built {
     pub console: ConsoleLog,
     /// Its vsock device, if it has one.
     pub vsock: Option<VsockHandle>,
+    /// Its hotpluggable memory, if it has any.
+    pub mem: Option<MemHandle>,
 }
 
 /// Builds the machine of `config`. On an error everything made so far is taken apart again.
@@ -51,14 +56,15 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     config.validate()?;
     let console = ConsoleLog::default();
     let plan = Plan::new(config, &console)?;
+    let layout = plan.layout(&config.memory);
 
     let kvm = kvm::open()?;
     check_vcpu_limit(&kvm, config)?;
     let cpuid = cpuid::supported(&kvm)?;
-    let vm = kvm::create_vm(&kvm)?;
+    let vm = Arc::new(kvm::create_vm(&kvm)?);
 
     let memory_size = config.memory.size_mib << 20;
-    let memory = Arc::new(memory::allocate(memory_size)?);
+    let memory = Arc::new(memory::allocate(&layout)?);
     let rsdp = acpi::write_tables(&memory, &plan.acpi)?;
     memory
         .write_slice(&power::reset_vector(), GuestAddress(layout::RESET_VECTOR))
@@ -68,7 +74,11 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         })?;
     let entry = boot::load(&config.boot, &memory, memory_size, rsdp)?;
 
-    kvm::set_memory(&vm, &memory)?;
+    kvm::set_memory(&vm, &memory, &layout)?;
+    let memslots: Arc<dyn Memslots> = vm.clone();
+    let windows = Windows::new(layout, &memory, &memslots);
+    // Files of pmem devices get their memslots here, before the irqchip exists.
+    let (devices, mem) = connect(plan.devices, &config.memory, &windows)?;
     vm.create_irq_chip().map_err(ioctl_error("KVM_CREATE_IRQCHIP"))?;
     let mut vcpus = Vec::new();
     for index in 0..config.vcpus.boot {
@@ -92,17 +102,17 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     };
     let (pio, mmio) = buses(&slots, &ged, serial)?;
 
-    let vm = Arc::new(vm);
     let io = IoLoop::spawn("vmm-io")?;
     let lifecycle = Arc::new(Lifecycle::new(vcpus.len()));
-    let machine = Machine::new(vm, memory, slots, &plan.acpi.slot_gsis, ged, io);
+    let machine = Machine::new(vm, (memory, windows), slots, &plan.acpi.slot_gsis, ged, io);
     let mut built = Built {
         machine,
         lifecycle,
         console,
         vsock: plan.vsock,
+        mem,
     };
-    match populate(&mut built, plan.devices, vcpus, pio, mmio) {
+    match populate(&mut built, devices, vcpus, pio, mmio) {
         Ok(()) => Ok(built),
         Err(error) => {
             built.lifecycle.gate().end();
@@ -110,6 +120,32 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
             Err(error)
         }
     }
+}
+
+/// Completes the devices with their parts of guest memory. The one of hotpluggable memory comes last: the guest's numbering
+/// of the others does not depend on it.
+fn connect(
+    opened: Vec<Opened>,
+    config: &MemoryConfig,
+    windows: &Windows,
+) -> Result<(Vec<Box<dyn VirtioDevice>>, Option<MemHandle>), BuildError> {
+    let mut devices = Vec::new();
+    for device in opened {
+        let id = device.id().to_owned();
+        let connected = device.connect(windows);
+        devices.push(connected.map_err(|reason| BuildError::Device { id, reason })?);
+    }
+    let mut handle = None;
+    if config.hotpluggable_bytes() > 0 {
+        let device = Mem::new(
+            mem::DEVICE_ID,
+            windows.hotplug()?.clone(),
+            config.hotpluggable_bytes(),
+        );
+        handle = Some(device.handle());
+        devices.push(Box::new(device));
+    }
+    Ok((devices, handle))
 }
 
 /// The parts that have threads or registrations to undo: devices, then vCPU threads.
@@ -151,17 +187,17 @@ fn populate(
 
 /// Everything that can be decided, opened and checked before KVM is asked for anything.
 struct Plan {
-    /// In slot order.
-    devices: Vec<Box<dyn VirtioDevice>>,
+    /// In slot order; the one of hotpluggable memory is not among them.
+    devices: Vec<Opened>,
     vsock: Option<VsockHandle>,
     acpi: acpi::Machine,
 }
 
 impl Plan {
     fn new(config: &VmConfig, console: &ConsoleLog) -> Result<Self, BuildError> {
-        let mut all: Vec<Box<dyn VirtioDevice>> = Vec::new();
+        let mut all = Vec::new();
         if config.console == ConsoleConfig::Hvc {
-            all.push(Box::new(Console::new(console.clone())));
+            all.push(Opened::Device(Box::new(Console::new(console.clone()))));
         }
         let mut vsock = None;
         if let Some(config) = &config.vsock {
@@ -169,16 +205,17 @@ impl Plan {
                 id: "vsock".to_owned(),
                 reason: e.to_string(),
             })?;
-            all.push(Box::new(device));
+            all.push(Opened::Device(Box::new(device)));
             vsock = Some(handle);
         }
         for device in &config.devices {
-            all.push(devices::create(device).map_err(|reason| BuildError::Device {
+            all.push(devices::open(device).map_err(|reason| BuildError::Device {
                 id: device.id().to_owned(),
                 reason,
             })?);
         }
-        let slots = all.len() + usize::from(config.hotplug_slots);
+        let mem = usize::from(config.memory.hotpluggable_bytes() > 0);
+        let slots = all.len() + mem + usize::from(config.hotplug_slots);
         let too_many = || BuildError::TooManySlots {
             requested: slots,
             max: irq::MAX_SLOTS,
@@ -201,6 +238,13 @@ impl Plan {
             vsock,
             acpi,
         })
+    }
+
+    /// Where RAM and windows go.
+    fn layout(&self, config: &MemoryConfig) -> MemoryLayout {
+        let boot_pmem = self.devices.iter().map(Opened::pmem_bytes).sum();
+        let pmem = (config.pmem_window_mib << 20).max(boot_pmem);
+        MemoryLayout::with_windows(config.size_mib << 20, config.hotpluggable_bytes(), pmem)
     }
 }
 

@@ -10,6 +10,7 @@ use crate::config::ConfigError;
 use crate::devices::virtio::vsock::VsockError;
 use crate::io_loop::IoLoopError;
 use crate::memory::MemoryError;
+use crate::memory::window::WindowError;
 use crate::vcpu::cpuid::CpuidError;
 use crate::vcpu::regs::RegsError;
 use crate::vm::VmState;
@@ -82,6 +83,9 @@ pub enum BuildError {
     /// Kernel, initramfs or command line.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// Memory windows.
+    #[error(transparent)]
+    Window(#[from] WindowError),
     /// ACPI tables.
     #[error(transparent)]
     Acpi(#[from] AcpiError),

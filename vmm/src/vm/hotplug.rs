@@ -1,6 +1,7 @@
 //! Devices that come and go while the guest runs.
 
-use crate::config::DeviceConfig;
+use crate::config::{ConfigError, DeviceConfig};
+use crate::devices::virtio::balloon::Balloon;
 use crate::vm::error::HotplugError;
 use crate::vm::info::DeviceInfo;
 use crate::vm::machine::Machine;
@@ -24,7 +25,12 @@ impl Vm {
                 slots: machine.slots.len(),
             };
             let slot = machine.free_slot().ok_or_else(no_slot)?;
-            let device = devices::create(&config).map_err(|reason| HotplugError::Device {
+            if matches!(config, DeviceConfig::Balloon(_)) && machine.with_any(|_: &mut Balloon| ()).is_some()
+            {
+                return Err(ConfigError::SecondBalloon(id.clone()).into());
+            }
+            let device = devices::open(&config).and_then(|opened| opened.connect(&machine.windows));
+            let device = device.map_err(|reason| HotplugError::Device {
                 id: id.clone(),
                 reason,
             })?;

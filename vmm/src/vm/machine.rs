@@ -12,6 +12,7 @@ use crate::devices::virtio::mmio::{Host, MmioTransport, QUEUE_NOTIFY};
 use crate::devices::virtio::slots::{self, Slots};
 use crate::devices::virtio::{Interrupt, VirtioDevice};
 use crate::io_loop::IoLoop;
+use crate::memory::window::Windows;
 use crate::memory::{GuestMemory, layout};
 use crate::vcpu::run::VcpuThread;
 use crate::vm::info::{DeviceInfo, DeviceMetrics, VmMetrics};
@@ -49,7 +50,9 @@ pub struct Machine {
     /// Tells the guest about slots.
     pub ged: Arc<Ged>,
     vm: Arc<VmFd>,
-    /// Guest RAM.
+    /// What devices put into guest memory.
+    pub windows: Windows,
+    /// Guest RAM and windows.
     pub memory: Arc<GuestMemory>,
     /// The loop of the device workers.
     pub io: IoLoop,
@@ -60,7 +63,7 @@ impl Machine {
     /// A machine without devices and vCPU threads.
     pub fn new(
         vm: Arc<VmFd>,
-        memory: Arc<GuestMemory>,
+        (memory, windows): (Arc<GuestMemory>, Windows),
         slots: Arc<Slots>,
         slot_gsis: &[u32],
         ged: Arc<Ged>,
@@ -80,6 +83,7 @@ impl Machine {
             slot_states,
             ged,
             vm,
+            windows,
             memory,
             io,
             io_thread,
@@ -124,6 +128,18 @@ impl Machine {
             }
         }
         Err(NoSuchDevice)
+    }
+
+    /// Runs `operation` on the first device that is a `T`, locked against the guest. `None` when there is none.
+    pub fn with_any<T: VirtioDevice, R>(&self, operation: impl FnOnce(&mut T) -> R) -> Option<R> {
+        for index in 0..self.slots.len() {
+            if let Some(mut slot) = self.slots.lock(index)
+                && let Some(device) = slot.as_mut().and_then(MmioTransport::device_as::<T>)
+            {
+                return Some(operation(device));
+            }
+        }
+        None
     }
 
     /// Puts `device` into the empty slot `index`: interrupt, doorbells, registers, presence, in this order.
@@ -221,6 +237,7 @@ impl Machine {
         if let Err(error) = self.io.drain() {
             tracing::warn!(%error, "devices are stopped without draining");
         }
+        self.windows.close();
         for index in 0..self.slots.len() {
             if let Some(mut slot) = self.slots.lock(index)
                 && let Some(transport) = slot.as_mut()

@@ -9,6 +9,7 @@ mod info;
 pub(crate) mod kvm;
 pub(crate) mod lifecycle;
 mod machine;
+mod resize;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -16,6 +17,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+pub use crate::devices::virtio::balloon::{BalloonError, BalloonStatistics, BalloonStatus};
+pub use crate::devices::virtio::mem::ResizeError;
 pub use error::{BuildError, DeviceError, HotplugError, KvmError, VmError};
 pub use exit::ExitReason;
 pub use info::{BootTimings, DeviceInfo, DeviceMetrics, Mark, ThreadIds, VmMetrics};
@@ -24,6 +27,7 @@ pub use lifecycle::VmState;
 use crate::config::VmConfig;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::console::ConsoleLog;
+use crate::devices::virtio::mem::MemHandle;
 use crate::devices::virtio::vsock::{AttachOptions, VsockHandle, VsockListener};
 use lifecycle::Lifecycle;
 use machine::{Machine, NoSuchDevice};
@@ -39,6 +43,10 @@ pub struct Vm {
     operation: Mutex<()>,
     console: ConsoleLog,
     vsock: Option<VsockHandle>,
+    /// Hotpluggable memory, if there is any.
+    mem: Option<MemHandle>,
+    /// Bytes of memory at boot.
+    boot_memory: u64,
     timings: Mutex<BootTimings>,
 }
 
@@ -54,6 +62,7 @@ impl Vm {
             lifecycle,
             console,
             vsock,
+            mem,
         } = build::build(&config)?;
         let thread_count = machine.vcpus.len();
         let machine = Arc::new(Mutex::new(Some(machine)));
@@ -76,6 +85,8 @@ impl Vm {
             operation: Mutex::new(()),
             console,
             vsock,
+            mem,
+            boot_memory: config.memory.size_mib << 20,
             timings: Mutex::new(timings),
         })
     }
