@@ -441,5 +441,6 @@ impl Drop for FileMapping {
     }
 }
 
+/// Tests, and a fake KVM for the tests of devices.
 #[cfg(test)]
 pub mod tests;

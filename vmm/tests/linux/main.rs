@@ -8,6 +8,7 @@
 mod guest;
 
 mod boot;
+mod memory;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

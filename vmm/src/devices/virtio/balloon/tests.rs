@@ -160,12 +160,12 @@ fn reporting_when_ranges_are_free_in_the_guest_frees_whole_pages() {
 fn reporting_when_queues_are_numbered_by_the_specification_works() {
     let guest = TestGuest::new();
     let (mut device, ..) = balloon(0);
-    let mut rings = start(&guest, &mut device, REPORTING, &[0, 1, 4]);
+    let mut three = start(&guest, &mut device, REPORTING, &[0, 1, 4]);
     guest.write(GIVEN, &[7; 0x1000]);
-    rings[2].round_trip(&[Buf::Write(GIVEN, 0x1000)]);
+    three[2].round_trip(&[Buf::Write(GIVEN, 0x1000)]);
     assert_eq!(guest.read(GIVEN, 0x1000), [0; 0x1000]);
     device.reset();
-    let too_few = super::tests::rings(&guest, &[0, 1]);
+    let too_few = rings(&guest, &[0, 1]);
     assert!(activate_at(&guest, &mut device, &too_few, CHAIN_FEATURES | REPORTING, &[]).is_err());
 }
 
