@@ -54,7 +54,7 @@ fn parse() -> Result<Arguments, String> {
                     max: count,
                 };
             }
-            "--memory" => config.memory.size_mib = integer(value()?)?,
+            "--memory" => config.memory = MemoryConfig::fixed(integer(value()?)?),
             "--serial" => config.console = ConsoleConfig::Serial,
             "--no-console" => config.console = ConsoleConfig::Off,
             "--rng" => config.devices.push(DeviceConfig::Rng(RngConfig {

@@ -125,6 +125,11 @@ impl MemoryLayout {
         &self.regions
     }
 
+    /// First address after everything.
+    pub fn end(&self) -> u64 {
+        self.regions.last().map_or(0, |region| region.start + region.size)
+    }
+
     /// The window of this kind.
     pub fn window(&self, kind: RegionKind) -> Option<Region> {
         let window = |region: &&Region| kind != RegionKind::Ram && region.kind == kind;

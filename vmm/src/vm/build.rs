@@ -61,6 +61,7 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     let kvm = kvm::open()?;
     check_vcpu_limit(&kvm, config)?;
     let cpuid = cpuid::supported(&kvm)?;
+    check_address_space(cpuid::physical_address_bits(&cpuid), &layout)?;
     let vm = Arc::new(kvm::create_vm(&kvm)?);
 
     let memory_size = config.memory.size_mib << 20;
@@ -255,6 +256,14 @@ fn check_vcpu_limit(kvm: &Kvm, config: &VmConfig) -> Result<(), BuildError> {
             requested: config.vcpus.max,
             supported,
         });
+    }
+    Ok(())
+}
+
+fn check_address_space(bits: u32, layout: &MemoryLayout) -> Result<(), BuildError> {
+    let end = layout.end();
+    if end > 1 << bits {
+        return Err(BuildError::AddressSpace { end, bits });
     }
     Ok(())
 }
