@@ -75,10 +75,8 @@ mod tests {
         let host = memory.get_host_address(GuestAddress(address)).unwrap();
         let mut pages = vec![0u8; (len / 4096) as usize];
         // SAFETY: the range is mapped and `pages` has a byte for each page.
-        assert_eq!(
-            unsafe { libc::mincore(host.cast(), len as usize, pages.as_mut_ptr()) },
-            0
-        );
+        let result = unsafe { libc::mincore(host.cast(), len as usize, pages.as_mut_ptr()) };
+        assert_eq!(result, 0);
         pages.iter().filter(|page| **page & 1 != 0).count()
     }
 

@@ -51,6 +51,9 @@ pub struct Built {
     pub mem: Option<MemHandle>,
 }
 
+/// Devices in slot order.
+type Devices = Vec<Box<dyn VirtioDevice>>;
+
 /// Builds the machine of `config`. On an error everything made so far is taken apart again.
 pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     config.validate()?;
@@ -129,8 +132,8 @@ fn connect(
     opened: Vec<Opened>,
     config: &MemoryConfig,
     windows: &Windows,
-) -> Result<(Vec<Box<dyn VirtioDevice>>, Option<MemHandle>), BuildError> {
-    let mut devices = Vec::new();
+) -> Result<(Devices, Option<MemHandle>), BuildError> {
+    let mut devices = Devices::new();
     for device in opened {
         let id = device.id().to_owned();
         let connected = device.connect(windows);
@@ -152,7 +155,7 @@ fn connect(
 /// The parts that have threads or registrations to undo: devices, then vCPU threads.
 fn populate(
     built: &mut Built,
-    devices: Vec<Box<dyn VirtioDevice>>,
+    devices: Devices,
     vcpus: Vec<kvm_ioctls::VcpuFd>,
     pio: Arc<Bus>,
     mmio: Arc<Bus>,
