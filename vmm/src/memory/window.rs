@@ -272,12 +272,23 @@ impl Window {
         size: u64,
         sharing: Sharing,
     ) -> Result<FileMapping, WindowError> {
-        let mut plugged = self.lock();
+        let plugged = self.lock();
         let offset = self.gap(&plugged, size).ok_or(WindowError::Full {
             kind: self.region.kind,
             size_mib: size.div_ceil(1 << 20),
             window_mib: self.region.size >> 20,
         })?;
+        self.map_file_at(plugged, offset, file, (file_size, size), sharing)
+    }
+
+    fn map_file_at(
+        self: &Arc<Self>,
+        mut plugged: MutexGuard<'_, BTreeMap<u64, u64>>,
+        offset: u64,
+        file: &File,
+        (file_size, size): (u64, u64),
+        sharing: Sharing,
+    ) -> Result<FileMapping, WindowError> {
         self.check(&plugged, offset, size)?;
         if file_size > size {
             return Err(self.range_error(offset, file_size));
@@ -293,11 +304,12 @@ impl Window {
             return Err(error);
         }
         plugged.insert(offset, size);
-        drop(plugged);
         Ok(FileMapping {
             window: self.clone(),
             offset,
+            file_size,
             size,
+            sharing,
         })
     }
 
@@ -416,7 +428,9 @@ impl Window {
 pub struct FileMapping {
     window: Arc<Window>,
     offset: u64,
+    file_size: u64,
     size: u64,
+    sharing: Sharing,
 }
 
 impl FileMapping {
@@ -428,6 +442,19 @@ impl FileMapping {
     /// Length in bytes.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// A second mapping of the same `file` that starts at guest physical address `start`, which takes the place of this one
+    /// before the guest has seen it.
+    ///
+    /// # Errors
+    /// [`WindowError::Range`] when the place is taken or not in the window, or [`WindowError::Host`].
+    pub fn again_at(&self, file: &File, start: u64) -> Result<Self, WindowError> {
+        let window = &self.window;
+        let range = || window.range_error(start, self.size);
+        let offset = start.checked_sub(window.region.start).ok_or_else(range)?;
+        let sizes = (self.file_size, self.size);
+        window.map_file_at(window.lock(), offset, file, sizes, self.sharing)
     }
 }
 

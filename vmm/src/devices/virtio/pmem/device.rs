@@ -98,8 +98,17 @@ impl VirtioDevice for Pmem {
         state::save(&self.id, &self.mapping)
     }
 
+    /// The guest knows the address: a file that was hotplugged into another place is moved there.
     fn restore(&mut self, bytes: &[u8]) -> Result<(), StateError> {
-        state::restore(&self.id, &self.mapping, bytes)
+        let start = state::restore(&self.id, &self.mapping, bytes)?;
+        if start != self.mapping.start() {
+            let moved = self.mapping.again_at(&self.file, start);
+            self.mapping = moved.map_err(|error| StateError::Invalid {
+                device: self.id.clone(),
+                reason: error.to_string(),
+            })?;
+        }
+        Ok(())
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -27,21 +27,17 @@ pub(super) fn save(device: &str, mapping: &FileMapping) -> Result<Vec<u8>, State
     state::encode(device, &state)
 }
 
-/// Checks that `mapping` is where the saved device's was: the guest knows the address.
+/// Where the saved device was, whose file must have had the size of `mapping`.
 ///
 /// # Errors
 /// [`StateError::Invalid`].
-pub(super) fn restore(device: &str, mapping: &FileMapping, bytes: &[u8]) -> Result<(), StateError> {
+pub(super) fn restore(device: &str, mapping: &FileMapping, bytes: &[u8]) -> Result<u64, StateError> {
     let PmemState { start, size } = state::decode(device, bytes)?;
-    if (start, size) == (mapping.start(), mapping.size()) {
-        return Ok(());
+    if size == mapping.size() {
+        return Ok(start);
     }
     Err(StateError::Invalid {
         device: device.to_owned(),
-        reason: format!(
-            "{size:#x} bytes at {start:#x}, the file has {:#x} at {:#x} now",
-            mapping.size(),
-            mapping.start()
-        ),
+        reason: format!("{size:#x} bytes, the file has {:#x} now", mapping.size()),
     })
 }

@@ -188,12 +188,32 @@ fn suspend_when_flushes_wait_serves_them_after_the_next_activation() {
 }
 
 #[test]
-fn restore_when_the_file_has_another_size_or_place_is_refused() {
+fn restore_when_the_file_was_elsewhere_moves_it_there() {
+    let host = host(b"x");
+    let first = host.open(true).unwrap();
+    let second = host.open(true).unwrap();
+    let (saved, place) = (second.save().unwrap(), address(&second));
+    drop((first, second));
+    let mut restored = host.open(true).unwrap();
+    assert_ne!(address(&restored), place);
+    restored.restore(&saved).unwrap();
+    assert_eq!(address(&restored), place);
+    assert_eq!(host.windows.pmem().unwrap().plugged().len(), 1);
+    let byte: u8 = host.memory.read_obj(GuestAddress(place.0)).unwrap();
+    assert_eq!(byte, b'x');
+}
+
+#[test]
+fn restore_when_the_place_is_taken_or_the_size_differs_is_refused() {
     let host = host(b"x");
     let first = host.open(true).unwrap();
     let mut second = host.open(true).unwrap();
     let saved = first.save().unwrap();
     assert!(second.restore(&saved).is_err());
+    for start in [0, address(&second).0 + 4096, u64::MAX] {
+        let bytes = postcard::to_stdvec(&(start, ALIGN)).unwrap();
+        assert!(second.restore(&bytes).is_err(), "{start:#x}");
+    }
     drop((first, second));
     host.file.as_file().set_len(ALIGN + 1).unwrap();
     let mut grown = host.open(true).unwrap();
