@@ -25,7 +25,7 @@ fn parse() -> Result<Arguments, String> {
     let mut config = VmConfig {
         id: "boot".to_owned(),
         vcpus: VcpuConfig { boot: 1, max: 1 },
-        memory: MemoryConfig { size_mib: 256 },
+        memory: MemoryConfig::fixed(256),
         boot: BootConfig {
             kernel: PathBuf::new(),
             initramfs: None,
@@ -54,7 +54,7 @@ fn parse() -> Result<Arguments, String> {
                     max: count,
                 };
             }
-            "--memory" => config.memory.size_mib = integer(value()?)?,
+            "--memory" => config.memory = MemoryConfig::fixed(integer(value()?)?),
             "--serial" => config.console = ConsoleConfig::Serial,
             "--no-console" => config.console = ConsoleConfig::Off,
             "--rng" => config.devices.push(DeviceConfig::Rng(RngConfig {

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::devices::virtio::mem;
+
 /// Smallest guest memory, in MiB.
 pub const MIN_MEMORY_MIB: u64 = 64;
 /// Largest guest memory, in MiB: 1 TiB.
@@ -50,8 +52,31 @@ pub struct VcpuConfig {
 /// RAM of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryConfig {
-    /// Size in MiB, at least [`MIN_MEMORY_MIB`].
+    /// Size at boot in MiB, at least [`MIN_MEMORY_MIB`].
     pub size_mib: u64,
+    /// Most the guest can be given while it runs ([`Vm::resize_memory`](crate::Vm::resize_memory)), in MiB, at least
+    /// `size_mib`. The difference is a virtio-mem device's, in steps of 4 MiB; it costs the host nothing until it is used
+    /// and the guest 1.6 % of what is plugged. No difference, no device.
+    pub max_mib: u64,
+    /// Room for virtio-pmem devices in guest physical space, in MiB, at most [`MAX_MEMORY_MIB`]. Each takes the size of
+    /// its file rounded up to 128 MiB. Room for the devices present at boot is made in any case.
+    pub pmem_window_mib: u64,
+}
+
+impl MemoryConfig {
+    /// `size_mib` MiB, always; nothing can be plugged, and persistent memory can only be there from boot.
+    pub fn fixed(size_mib: u64) -> Self {
+        Self {
+            size_mib,
+            max_mib: size_mib,
+            pmem_window_mib: 0,
+        }
+    }
+
+    /// Bytes that can be plugged; a multiple of 4 MiB.
+    pub fn hotpluggable_bytes(&self) -> u64 {
+        (self.max_mib.saturating_sub(self.size_mib) << 20) / mem::GRANULARITY * mem::GRANULARITY
+    }
 }
 
 /// Kernel, initramfs and command line.
@@ -102,6 +127,10 @@ pub enum DeviceConfig {
     Rng(RngConfig),
     /// A network interface.
     Net(NetConfig),
+    /// A balloon; at most one.
+    Balloon(BalloonConfig),
+    /// A file as persistent memory.
+    Pmem(PmemConfig),
 }
 
 impl DeviceConfig {
@@ -112,6 +141,8 @@ impl DeviceConfig {
             Self::Fs(c) => &c.id,
             Self::Rng(c) => &c.id,
             Self::Net(c) => &c.id,
+            Self::Balloon(c) => &c.id,
+            Self::Pmem(c) => &c.id,
         }
     }
 }
@@ -476,6 +507,33 @@ impl RateLimiterConfig {
     }
 }
 
+/// A way for the guest to give memory back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonConfig {
+    /// Device id.
+    pub id: String,
+    /// Let the guest take pages out of the balloon instead of killing processes.
+    pub deflate_on_oom: bool,
+    /// Let the guest report memory it does not use, which is freed at once (VIRTIO_BALLOON_F_REPORTING).
+    pub reporting: bool,
+    /// Seconds between two statistics of the guest; 0 is none.
+    pub statistics_interval_s: u16,
+}
+
+/// A file as persistent memory, `/dev/pmemN` in the guest. Its pages in the host's page cache are the guest's memory, shared
+/// by all VMs that have the file; a file system mounted with `-o dax` needs no page cache of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PmemConfig {
+    /// Device id.
+    pub id: String,
+    /// A regular file or block device. Its size is rounded up to 2 MiB, with zeros that are not in the file. It must not
+    /// become shorter while a VM has it.
+    pub path: PathBuf,
+    /// The guest's writes never reach the file: they stay in this VM, each in a page of its own, and are forgotten with
+    /// it.
+    pub read_only: bool,
+}
+
 /// A configuration that cannot become a VM.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
@@ -493,6 +551,20 @@ pub enum ConfigError {
     /// Memory above the maximum.
     #[error("memory: {0} MiB is above the maximum of {MAX_MEMORY_MIB} MiB")]
     MemoryTooLarge(u64),
+    /// A maximum that makes no sense.
+    #[error("memory: max_mib is {max_mib}, need {size_mib} (size_mib) to {MAX_MEMORY_MIB}")]
+    MemoryMaximum {
+        /// Size at boot.
+        size_mib: u64,
+        /// Requested maximum.
+        max_mib: u64,
+    },
+    /// A window that does not fit in guest physical space.
+    #[error("memory: pmem_window_mib is {0}, at most {MAX_MEMORY_MIB} are possible")]
+    PmemWindow(u64),
+    /// More than one balloon.
+    #[error("device {0:?} is a second balloon; a machine has one")]
+    SecondBalloon(String),
     /// Two devices share an id.
     #[error("device id {0:?} is used twice")]
     DuplicateDevice(String),
@@ -604,6 +676,17 @@ impl VmConfig {
         if self.memory.size_mib > MAX_MEMORY_MIB {
             return Err(ConfigError::MemoryTooLarge(self.memory.size_mib));
         }
+        let MemoryConfig {
+            size_mib,
+            max_mib,
+            pmem_window_mib,
+        } = self.memory;
+        if max_mib < size_mib || max_mib > MAX_MEMORY_MIB {
+            return Err(ConfigError::MemoryMaximum { size_mib, max_mib });
+        }
+        if pmem_window_mib > MAX_MEMORY_MIB {
+            return Err(ConfigError::PmemWindow(pmem_window_mib));
+        }
         if let Some(vsock) = &self.vsock
             && vsock.guest_cid < 3
         {
@@ -613,6 +696,13 @@ impl VmConfig {
             device.validate()?;
             if self.devices[..index].iter().any(|d| d.id() == device.id()) {
                 return Err(ConfigError::DuplicateDevice(device.id().to_owned()));
+            }
+            if device.id() == mem::DEVICE_ID && self.memory.hotpluggable_bytes() > 0 {
+                return Err(ConfigError::DuplicateDevice(device.id().to_owned()));
+            }
+            let balloon = |device: &DeviceConfig| matches!(device, DeviceConfig::Balloon(_));
+            if balloon(device) && self.devices[..index].iter().any(balloon) {
+                return Err(ConfigError::SecondBalloon(device.id().to_owned()));
             }
         }
         Ok(())

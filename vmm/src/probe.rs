@@ -12,6 +12,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::boot::EntryPoint;
+use crate::memory::layout::MemoryLayout;
 use crate::memory::{self, GuestMemory};
 use crate::vcpu::cpuid::{self, CpuidError};
 use crate::vcpu::regs::{self, RegsError};
@@ -79,13 +80,14 @@ pub fn linux_capable() -> Result<(), ProbeError> {
 
 fn run_guest(kvm: &Kvm) -> Result<(), ProbeError> {
     let vm = kvm::create_vm(kvm)?;
-    let memory = memory::allocate(MEMORY).map_err(BuildError::from)?;
+    let layout = MemoryLayout::ram(MEMORY);
+    let memory = memory::allocate(&layout).map_err(BuildError::from)?;
     let write = memory.write_slice(&GUEST, GuestAddress(CODE));
     write.map_err(|e| BuildError::Host {
         what: "probe code",
         source: io::Error::other(e.to_string()),
     })?;
-    kvm::set_memory(&vm, &memory)?;
+    kvm::set_memory(&vm, &memory, &layout)?;
     let mut vcpu = vm.create_vcpu(0).map_err(kvm::ioctl_error("KVM_CREATE_VCPU"))?;
     let cpuid = cpuid::for_vcpu(&cpuid::supported(kvm)?, 0, 1)?;
     vcpu.set_cpuid2(&cpuid)

@@ -5,7 +5,9 @@ mod guest;
 use std::path::PathBuf;
 
 use dragonball::Vm;
-use dragonball::config::{BlockConfig, DeviceConfig, NetConfig, RngConfig, VcpuConfig, VmConfig};
+use dragonball::config::{
+    BalloonConfig, BlockConfig, DeviceConfig, NetConfig, PmemConfig, RngConfig, VcpuConfig, VmConfig,
+};
 use guest::{Code, Scratch, config, elf};
 
 fn error(change: impl FnOnce(&Scratch, &mut VmConfig)) -> String {
@@ -168,4 +170,57 @@ fn new_when_a_tap_cannot_be_had_names_device_and_namespace() {
     );
     let message = error(|_, c| c.devices.push(DeviceConfig::Net(NetConfig::new("net0", "a/b"))));
     assert!(message.contains("\"a/b\" is no interface name"), "{message}");
+}
+
+#[test]
+fn new_when_a_memory_window_makes_no_sense_names_it() {
+    assert_eq!(
+        error(|_, c| c.memory.max_mib = 63),
+        "configuration: memory: max_mib is 63, need 64 (size_mib) to 1048576"
+    );
+    assert!(error(|_, c| c.memory.max_mib = u64::MAX).contains("to 1048576"));
+    assert_eq!(
+        error(|_, c| c.memory.pmem_window_mib = u64::MAX),
+        "configuration: memory: pmem_window_mib is 18446744073709551615, at most 1048576 are possible"
+    );
+    let balloon = |id: &str| {
+        DeviceConfig::Balloon(BalloonConfig {
+            id: id.to_owned(),
+            deflate_on_oom: true,
+            reporting: true,
+            statistics_interval_s: 0,
+        })
+    };
+    assert_eq!(
+        error(|_, c| c.devices = vec![balloon("one"), balloon("two")]),
+        "configuration: device \"two\" is a second balloon; a machine has one"
+    );
+    assert_eq!(
+        error(|_, c| {
+            c.memory.max_mib = 1024;
+            c.devices = vec![balloon("mem")];
+        }),
+        "configuration: device id \"mem\" is used twice"
+    );
+}
+
+#[test]
+fn new_when_a_pmem_file_cannot_be_used_names_device_and_file() {
+    let pmem = |path: &str| {
+        DeviceConfig::Pmem(PmemConfig {
+            id: "layer".to_owned(),
+            path: path.into(),
+            read_only: true,
+        })
+    };
+    let message = error(|_, c| c.devices = vec![pmem("/nonexistent/layer")]);
+    assert!(
+        message.starts_with("device layer: ") && message.contains("/nonexistent/layer"),
+        "{message}"
+    );
+    let message = error(|_, c| c.devices = vec![pmem("/dev/zero")]);
+    assert!(
+        message.contains("neither a regular file nor a block device"),
+        "{message}"
+    );
 }

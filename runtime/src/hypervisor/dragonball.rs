@@ -128,9 +128,7 @@ impl Dragonball {
                 boot: self.config.boot_vcpus(),
                 max: self.config.max_vcpus(),
             },
-            memory: vmm::MemoryConfig {
-                size_mib: self.config.default_memory,
-            },
+            memory: vmm::MemoryConfig::fixed(self.config.default_memory),
             boot: vmm::BootConfig {
                 kernel: self.config.kernel.clone(),
                 initramfs,
@@ -565,6 +563,7 @@ fn vm_error(error: VmError) -> Error {
             Error::new(ErrorKind::FailedPrecondition, error.to_string())
         }
         VmError::Vsock(error) => vsock_error(error),
+        VmError::Interrupt(_) => Error::new(ErrorKind::Internal, error.to_string()),
     }
 }
 

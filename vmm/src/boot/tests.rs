@@ -1,5 +1,6 @@
 use super::*;
 use crate::memory::allocate;
+use crate::memory::layout::MemoryLayout;
 
 /// An ELF64 header, a PT_LOAD of `code` at 1 MiB and a PT_NOTE of `note`.
 fn elf(entry: u64, code: &[u8], note: &[u8]) -> Vec<u8> {
@@ -51,7 +52,7 @@ impl Kernel {
     }
 
     fn load(&self, initramfs: Option<&Self>) -> (GuestMemory, Result<EntryPoint, BootError>) {
-        let memory = allocate(64 << 20).unwrap();
+        let memory = allocate(&MemoryLayout::ram(64 << 20)).unwrap();
         let config = BootConfig {
             kernel: self.0.clone(),
             initramfs: initramfs.map(|file| file.0.clone()),

@@ -323,7 +323,8 @@ mod tests {
     use super::*;
 
     fn hotplug() -> CpuHotplug {
-        let memory = Arc::new(crate::memory::allocate(64 << 20).unwrap());
+        let memory =
+            Arc::new(crate::memory::allocate(&crate::memory::layout::MemoryLayout::ram(64 << 20)).unwrap());
         CpuHotplug::new(Arc::new(SharedPage::new(memory)), 1, 4)
     }
 

@@ -9,12 +9,21 @@
 //! 0xd000_0000  virtio-mmio slots      0xfec0_0000  I/O APIC
 //! 0xfee0_0000  local APIC             0xfffb_c000  KVM's private pages (Intel)
 //! 0x1_0000_0000 RAM beyond 3 GiB
+//!               window of hotpluggable memory (virtio-mem)
+//!               window of persistent memory (virtio-pmem)
 //! ```
+//!
+//! The windows begin at the next multiples of [`WINDOW_ALIGN`] after RAM (4 GiB at least) and are not in the memory map
+//! handed to the guest: what is in them is announced by the devices.
 
 /// Where RAM below 4 GiB ends and the hole for devices begins.
 pub const RAM_LOW_MAX: u64 = 0xc000_0000;
 /// Where RAM beyond the hole begins.
 pub const RAM_HIGH_START: u64 = 0x1_0000_0000;
+
+/// Alignment of windows and of everything put into them: a Linux memory section (128 MiB on x86-64). Hotplugged memory
+/// must fill sections, and RAM and device memory in one section do not get along (mm/memory_hotplug.c).
+pub const WINDOW_ALIGN: u64 = 128 << 20;
 
 /// Global descriptor table of the boot processor.
 pub const GDT: u64 = 0x500;
@@ -56,6 +65,86 @@ pub const LOCAL_APIC: u32 = 0xfee0_0000;
 pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 /// Three pages KVM needs on Intel for a task state segment.
 pub const KVM_TSS: usize = 0xfffb_d000;
+
+/// What a part of guest physical memory is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RegionKind {
+    /// RAM from boot on, always visible to the guest.
+    Ram,
+    /// The window of virtio-mem: RAM where blocks are plugged.
+    Hotplug,
+    /// The window of virtio-pmem: files where devices are.
+    Pmem,
+}
+
+/// A part of guest physical memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Region {
+    /// First byte.
+    pub start: u64,
+    /// Length in bytes, never 0.
+    pub size: u64,
+    /// What it is for.
+    pub kind: RegionKind,
+}
+
+/// Where guest memory is: RAM and windows. The regions of a [`GuestMemory`](super::GuestMemory) in the same order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryLayout {
+    regions: Vec<Region>,
+}
+
+impl MemoryLayout {
+    /// `ram` bytes of RAM without windows.
+    pub fn ram(ram: u64) -> Self {
+        Self::with_windows(ram, 0, 0)
+    }
+
+    /// `ram` bytes of RAM, and windows of at least `hotplug` and `pmem` bytes (rounded up to [`WINDOW_ALIGN`]; 0: none).
+    pub fn with_windows(ram: u64, hotplug: u64, pmem: u64) -> Self {
+        let mut regions = Vec::new();
+        let mut end = RAM_HIGH_START;
+        for (start, size) in ram_regions(ram) {
+            let kind = RegionKind::Ram;
+            regions.push(Region { start, size, kind });
+            end = end.max(start + size);
+        }
+        for (size, kind) in [(hotplug, RegionKind::Hotplug), (pmem, RegionKind::Pmem)] {
+            let (start, size) = (
+                end.next_multiple_of(WINDOW_ALIGN),
+                size.next_multiple_of(WINDOW_ALIGN),
+            );
+            if size > 0 {
+                regions.push(Region { start, size, kind });
+                end = start + size;
+            }
+        }
+        Self { regions }
+    }
+
+    /// All regions in ascending order.
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// First address after everything.
+    pub fn end(&self) -> u64 {
+        self.regions.last().map_or(0, |region| region.start + region.size)
+    }
+
+    /// The window of this kind.
+    pub fn window(&self, kind: RegionKind) -> Option<Region> {
+        let window = |region: &&Region| kind != RegionKind::Ram && region.kind == kind;
+        self.regions.iter().find(window).copied()
+    }
+
+    /// What the `len` bytes at `address` are, or `None` when they are not in one region.
+    pub fn kind(&self, address: u64, len: u64) -> Option<RegionKind> {
+        let end = address.checked_add(len)?;
+        let inside = |region: &&Region| address >= region.start && end <= region.start + region.size;
+        self.regions.iter().find(inside).map(|region| region.kind)
+    }
+}
 
 /// The kind of an entry of the memory map (e820 numbering).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -167,6 +256,30 @@ mod tests {
                 };
                 assert!(regions.iter().any(inside), "{entry:?} of {size:#x}");
             }
+        }
+    }
+
+    #[test]
+    fn windows_when_laid_out_are_aligned_above_ram_and_not_in_the_memory_map() {
+        for size in sizes() {
+            let layout = MemoryLayout::with_windows(size, 300 * MIB, 1);
+            let hotplug = layout.window(RegionKind::Hotplug).unwrap();
+            let pmem = layout.window(RegionKind::Pmem).unwrap();
+            assert_eq!((hotplug.size, pmem.size), (384 * MIB, WINDOW_ALIGN));
+            assert!(hotplug.start >= RAM_HIGH_START && hotplug.start.is_multiple_of(WINDOW_ALIGN));
+            assert_eq!(pmem.start, hotplug.start + hotplug.size);
+            for entry in memory_map(size) {
+                assert!(entry.start + entry.size <= hotplug.start);
+            }
+            let kind = |address, len| layout.kind(address, len);
+            assert_eq!(kind(0, 1), Some(RegionKind::Ram));
+            assert_eq!(kind(hotplug.start - 1, 2), None);
+            assert_eq!(kind(hotplug.start, hotplug.size), Some(RegionKind::Hotplug));
+            assert_eq!(kind(pmem.start - 1, 2), None);
+            assert_eq!(kind(pmem.start + pmem.size - 1, 1), Some(RegionKind::Pmem));
+            assert_eq!(kind(pmem.start + pmem.size, 1), None);
+            assert_eq!(kind(u64::MAX, 2), None);
+            assert_eq!(MemoryLayout::ram(size).window(RegionKind::Hotplug), None);
         }
     }
 

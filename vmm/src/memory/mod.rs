@@ -1,44 +1,58 @@
 //! Guest physical memory.
+//!
+//! RAM and the windows above it are mapped once, at boot, as one [`GuestMemory`] that every device holds. Windows cost
+//! nothing until they are touched, and the vCPUs see only the parts that are plugged ([`window`]). Devices can reach all
+//! of a window: descriptors may point into it (pages of a DAX file system are given to other devices), and a hostile guest
+//! can make devices fill parts that are not plugged. What that can cost the host is bounded by the configured sizes of the
+//! windows, as if all of it were plugged.
 
+mod discard;
 pub mod layout;
+pub mod window;
 
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 
-/// All guest RAM, shared by the vCPU threads (through KVM) and the device workers.
+pub use discard::discard;
+use layout::{MemoryLayout, RegionKind};
+
+/// All guest memory, shared by the vCPU threads (through KVM) and the device workers.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
 
 /// Guest memory cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The host refused the address space.
-    #[error("memory: cannot map {size_mib} MiB of guest RAM: {reason}")]
+    #[error("memory: cannot map {size_mib} MiB of guest RAM and windows: {reason}")]
     Allocate {
-        /// Requested size.
+        /// Requested size, windows included.
         size_mib: u64,
         /// Cause.
         reason: String,
     },
 }
 
-/// Maps `size` bytes of anonymous, zeroed, lazily populated guest RAM, with the hole below 4 GiB left out.
+/// Maps the regions of `layout`: anonymous, zeroed, lazily populated (MAP_NORESERVE).
 ///
 /// # Errors
 /// [`MemoryError::Allocate`] when the host has no address space or commit limit left.
-pub fn allocate(size: u64) -> Result<GuestMemory, MemoryError> {
+pub fn allocate(layout: &MemoryLayout) -> Result<GuestMemory, MemoryError> {
     let fail = |reason: String| MemoryError::Allocate {
-        size_mib: size >> 20,
+        size_mib: layout.regions().iter().map(|region| region.size).sum::<u64>() >> 20,
         reason,
     };
     let mut ranges = Vec::new();
-    for (start, len) in layout::ram_regions(size) {
-        let len = usize::try_from(len).map_err(|e| fail(e.to_string()))?;
-        ranges.push((GuestAddress(start), len));
+    for region in layout.regions() {
+        let len = usize::try_from(region.size).map_err(|e| fail(e.to_string()))?;
+        ranges.push((GuestAddress(region.start), len));
     }
     let memory = GuestMemory::from_ranges(&ranges).map_err(|e| fail(e.to_string()))?;
-    for region in memory.iter() {
+    for (region, description) in memory.iter().zip(layout.regions()) {
         let Ok(address) = region.get_host_address(MemoryRegionAddress(0)) else {
             continue;
         };
+        if description.kind == RegionKind::Pmem {
+            continue;
+        }
         // SAFETY: the range is the mapping of `region`, which `memory` owns. The advice changes page sizes only, and a
         // kernel without transparent huge pages refuses it harmlessly.
         unsafe { libc::madvise(address.cast(), region.len() as usize, libc::MADV_HUGEPAGE) };
@@ -52,8 +66,17 @@ mod tests {
 
     #[test]
     fn allocate_when_above_the_hole_has_two_regions() {
-        let memory = allocate(3 << 30 | 64 << 20).unwrap();
+        let memory = allocate(&MemoryLayout::ram(3 << 30 | 64 << 20)).unwrap();
         assert_eq!(memory.num_regions(), 2);
         assert_eq!(memory.last_addr().0, layout::RAM_HIGH_START + (64 << 20) - 1);
+    }
+
+    #[test]
+    fn allocate_when_there_are_windows_maps_them_too() {
+        let layout = MemoryLayout::with_windows(64 << 20, 1 << 40, 1 << 30);
+        let memory = allocate(&layout).unwrap();
+        let mapped: Vec<_> = memory.iter().map(|r| (r.start_addr().0, r.len())).collect();
+        let described: Vec<_> = layout.regions().iter().map(|r| (r.start, r.size)).collect();
+        assert_eq!(mapped, described);
     }
 }

@@ -28,6 +28,14 @@ pub enum CpuidError {
     TooMany(usize),
 }
 
+/// Width of guest physical addresses in bits (leaf 0x8000_0008); 36 where it is not said.
+pub fn physical_address_bits(supported: &[kvm_cpuid_entry2]) -> u32 {
+    let leaf = supported.iter().find(|entry| entry.function == 0x8000_0008);
+    leaf.map(|entry| entry.eax & 0xff)
+        .filter(|bits| (32..=52).contains(bits))
+        .unwrap_or(36)
+}
+
 /// What the host supports. Constant while the host runs and slow to ask for (0.3 ms), so asked once per process.
 ///
 /// # Errors
@@ -228,6 +236,16 @@ mod tests {
             .iter()
             .find(|e| e.function == function && e.index == index)
             .unwrap()
+    }
+
+    #[test]
+    fn physical_address_bits_when_not_said_or_absurd_are_36() {
+        assert_eq!(physical_address_bits(&[]), 36);
+        for (eax, bits) in [(0x3030, 48), (0x39_27, 39), (0, 36), (0xff, 36)] {
+            let mut entry = leaf(0x8000_0008, 0, 0);
+            entry.eax = eax;
+            assert_eq!(physical_address_bits(&[entry]), bits);
+        }
     }
 
     #[test]

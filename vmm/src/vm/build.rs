@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::acpi::{self, shared_page::SharedPage};
 use crate::boot;
 use crate::bus::Bus;
-use crate::config::{ConsoleConfig, VmConfig};
+use crate::config::{ConsoleConfig, MemoryConfig, VmConfig};
 use crate::devices::cpu_hotplug::{self, CpuHotplug};
 use crate::devices::ged::{self, Ged};
 use crate::devices::power::{self, Power};
@@ -21,17 +21,20 @@ use crate::devices::pvpanic::{self, PvPanic};
 use crate::devices::serial::{self, Serial};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::console::{Console, ConsoleLog};
+use crate::devices::virtio::mem::{self, Mem, MemHandle};
 use crate::devices::virtio::slots::{self, Slots};
 use crate::devices::virtio::vsock::{Vsock, VsockHandle};
 use crate::devices::vmgenid;
 use crate::io_loop::IoLoop;
 use crate::irq::GsiAllocator;
 use crate::irq::io_apic::{self, IoApic};
+use crate::memory::layout::MemoryLayout;
+use crate::memory::window::{Memslots, Windows};
 use crate::memory::{self, layout};
 use crate::vcpu::factory::{self, VcpuFactory};
 use crate::vcpu::{cpuid, kick, regs};
 use crate::vm::console::Input;
-use crate::vm::devices;
+use crate::vm::devices::{self, Opened};
 use crate::vm::error::BuildError;
 use crate::vm::kvm::{self, ioctl_error};
 use crate::vm::lifecycle::Lifecycle;
@@ -49,21 +52,28 @@ pub struct Built {
     pub input: Input,
     /// Its vsock device, if it has one.
     pub vsock: Option<VsockHandle>,
+    /// Its hotpluggable memory, if it has any.
+    pub mem: Option<MemHandle>,
 }
+
+/// Devices in slot order.
+type Devices = Vec<Box<dyn VirtioDevice>>;
 
 /// Builds the machine of `config`. On an error everything made so far is taken apart again.
 pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     config.validate()?;
     let console = ConsoleLog::default();
     let plan = Plan::new(config, &console)?;
+    let layout = plan.layout(&config.memory);
 
     let kvm = kvm::open()?;
     check_vcpu_limit(&kvm, config)?;
     let cpuid = cpuid::supported(&kvm)?;
-    let vm = kvm::create_vm(&kvm)?;
+    check_address_space(cpuid::physical_address_bits(&cpuid), &layout)?;
+    let vm = Arc::new(kvm::create_vm(&kvm)?);
 
     let memory_size = config.memory.size_mib << 20;
-    let memory = Arc::new(memory::allocate(memory_size)?);
+    let memory = Arc::new(memory::allocate(&layout)?);
     let rsdp = acpi::write_tables(&memory, &plan.acpi)?;
     memory
         .write_slice(&power::reset_vector(), GuestAddress(layout::RESET_VECTOR))
@@ -79,7 +89,11 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     shared.set_generation(generation);
     let entry = boot::load(&config.boot, &memory, memory_size, rsdp)?;
 
-    kvm::set_memory(&vm, &memory)?;
+    kvm::set_memory(&vm, &memory, &layout)?;
+    let memslots: Arc<dyn Memslots> = vm.clone();
+    let windows = Windows::new(layout, &memory, &memslots);
+    // Files of pmem devices get their memslots here, before the irqchip exists.
+    let (devices, mem) = connect(plan.devices, &config.memory, &windows)?;
     kvm::split_irqchip(&vm)?;
     let max = config.vcpus.max;
     let mut fds = Vec::new();
@@ -91,7 +105,6 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         fds.push(vcpu);
     }
 
-    let vm = Arc::new(vm);
     let hotplug = Arc::new(CpuHotplug::new(shared.clone(), config.vcpus.boot, max));
     let board = board(&vm, &plan.acpi, shared, &console)?;
     let (pio, mmio) = buses(&board, &hotplug)?;
@@ -110,15 +123,16 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     };
     let input = board.serial.clone().map_or(plan.input, Input::Serial);
     let io = IoLoop::spawn("vmm-io")?;
-    let machine = Machine::new(vm, memory, board, vcpus, io);
+    let machine = Machine::new(vm, (memory, windows), board, vcpus, io);
     let mut built = Built {
         machine,
         lifecycle,
         console,
         input,
         vsock: plan.vsock,
+        mem,
     };
-    match populate(&mut built.machine, plan.devices, fds) {
+    match populate(&mut built.machine, devices, fds) {
         Ok(()) => Ok(built),
         Err(error) => {
             built.lifecycle.gate().end();
@@ -159,12 +173,34 @@ fn board(
     })
 }
 
+/// Completes the devices with their parts of guest memory. The one of hotpluggable memory comes last: the guest's numbering
+/// of the others does not depend on it.
+fn connect(
+    opened: Vec<Opened>,
+    config: &MemoryConfig,
+    windows: &Windows,
+) -> Result<(Devices, Option<MemHandle>), BuildError> {
+    let mut devices = Devices::new();
+    for device in opened {
+        let id = device.id().to_owned();
+        let connected = device.connect(windows);
+        devices.push(connected.map_err(|reason| BuildError::Device { id, reason })?);
+    }
+    let mut handle = None;
+    if config.hotpluggable_bytes() > 0 {
+        let device = Mem::new(
+            mem::DEVICE_ID,
+            windows.hotplug()?.clone(),
+            config.hotpluggable_bytes(),
+        );
+        handle = Some(device.handle());
+        devices.push(Box::new(device));
+    }
+    Ok((devices, handle))
+}
+
 /// The parts that have threads or registrations to undo: devices, then vCPU threads.
-fn populate(
-    machine: &mut Machine,
-    devices: Vec<Box<dyn VirtioDevice>>,
-    vcpus: Vec<VcpuFd>,
-) -> Result<(), BuildError> {
+fn populate(machine: &mut Machine, devices: Devices, vcpus: Vec<VcpuFd>) -> Result<(), BuildError> {
     for (slot, device) in devices.into_iter().enumerate() {
         let id = device.id().to_owned();
         machine.plug(slot, device).map_err(|e| BuildError::Device {
@@ -189,8 +225,8 @@ fn populate(
 
 /// Everything that can be decided, opened and checked before KVM is asked for anything.
 struct Plan {
-    /// In slot order.
-    devices: Vec<Box<dyn VirtioDevice>>,
+    /// In slot order; the one of hotpluggable memory is not among them.
+    devices: Vec<Opened>,
     vsock: Option<VsockHandle>,
     input: Input,
     acpi: acpi::Machine,
@@ -198,14 +234,14 @@ struct Plan {
 
 impl Plan {
     fn new(config: &VmConfig, console: &ConsoleLog) -> Result<Self, BuildError> {
-        let mut all: Vec<Box<dyn VirtioDevice>> = Vec::new();
+        let mut all: Vec<Opened> = Vec::new();
         let mut input = Input::Off;
         if config.console == ConsoleConfig::Hvc {
             let (device, handle) = Console::new(console.clone()).map_err(|source| BuildError::Host {
                 what: "eventfd",
                 source,
             })?;
-            all.push(Box::new(device));
+            all.push(Opened::Device(Box::new(device)));
             input = Input::Hvc(handle);
         }
         let mut vsock = None;
@@ -214,16 +250,17 @@ impl Plan {
                 id: "vsock".to_owned(),
                 reason: e.to_string(),
             })?;
-            all.push(Box::new(device));
+            all.push(Opened::Device(Box::new(device)));
             vsock = Some(handle);
         }
         for device in &config.devices {
-            all.push(devices::create(device).map_err(|reason| BuildError::Device {
+            all.push(devices::open(device).map_err(|reason| BuildError::Device {
                 id: device.id().to_owned(),
                 reason,
             })?);
         }
-        let slots = all.len() + usize::from(config.hotplug_slots);
+        let mem = usize::from(config.memory.hotpluggable_bytes() > 0);
+        let slots = all.len() + mem + usize::from(config.hotplug_slots);
         let too_many = || BuildError::TooManySlots {
             requested: slots,
             max: slots::MAX_SLOTS,
@@ -252,6 +289,13 @@ impl Plan {
             acpi,
         })
     }
+
+    /// Where RAM and windows go.
+    fn layout(&self, config: &MemoryConfig) -> MemoryLayout {
+        let boot_pmem = self.devices.iter().map(Opened::pmem_bytes).sum();
+        let pmem = (config.pmem_window_mib << 20).max(boot_pmem);
+        MemoryLayout::with_windows(config.size_mib << 20, config.hotpluggable_bytes(), pmem)
+    }
 }
 
 fn check_vcpu_limit(kvm: &Kvm, config: &VmConfig) -> Result<(), BuildError> {
@@ -261,6 +305,14 @@ fn check_vcpu_limit(kvm: &Kvm, config: &VmConfig) -> Result<(), BuildError> {
             requested: config.vcpus.max,
             supported,
         });
+    }
+    Ok(())
+}
+
+fn check_address_space(bits: u32, layout: &MemoryLayout) -> Result<(), BuildError> {
+    let end = layout.end();
+    if end > 1 << bits {
+        return Err(BuildError::AddressSpace { end, bits });
     }
     Ok(())
 }

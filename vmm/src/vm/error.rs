@@ -11,6 +11,7 @@ use crate::config::ConfigError;
 use crate::devices::virtio::vsock::VsockError;
 use crate::io_loop::IoLoopError;
 use crate::memory::MemoryError;
+use crate::memory::window::WindowError;
 use crate::vcpu::cpuid::CpuidError;
 use crate::vcpu::regs::RegsError;
 use crate::vm::VmState;
@@ -83,6 +84,20 @@ pub enum BuildError {
     /// Kernel, initramfs or command line.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// Memory windows end where this host's processors cannot address them.
+    #[error(
+        "memory: RAM and windows end at {end:#x}, this host's processors have {bits} address bits: lower max_mib or \
+         pmem_window_mib"
+    )]
+    AddressSpace {
+        /// First guest physical address after everything.
+        end: u64,
+        /// Width of guest physical addresses.
+        bits: u32,
+    },
+    /// Memory windows.
+    #[error(transparent)]
+    Window(#[from] WindowError),
     /// ACPI tables.
     #[error(transparent)]
     Acpi(#[from] AcpiError),

@@ -2,14 +2,15 @@
 
 use std::os::fd::OwnedFd;
 
-use crate::config::{DeviceConfig, NetConfig};
+use crate::config::{ConfigError, DeviceConfig, NetConfig};
 use crate::devices::ged::Event;
-use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::net::{Net, NetHandle};
+use crate::vm::devices::{self, Opened};
 use crate::vm::error::HotplugError;
 use crate::vm::info::DeviceInfo;
 use crate::vm::machine::Machine;
-use crate::vm::{Vm, devices, lock};
+use crate::vm::{Vm, lock};
 
 impl Vm {
     /// Puts a device into a free slot and tells the guest, which finds it by itself (unless
@@ -19,7 +20,7 @@ impl Vm {
     /// [`HotplugError`]; the machine is as before.
     pub fn add_device(&self, config: DeviceConfig) -> Result<DeviceInfo, HotplugError> {
         config.validate()?;
-        self.plug(config.id(), || Ok((devices::create(&config)?, ())))
+        self.plug(&config, || Ok((devices::open(&config)?, ())))
             .map(|(info, ())| info)
     }
 
@@ -33,25 +34,26 @@ impl Vm {
         config: NetConfig,
         tap_fds: Vec<OwnedFd>,
     ) -> Result<(DeviceInfo, NetHandle), HotplugError> {
-        DeviceConfig::Net(config.clone()).validate()?;
-        self.plug(&config.id, || {
+        let device = DeviceConfig::Net(config.clone());
+        device.validate()?;
+        self.plug(&device, || {
             let net = match tap_fds.is_empty() {
                 true => Net::new(&config),
                 false => Net::with_fds(&config, tap_fds),
             };
             let net = net.map_err(|e| e.to_string())?;
             let handle = net.handle();
-            Ok((Box::new(net) as Box<dyn VirtioDevice>, handle))
+            Ok((Opened::Device(Box::new(net)), handle))
         })
     }
 
-    /// Puts the device that `create` makes into a free slot, and passes on what else it gives.
+    /// Puts the device of `config` that `open` opens into a free slot, and passes on what else it gives.
     fn plug<T>(
         &self,
-        id: &str,
-        create: impl FnOnce() -> Result<(Box<dyn VirtioDevice>, T), String>,
+        config: &DeviceConfig,
+        open: impl FnOnce() -> Result<(Opened, T), String>,
     ) -> Result<(DeviceInfo, T), HotplugError> {
-        let id = id.to_owned();
+        let id = config.id().to_owned();
         self.with_machine(&id, |machine| {
             if machine.slot_of(&id).is_some() {
                 return Err(HotplugError::Exists(id.clone()));
@@ -61,7 +63,12 @@ impl Vm {
                 slots: machine.board.slots.len(),
             };
             let slot = machine.free_slot().ok_or_else(no_slot)?;
-            let (device, extra) = create().map_err(|reason| HotplugError::Device {
+            let second = matches!(config, DeviceConfig::Balloon(_));
+            if second && machine.with_any(|_: &mut Balloon| ()).is_some() {
+                return Err(ConfigError::SecondBalloon(id.clone()).into());
+            }
+            let opened = open().and_then(|(opened, extra)| Ok((opened.connect(&machine.windows)?, extra)));
+            let (device, extra) = opened.map_err(|reason| HotplugError::Device {
                 id: id.clone(),
                 reason,
             })?;

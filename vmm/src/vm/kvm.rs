@@ -8,11 +8,13 @@ use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
-use vm_memory::{Address, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{GuestAddress, GuestMemory as _};
 
 use crate::devices::ged::Ged;
 use crate::devices::virtio::slots::Slots;
 use crate::irq::io_apic::Routing;
+use crate::memory::layout::{MemoryLayout, Region, RegionKind};
+use crate::memory::window::{Memslot, Memslots};
 use crate::memory::{GuestMemory, layout};
 use crate::vm::error::{BuildError, KvmError};
 
@@ -60,33 +62,36 @@ pub fn create_vm(kvm: &Kvm) -> Result<VmFd, BuildError> {
     }
 }
 
-/// Gives KVM all guest memory. Slow once an irqchip or ioeventfd exists (Linux 6.18 and later), so it comes first.
+/// Gives KVM all RAM of `layout`; windows are plugged piece by piece ([`Memslots`]). Slow once an irqchip or ioeventfd exists (Linux 6.18 and later), so it comes first.
 ///
 /// # Errors
 /// [`BuildError::Ioctl`].
-pub fn set_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), BuildError> {
+pub fn set_memory(vm: &VmFd, memory: &GuestMemory, layout: &MemoryLayout) -> Result<(), BuildError> {
     // KVM's own memslots, needed by Intel CPUs.
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
         .map_err(ioctl_error("KVM_SET_IDENTITY_MAP_ADDR"))?;
     vm.set_tss_address(layout::KVM_TSS)
         .map_err(ioctl_error("KVM_SET_TSS_ADDR"))?;
-    for (slot, region) in (0u32..).zip(memory.iter()) {
-        let host = region
-            .get_host_address(MemoryRegionAddress(0))
+    let ram = |region: &&Region| region.kind == RegionKind::Ram;
+    for (slot, region) in (0u32..).zip(layout.regions().iter().filter(ram)) {
+        let host = memory
+            .get_host_address(GuestAddress(region.start))
             .map_err(|e| BuildError::Host {
                 what: "address of guest memory",
                 source: io::Error::other(e.to_string()),
             })?;
-        let region = kvm_userspace_memory_region {
+        let memslot = Memslot {
             slot,
-            flags: 0,
-            guest_phys_addr: region.start_addr().raw_value(),
-            memory_size: region.len(),
-            userspace_addr: host as u64,
+            guest: region.start,
+            size: region.size,
+            host: host as u64,
         };
         // SAFETY: the range is one whole mapping owned by `memory`, which outlives the VM: the machine drops its VmFd
         // and vCPUs first. Regions do not overlap.
-        unsafe { vm.set_user_memory_region(region) }.map_err(ioctl_error("KVM_SET_USER_MEMORY_REGION"))?;
+        unsafe { vm.set(memslot) }.map_err(|source| BuildError::Ioctl {
+            ioctl: "KVM_SET_USER_MEMORY_REGION",
+            source,
+        })?;
     }
     Ok(())
 }
@@ -130,6 +135,21 @@ impl Routing for Routes {
         } else if let Some(slot) = gsi.checked_sub(self.slots.0) {
             self.slots.1.repeat_interrupt(slot as usize);
         }
+    }
+}
+
+impl Memslots for VmFd {
+    unsafe fn set(&self, memslot: Memslot) -> io::Result<()> {
+        let region = kvm_userspace_memory_region {
+            slot: memslot.slot,
+            flags: 0,
+            guest_phys_addr: memslot.guest,
+            memory_size: memslot.size,
+            userspace_addr: memslot.host,
+        };
+        // SAFETY: the caller keeps the range mapped and slots apart.
+        unsafe { self.set_user_memory_region(region) }
+            .map_err(|error| io::Error::from_raw_os_error(error.errno()))
     }
 }
 

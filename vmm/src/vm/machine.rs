@@ -16,6 +16,7 @@ use crate::devices::virtio::slots::{self, Slots};
 use crate::devices::virtio::{Interrupt, VirtioDevice};
 use crate::io_loop::IoLoop;
 use crate::irq::io_apic::IoApic;
+use crate::memory::window::Windows;
 use crate::memory::{GuestMemory, layout};
 use crate::vcpu::factory::VcpuFactory;
 use crate::vcpu::run::{Vcpu, VcpuThread};
@@ -83,7 +84,9 @@ pub struct Machine {
     slot_states: Vec<SlotState>,
     /// KVM's side of the machine.
     pub vm: Arc<VmFd>,
-    /// Guest RAM.
+    /// What devices put into guest memory.
+    pub windows: Windows,
+    /// Guest RAM and windows.
     pub memory: Arc<GuestMemory>,
     /// The loop of the device workers.
     pub io: IoLoop,
@@ -94,7 +97,7 @@ impl Machine {
     /// A machine without devices and vCPU threads.
     pub fn new(
         vm: Arc<VmFd>,
-        memory: Arc<GuestMemory>,
+        (memory, windows): (Arc<GuestMemory>, Windows),
         board: Board,
         vcpus: Vcpus,
         (io, io_thread): (IoLoop, JoinHandle<()>),
@@ -113,6 +116,7 @@ impl Machine {
             board,
             slot_states,
             vm,
+            windows,
             memory,
             io,
             io_thread,
@@ -158,6 +162,18 @@ impl Machine {
             }
         }
         Err(NoSuchDevice)
+    }
+
+    /// Runs `operation` on the first device that is a `T`, locked against the guest. `None` when there is none.
+    pub fn with_any<T: VirtioDevice, R>(&self, operation: impl FnOnce(&mut T) -> R) -> Option<R> {
+        for index in 0..self.board.slots.len() {
+            if let Some(mut slot) = self.board.slots.lock(index)
+                && let Some(device) = slot.as_mut().and_then(MmioTransport::device_as::<T>)
+            {
+                return Some(operation(device));
+            }
+        }
+        None
     }
 
     /// Puts `device` into the empty slot `index`: interrupt, doorbells, registers, presence, in this order.
@@ -260,6 +276,7 @@ impl Machine {
         if let Err(error) = self.io.drain() {
             tracing::warn!(%error, "devices are stopped without draining");
         }
+        self.windows.close();
         for index in 0..self.board.slots.len() {
             if let Some(mut slot) = self.board.slots.lock(index)
                 && let Some(transport) = slot.as_mut()

@@ -12,6 +12,7 @@ pub(crate) mod kvm;
 pub(crate) mod lifecycle;
 mod machine;
 mod processors;
+mod resize;
 mod share;
 
 use std::os::fd::OwnedFd;
@@ -20,6 +21,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+pub use crate::devices::virtio::balloon::{BalloonError, BalloonStatistics, BalloonStatus};
+pub use crate::devices::virtio::mem::ResizeError;
 pub use error::{BuildError, DeviceError, HotplugError, KvmError, ResizeVcpuError, VmError};
 pub use exit::ExitReason;
 pub use info::{BootTimings, DeviceInfo, DeviceMetrics, Mark, ThreadIds, VmMetrics};
@@ -29,6 +32,7 @@ use crate::config::VmConfig;
 use crate::devices::ged::Event;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::console::ConsoleLog;
+use crate::devices::virtio::mem::MemHandle;
 use crate::devices::virtio::vsock::{AttachOptions, VsockHandle, VsockListener};
 use console::Input;
 use lifecycle::Lifecycle;
@@ -48,6 +52,10 @@ pub struct Vm {
     console: ConsoleLog,
     input: Input,
     vsock: Option<VsockHandle>,
+    /// Hotpluggable memory, if there is any.
+    mem: Option<MemHandle>,
+    /// Bytes of memory at boot.
+    boot_memory: u64,
     timings: Mutex<BootTimings>,
 }
 
@@ -64,6 +72,7 @@ impl Vm {
             console,
             input,
             vsock,
+            mem,
         } = build::build(&config)?;
         let thread_count = machine.vcpus.threads.len();
         let machine = Arc::new(Mutex::new(Some(machine)));
@@ -88,6 +97,8 @@ impl Vm {
             console,
             input,
             vsock,
+            mem,
+            boot_memory: config.memory.size_mib << 20,
             timings: Mutex::new(timings),
         })
     }

@@ -167,7 +167,7 @@ pub fn config(scratch: &Scratch, code: &Code) -> VmConfig {
     VmConfig {
         id: "tiny".to_owned(),
         vcpus: VcpuConfig { boot: 1, max: 1 },
-        memory: MemoryConfig { size_mib: 64 },
+        memory: MemoryConfig::fixed(64),
         boot: BootConfig {
             kernel: scratch.write("kernel", &elf(&code.0)),
             initramfs: None,

@@ -20,7 +20,7 @@ fn boot_when_given_processors_and_memory_has_them() {
             boot: vcpus,
             max: vcpus,
         };
-        config.memory = MemoryConfig { size_mib };
+        config.memory = MemoryConfig::fixed(size_mib);
         let (reason, console) = run(config);
         assert_eq!(reason, ExitReason::PowerOff, "{console}");
         assert!(console.contains(&format!("cpus {vcpus}")), "{console}");

@@ -12,6 +12,7 @@ mod boot;
 mod console;
 mod fs;
 mod hotplug;
+mod memory;
 mod net;
 
 use std::path::PathBuf;
@@ -36,7 +37,7 @@ fn kernel() -> PathBuf {
 fn config(scratch: &Scratch, script: &str) -> VmConfig {
     let mut config = guest::config(scratch, &Code::default());
     config.id = "linux".to_owned();
-    config.memory = MemoryConfig { size_mib: 256 };
+    config.memory = MemoryConfig::fixed(256);
     config.console = ConsoleConfig::Hvc;
     config.boot.kernel = kernel();
     config.boot.initramfs = Some(initramfs::build(scratch, script));

@@ -90,6 +90,13 @@ impl Buffers {
         self.len == 0
     }
 
+    /// The buffers one by one: guest physical address and length, never 0.
+    pub fn parts(&self) -> impl Iterator<Item = (u64, u32)> {
+        self.parts
+            .iter()
+            .map(|(address, len)| (address.raw_value(), *len))
+    }
+
     /// The bytes from `offset` on, at most `len` of them.
     pub fn sub(&self, offset: u64, len: u64) -> Self {
         let mut skip = offset;

@@ -3,16 +3,22 @@
 //! A device is configured by the guest through the transport, activated once at DRIVER_OK with frozen queues, and
 //! from then on runs as a worker on the I/O loop or on threads of its own until it is reset.
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod console;
 pub mod fs;
+pub mod mem;
 pub mod mmio;
 pub mod net;
+pub mod pmem;
+pub mod queue_thread;
 pub mod rng;
 pub mod served_queue;
 pub mod slots;
 pub mod state;
+#[cfg(test)]
+pub mod test_resume;
 #[cfg(test)]
 pub mod test_ring;
 pub mod vsock;

@@ -159,7 +159,8 @@ mod tests {
 
     #[test]
     fn read_when_the_slot_is_empty_shows_a_device_id_of_zero() {
-        let memory = Arc::new(crate::memory::allocate(64 << 20).unwrap());
+        let memory =
+            Arc::new(crate::memory::allocate(&crate::memory::layout::MemoryLayout::ram(64 << 20)).unwrap());
         let slots = Slots::new(2, Arc::new(SharedPage::new(memory)));
         let mut data = [0; 4];
         slots.read(VIRTIO_MMIO_SLOT_SIZE, &mut data);

@@ -4,6 +4,7 @@ use super::*;
 use crate::devices::virtio::ActivateError;
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::memory::allocate;
+use crate::memory::layout::MemoryLayout;
 
 const STATUS: u64 = 0x70;
 const OFFERED: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1;
@@ -88,7 +89,7 @@ impl Driver {
             .map(|_| Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()))
             .collect();
         let host = Host {
-            memory: Arc::new(allocate(64 << 20).unwrap()),
+            memory: Arc::new(allocate(&MemoryLayout::ram(64 << 20)).unwrap()),
             io,
         };
         let interrupt = Interrupt::new(Arc::default(), irqfd.clone());

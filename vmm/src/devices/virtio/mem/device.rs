@@ -1,0 +1,156 @@
+//! Configuration space, features and activation.
+
+use std::io;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
+
+use super::handle::{MemHandle, Shared};
+use super::region::Region;
+use super::worker::{Counters, MemWorker};
+use super::{BLOCK_SIZE, state};
+use crate::devices::virtio::queue_thread::QueueThread;
+use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::state::{QueuePosition, StateError};
+use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};
+use crate::memory::window::Window;
+
+const QUEUE_SIZES: [u16; 1] = [64];
+/// VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE: the driver must not even read unplugged blocks (5.15.3).
+pub(super) const UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
+
+/// The device with the hotpluggable memory of a machine.
+#[derive(Debug)]
+pub struct Mem {
+    id: String,
+    pub(super) shared: Arc<Shared>,
+    counters: Arc<Counters>,
+    running: Option<QueueThread<MemWorker>>,
+}
+
+impl Mem {
+    /// A device over all of `window`, of which the guest may have `limit` bytes.
+    pub fn new(id: &str, window: Arc<Window>, limit: u64) -> Self {
+        Self {
+            id: id.to_owned(),
+            shared: Arc::new(Shared::new(Region::new(window, limit))),
+            counters: Arc::default(),
+            running: None,
+        }
+    }
+
+    /// The host's side of the device.
+    pub fn handle(&self) -> MemHandle {
+        MemHandle::new(self.shared.clone())
+    }
+
+    fn gone(&self) -> StateError {
+        StateError::Unsupported {
+            device: self.id.clone(),
+            reason: "the device has ended".to_owned(),
+        }
+    }
+}
+
+impl VirtioDevice for Mem {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_MEM
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        CHAIN_FEATURES | UNPLUGGED_INACCESSIBLE
+    }
+
+    /// `struct virtio_mem_config` (5.15.4): block_size, node_id and padding, addr, region_size, usable_region_size,
+    /// plugged_size, requested_size, eight bytes each.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let state = self.shared.lock();
+        let fields = state.region.as_ref().map(|region| {
+            [
+                BLOCK_SIZE,
+                0,
+                region.start(),
+                region.size(),
+                region.size(),
+                region.plugged(),
+                region.requested(),
+            ]
+        });
+        let space = fields.unwrap_or_default().map(u64::to_le_bytes);
+        read_space(space.as_flattened(), offset, data);
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let host = |what, source| ActivateError::Host {
+            device: self.id.clone(),
+            what,
+            source,
+        };
+        if activation.features & UNPLUGGED_INACCESSIBLE == 0 {
+            // Such a driver may read unplugged blocks, where nothing answers (Linux before 5.16).
+            let source = io::Error::from(io::ErrorKind::Unsupported);
+            return Err(host("driver without UNPLUGGED_INACCESSIBLE", source));
+        }
+        let queue = activation.take_queue(&self.id, 0)?;
+        let interrupt = activation.interrupt;
+        let queue = ServedQueue::new(&self.id, queue, activation.memory, interrupt.clone());
+        let worker = MemWorker::new(queue, self.shared.clone(), self.counters.clone());
+        let thread = QueueThread::spawn("vmm-mem", worker)
+            .map_err(|source| host("cannot start the worker's thread", source))?;
+        self.running = Some(thread);
+        self.shared.update(|state| state.interrupt = Some(interrupt));
+        Ok(())
+    }
+
+    /// Blocks stay plugged: the guest may use them until it unplugs them, which Linux does first when its driver starts
+    /// again (5.15.5.1).
+    fn reset(&mut self) {
+        self.suspend();
+    }
+
+    fn suspend(&mut self) -> Vec<QueuePosition> {
+        let Some(running) = self.running.take() else {
+            return Vec::new();
+        };
+        let worker = running.stop(&self.id);
+        self.shared.update(|state| state.interrupt = None);
+        worker.map_or_else(Vec::new, |worker| vec![worker.position()])
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        let state = self.shared.lock();
+        let region = state.region.as_ref().ok_or_else(|| self.gone())?;
+        state::save(&self.id, region)
+    }
+
+    fn restore(&mut self, bytes: &[u8]) -> Result<(), StateError> {
+        let mut state = self.shared.lock();
+        let region = state.region.as_mut().ok_or_else(|| self.gone())?;
+        state::restore(&self.id, region, bytes)
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let state = self.shared.lock();
+        let region = state.region.as_ref();
+        let mut counters = self.counters.all();
+        counters.push(("plugged_bytes", region.map_or(0, Region::plugged)));
+        counters.push(("requested_bytes", region.map_or(0, Region::requested)));
+        counters
+    }
+}
+
+impl Drop for Mem {
+    /// Ends waiting resizes. The window goes with the machine.
+    fn drop(&mut self) {
+        self.suspend();
+        self.shared.update(|state| state.region = None);
+    }
+}

@@ -1,0 +1,123 @@
+//! Configuration space and activation.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
+
+use super::file::{PmemError, PmemFile};
+use super::state;
+use super::worker::{Counters, PmemWorker};
+use crate::devices::virtio::queue_thread::QueueThread;
+use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::state::{QueuePosition, StateError};
+use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};
+use crate::memory::window::{FileMapping, Windows};
+
+const QUEUE_SIZES: [u16; 1] = [64];
+
+/// A file in guest memory.
+#[derive(Debug)]
+pub struct Pmem {
+    id: String,
+    mapping: FileMapping,
+    /// Keeps the lock, too.
+    file: Arc<File>,
+    read_only: bool,
+    counters: Arc<Counters>,
+    running: Option<QueueThread<PmemWorker>>,
+}
+
+impl Pmem {
+    /// Puts `file` into the pmem window of `windows`, where it stays as long as the device exists.
+    ///
+    /// # Errors
+    /// [`PmemError::Window`].
+    pub fn new(file: PmemFile, windows: &Windows) -> Result<Self, PmemError> {
+        let id = file.id().to_owned();
+        let (mapping, file, read_only) = file.map(windows)?;
+        Ok(Self {
+            id,
+            mapping,
+            file: Arc::new(file),
+            read_only,
+            counters: Arc::default(),
+            running: None,
+        })
+    }
+}
+
+impl VirtioDevice for Pmem {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_PMEM
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        CHAIN_FEATURES
+    }
+
+    /// `struct virtio_pmem_config` (5.19.4): le64 start, le64 size.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let space = [self.mapping.start(), self.mapping.size()].map(u64::to_le_bytes);
+        read_space(space.as_flattened(), offset, data);
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let queue = activation.take_queue(&self.id, 0)?;
+        let queue = ServedQueue::new(&self.id, queue, activation.memory, activation.interrupt);
+        // What a guest wrote to a read-only file is not in it: there is nothing to flush.
+        let file = (!self.read_only).then(|| self.file.clone());
+        let worker = PmemWorker::new(queue, file, self.counters.clone());
+        let thread = QueueThread::spawn("vmm-pmem", worker).map_err(|source| ActivateError::Host {
+            device: self.id.clone(),
+            what: "cannot start the worker's thread",
+            source,
+        })?;
+        self.running = Some(thread);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.suspend();
+    }
+
+    fn suspend(&mut self) -> Vec<QueuePosition> {
+        let worker = self.running.take().and_then(|thread| thread.stop(&self.id));
+        worker.map_or_else(Vec::new, |worker| vec![worker.position()])
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        state::save(&self.id, &self.mapping)
+    }
+
+    /// The guest knows the address: a file that was hotplugged into another place is moved there.
+    fn restore(&mut self, bytes: &[u8]) -> Result<(), StateError> {
+        let start = state::restore(&self.id, &self.mapping, bytes)?;
+        if start != self.mapping.start() {
+            let moved = self.mapping.again_at(&self.file, start);
+            self.mapping = moved.map_err(|error| StateError::Invalid {
+                device: self.id.clone(),
+                reason: error.to_string(),
+            })?;
+        }
+        Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.counters.all()
+    }
+}
+
+impl Drop for Pmem {
+    fn drop(&mut self) {
+        self.suspend();
+    }
+}

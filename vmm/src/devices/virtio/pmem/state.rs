@@ -1,0 +1,43 @@
+//! What a saved virtio-pmem device is: where its file was, so that it is found there again. The content is in the file; what
+//! a guest wrote to a read-only one is guest memory.
+
+use serde::{Deserialize, Serialize};
+
+use crate::devices::virtio::state::{self, StateError};
+use crate::memory::window::FileMapping;
+
+/// The state in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct PmemState {
+    /// Guest physical address.
+    start: u64,
+    /// Size in bytes.
+    size: u64,
+}
+
+/// Encodes where `mapping` is.
+///
+/// # Errors
+/// [`StateError::Unsupported`].
+pub(super) fn save(device: &str, mapping: &FileMapping) -> Result<Vec<u8>, StateError> {
+    let state = PmemState {
+        start: mapping.start(),
+        size: mapping.size(),
+    };
+    state::encode(device, &state)
+}
+
+/// Where the saved device was, whose file must have had the size of `mapping`.
+///
+/// # Errors
+/// [`StateError::Invalid`].
+pub(super) fn restore(device: &str, mapping: &FileMapping, bytes: &[u8]) -> Result<u64, StateError> {
+    let PmemState { start, size } = state::decode(device, bytes)?;
+    if size == mapping.size() {
+        return Ok(start);
+    }
+    Err(StateError::Invalid {
+        device: device.to_owned(),
+        reason: format!("{size:#x} bytes, the file has {:#x} now", mapping.size()),
+    })
+}
