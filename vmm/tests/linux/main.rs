@@ -66,12 +66,12 @@ fn wait_for(vm: &Vm, text: &str) {
     let end = Instant::now() + LONG;
     loop {
         // In this order: what was printed before the end counts.
-        let ended = vm.wait_timeout(Duration::from_millis(20)).is_some();
+        let ended = vm.wait_timeout(Duration::from_millis(20));
         let console = vm.console().tail(1000).join("\n");
         if console.contains(text) {
             return;
         }
-        assert!(!ended, "ended without {text:?}:\n{console}");
+        assert_eq!(ended, None, "ended without {text:?}:\n{console}");
         assert!(Instant::now() < end, "no {text:?}:\n{console}");
     }
 }
