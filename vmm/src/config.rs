@@ -41,7 +41,7 @@ pub struct VmConfig {
 }
 
 /// Processors of a VM.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VcpuConfig {
     /// vCPUs running at boot, 1..=`max`.
     pub boot: u8,
@@ -117,7 +117,6 @@ pub struct VsockConfig {
 
 /// A virtio device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "lowercase")]
 pub enum DeviceConfig {
     /// A disk.
     Block(BlockConfig),

@@ -563,7 +563,7 @@ fn vm_error(error: VmError) -> Error {
             Error::new(ErrorKind::FailedPrecondition, error.to_string())
         }
         VmError::Vsock(error) => vsock_error(error),
-        VmError::Interrupt(_) => Error::new(ErrorKind::Internal, error.to_string()),
+        VmError::Interrupt(_) | VmError::Device(_) => Error::new(ErrorKind::Internal, error.to_string()),
     }
 }
 

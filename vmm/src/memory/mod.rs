@@ -7,7 +7,9 @@
 //! windows, as if all of it were plugged.
 
 mod discard;
+pub mod image;
 pub mod layout;
+pub mod pager;
 pub mod window;
 
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};

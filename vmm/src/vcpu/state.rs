@@ -12,6 +12,8 @@ const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// The paravirtual MSRs of KVM that are not all in KVM_GET_MSR_INDEX_LIST of older kernels
 /// (Documentation/virt/kvm/x86/msr.rst).
 const KVM_MSRS: std::ops::RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4d08;
+/// Difference of frequencies that guests do not notice (NTP corrects twice as much).
+const TSC_TOLERANCE_PPM: u64 = 250;
 /// More than KVM ever lists; what a file may claim.
 const MAX_MSRS: usize = 4096;
 /// MSRs in one KVM_GET_MSRS or KVM_SET_MSRS (MAX_IO_MSRS in arch/x86/kvm/x86.c).
@@ -29,6 +31,8 @@ pub struct VcpuState {
     xcrs: kvm_xcrs,
     debug_regs: kvm_debugregs,
     lapic: kvm_lapic_state,
+    /// Frequency of the time stamp counter.
+    tsc_khz: u32,
     msrs: Vec<(u32, u64)>,
     events: kvm_vcpu_events,
 }
@@ -110,6 +114,7 @@ pub fn save(vcpu: &VcpuFd, index: u8, msrs: &[u32]) -> Result<VcpuState, VcpuSta
         xcrs: vcpu.get_xcrs().map_err(error("KVM_GET_XCRS"))?,
         debug_regs: vcpu.get_debug_regs().map_err(error("KVM_GET_DEBUGREGS"))?,
         lapic: vcpu.get_lapic().map_err(error("KVM_GET_LAPIC"))?,
+        tsc_khz: vcpu.get_tsc_khz().map_err(error("KVM_GET_TSC_KHZ"))?,
         msrs: get_msrs(vcpu, index, msrs)?,
         events: vcpu.get_vcpu_events().map_err(error("KVM_GET_VCPU_EVENTS"))?,
     })
@@ -147,23 +152,15 @@ fn get_msrs(vcpu: &VcpuFd, index: u8, wanted: &[u32]) -> Result<Vec<(u32, u64)>,
 }
 
 impl VcpuState {
-    /// Lets the time stamp counter go on by `ticks`: time has passed outside.
-    pub fn advance_tsc(&mut self, ticks: u64) {
-        for (msr, value) in &mut self.msrs {
-            if *msr == MSR_TSC {
-                *value = value.wrapping_add(ticks);
-            }
-        }
-    }
-
-    /// Gives the state to a fresh vCPU whose CPUID is already set.
+    /// Gives the state to a fresh vCPU whose CPUID is already set; `passed` is the time in ns since it was saved, by which
+    /// the time stamp counter goes on.
     ///
     /// Segment and control registers before the local APIC (its base is one of them); the local APIC before MSRs (x2APIC
     /// mode, TSC deadline); the deadline after the counter it is compared with; events last.
     ///
     /// # Errors
     /// [`VcpuStateError`]; the vCPU is of no use then.
-    pub fn restore(&self, vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
+    pub fn restore(&self, vcpu: &VcpuFd, passed: u64) -> Result<(), VcpuStateError> {
         let index = self.index;
         let error = |ioctl| kvm_error(index, ioctl);
         vcpu.set_mp_state(self.mp_state)
@@ -177,12 +174,24 @@ impl VcpuState {
         vcpu.set_debug_regs(&self.debug_regs)
             .map_err(error("KVM_SET_DEBUGREGS"))?;
         vcpu.set_lapic(&self.lapic).map_err(error("KVM_SET_LAPIC"))?;
-        self.restore_msrs(vcpu)?;
+        self.restore_tsc_frequency(vcpu)?;
+        self.restore_msrs(vcpu, passed)?;
         vcpu.set_vcpu_events(&self.events)
             .map_err(error("KVM_SET_VCPU_EVENTS"))
     }
 
-    fn restore_msrs(&self, vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
+    /// Asks KVM to scale the counter when this host's runs at another frequency.
+    fn restore_tsc_frequency(&self, vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
+        let error = |ioctl| kvm_error(self.index, ioctl);
+        let here = vcpu.get_tsc_khz().map_err(error("KVM_GET_TSC_KHZ"))?;
+        let tolerance = u64::from(here) * TSC_TOLERANCE_PPM / 1_000_000;
+        if u64::from(here.abs_diff(self.tsc_khz)) <= tolerance {
+            return Ok(());
+        }
+        vcpu.set_tsc_khz(self.tsc_khz).map_err(error("KVM_SET_TSC_KHZ"))
+    }
+
+    fn restore_msrs(&self, vcpu: &VcpuFd, passed: u64) -> Result<(), VcpuStateError> {
         let index = self.index;
         if self.msrs.len() > MAX_MSRS {
             return Err(VcpuStateError::TooManyMsrs {
@@ -191,9 +200,13 @@ impl VcpuState {
             });
         }
         let error = kvm_error(index, "KVM_SET_MSRS");
-        let (late, mut order): (Vec<_>, Vec<_>) =
-            self.msrs.iter().partition(|(msr, _)| *msr == MSR_TSC_DEADLINE);
+        let ticks = u128::from(passed) * u128::from(self.tsc_khz) / 1_000_000;
+        let late = |(msr, _): &(u32, u64)| *msr == MSR_TSC_DEADLINE;
+        let (late, mut order): (Vec<_>, Vec<_>) = self.msrs.iter().copied().partition(late);
         order.extend(late);
+        for (_, value) in order.iter_mut().filter(|(msr, _)| *msr == MSR_TSC) {
+            *value = value.wrapping_add(ticks as u64);
+        }
         for chunk in order.chunks(MSR_CHUNK) {
             let entries: Vec<kvm_msr_entry> = chunk
                 .iter()

@@ -6,6 +6,7 @@
 use std::io;
 use std::sync::Arc;
 
+use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
@@ -13,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::acpi::{self, shared_page::SharedPage};
 use crate::boot;
 use crate::bus::Bus;
-use crate::config::{ConsoleConfig, MemoryConfig, VmConfig};
+use crate::config::{ConsoleConfig, MemoryConfig, VcpuConfig, VmConfig};
 use crate::devices::cpu_hotplug::{self, CpuHotplug};
 use crate::devices::ged::{self, Ged};
 use crate::devices::power::{self, Power};
@@ -30,7 +31,7 @@ use crate::irq::GsiAllocator;
 use crate::irq::io_apic::{self, IoApic};
 use crate::memory::layout::MemoryLayout;
 use crate::memory::window::{Memslots, Windows};
-use crate::memory::{self, layout};
+use crate::memory::{self, GuestMemory, layout};
 use crate::vcpu::factory::{self, VcpuFactory};
 use crate::vcpu::{cpuid, kick, regs};
 use crate::vm::console::Input;
@@ -38,7 +39,7 @@ use crate::vm::devices::{self, Opened};
 use crate::vm::error::BuildError;
 use crate::vm::kvm::{self, ioctl_error};
 use crate::vm::lifecycle::Lifecycle;
-use crate::vm::machine::{Board, Machine, Vcpus};
+use crate::vm::machine::{Board, Content, Machine, Vcpus};
 
 /// A machine whose vCPU threads wait at the gate.
 pub struct Built {
@@ -57,13 +58,13 @@ pub struct Built {
 }
 
 /// Devices in slot order.
-type Devices = Vec<Box<dyn VirtioDevice>>;
+type Devices = Vec<(Content, Box<dyn VirtioDevice>)>;
 
 /// Builds the machine of `config`. On an error everything made so far is taken apart again.
 pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     config.validate()?;
-    let console = ConsoleLog::default();
-    let plan = Plan::new(config, &console)?;
+    let plan = Plan::new(config)?;
+    let console = plan.console.clone();
     let layout = plan.layout(&config.memory);
 
     let kvm = kvm::open()?;
@@ -105,29 +106,22 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         fds.push(vcpu);
     }
 
-    let hotplug = Arc::new(CpuHotplug::new(shared.clone(), config.vcpus.boot, max));
-    let board = board(&vm, &plan.acpi, shared, &console)?;
-    let (pio, mmio) = buses(&board, &hotplug)?;
-    let lifecycle = Arc::new(Lifecycle::new());
-    let vcpus = Vcpus {
-        threads: Vec::new(),
-        spare: Vec::new(),
-        factory: VcpuFactory {
-            cpuid,
-            max,
-            pio,
-            mmio,
-            lifecycle: lifecycle.clone(),
-        },
-        hotplug,
+    let parts = Parts {
+        vm,
+        memory,
+        windows,
+        shared,
+        cpuid,
+        acpi: plan.acpi,
+        console,
+        vcpus: config.vcpus,
     };
-    let input = board.serial.clone().map_or(plan.input, Input::Serial);
-    let io = IoLoop::spawn("vmm-io")?;
-    let machine = Machine::new(vm, (memory, windows), board, vcpus, io);
+    let (machine, lifecycle) = parts.assemble()?;
+    let input = machine.board.serial.clone().map_or(plan.input, Input::Serial);
     let mut built = Built {
         machine,
         lifecycle,
-        console,
+        console: plan.console,
         input,
         vsock: plan.vsock,
         mem,
@@ -139,6 +133,55 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
             drop(built.machine.shut_down());
             Err(error)
         }
+    }
+}
+
+/// What a machine without devices and vCPU threads is made of, whether it boots or is restored.
+pub struct Parts {
+    /// KVM's side, with memslots and local APICs.
+    pub vm: Arc<VmFd>,
+    /// Guest memory.
+    pub memory: Arc<GuestMemory>,
+    /// Its windows.
+    pub windows: Windows,
+    /// What AML reads.
+    pub shared: Arc<SharedPage>,
+    /// CPUID before each vCPU's own topology.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// GSIs.
+    pub acpi: acpi::Machine,
+    /// Where COM1's output goes.
+    pub console: ConsoleLog,
+    /// Processors of the configuration.
+    pub vcpus: VcpuConfig,
+}
+
+impl Parts {
+    /// Connects them; the last thing made is the I/O loop's thread.
+    ///
+    /// # Errors
+    /// [`BuildError`].
+    pub fn assemble(self) -> Result<(Machine, Arc<Lifecycle>), BuildError> {
+        let VcpuConfig { boot, max } = self.vcpus;
+        let hotplug = Arc::new(CpuHotplug::new(self.shared.clone(), boot, max));
+        let board = board(&self.vm, &self.acpi, self.shared, &self.console)?;
+        let (pio, mmio) = buses(&board, &hotplug)?;
+        let lifecycle = Arc::new(Lifecycle::new());
+        let vcpus = Vcpus {
+            threads: Vec::new(),
+            spare: Vec::new(),
+            factory: VcpuFactory {
+                cpuid: self.cpuid,
+                max,
+                pio,
+                mmio,
+                lifecycle: lifecycle.clone(),
+            },
+            hotplug,
+        };
+        let io = IoLoop::spawn("vmm-io")?;
+        let memory = (self.memory, self.windows);
+        Ok((Machine::new(self.vm, memory, board, vcpus, io), lifecycle))
     }
 }
 
@@ -176,15 +219,18 @@ fn board(
 /// Completes the devices with their parts of guest memory. The one of hotpluggable memory comes last: the guest's numbering
 /// of the others does not depend on it.
 fn connect(
-    opened: Vec<Opened>,
+    opened: Vec<(Content, Opened)>,
     config: &MemoryConfig,
     windows: &Windows,
 ) -> Result<(Devices, Option<MemHandle>), BuildError> {
     let mut devices = Devices::new();
-    for device in opened {
+    for (content, device) in opened {
         let id = device.id().to_owned();
         let connected = device.connect(windows);
-        devices.push(connected.map_err(|reason| BuildError::Device { id, reason })?);
+        devices.push((
+            content,
+            connected.map_err(|reason| BuildError::Device { id, reason })?,
+        ));
     }
     let mut handle = None;
     if config.hotpluggable_bytes() > 0 {
@@ -194,30 +240,38 @@ fn connect(
             config.hotpluggable_bytes(),
         );
         handle = Some(device.handle());
-        devices.push(Box::new(device));
+        devices.push((Content::Mem, Box::new(device)));
     }
     Ok((devices, handle))
 }
 
 /// The parts that have threads or registrations to undo: devices, then vCPU threads.
 fn populate(machine: &mut Machine, devices: Devices, vcpus: Vec<VcpuFd>) -> Result<(), BuildError> {
-    for (slot, device) in devices.into_iter().enumerate() {
+    for (slot, (content, device)) in devices.into_iter().enumerate() {
         let id = device.id().to_owned();
-        machine.plug(slot, device).map_err(|e| BuildError::Device {
-            id,
-            reason: format!("{}: {}", e.what, e.source),
-        })?;
+        machine
+            .plug(slot, content, device)
+            .map_err(|e| BuildError::Device {
+                id,
+                reason: format!("{}: {}", e.what, e.source),
+            })?;
     }
-    kick::install_handler().map_err(|source| BuildError::Host {
-        what: "signal handler",
-        source,
-    })?;
-    for (index, fd) in (0u8..).zip(vcpus) {
+    start_threads(machine, (0u8..).zip(vcpus))
+}
+
+/// Makes the threads of vCPUs given by index.
+///
+/// # Errors
+/// [`BuildError::Host`].
+pub fn start_threads(
+    machine: &mut Machine,
+    vcpus: impl IntoIterator<Item = (u8, VcpuFd)>,
+) -> Result<(), BuildError> {
+    let host = |what| move |source| BuildError::Host { what, source };
+    kick::install_handler().map_err(host("signal handler"))?;
+    for (index, fd) in vcpus {
         let vcpu = machine.vcpus.factory.connect(index, fd);
-        let thread = vcpu.spawn().map_err(|source| BuildError::Host {
-            what: "vCPU thread",
-            source,
-        })?;
+        let thread = vcpu.spawn().map_err(host("vCPU thread"))?;
         machine.vcpus.threads.push(thread);
     }
     Ok(())
@@ -226,79 +280,135 @@ fn populate(machine: &mut Machine, devices: Devices, vcpus: Vec<VcpuFd>) -> Resu
 /// Everything that can be decided, opened and checked before KVM is asked for anything.
 struct Plan {
     /// In slot order; the one of hotpluggable memory is not among them.
-    devices: Vec<Opened>,
-    vsock: Option<VsockHandle>,
+    devices: Vec<(Content, Opened)>,
+    console: ConsoleLog,
     input: Input,
+    vsock: Option<VsockHandle>,
     acpi: acpi::Machine,
 }
 
 impl Plan {
-    fn new(config: &VmConfig, console: &ConsoleLog) -> Result<Self, BuildError> {
-        let mut all: Vec<Opened> = Vec::new();
-        let mut input = Input::Off;
+    fn new(config: &VmConfig) -> Result<Self, BuildError> {
+        let mut contents = Vec::new();
         if config.console == ConsoleConfig::Hvc {
-            let (device, handle) = Console::new(console.clone()).map_err(|source| BuildError::Host {
-                what: "eventfd",
-                source,
-            })?;
-            all.push(Opened::Device(Box::new(device)));
-            input = Input::Hvc(handle);
+            contents.push(Content::Console);
         }
-        let mut vsock = None;
-        if let Some(config) = &config.vsock {
-            let (device, handle) = Vsock::new(config).map_err(|e| BuildError::Device {
-                id: "vsock".to_owned(),
-                reason: e.to_string(),
-            })?;
-            all.push(Opened::Device(Box::new(device)));
-            vsock = Some(handle);
+        if config.vsock.is_some() {
+            contents.push(Content::Vsock);
         }
-        for device in &config.devices {
-            all.push(devices::open(device).map_err(|reason| BuildError::Device {
-                id: device.id().to_owned(),
-                reason,
-            })?);
+        contents.extend(config.devices.iter().cloned().map(Content::Device));
+        let mut opener = Opener::new(config);
+        let mut devices = Vec::new();
+        for content in contents {
+            let opened = opener.open(&content)?;
+            devices.push((content, opened));
         }
         let mem = usize::from(config.memory.hotpluggable_bytes() > 0);
-        let slots = all.len() + mem + usize::from(config.hotplug_slots);
-        let too_many = || BuildError::TooManySlots {
-            requested: slots,
-            max: slots::MAX_SLOTS,
-        };
-        if slots > usize::from(slots::MAX_SLOTS) {
-            return Err(too_many());
-        }
-        let mut gsis = GsiAllocator::default();
-        let ged_gsi = gsis.allocate().ok_or_else(too_many)?;
-        let mut slot_gsis = Vec::new();
-        for _ in 0..slots {
-            slot_gsis.push(gsis.allocate().ok_or_else(too_many)?);
-        }
-        let acpi = acpi::Machine {
-            boot_vcpus: config.vcpus.boot,
-            max_vcpus: config.vcpus.max,
-            ged_gsi,
-            slot_gsis,
-            io_apic_pins: gsis.pins(),
-            serial: config.console == ConsoleConfig::Serial,
-        };
+        let slots = devices.len() + mem + usize::from(config.hotplug_slots);
         Ok(Self {
-            devices: all,
-            vsock,
-            input,
-            acpi,
+            devices,
+            acpi: gsis(config, slots)?,
+            console: opener.console,
+            input: opener.input,
+            vsock: opener.vsock,
         })
     }
 
     /// Where RAM and windows go.
     fn layout(&self, config: &MemoryConfig) -> MemoryLayout {
-        let boot_pmem = self.devices.iter().map(Opened::pmem_bytes).sum();
+        let boot_pmem = self.devices.iter().map(|(_, opened)| opened.pmem_bytes()).sum();
         let pmem = (config.pmem_window_mib << 20).max(boot_pmem);
         MemoryLayout::with_windows(config.size_mib << 20, config.hotpluggable_bytes(), pmem)
     }
 }
 
-fn check_vcpu_limit(kvm: &Kvm, config: &VmConfig) -> Result<(), BuildError> {
+/// What the tables of a machine with `slots` slots describe; GSIs are given out in the same order each time.
+///
+/// # Errors
+/// [`BuildError::TooManySlots`].
+pub fn gsis(config: &VmConfig, slots: usize) -> Result<acpi::Machine, BuildError> {
+    let too_many = || BuildError::TooManySlots {
+        requested: slots,
+        max: slots::MAX_SLOTS,
+    };
+    if slots > usize::from(slots::MAX_SLOTS) {
+        return Err(too_many());
+    }
+    let mut gsis = GsiAllocator::default();
+    let ged_gsi = gsis.allocate().ok_or_else(too_many)?;
+    let mut slot_gsis = Vec::new();
+    for _ in 0..slots {
+        slot_gsis.push(gsis.allocate().ok_or_else(too_many)?);
+    }
+    Ok(acpi::Machine {
+        boot_vcpus: config.vcpus.boot,
+        max_vcpus: config.vcpus.max,
+        ged_gsi,
+        slot_gsis,
+        io_apic_pins: gsis.pins(),
+        serial: config.console == ConsoleConfig::Serial,
+    })
+}
+
+/// Opens the devices of a machine, and keeps the handles of those that have one.
+pub struct Opener<'c> {
+    config: &'c VmConfig,
+    /// The guest's output.
+    pub console: ConsoleLog,
+    /// What is typed.
+    pub input: Input,
+    /// The host side of the vsock device.
+    pub vsock: Option<VsockHandle>,
+}
+
+impl<'c> Opener<'c> {
+    /// For the machine of `config`.
+    pub fn new(config: &'c VmConfig) -> Self {
+        Self {
+            config,
+            console: ConsoleLog::default(),
+            input: Input::Off,
+            vsock: None,
+        }
+    }
+
+    /// Opens what the device of `content` needs from the host.
+    ///
+    /// # Errors
+    /// [`BuildError::Device`].
+    pub fn open(&mut self, content: &Content) -> Result<Opened, BuildError> {
+        let error = |id: &str| {
+            let id = id.to_owned();
+            move |reason| BuildError::Device { id, reason }
+        };
+        Ok(match (content, &self.config.vsock) {
+            (Content::Console, _) => {
+                let console = Console::new(self.console.clone());
+                let (device, handle) = console.map_err(|source| BuildError::Host {
+                    what: "eventfd",
+                    source,
+                })?;
+                self.input = Input::Hvc(handle);
+                Opened::Device(Box::new(device))
+            }
+            (Content::Vsock, Some(config)) => {
+                let vsock = Vsock::new(config).map_err(|e| e.to_string());
+                let (device, handle) = vsock.map_err(error("vsock"))?;
+                self.vsock = Some(handle);
+                Opened::Device(Box::new(device))
+            }
+            (Content::Vsock, None) => {
+                return Err(error("vsock")("the configuration has none".to_owned()));
+            }
+            (Content::Mem, _) => {
+                return Err(error(mem::DEVICE_ID)("comes with the memory".to_owned()));
+            }
+            (Content::Device(config), _) => devices::open(config).map_err(error(config.id()))?,
+        })
+    }
+}
+
+pub fn check_vcpu_limit(kvm: &Kvm, config: &VmConfig) -> Result<(), BuildError> {
     let supported = kvm.get_max_vcpus();
     if usize::from(config.vcpus.max) > supported {
         return Err(BuildError::TooManyVcpus {
@@ -309,7 +419,7 @@ fn check_vcpu_limit(kvm: &Kvm, config: &VmConfig) -> Result<(), BuildError> {
     Ok(())
 }
 
-fn check_address_space(bits: u32, layout: &MemoryLayout) -> Result<(), BuildError> {
+pub fn check_address_space(bits: u32, layout: &MemoryLayout) -> Result<(), BuildError> {
     let end = layout.end();
     if end > 1 << bits {
         return Err(BuildError::AddressSpace { end, bits });

@@ -145,6 +145,9 @@ pub enum VmError {
     /// The generic event device cannot interrupt the guest.
     #[error("interrupt of the generic event device: {0}")]
     Interrupt(#[from] io::Error),
+    /// A device of a restored machine cannot go on.
+    #[error("cannot resume the machine: {0}")]
+    Device(String),
     /// The machine has no vsock device.
     #[error("the machine has no vsock device")]
     NoVsock,

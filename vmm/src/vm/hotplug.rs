@@ -9,7 +9,7 @@ use crate::devices::virtio::net::{Net, NetHandle};
 use crate::vm::devices::{self, Opened};
 use crate::vm::error::HotplugError;
 use crate::vm::info::DeviceInfo;
-use crate::vm::machine::Machine;
+use crate::vm::machine::{Content, Machine};
 use crate::vm::{Vm, lock};
 
 impl Vm {
@@ -78,7 +78,7 @@ impl Vm {
                 source,
             };
             let info = machine
-                .plug(slot, device)
+                .plug(slot, Content::Device(config.clone()), device)
                 .map_err(|e| host_error(e.what, e.source))?;
             if let Err(error) = machine.board.ged.notify(Event::Slots) {
                 machine.unplug(slot);

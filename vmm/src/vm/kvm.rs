@@ -3,11 +3,13 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_userspace_memory_region,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_CLOCK_REALTIME, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry,
+    kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{GuestAddress, GuestMemory as _};
 
 use crate::devices::ged::Ged;
@@ -151,6 +153,18 @@ impl Memslots for VmFd {
         unsafe { self.set_user_memory_region(region) }
             .map_err(|error| io::Error::from_raw_os_error(error.errno()))
     }
+}
+
+/// CLOCK_REALTIME in ns, 0 before 1970.
+pub fn realtime_ns() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.map_or(0, |now| u64::try_from(now.as_nanos()).unwrap_or(u64::MAX))
+}
+
+/// Whether KVM_SET_CLOCK adds the time that has passed since the clock was read (Linux 5.16).
+pub fn adjusts_clock(kvm: &Kvm) -> bool {
+    let flags = kvm.check_extension_int(Cap::AdjustClock);
+    flags > 0 && flags as u32 & KVM_CLOCK_REALTIME != 0
 }
 
 /// Turns an errno into a [`BuildError::Ioctl`] that names the request.

@@ -112,6 +112,11 @@ impl Lifecycle {
         }
     }
 
+    /// A restored machine begins its life paused.
+    pub fn set_restored(&self) {
+        self.lock().state = VmState::Paused;
+    }
+
     /// Publishes that nothing of the machine runs any more.
     pub fn set_stopped(&self, reason: ExitReason) {
         self.lock().state = VmState::Stopped(reason);

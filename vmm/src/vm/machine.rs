@@ -1,13 +1,16 @@
 //! The parts of a built machine and how they are taken apart.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use kvm_ioctls::{IoEventAddress, VmFd};
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi::shared_page::SharedPage;
+use crate::config::DeviceConfig;
 use crate::devices::cpu_hotplug::CpuHotplug;
 use crate::devices::ged::Ged;
 use crate::devices::serial::Serial;
@@ -16,6 +19,7 @@ use crate::devices::virtio::slots::{self, Slots};
 use crate::devices::virtio::{Interrupt, VirtioDevice};
 use crate::io_loop::IoLoop;
 use crate::irq::io_apic::IoApic;
+use crate::memory::pager::Pager;
 use crate::memory::window::Windows;
 use crate::memory::{GuestMemory, layout};
 use crate::vcpu::factory::VcpuFactory;
@@ -42,6 +46,21 @@ struct SlotState {
     irqfd: Option<Arc<EventFd>>,
     /// A device was taken out of it.
     used_before: bool,
+    /// What is in it.
+    content: Option<Content>,
+}
+
+/// What a slot was filled with: enough to make the device again in another process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Content {
+    /// The console.
+    Console,
+    /// The vsock device of the configuration.
+    Vsock,
+    /// Hotpluggable memory.
+    Mem,
+    /// A device of the configuration, or one that was added.
+    Device(DeviceConfig),
 }
 
 /// The processors of a machine.
@@ -91,6 +110,17 @@ pub struct Machine {
     /// The loop of the device workers.
     pub io: IoLoop,
     io_thread: JoinHandle<()>,
+    /// What its memory came from, when it was restored.
+    pub origin: Origin,
+}
+
+/// Where the memory of a machine came from.
+#[derive(Debug, Default)]
+pub struct Origin {
+    /// The file pages not touched yet still come from.
+    pub backing: Option<File>,
+    /// Who brings them in.
+    pub pager: Option<Pager>,
 }
 
 impl Machine {
@@ -109,6 +139,7 @@ impl Machine {
                 gsi: *gsi,
                 irqfd: None,
                 used_before: false,
+                content: None,
             })
             .collect();
         Self {
@@ -120,7 +151,36 @@ impl Machine {
             memory,
             io,
             io_thread,
+            origin: Origin::default(),
         }
+    }
+
+    /// What is in slot `index`, and whether it held another device before.
+    pub fn slot(&self, index: usize) -> Option<(Option<&Content>, bool)> {
+        let state = self.slot_states.get(index)?;
+        Some((state.content.as_ref(), state.used_before))
+    }
+
+    /// Marks a slot as one that held a device before.
+    pub fn set_used_before(&mut self, index: usize) {
+        if let Some(state) = self.slot_states.get_mut(index) {
+            state.used_before = true;
+        }
+    }
+
+    /// Runs `operation` on the transport of every filled slot, locked against the guest.
+    pub fn each_transport<E>(
+        &self,
+        mut operation: impl FnMut(usize, &mut MmioTransport) -> Result<(), E>,
+    ) -> Result<(), E> {
+        for index in 0..self.board.slots.len() {
+            if let Some(mut slot) = self.board.slots.lock(index)
+                && let Some(transport) = slot.as_mut()
+            {
+                operation(index, transport)?;
+            }
+        }
+        Ok(())
     }
 
     /// The slot a new device goes to: preferably one that never had a device, because Linux binds its driver by itself
@@ -180,7 +240,12 @@ impl Machine {
     ///
     /// # Errors
     /// [`ConnectError`]; the slot is empty as before.
-    pub fn plug(&mut self, index: usize, device: Box<dyn VirtioDevice>) -> Result<DeviceInfo, ConnectError> {
+    pub fn plug(
+        &mut self,
+        index: usize,
+        content: Content,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<DeviceInfo, ConnectError> {
         let no_slot = || ConnectError {
             what: "slot",
             source: io::ErrorKind::NotFound.into(),
@@ -211,6 +276,7 @@ impl Machine {
         };
         let interrupt = Interrupt::new(Arc::default(), irqfd.clone());
         state.irqfd = Some(irqfd);
+        state.content = Some(content);
         if let Some(mut slot) = self.board.slots.lock(index) {
             *slot = Some(MmioTransport::new(device, host, interrupt, kicks));
         }
@@ -229,6 +295,7 @@ impl Machine {
             unregister("KVM_IRQFD", self.vm.unregister_irqfd(&irqfd, state.gsi));
         }
         state.used_before = true;
+        state.content = None;
         Some(DeviceInfo {
             id: transport.id().to_owned(),
             mmio_address: Slots::address(index),
@@ -293,6 +360,7 @@ impl Machine {
         }
         Remains {
             _vm: self.vm,
+            _origin: self.origin,
             _memory: self.memory,
         }
     }
@@ -302,6 +370,7 @@ impl Machine {
 #[derive(Debug)]
 pub struct Remains {
     _vm: Arc<VmFd>,
+    _origin: Origin,
     _memory: Arc<GuestMemory>,
 }
 

@@ -14,6 +14,7 @@ mod machine;
 mod processors;
 mod resize;
 mod share;
+pub mod snapshot;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -56,6 +57,8 @@ pub struct Vm {
     mem: Option<MemHandle>,
     /// Bytes of memory at boot.
     boot_memory: u64,
+    /// What it was made from.
+    config: VmConfig,
     timings: Mutex<BootTimings>,
 }
 
@@ -66,6 +69,12 @@ impl Vm {
     /// [`BuildError`]; nothing is left behind.
     pub fn new(config: VmConfig) -> Result<Self, BuildError> {
         let build_started = Mark::now();
+        let built = build::build(&config)?;
+        Self::from_built(config, built, build_started)
+    }
+
+    /// The handle of a machine just made, by building or restoring.
+    fn from_built(config: VmConfig, built: build::Built, build_started: Mark) -> Result<Self, BuildError> {
         let build::Built {
             machine,
             lifecycle,
@@ -73,7 +82,7 @@ impl Vm {
             input,
             vsock,
             mem,
-        } = build::build(&config)?;
+        } = built;
         let thread_count = machine.vcpus.threads.len();
         let machine = Arc::new(Mutex::new(Some(machine)));
         spawn_reaper(lifecycle.clone(), machine.clone()).inspect_err(|_| {
@@ -89,7 +98,7 @@ impl Vm {
             started: None,
         };
         Ok(Self {
-            id: config.id,
+            id: config.id.clone(),
             lifecycle,
             machine,
             operation: Mutex::new(()),
@@ -99,6 +108,7 @@ impl Vm {
             vsock,
             mem,
             boot_memory: config.memory.size_mib << 20,
+            config,
             timings: Mutex::new(timings),
         })
     }
@@ -132,12 +142,16 @@ impl Vm {
         self.transition("pause", VmState::Running, VmState::Paused)
     }
 
-    /// Lets paused vCPUs go on; the guest's clock and watchdogs are told.
+    /// Lets paused vCPUs go on; the guest's clock and watchdogs are told. The devices of a restored machine go on, too.
     ///
     /// # Errors
-    /// [`VmError::State`] unless the machine is paused.
+    /// [`VmError::State`] unless the machine is paused, [`VmError::Device`] when a device of a restored machine cannot go
+    /// on (the machine stays paused).
     pub fn resume(&self) -> Result<(), VmError> {
         let _operation = lock(&self.operation);
+        if let (VmState::Paused, Some(machine)) = (self.state(), &*lock(&self.machine)) {
+            machine.resume_devices().map_err(VmError::Device)?;
+        }
         self.transition("resume", VmState::Paused, VmState::Running)?;
         self.lifecycle.gate().open();
         Ok(())

@@ -14,6 +14,7 @@ mod fs;
 mod hotplug;
 mod memory;
 mod net;
+mod snapshot;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

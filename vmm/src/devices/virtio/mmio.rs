@@ -89,6 +89,8 @@ pub struct MmioTransport {
     queues: Vec<QueueRegisters>,
     /// Where the device goes on when it is activated the next time; empty: at the beginning.
     positions: Vec<QueuePosition>,
+    /// A driver runs the device, and the device does not run.
+    suspended: bool,
 }
 
 impl std::fmt::Debug for MmioTransport {
@@ -147,6 +149,7 @@ impl MmioTransport {
             queue_sel: 0,
             queues,
             positions: Vec::new(),
+            suspended: false,
         }
     }
 
@@ -424,8 +427,9 @@ impl MmioTransport {
 
     /// Stops the device between two requests. It goes on with [`resume`](Self::resume).
     pub fn suspend(&mut self) {
-        if self.is_active() {
+        if self.is_active() && !self.suspended {
             self.positions = self.device.suspend();
+            self.suspended = true;
         }
     }
 
@@ -434,7 +438,7 @@ impl MmioTransport {
     /// # Errors
     /// The reason why the device cannot start; the driver is told to reset it.
     pub fn resume(&mut self) -> Result<(), String> {
-        if !self.is_active() {
+        if !std::mem::take(&mut self.suspended) {
             return Ok(());
         }
         self.activate().inspect(|()| self.interrupt.repeat())
@@ -489,6 +493,7 @@ impl MmioTransport {
         self.queue_sel = state.queue_sel;
         self.queues = state.queues;
         self.positions = state.positions;
+        self.suspended = self.is_active();
         self.interrupt
             .status()
             .store(state.interrupt_status, Ordering::SeqCst);
@@ -508,6 +513,7 @@ impl MmioTransport {
         self.queue_sel = 0;
         self.queues = initial_queues(&*self.device);
         self.positions.clear();
+        self.suspended = false;
         self.interrupt.status().store(0, Ordering::SeqCst);
     }
 }

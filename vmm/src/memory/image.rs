@@ -1,0 +1,395 @@
+//! Guest memory in a file.
+//!
+//! The file has the regions of the layout one after the other and is sparse: pages never touched, or full of zeros, are
+//! holes. A machine can read it ([`read`]), map it privately ([`map_private`]), or have it brought in by a pager
+//! ([`super::pager`]).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+use serde::{Deserialize, Serialize};
+use vm_memory::{GuestAddress, GuestMemory as _};
+
+use super::GuestMemory;
+use super::layout::{MemoryLayout, RegionKind};
+
+const PAGE: usize = 4096;
+/// Flags of an entry of /proc/self/pagemap (Documentation/admin-guide/mm/pagemap.rst).
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const FILE_PAGE: u64 = 1 << 61;
+/// Pages looked up at a time.
+const PAGEMAP_ENTRIES: usize = 4096;
+
+/// A range of the file that has data: offset and length in bytes, multiples of the page size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// A region and its place in the file.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    /// Address in this process.
+    pub host: *mut u8,
+    /// Bytes.
+    pub len: usize,
+    /// Offset in the file.
+    pub offset: u64,
+    /// What it is.
+    pub kind: RegionKind,
+}
+
+/// Where the regions of `layout` are in this process and in the file.
+///
+/// # Errors
+/// `memory` was not allocated for `layout`.
+pub fn places(memory: &GuestMemory, layout: &MemoryLayout) -> io::Result<Vec<Place>> {
+    let mut offset = 0;
+    let mut places = Vec::new();
+    for region in layout.regions() {
+        let host = memory
+            .get_host_address(GuestAddress(region.start))
+            .map_err(|e| io::Error::other(e.to_string()))?;
+        let len = usize::try_from(region.size).map_err(io::Error::other)?;
+        places.push(Place {
+            host,
+            len,
+            offset,
+            kind: region.kind,
+        });
+        offset += region.size;
+    }
+    Ok(places)
+}
+
+/// Size of the file of `layout`, in bytes.
+pub fn file_size(layout: &MemoryLayout) -> u64 {
+    layout.regions().iter().map(|region| region.size).sum()
+}
+
+/// Which pages of a save are written.
+#[derive(Debug, Clone, Copy)]
+pub enum Pages<'f> {
+    /// All that are not zero.
+    All,
+    /// Those that differ from this file.
+    Changed(&'f File),
+}
+
+/// Writes the memory to the empty file `out` and says what is in it. `backing` is the file RAM is a private mapping of or
+/// is brought in from, if there is one. No vCPU and no device may write meanwhile.
+///
+/// # Errors
+/// The file cannot be written, or /proc/self/pagemap not be read.
+pub fn write(
+    memory: &GuestMemory,
+    layout: &MemoryLayout,
+    backing: Option<&File>,
+    pages: Pages,
+    out: &File,
+) -> io::Result<Vec<Extent>> {
+    out.set_len(file_size(layout))?;
+    let mut writer = Writer {
+        out,
+        pages,
+        base: vec![0; PAGE],
+        run: None,
+        extents: Vec::new(),
+    };
+    let pagemap = File::open("/proc/self/pagemap")?;
+    for place in places(memory, layout)? {
+        let mut entries = vec![0u8; PAGEMAP_ENTRIES * 8];
+        let total = place.len / PAGE;
+        let mut page = 0;
+        while page < total {
+            let count = PAGEMAP_ENTRIES.min(total - page);
+            let wanted = entries.get_mut(..count * 8).unwrap_or_default();
+            pagemap.read_exact_at(wanted, (place.host as u64 / PAGE as u64 + page as u64) * 8)?;
+            for (index, entry) in wanted.as_chunks::<8>().0.iter().enumerate() {
+                let offset = place.offset + ((page + index) * PAGE) as u64;
+                if holds_data(u64::from_le_bytes(*entry), place.kind, backing, offset, pages)? {
+                    // SAFETY: the page is inside the region's mapping, and nobody writes it (the caller's promise).
+                    let bytes =
+                        unsafe { std::slice::from_raw_parts(place.host.add((page + index) * PAGE), PAGE) };
+                    writer.page(offset, bytes)?;
+                }
+            }
+            page += count;
+        }
+    }
+    writer.finish()
+}
+
+/// Whether a page may have content that the file must have.
+fn holds_data(
+    entry: u64,
+    kind: RegionKind,
+    backing: Option<&File>,
+    offset: u64,
+    pages: Pages,
+) -> io::Result<bool> {
+    if kind == RegionKind::Pmem {
+        // Pages of the device's file come back with the device; private copies of them do not.
+        return Ok(entry & (PRESENT | SWAPPED) != 0 && entry & FILE_PAGE == 0);
+    }
+    if entry & (PRESENT | SWAPPED) != 0 {
+        return Ok(true);
+    }
+    if backing.map_or(Ok(false), |file| in_extent(file, offset))? {
+        return Ok(true);
+    }
+    match pages {
+        Pages::All => Ok(false),
+        // A page that was given back since the base was written is zero now, and not there.
+        Pages::Changed(base) => in_extent(base, offset),
+    }
+}
+
+/// Whether there is data at `offset` of a sparse file.
+fn in_extent(file: &File, offset: u64) -> io::Result<bool> {
+    let offset = i64::try_from(offset).map_err(io::Error::other)?;
+    // SAFETY: lseek takes no memory; nobody uses the position of this descriptor.
+    let next = unsafe { libc::lseek64(file.as_raw_fd(), offset, libc::SEEK_DATA) };
+    if next >= 0 {
+        return Ok(next == offset);
+    }
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() == Some(libc::ENXIO) {
+        return Ok(false);
+    }
+    Err(error)
+}
+
+/// Joins pages into runs and writes each run with one call.
+struct Writer<'f> {
+    out: &'f File,
+    pages: Pages<'f>,
+    base: Vec<u8>,
+    /// Offset and first byte of the run in hand, whose pages follow each other in memory and in the file.
+    run: Option<(u64, *const u8, usize)>,
+    extents: Vec<Extent>,
+}
+
+/// Longest run written with one call.
+const MAX_RUN: usize = 1 << 20;
+
+impl Writer<'_> {
+    fn page(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let wanted = match self.pages {
+            Pages::All => bytes.as_chunks::<8>().0.iter().any(|word| *word != [0; 8]),
+            Pages::Changed(base) => {
+                base.read_exact_at(&mut self.base, offset)?;
+                bytes != self.base
+            }
+        };
+        if !wanted {
+            return Ok(());
+        }
+        match &mut self.run {
+            Some((start, first, len))
+                if *start + *len as u64 == offset
+                    && first.wrapping_add(*len) == bytes.as_ptr()
+                    && *len < MAX_RUN =>
+            {
+                *len += bytes.len();
+            }
+            _ => {
+                self.flush()?;
+                self.run = Some((offset, bytes.as_ptr(), bytes.len()));
+            }
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let Some((offset, first, len)) = self.run.take() else {
+            return Ok(());
+        };
+        // SAFETY: the run consists of pages given to `page`, contiguous in one mapping that outlives the writer.
+        let bytes = unsafe { std::slice::from_raw_parts(first, len) };
+        self.out.write_all_at(bytes, offset)?;
+        match self.extents.last_mut() {
+            Some(last) if last.offset + last.len == offset => last.len += len as u64,
+            _ => self.extents.push(Extent {
+                offset,
+                len: len as u64,
+            }),
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> io::Result<Vec<Extent>> {
+        self.flush()?;
+        Ok(self.extents)
+    }
+}
+
+/// Checks extents that come from a file: in order, in pages, inside the memory.
+///
+/// # Errors
+/// What is wrong.
+pub fn check_extents(extents: &[Extent], size: u64) -> Result<(), String> {
+    let mut end = 0;
+    for extent in extents {
+        let next = extent.offset.checked_add(extent.len).filter(|next| *next <= size);
+        let whole = extent.offset.is_multiple_of(PAGE as u64) && extent.len.is_multiple_of(PAGE as u64);
+        match next {
+            Some(next) if extent.offset >= end && whole && extent.len > 0 => end = next,
+            _ => return Err(format!("memory: {extent:?} of {size:#x} bytes")),
+        }
+    }
+    Ok(())
+}
+
+/// Reads the extents of `file` into the regions for which `wanted` says so.
+///
+/// # Errors
+/// The file cannot be read, or is shorter than it should be.
+pub fn read(
+    memory: &GuestMemory,
+    layout: &MemoryLayout,
+    file: &File,
+    extents: &[Extent],
+    wanted: impl Fn(RegionKind) -> bool,
+) -> io::Result<()> {
+    for place in places(memory, layout)?
+        .into_iter()
+        .filter(|place| wanted(place.kind))
+    {
+        let end = place.offset + place.len as u64;
+        for extent in extents {
+            let (from, to) = (
+                extent.offset.max(place.offset),
+                (extent.offset + extent.len).min(end),
+            );
+            if from < to {
+                let start = (from - place.offset) as usize;
+                // SAFETY: the range is inside the region's mapping; no vCPU and no device runs yet.
+                let bytes =
+                    unsafe { std::slice::from_raw_parts_mut(place.host.add(start), (to - from) as usize) };
+                file.read_exact_at(bytes, from)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Makes RAM and the window of virtio-mem private mappings of `file`: pages come from the host's page cache when they are
+/// touched, and become this machine's own when it writes them. `memory` was allocated and not touched.
+///
+/// # Errors
+/// The kernel refused the mapping.
+pub fn map_private(memory: &GuestMemory, layout: &MemoryLayout, file: &File) -> io::Result<()> {
+    for place in places(memory, layout)?
+        .into_iter()
+        .filter(|place| place.kind != RegionKind::Pmem)
+    {
+        let offset = i64::try_from(place.offset).map_err(io::Error::other)?;
+        // SAFETY: replaces exactly the region's own mapping, which stays the region's (it unmaps the range when it is
+        // dropped), before anything refers to its content.
+        let mapped = unsafe {
+            libc::mmap64(
+                place.host.cast(),
+                place.len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                file.as_raw_fd(),
+                offset,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes;
+    use vmm_sys_util::tempfile::TempFile;
+
+    use super::*;
+    use crate::memory::allocate;
+
+    fn filled() -> (GuestMemory, MemoryLayout) {
+        let layout = MemoryLayout::with_windows(64 << 20, 128 << 20, 0);
+        let memory = allocate(&layout).unwrap();
+        memory.write_slice(&[1; 5000], GuestAddress(0x10_0000)).unwrap();
+        // Touched, and zero again.
+        memory.write_slice(&[0; 4096], GuestAddress(0x20_0000)).unwrap();
+        memory
+            .write_slice(&[3; 10], GuestAddress(0x1_0000_0000 + 4090))
+            .unwrap();
+        (memory, layout)
+    }
+
+    fn all(kind: RegionKind) -> bool {
+        kind != RegionKind::Pmem
+    }
+
+    #[test]
+    fn read_when_written_gives_the_same_memory_and_the_file_is_sparse() {
+        let (memory, layout) = filled();
+        let file = TempFile::new().unwrap();
+        let extents = write(&memory, &layout, None, Pages::All, file.as_file()).unwrap();
+        let total: u64 = extents.iter().map(|e| e.len).sum();
+        assert_eq!(total, 4 * 4096);
+        assert_eq!(file.as_file().metadata().unwrap().len(), file_size(&layout));
+        check_extents(&extents, file_size(&layout)).unwrap();
+
+        let other = allocate(&layout).unwrap();
+        read(&other, &layout, file.as_file(), &extents, all).unwrap();
+        let mut bytes = [0; 5001];
+        other.read_slice(&mut bytes, GuestAddress(0x10_0000)).unwrap();
+        assert!(bytes[..5000].iter().all(|b| *b == 1) && bytes[5000] == 0);
+        let byte: u8 = other.read_obj(GuestAddress(0x1_0000_0000 + 4099)).unwrap();
+        assert_eq!(byte, 3);
+    }
+
+    #[test]
+    fn write_when_mapped_privately_has_what_was_changed_and_what_was_not() {
+        let (memory, layout) = filled();
+        let base = TempFile::new().unwrap();
+        write(&memory, &layout, None, Pages::All, base.as_file()).unwrap();
+        let clone = allocate(&layout).unwrap();
+        map_private(&clone, &layout, base.as_file()).unwrap();
+        clone.write_obj(9u8, GuestAddress(0x30_0000)).unwrap();
+        clone.write_slice(&[0; 4096], GuestAddress(0x10_0000)).unwrap();
+
+        let full = TempFile::new().unwrap();
+        let backing = Some(base.as_file());
+        let extents = write(&clone, &layout, backing, Pages::All, full.as_file()).unwrap();
+        let total: u64 = extents.iter().map(|e| e.len).sum();
+        assert_eq!(total, 4 * 4096);
+
+        let diff = TempFile::new().unwrap();
+        let changed = Pages::Changed(base.as_file());
+        let extents = write(&clone, &layout, backing, changed, diff.as_file()).unwrap();
+        let offsets: Vec<_> = extents.iter().map(|e| (e.offset, e.len)).collect();
+        assert_eq!(offsets, [(0x10_0000, 4096), (0x30_0000, 4096)]);
+    }
+
+    #[test]
+    fn check_extents_when_out_of_order_or_range_says_which() {
+        let extent = |offset, len| Extent { offset, len };
+        assert!(check_extents(&[extent(0, 4096), extent(8192, 4096)], 12288).is_ok());
+        for bad in [
+            vec![extent(0, 4095)],
+            vec![extent(1, 4096)],
+            vec![extent(0, 0)],
+            vec![extent(8192, 8192)],
+            vec![extent(u64::MAX - 4095, 8192)],
+            vec![extent(4096, 4096), extent(0, 4096)],
+            vec![extent(0, 8192), extent(4096, 4096)],
+        ] {
+            assert!(check_extents(&bad, 12288).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,359 @@
+//! Guest memory brought in page by page through userfaultfd(2), by a thread of our own.
+//!
+//! Against a private mapping of the file ([`super::image::map_private`]) this costs a copy and a switch of threads for
+//! each fault, and gains that the source may be slow or remote without a vCPU holding locks of the memory subsystem, and
+//! that the pages are anonymous: nothing of the guest stays tied to the file once it was read.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::GuestMemory;
+use super::image::{self, Place};
+use super::layout::{MemoryLayout, RegionKind};
+
+/// linux/userfaultfd.h
+const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
+const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
+const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
+const UFFD_API: u64 = 0xaa;
+const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
+const EVENT_PAGEFAULT: u8 = 0x12;
+const MESSAGE_BYTES: usize = 32;
+
+const PAGE: usize = 4096;
+/// Bytes brought in at a fault, aligned: neighbours are likely to be next, and a fault costs far more than copying them.
+const CHUNK: usize = 64 << 10;
+
+#[repr(C)]
+struct UffdioApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct UffdioRange {
+    start: u64,
+    len: u64,
+}
+
+#[repr(C)]
+struct UffdioRegister {
+    range: UffdioRange,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct UffdioCopy {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copy: i64,
+}
+
+/// The running thread; dropping it ends the thread and makes what was never touched read as zeros.
+#[derive(Debug)]
+pub struct Pager {
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Pager {
+    /// Brings RAM and the window of virtio-mem in from `file` when they are touched. `memory` was allocated and not touched.
+    ///
+    /// # Errors
+    /// The kernel has no userfaultfd, or refuses it to this process (sysctl `vm.unprivileged_userfaultfd`, access to
+    /// /dev/userfaultfd).
+    pub fn start(memory: &Arc<GuestMemory>, layout: &MemoryLayout, file: &File) -> io::Result<Self> {
+        let uffd = open()?;
+        let source = Source::map(file, image::file_size(layout))?;
+        let places: Vec<Place> = image::places(memory, layout)?
+            .into_iter()
+            .filter(|place| place.kind != RegionKind::Pmem)
+            .collect();
+        for place in &places {
+            register(uffd.as_raw_fd(), place)?;
+        }
+        let stop = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let worker = Worker {
+            uffd: File::from(uffd),
+            source,
+            regions: places
+                .iter()
+                .map(|p| (p.host as u64, p.len as u64, p.offset))
+                .collect(),
+            stop: stop.clone(),
+            _memory: memory.clone(),
+        };
+        let thread = std::thread::Builder::new()
+            .name("vmm-pager".to_owned())
+            .spawn(move || worker.run())?;
+        Ok(Self {
+            stop,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop.write(1) {
+            tracing::error!(%error, "pager: cannot wake the thread to stop it");
+        }
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("pager: the thread panicked");
+        }
+    }
+}
+
+/// A userfaultfd that also takes the kernel's own faults (KVM's, and those of system calls into guest memory).
+fn open() -> io::Result<OwnedFd> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    let device = File::options().read(true).write(true).open("/dev/userfaultfd");
+    let fd = match device {
+        // SAFETY: the request takes flags and returns a descriptor.
+        Ok(device) => unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) },
+        // SAFETY: the system call takes flags and returns a descriptor.
+        Err(_) => unsafe { libc::syscall(libc::SYS_userfaultfd, flags) as RawFd },
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a descriptor just made, owned by nobody else.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let mut api = UffdioApi {
+        api: UFFD_API,
+        features: 0,
+        ioctls: 0,
+    };
+    // SAFETY: `api` is the structure the request takes.
+    match unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) } {
+        0 => Ok(fd),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn register(uffd: RawFd, place: &Place) -> io::Result<()> {
+    let mut register = UffdioRegister {
+        range: UffdioRange {
+            start: place.host as u64,
+            len: place.len as u64,
+        },
+        mode: UFFDIO_REGISTER_MODE_MISSING,
+        ioctls: 0,
+    };
+    // SAFETY: `register` is the structure the request takes; the range is a mapping of ours.
+    match unsafe { libc::ioctl(uffd, UFFDIO_REGISTER, &raw mut register) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The file, mapped read-only: copies are taken from its pages.
+#[derive(Debug)]
+struct Source {
+    address: usize,
+    len: usize,
+}
+
+impl Source {
+    fn map(file: &File, size: u64) -> io::Result<Self> {
+        let len = usize::try_from(size).map_err(io::Error::other)?;
+        // SAFETY: a new mapping at an address the kernel chooses.
+        let address = unsafe {
+            libc::mmap64(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self {
+            address: address as usize,
+            len,
+        })
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in `map`; nothing refers to it any more.
+        unsafe { libc::munmap(self.address as *mut libc::c_void, self.len) };
+    }
+}
+
+struct Worker {
+    uffd: File,
+    source: Source,
+    /// Host address, length and file offset of each region.
+    regions: Vec<(u64, u64, u64)>,
+    stop: Arc<EventFd>,
+    /// Keeps the mappings while faults are served.
+    _memory: Arc<GuestMemory>,
+}
+
+impl Worker {
+    fn run(mut self) {
+        loop {
+            let readable = |fd| libc::pollfd {
+                fd,
+                events: libc::POLLIN,
+                revents: 0,
+            };
+            let mut fds = [readable(self.stop.as_raw_fd()), readable(self.uffd.as_raw_fd())];
+            // SAFETY: `fds` is an array of two, alive during the call.
+            if unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) } < 0 {
+                let error = io::Error::last_os_error();
+                if error.kind() == io::ErrorKind::Interrupted {
+                    continue;
+                }
+                tracing::error!(%error, "pager: poll failed; untouched memory reads as zeros from now on");
+                return;
+            }
+            if fds[0].revents != 0 {
+                return;
+            }
+            let mut message = [0; MESSAGE_BYTES];
+            match self.uffd.read(&mut message) {
+                Ok(MESSAGE_BYTES) => self.serve(&message),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => tracing::error!(%error, "pager: cannot read a fault"),
+            }
+        }
+    }
+
+    fn serve(&self, message: &[u8; MESSAGE_BYTES]) {
+        let (event, address) = match message {
+            [
+                event,
+                _,
+                _,
+                _,
+                _,
+                _,
+                _,
+                _,
+                _,
+                _,
+                _,
+                _,
+                _,
+                _,
+                _,
+                _,
+                a,
+                b,
+                c,
+                d,
+                e,
+                f,
+                g,
+                h,
+                ..,
+            ] => (*event, u64::from_le_bytes([*a, *b, *c, *d, *e, *f, *g, *h])),
+            _ => return,
+        };
+        let found = self
+            .regions
+            .iter()
+            .find(|(start, len, _)| address.wrapping_sub(*start) < *len);
+        let (EVENT_PAGEFAULT, Some((start, len, offset))) = (event, found) else {
+            return;
+        };
+        let at = (address - start) / CHUNK as u64 * CHUNK as u64;
+        let size = (CHUNK as u64).min(len - at);
+        if self.copy(start + at, offset + at, size).is_ok() {
+            return;
+        }
+        // Some of the neighbours are there already: this page only.
+        let at = (address - start) / PAGE as u64 * PAGE as u64;
+        if let Err(error) = self.copy(start + at, offset + at, PAGE as u64) {
+            if error.raw_os_error() != Some(libc::EEXIST) {
+                tracing::error!(%error, address, "pager: cannot bring in a page");
+            }
+            self.wake(start + at);
+        }
+    }
+
+    fn copy(&self, to: u64, from: u64, len: u64) -> io::Result<()> {
+        let mut copy = UffdioCopy {
+            dst: to,
+            src: self.source.address as u64 + from,
+            len,
+            mode: 0,
+            copy: 0,
+        };
+        // SAFETY: `copy` is the structure the request takes; source and destination are mappings of ours.
+        match unsafe { libc::ioctl(self.uffd.as_raw_fd(), UFFDIO_COPY, &raw mut copy) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Lets a thread try again that waits for a page somebody else brought in.
+    fn wake(&self, address: u64) {
+        let range = UffdioRange {
+            start: address,
+            len: PAGE as u64,
+        };
+        // SAFETY: `range` is the structure the request takes.
+        unsafe { libc::ioctl(self.uffd.as_raw_fd(), UFFDIO_WAKE, &raw const range) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+    use vmm_sys_util::tempfile::TempFile;
+
+    use super::*;
+    use crate::memory::allocate;
+    use crate::memory::image::Pages;
+
+    #[test]
+    fn memory_when_touched_has_the_files_content_and_zeros_elsewhere() {
+        let layout = MemoryLayout::ram(64 << 20);
+        let memory = allocate(&layout).unwrap();
+        for page in 0..100u64 {
+            memory
+                .write_obj(page + 1, GuestAddress(0x10_0000 + page * 4096))
+                .unwrap();
+        }
+        let file = TempFile::new().unwrap();
+        image::write(&memory, &layout, None, Pages::All, file.as_file()).unwrap();
+        let clone = Arc::new(allocate(&layout).unwrap());
+        let pager = Pager::start(&clone, &layout, file.as_file()).unwrap();
+        // From several threads at once, and a system call.
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for page in (0..100u64).rev() {
+                        let value: u64 = clone.read_obj(GuestAddress(0x10_0000 + page * 4096)).unwrap();
+                        assert_eq!(value, page + 1);
+                    }
+                });
+            }
+        });
+        let zero: u64 = clone.read_obj(GuestAddress(0x300_0000)).unwrap();
+        assert_eq!(zero, 0);
+        clone.write_obj(7u64, GuestAddress(0x200_0000)).unwrap();
+        drop(pager);
+        let value: u64 = clone.read_obj(GuestAddress(0x200_0000)).unwrap();
+        assert_eq!(value, 7);
+    }
+}

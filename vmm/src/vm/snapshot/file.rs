@@ -1,0 +1,147 @@
+//! The state file: a header that says what follows, and the state in postcard.
+//!
+//! ```text
+//! 0  "DBALSNAP"   8  version   12  CRC-32 of the state   16  length of the state   24  state
+//! ```
+//! All numbers are little-endian. The file is written under another name and renamed when it is complete.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::Path;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::StateFileError;
+
+const MAGIC: [u8; 8] = *b"DBALSNAP";
+/// Version of the format; a state of another version is refused. Count it up with every change of a saved type.
+pub const VERSION: u32 = 1;
+const HEADER_BYTES: usize = 24;
+/// Largest state: what a file may make us allocate. Devices are bounded one by one.
+const MAX_BYTES: u64 = 512 << 20;
+
+/// Writes `state` to `path`, replacing what is there.
+///
+/// # Errors
+/// [`StateFileError`].
+pub fn write(path: &Path, state: &impl Serialize) -> Result<(), StateFileError> {
+    let io = |source| StateFileError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let invalid = |reason: String| StateFileError::Invalid {
+        path: path.to_owned(),
+        reason,
+    };
+    let body = postcard::to_stdvec(state).map_err(|e| invalid(e.to_string()))?;
+    let temporary = path.with_extension("new");
+    let mut file = File::create(&temporary).map_err(io)?;
+    file.write_all(&header(&body)).map_err(io)?;
+    file.write_all(&body).map_err(io)?;
+    std::fs::rename(&temporary, path).map_err(io)
+}
+
+fn header(body: &[u8]) -> [u8; HEADER_BYTES] {
+    let mut header = [0; HEADER_BYTES];
+    let fields = MAGIC
+        .into_iter()
+        .chain(VERSION.to_le_bytes())
+        .chain(crc32fast::hash(body).to_le_bytes())
+        .chain((body.len() as u64).to_le_bytes());
+    for (to, from) in header.iter_mut().zip(fields) {
+        *to = from;
+    }
+    header
+}
+
+/// Reads the state at `path`.
+///
+/// # Errors
+/// [`StateFileError`], which says whether the file is none of ours, of another version, cut off or damaged.
+pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, StateFileError> {
+    let io = |source| StateFileError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(io)?;
+    file.take(MAX_BYTES + HEADER_BYTES as u64)
+        .read_to_end(&mut bytes)
+        .map_err(io)?;
+    parse(&bytes).map_err(|reason| StateFileError::Invalid {
+        path: path.to_owned(),
+        reason,
+    })
+}
+
+/// Reads a state from the bytes of its file. None of them are trusted.
+///
+/// # Errors
+/// What is wrong.
+pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    let Some((header, body)) = bytes.split_at_checked(HEADER_BYTES) else {
+        return Err(format!("{} bytes are no state file", bytes.len()));
+    };
+    let word = |at: usize| -> u32 {
+        let bytes = header.get(at..at + 4).and_then(|b| b.try_into().ok());
+        bytes.map_or(0, u32::from_le_bytes)
+    };
+    if !header.starts_with(&MAGIC) {
+        return Err("this is no state file".to_owned());
+    }
+    if word(8) != VERSION {
+        return Err(format!("format version {}, this is version {VERSION}", word(8)));
+    }
+    let length = u64::from(word(16)) | u64::from(word(20)) << 32;
+    if length != body.len() as u64 {
+        return Err(format!(
+            "{} bytes of state, should be {length}: cut off?",
+            body.len()
+        ));
+    }
+    let (crc, expected) = (crc32fast::hash(body), word(12));
+    if crc != expected {
+        return Err(format!(
+            "checksum {crc:#010x}, should be {expected:#010x}: damaged"
+        ));
+    }
+    match postcard::take_from_bytes(body) {
+        Ok((state, [])) => Ok(state),
+        Ok((_, rest)) => Err(format!("{} bytes too many", rest.len())),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::tempdir::TempDir;
+
+    use super::*;
+
+    #[test]
+    fn parse_when_cut_or_flipped_anywhere_is_refused() {
+        let dir = TempDir::new_with_prefix("/tmp/dragonball-state").unwrap();
+        let path = dir.as_path().join("state");
+        let state: Vec<u32> = (0..50).map(|n| n * 77_777).collect();
+        write(&path, &state).unwrap();
+        assert_eq!(read::<Vec<u32>>(&path).unwrap(), state);
+        let bytes = std::fs::read(&path).unwrap();
+        for len in 0..bytes.len() {
+            assert!(parse::<Vec<u32>>(&bytes[..len]).is_err(), "{len}");
+        }
+        for bit in 0..bytes.len() * 8 {
+            let mut damaged = bytes.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert!(parse::<Vec<u32>>(&damaged).is_err(), "bit {bit}");
+        }
+        let mut newer = bytes.clone();
+        newer[8] += 1;
+        assert!(
+            parse::<Vec<u32>>(&newer)
+                .unwrap_err()
+                .contains("version 2, this is version 1")
+        );
+        assert!(parse::<Vec<u32>>(&[&bytes[..], &[0]].concat()).is_err());
+    }
+}

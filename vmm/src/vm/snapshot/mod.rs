@@ -1,0 +1,170 @@
+//! Machines in files: `save` writes a paused machine to a folder, `restore` makes a machine of it, in this process or
+//! another, once or many times.
+//!
+//! The folder has two files: `state` (versioned, with a checksum) and `memory` (sparse). A full save stands for itself; a
+//! difference has only the pages that differ from a full save and needs that one to be restored.
+//!
+//! What differs between a machine and its clones: the generation id (see [`crate::devices::vmgenid`]), and the clocks,
+//! which go on as if the machine had been running. Connections of the vsock device are gone; the guest is told.
+
+mod file;
+mod restore;
+mod save;
+mod state;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+
+pub use save::SaveReport;
+
+use crate::devices::virtio::state::StateError;
+use crate::vcpu::state::VcpuStateError;
+use crate::vm::VmState;
+use crate::vm::error::BuildError;
+
+/// Name of the state file in a save's folder.
+const STATE: &str = "state";
+/// Name of the memory file in a save's folder.
+const MEMORY: &str = "memory";
+
+/// What a save contains.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum SaveKind {
+    /// All memory that is not zero.
+    #[default]
+    Full,
+    /// The pages that differ from the full save in this folder, found by comparing: no dirty log has to be kept while the
+    /// machine runs (which would split its huge pages), and what devices wrote is found as well.
+    Difference {
+        /// Folder of the full save, which must stay as it is as long as the difference is of use.
+        base: PathBuf,
+    },
+}
+
+/// How the memory of a restored machine gets its content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MemoryMode {
+    /// All of it is read before the machine exists. The files may change afterwards.
+    Eager,
+    /// The file is mapped privately: pages come from the host's page cache, shared by all clones, and are copied when they
+    /// are written. The memory file must not change while the machine exists.
+    #[default]
+    CopyOnWrite,
+    /// A thread copies pages in when they are touched (userfaultfd). The memory file must not change until then.
+    Userfaultfd,
+}
+
+/// What is different in a restored machine. A name that does not exist in the save is an error.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct RestoreOptions {
+    /// How memory gets its content.
+    pub memory: MemoryMode,
+    /// Another id for the machine.
+    pub id: Option<String>,
+    /// Other images, by id of the block or pmem device.
+    pub disks: BTreeMap<String, PathBuf>,
+    /// Other TAPs, by id of the network device.
+    pub taps: BTreeMap<String, String>,
+    /// Another Unix socket for the vsock device.
+    pub vsock_uds: Option<PathBuf>,
+}
+
+/// A state file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateFileError {
+    /// It cannot be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        source: io::Error,
+    },
+    /// It is not a state of ours, or damaged.
+    #[error("{path}: {reason}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+/// A machine cannot be saved. It is as before.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// The machine is not paused.
+    #[error("cannot save a machine that is {0}: pause it first")]
+    State(VmState),
+    /// A device does not let itself be saved.
+    #[error(transparent)]
+    Device(#[from] StateError),
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuStateError),
+    /// KVM.
+    #[error("{ioctl}: {source}")]
+    Kvm {
+        /// The ioctl.
+        ioctl: &'static str,
+        /// Cause.
+        source: kvm_ioctls::Error,
+    },
+    /// The host refused something.
+    #[error("{path}: {source}")]
+    Io {
+        /// File or folder.
+        path: PathBuf,
+        /// Cause.
+        source: io::Error,
+    },
+    /// The state file.
+    #[error(transparent)]
+    File(#[from] StateFileError),
+    /// The base of a difference is another machine's, or a difference itself.
+    #[error("{path} cannot be the base of a difference: {reason}")]
+    Base {
+        /// Its folder.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
+    /// The machine was saved, but a device or vCPU could not go on; the machine is stopped.
+    #[error("the machine was saved and cannot go on: {0}")]
+    Resume(String),
+}
+
+/// A saved machine cannot be restored. Nothing of it is left behind.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The state file is missing, cut off, damaged or of another version.
+    #[error(transparent)]
+    File(#[from] StateFileError),
+    /// The state contradicts itself.
+    #[error("saved state: {0}")]
+    Invalid(String),
+    /// The host's CPU is not the one it was saved on.
+    #[error("{0}")]
+    Cpu(String),
+    /// An override names something the machine does not have.
+    #[error("override: {0}")]
+    Override(String),
+    /// The memory file.
+    #[error("{path}: {source}")]
+    Memory {
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        source: io::Error,
+    },
+    /// A device does not accept its state.
+    #[error(transparent)]
+    Device(#[from] StateError),
+    /// A vCPU does not accept its state.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuStateError),
+    /// The machine cannot be built on this host.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+}

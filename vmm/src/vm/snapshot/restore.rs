@@ -1,0 +1,443 @@
+//! From a folder to a paused machine; the recipe, from top to bottom, as `build.rs` is for a boot.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_CLOCK_REALTIME, kvm_clock_data};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+
+use super::state::{ClockState, MachineState};
+use super::{MEMORY, MemoryMode, RestoreError, RestoreOptions, STATE, file};
+use crate::acpi::shared_page::SharedPage;
+use crate::config::{DeviceConfig, VmConfig};
+use crate::devices::ged::Event;
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::mem::{self, Mem, MemHandle};
+use crate::devices::vmgenid;
+use crate::memory::image::{self, Extent};
+use crate::memory::layout::{MemoryLayout, RegionKind};
+use crate::memory::pager::Pager;
+use crate::memory::window::{Memslots, Windows};
+use crate::memory::{self, GuestMemory};
+use crate::vcpu::{cpuid, factory};
+use crate::vm::build::{self, Built, Opener, Parts};
+use crate::vm::console::Input;
+use crate::vm::devices::Opened;
+use crate::vm::error::BuildError;
+use crate::vm::info::Mark;
+use crate::vm::kvm::{self, ioctl_error};
+use crate::vm::machine::{Content, Machine, Origin};
+use crate::vm::{Vm, VmState};
+
+impl Vm {
+    /// Makes a machine of what [`save`](Vm::save) wrote to `dir`. It is paused; [`resume`](Vm::resume) lets it go on. Before
+    /// that, vsock listeners must be registered again and devices may be added or removed.
+    ///
+    /// # Errors
+    /// [`RestoreError`]; nothing is left behind.
+    pub fn restore(dir: &Path, options: &RestoreOptions) -> Result<Self, RestoreError> {
+        let started = Mark::now();
+        let mut state: MachineState = file::read(&dir.join(STATE))?;
+        check(&state)?;
+        apply(&mut state, options)?;
+        let config = state.config.clone();
+        let built = restore(dir, state, options.memory)?;
+        built.lifecycle.set_restored();
+        let id = config.id.clone();
+        let vm = Self::from_built(config, built, started)?;
+        tracing::info!(id, ?dir, state = %VmState::Paused, "machine restored");
+        Ok(vm)
+    }
+}
+
+/// What the file says must be possible before anything is allocated for it.
+fn check(state: &MachineState) -> Result<(), RestoreError> {
+    let invalid = |reason: String| Err(RestoreError::Invalid(reason));
+    if let Err(error) = state.config.validate() {
+        return invalid(format!("configuration: {error}"));
+    }
+    let max = usize::from(state.config.vcpus.max);
+    if state.present.len() != max {
+        return invalid(format!(
+            "{} processors, the configuration has {max}",
+            state.present.len()
+        ));
+    }
+    let present = state.present.iter().zip(0u8..).filter(|(present, _)| **present);
+    if !present
+        .map(|(_, index)| index)
+        .eq(state.vcpus.iter().map(|vcpu| vcpu.index))
+    {
+        return invalid("processors and their states do not match".to_owned());
+    }
+    if state.vcpus.is_empty() {
+        return invalid("no processor".to_owned());
+    }
+    if state.memory.pmem_window > crate::config::MAX_MEMORY_MIB << 20 {
+        return invalid(format!("a pmem window of {:#x} bytes", state.memory.pmem_window));
+    }
+    let mut ids: Vec<&str> = devices(state).map(DeviceConfig::id).collect();
+    let count = ids.len();
+    ids.sort_unstable();
+    ids.dedup();
+    if ids.len() != count {
+        return invalid("two devices have the same id".to_owned());
+    }
+    for device in devices(state) {
+        if let Err(error) = device.validate() {
+            return invalid(error.to_string());
+        }
+    }
+    let size = image::file_size(&layout(state));
+    image::check_extents(&state.memory.extents, size).map_err(RestoreError::Invalid)
+}
+
+fn devices(state: &MachineState) -> impl Iterator<Item = &DeviceConfig> {
+    let contents = state.slots.iter().filter_map(|slot| slot.device.as_ref());
+    contents.filter_map(|device| match &device.content {
+        Content::Device(config) => Some(config),
+        _ => None,
+    })
+}
+
+fn layout(state: &MachineState) -> MemoryLayout {
+    let memory = &state.config.memory;
+    MemoryLayout::with_windows(
+        memory.size_mib << 20,
+        memory.hotpluggable_bytes(),
+        state.memory.pmem_window,
+    )
+}
+
+/// Applies the overrides, each of which must hit something.
+fn apply(state: &mut MachineState, options: &RestoreOptions) -> Result<(), RestoreError> {
+    let (mut disks, mut taps) = (options.disks.clone(), options.taps.clone());
+    if let Some(id) = &options.id {
+        state.config.id.clone_from(id);
+    }
+    let slots = state.slots.iter_mut().filter_map(|slot| slot.device.as_mut());
+    for device in slots {
+        if let Content::Device(config) = &mut device.content {
+            replace(config, &mut disks, &mut taps);
+        }
+    }
+    let left = disks.keys().map(|id| format!("disk {id}"));
+    let left: Vec<String> = left
+        .chain(taps.keys().map(|id| format!("network {id}")))
+        .collect();
+    if !left.is_empty() {
+        return Err(RestoreError::Override(format!(
+            "the saved machine has no {}",
+            left.join(", no ")
+        )));
+    }
+    match (&mut state.config.vsock, &options.vsock_uds) {
+        (Some(vsock), Some(path)) => vsock.uds_path = Some(path.clone()),
+        (None, Some(_)) => {
+            return Err(RestoreError::Override(
+                "the saved machine has no vsock device".to_owned(),
+            ));
+        }
+        (_, None) => {}
+    }
+    Ok(())
+}
+
+fn replace(
+    config: &mut DeviceConfig,
+    disks: &mut BTreeMap<String, PathBuf>,
+    taps: &mut BTreeMap<String, String>,
+) {
+    match config {
+        DeviceConfig::Block(block) => {
+            if let Some(path) = disks.remove(&block.id) {
+                block.path = path;
+            }
+        }
+        DeviceConfig::Pmem(pmem) => {
+            if let Some(path) = disks.remove(&pmem.id) {
+                pmem.path = path;
+            }
+        }
+        DeviceConfig::Net(net) => {
+            if let Some(name) = taps.remove(&net.id) {
+                net.tap.name = name;
+            }
+        }
+        DeviceConfig::Fs(_) | DeviceConfig::Rng(_) | DeviceConfig::Balloon(_) => {}
+    }
+}
+
+fn restore(dir: &Path, state: MachineState, mode: MemoryMode) -> Result<Built, RestoreError> {
+    let layout = layout(&state);
+    let layers = Layers::open(dir, &state, &layout)?;
+    let mut opener = Opener::new(&state.config);
+    let mut opened = Vec::new();
+    for slot in &state.slots {
+        let content = slot.device.as_ref().map(|device| &device.content);
+        opened.push(match content {
+            Some(Content::Mem) | None => None,
+            Some(content) => Some(opener.open(content)?),
+        });
+    }
+
+    let kvm = kvm::open().map_err(BuildError::from)?;
+    build::check_vcpu_limit(&kvm, &state.config)?;
+    let here = cpuid::supported(&kvm).map_err(BuildError::from)?;
+    cpuid::check_compatible(&state.cpuid, &here).map_err(RestoreError::Cpu)?;
+    build::check_address_space(cpuid::physical_address_bits(&here), &layout)?;
+    let vm = Arc::new(kvm::create_vm(&kvm)?);
+
+    let memory = Arc::new(memory::allocate(&layout).map_err(BuildError::from)?);
+    let origin = layers.load(&memory, &layout, mode)?;
+    kvm::set_memory(&vm, &memory, &layout)?;
+    let memslots: Arc<dyn Memslots> = vm.clone();
+    let windows = Windows::new(layout.clone(), &memory, &memslots);
+    kvm::split_irqchip(&vm)?;
+    let (vcpus, clock) = make_vcpus(&kvm, &vm, &state)?;
+
+    let parts = Parts {
+        vm: vm.clone(),
+        memory: memory.clone(),
+        windows,
+        shared: Arc::new(SharedPage::new(memory.clone())),
+        cpuid: state.cpuid.clone(),
+        acpi: build::gsis(&state.config, state.slots.len())?,
+        console: opener.console.clone(),
+        vcpus: state.config.vcpus,
+    };
+    let (mut machine, lifecycle) = parts.assemble()?;
+    machine.origin = origin;
+    let input = machine.board.serial.clone().map_or(opener.input, Input::Serial);
+    let (console, vsock) = (opener.console, opener.vsock);
+    let result = populate(&mut machine, opened, &state).and_then(|mem| {
+        // Files of pmem devices are mapped now; this machine's own copies of their pages go on top.
+        layers.load_private(&memory, &layout)?;
+        set_board(&machine, &state)?;
+        vm.set_clock(&clock).map_err(ioctl_error("KVM_SET_CLOCK"))?;
+        build::start_threads(&mut machine, vcpus)?;
+        Ok(mem)
+    });
+    match result {
+        Ok(mem) => Ok(Built {
+            machine,
+            lifecycle,
+            console,
+            input,
+            vsock,
+            mem,
+        }),
+        Err(error) => {
+            lifecycle.gate().end();
+            drop(machine.shut_down());
+            Err(error)
+        }
+    }
+}
+
+/// vCPUs with their state; and the clock to set, by which the guest has missed nothing.
+fn make_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    state: &MachineState,
+) -> Result<(Vec<(u8, VcpuFd)>, kvm_clock_data), RestoreError> {
+    let ClockState { kvmclock, realtime } = state.clock;
+    let passed = kvm::realtime_ns().saturating_sub(realtime);
+    let mut vcpus = Vec::new();
+    for saved in &state.vcpus {
+        let fd = factory::create(vm, &state.cpuid, saved.index, state.config.vcpus.max)?;
+        saved.restore(&fd, passed)?;
+        vcpus.push((saved.index, fd));
+    }
+    let mut clock = kvm_clock_data::default();
+    if kvm::adjusts_clock(kvm) {
+        // KVM adds what has passed until the moment it sets the clock.
+        (clock.clock, clock.realtime, clock.flags) =
+            (kvmclock, realtime.min(kvm::realtime_ns()), KVM_CLOCK_REALTIME);
+    } else {
+        clock.clock = kvmclock.saturating_add(passed);
+    }
+    Ok((vcpus, clock))
+}
+
+/// Puts the devices into their slots, with their state.
+fn populate(
+    machine: &mut Machine,
+    opened: Vec<Option<Opened>>,
+    state: &MachineState,
+) -> Result<Option<MemHandle>, RestoreError> {
+    let mut handle = None;
+    for (index, (slot, opened)) in state.slots.iter().zip(opened).enumerate() {
+        if let Some(saved) = &slot.device {
+            let device = connect(machine, opened, &state.config, &mut handle)?;
+            let id = device.id().to_owned();
+            machine
+                .plug(index, saved.content.clone(), device)
+                .map_err(|e| BuildError::Device {
+                    id,
+                    reason: format!("{}: {}", e.what, e.source),
+                })?;
+            let mut slot = machine.board.slots.lock(index);
+            if let Some(transport) = slot.as_mut().and_then(|slot| slot.as_mut()) {
+                transport.restore(saved.transport.clone(), &saved.state)?;
+            }
+        }
+        if slot.used_before {
+            machine.set_used_before(index);
+        }
+    }
+    Ok(handle)
+}
+
+fn connect(
+    machine: &Machine,
+    opened: Option<Opened>,
+    config: &VmConfig,
+    handle: &mut Option<MemHandle>,
+) -> Result<Box<dyn VirtioDevice>, BuildError> {
+    if let Some(opened) = opened {
+        let id = opened.id().to_owned();
+        let device = opened.connect(&machine.windows);
+        return device.map_err(|reason| BuildError::Device { id, reason });
+    }
+    let window = machine.windows.hotplug()?.clone();
+    let device = Mem::new(mem::DEVICE_ID, window, config.memory.hotpluggable_bytes());
+    *handle = Some(device.handle());
+    Ok(Box::new(device))
+}
+
+/// The rest of the board. The interrupt controller comes first: the others may interrupt.
+fn set_board(machine: &Machine, state: &MachineState) -> Result<(), RestoreError> {
+    let board = &machine.board;
+    board
+        .io_apic
+        .restore(state.io_apic.clone())
+        .map_err(RestoreError::Invalid)?;
+    machine
+        .vcpus
+        .hotplug
+        .restore(&state.present)
+        .map_err(RestoreError::Invalid)?;
+    match (&board.serial, &state.serial) {
+        (Some(serial), Some(state)) => serial.restore_state(state)?,
+        (None, None) => {}
+        _ => {
+            return Err(RestoreError::Invalid(
+                "COM1 and its state do not match".to_owned(),
+            ));
+        }
+    }
+    board.ged.restore(state.ged_pending);
+    let host = |what| move |source| BuildError::Host { what, source };
+    let generation = vmgenid::new_id().map_err(host("generation id"))?;
+    board.shared.set_generation(generation);
+    let notified = board.ged.notify(Event::Generation);
+    Ok(notified.map_err(host("interrupt of the generic event device"))?)
+}
+
+/// The memory files of a save: of itself and, below, of the save it is a difference against.
+struct Layers<'s> {
+    base: Option<(PathBuf, File, Vec<Extent>)>,
+    path: PathBuf,
+    file: File,
+    extents: &'s [Extent],
+}
+
+impl<'s> Layers<'s> {
+    fn open(dir: &Path, state: &'s MachineState, layout: &MemoryLayout) -> Result<Self, RestoreError> {
+        let size = image::file_size(layout);
+        let base = match &state.memory.base {
+            None => None,
+            Some(base) => {
+                let saved: MachineState = file::read(&base.dir.join(STATE))?;
+                if saved.id != base.id || saved.memory.base.is_some() {
+                    return Err(RestoreError::Invalid(format!(
+                        "{} is not the save this one is a difference against",
+                        base.dir.display()
+                    )));
+                }
+                image::check_extents(&saved.memory.extents, size).map_err(RestoreError::Invalid)?;
+                let (path, file) = open_memory(&base.dir, size)?;
+                Some((path, file, saved.memory.extents))
+            }
+        };
+        let (path, file) = open_memory(dir, size)?;
+        Ok(Self {
+            base,
+            path,
+            file,
+            extents: &state.memory.extents,
+        })
+    }
+
+    /// Fills everything but the window of virtio-pmem.
+    fn load(
+        &self,
+        memory: &Arc<GuestMemory>,
+        layout: &MemoryLayout,
+        mode: MemoryMode,
+    ) -> Result<Origin, RestoreError> {
+        let lowest = self.base.as_ref();
+        let (path, file, extents) = match lowest {
+            Some((path, file, extents)) => (path, file, extents.as_slice()),
+            None => (&self.path, &self.file, self.extents),
+        };
+        let error = |source| RestoreError::Memory {
+            path: path.clone(),
+            source,
+        };
+        let not_pmem = |kind| kind != RegionKind::Pmem;
+        let mut origin = Origin::default();
+        match mode {
+            MemoryMode::Eager => image::read(memory, layout, file, extents, not_pmem).map_err(error)?,
+            MemoryMode::CopyOnWrite => image::map_private(memory, layout, file).map_err(error)?,
+            MemoryMode::Userfaultfd => {
+                origin.pager = Some(Pager::start(memory, layout, file).map_err(error)?);
+            }
+        }
+        if mode != MemoryMode::Eager {
+            origin.backing = Some(file.try_clone().map_err(error)?);
+        }
+        if lowest.is_some() {
+            let read = image::read(memory, layout, &self.file, self.extents, not_pmem);
+            read.map_err(|source| self.error(source))?;
+        }
+        Ok(origin)
+    }
+
+    /// Fills the window of virtio-pmem with the pages that are the machine's own.
+    fn load_private(&self, memory: &GuestMemory, layout: &MemoryLayout) -> Result<(), RestoreError> {
+        let pmem = |kind| kind == RegionKind::Pmem;
+        if let Some((_, file, extents)) = &self.base {
+            image::read(memory, layout, file, extents, pmem).map_err(|source| self.error(source))?;
+        }
+        image::read(memory, layout, &self.file, self.extents, pmem).map_err(|source| self.error(source))
+    }
+
+    fn error(&self, source: std::io::Error) -> RestoreError {
+        RestoreError::Memory {
+            path: self.path.clone(),
+            source,
+        }
+    }
+}
+
+/// Opens the memory file in `dir`, which must have `size` bytes: a shorter one would be a SIGBUS when it is mapped.
+fn open_memory(dir: &Path, size: u64) -> Result<(PathBuf, File), RestoreError> {
+    let path = dir.join(MEMORY);
+    let error = |source| RestoreError::Memory {
+        path: path.clone(),
+        source,
+    };
+    let file = File::open(&path).map_err(error)?;
+    let len = file.metadata().map_err(error)?.len();
+    if len != size {
+        return Err(RestoreError::Invalid(format!(
+            "{} has {len} bytes, the machine's memory has {size}",
+            path.display()
+        )));
+    }
+    Ok((path, file))
+}

@@ -1,0 +1,246 @@
+//! From a paused machine to a folder.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use kvm_bindings::KVM_CLOCK_REALTIME;
+
+use super::state::{Base, ClockState, DeviceState, MachineState, MemoryState, SlotState};
+use super::{MEMORY, STATE, SaveError, SaveKind, file};
+use crate::devices::cpu_hotplug::Cpu;
+use crate::devices::vmgenid;
+use crate::memory::image::{self, Pages};
+use crate::memory::layout::RegionKind;
+use crate::vcpu::run::{Vcpu, VcpuThread};
+use crate::vcpu::state::{self as vcpu_state, VcpuState};
+use crate::vm::kvm;
+use crate::vm::machine::Machine;
+use crate::vm::{ExitReason, Vm, VmState, lock};
+
+/// What was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SaveReport {
+    /// Bytes of data in the memory file (which is as long as the machine's memory, and sparse).
+    pub memory_bytes: u64,
+}
+
+impl Vm {
+    /// Writes the machine to the folder `dir`, which is made if it does not exist; a save in it is replaced. The machine
+    /// stays paused and can go on.
+    ///
+    /// # Errors
+    /// [`SaveError`]. The folder may have an incomplete memory file, never an incomplete state file.
+    pub fn save(&self, dir: &Path, kind: &SaveKind) -> Result<SaveReport, SaveError> {
+        let _operation = lock(&self.operation);
+        let state = self.state();
+        let mut machine = lock(&self.machine);
+        let (VmState::Paused, Some(machine)) = (&state, &mut *machine) else {
+            return Err(SaveError::State(state));
+        };
+        let base = Opened::new(kind, dir, machine)?;
+        let io = |path: &Path| {
+            let path = path.to_owned();
+            move |source| SaveError::Io { path, source }
+        };
+        fs::create_dir_all(dir).map_err(io(dir))?;
+        let state_path = dir.join(STATE);
+        // From here to the rename at the end there is no save in the folder.
+        match fs::remove_file(&state_path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io(&state_path)(error)),
+            _ => {}
+        }
+        let result = self.save_parts(machine, dir, base, &state_path);
+        // Whatever happened, the machine is to be usable.
+        if let Err(reason) = machine.resume_devices() {
+            self.lifecycle
+                .finish(ExitReason::Failure(format!("after a save: {reason}")));
+            return Err(SaveError::Resume(reason));
+        }
+        result
+    }
+
+    /// Devices first, because they may still interrupt; then vCPUs, then memory, which both have written to.
+    fn save_parts(
+        &self,
+        machine: &mut Machine,
+        dir: &Path,
+        base: Opened,
+        state_path: &Path,
+    ) -> Result<SaveReport, SaveError> {
+        let slots = machine.save_devices()?;
+        let clock = machine.save_clock()?;
+        let vcpus = self.save_vcpus(machine)?;
+        let memory_path = dir.join(MEMORY);
+        let memory_error = |source| SaveError::Io {
+            path: memory_path.clone(),
+            source,
+        };
+        // A new file: the old one may be another machine's memory.
+        let temporary = dir.join("memory.new");
+        let out = File::create(&temporary).map_err(memory_error)?;
+        let (pages, base) = match &base {
+            Opened::Full => (Pages::All, None),
+            Opened::Difference { memory, base } => (Pages::Changed(memory), Some(base.clone())),
+        };
+        let layout = machine.windows.layout();
+        let backing = machine.origin.backing.as_ref();
+        let extents = image::write(&machine.memory, layout, backing, pages, &out).map_err(memory_error)?;
+        fs::rename(&temporary, &memory_path).map_err(memory_error)?;
+        let memory_bytes = extents.iter().map(|extent| extent.len).sum();
+        let hotplug = &machine.vcpus.hotplug;
+        let state = MachineState {
+            id: vmgenid::new_id().map_err(memory_error)?,
+            config: self.config.clone(),
+            memory: MemoryState {
+                pmem_window: layout.window(RegionKind::Pmem).map_or(0, |region| region.size),
+                extents,
+                base,
+            },
+            clock,
+            cpuid: machine.vcpus.factory.cpuid.clone(),
+            present: hotplug.cpus().iter().map(|cpu| *cpu != Cpu::Absent).collect(),
+            vcpus,
+            io_apic: machine.board.io_apic.save(),
+            ged_pending: machine.board.ged.pending(),
+            serial: machine.board.serial.as_ref().map(|serial| serial.save_state()),
+            slots,
+        };
+        file::write(state_path, &state)?;
+        tracing::info!(id = self.id, ?dir, memory_bytes, "machine saved");
+        Ok(SaveReport { memory_bytes })
+    }
+
+    /// A vCPU belongs to its thread, so the threads end and are made again; they wait at the gate meanwhile.
+    fn save_vcpus(&self, machine: &mut Machine) -> Result<Vec<VcpuState>, SaveError> {
+        let kvm = kvm::open().map_err(|error| SaveError::Resume(error.to_string()))?;
+        let msrs = vcpu_state::msrs_to_save(&kvm).map_err(|source| SaveError::Kvm {
+            ioctl: "KVM_GET_MSR_INDEX_LIST",
+            source,
+        })?;
+        let threads = std::mem::take(&mut machine.vcpus.threads);
+        let vcpus: Vec<Vcpu> = threads.into_iter().filter_map(VcpuThread::retire).collect();
+        let states = vcpus
+            .iter()
+            .map(|vcpu| vcpu_state::save(&vcpu.fd, vcpu.index, &msrs))
+            .collect();
+        for vcpu in vcpus {
+            let index = vcpu.index;
+            match vcpu.spawn() {
+                Ok(thread) => machine.vcpus.threads.push(thread),
+                Err(error) => {
+                    let reason = format!("vCPU {index}: {error}");
+                    self.lifecycle.finish(ExitReason::Failure(reason.clone()));
+                    return Err(SaveError::Resume(reason));
+                }
+            }
+        }
+        Ok(Result::<_, _>::from_iter::<Vec<Result<VcpuState, _>>>(states)?)
+    }
+}
+
+/// What the save is written against.
+enum Opened {
+    Full,
+    Difference { memory: File, base: Base },
+}
+
+impl Opened {
+    fn new(kind: &SaveKind, target: &Path, machine: &Machine) -> Result<Self, SaveError> {
+        let SaveKind::Difference { base: dir } = kind else {
+            return Ok(Self::Full);
+        };
+        let io = |path: PathBuf| move |source| SaveError::Io { path, source };
+        let dir = fs::canonicalize(dir).map_err(io(dir.clone()))?;
+        let refused = |reason: String| SaveError::Base {
+            path: dir.clone(),
+            reason,
+        };
+        if fs::canonicalize(target).is_ok_and(|target| target == dir) {
+            return Err(refused("it is the folder to be written".to_owned()));
+        }
+        let state: MachineState = file::read(&dir.join(STATE))?;
+        if let Some(other) = state.memory.base {
+            return Err(refused(format!(
+                "it is a difference against {}",
+                other.dir.display()
+            )));
+        }
+        let path = dir.join(MEMORY);
+        let memory = File::open(&path).map_err(io(path.clone()))?;
+        let (len, size) = (
+            memory.metadata().map_err(io(path))?.len(),
+            image::file_size(machine.windows.layout()),
+        );
+        if len != size {
+            return Err(refused(format!(
+                "its memory has {len} bytes, this machine's has {size}"
+            )));
+        }
+        Ok(Self::Difference {
+            memory,
+            base: Base { dir, id: state.id },
+        })
+    }
+}
+
+impl Machine {
+    /// Stops all devices and takes their state.
+    fn save_devices(&mut self) -> Result<Vec<SlotState>, SaveError> {
+        self.each_transport(|_, transport| {
+            transport.suspend();
+            Ok::<(), SaveError>(())
+        })?;
+        let mut slots = Vec::new();
+        for index in 0..self.board.slots.len() {
+            let (content, used_before) = self.slot(index).unwrap_or((None, false));
+            let slot = self.board.slots.lock(index);
+            let device = match (content, slot.as_ref().and_then(|slot| slot.as_ref())) {
+                (Some(content), Some(transport)) => {
+                    let (transport, state) = transport.save()?;
+                    Some(DeviceState {
+                        content: content.clone(),
+                        transport,
+                        state,
+                    })
+                }
+                _ => None,
+            };
+            slots.push(SlotState { used_before, device });
+        }
+        Ok(slots)
+    }
+
+    /// Lets all suspended devices go on.
+    ///
+    /// # Errors
+    /// What the first that cannot said; the others go on.
+    pub fn resume_devices(&self) -> Result<(), String> {
+        let mut result = Ok(());
+        let _ = self.each_transport(|_, transport| {
+            let id = transport.id().to_owned();
+            let resumed = transport
+                .resume()
+                .map_err(|reason| format!("device {id}: {reason}"));
+            if result.is_ok() {
+                result = resumed;
+            }
+            Ok::<(), ()>(())
+        });
+        result
+    }
+
+    fn save_clock(&self) -> Result<ClockState, SaveError> {
+        let kvm = |ioctl| move |source| SaveError::Kvm { ioctl, source };
+        let clock = self.vm.get_clock().map_err(kvm("KVM_GET_CLOCK"))?;
+        // Without the flag (Linux before 5.16) the two are read one after the other.
+        let realtime = match clock.flags & KVM_CLOCK_REALTIME {
+            0 => kvm::realtime_ns(),
+            _ => clock.realtime,
+        };
+        Ok(ClockState {
+            kvmclock: clock.clock,
+            realtime,
+        })
+    }
+}

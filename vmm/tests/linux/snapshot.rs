@@ -1,0 +1,249 @@
+//! Machines saved while they work, and what becomes of them.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime};
+
+use dragonball::Vm;
+use dragonball::config::{
+    BalloonConfig, BlockConfig, DeviceConfig, FsConfig, FsRoot, MemoryConfig, RngConfig, SharedDir,
+    VcpuConfig, VmConfig, VsockConfig,
+};
+use dragonball::vm::ExitReason;
+use dragonball::vm::snapshot::{MemoryMode, RestoreOptions, SaveKind};
+
+use crate::guest::Scratch;
+use crate::{LONG, config, start, wait_for};
+
+const MODES: [MemoryMode; 3] = [
+    MemoryMode::Eager,
+    MemoryMode::CopyOnWrite,
+    MemoryMode::Userfaultfd,
+];
+
+/// Writes numbered, checksummed blocks to the disk for ever, and ticks; ends when the disk has `limit` of them, after
+/// comparing all of them.
+fn disk_writer(limit: u32) -> String {
+    format!(
+        "i=0; while [ $i -lt {limit} ]; do\n\
+           dd if=/dev/urandom of=/b bs=64k count=4 2>/dev/null; md5sum < /b >> /sums\n\
+           dd if=/b of=/dev/vda bs=64k seek=$((i*4)) conv=notrunc 2>/dev/null; i=$((i+1)); echo \"block $i;\"\n\
+         done; sync; echo 3 > /proc/sys/vm/drop_caches\n\
+         i=0; while [ $i -lt {limit} ]; do dd if=/dev/vda bs=64k skip=$((i*4)) count=4 2>/dev/null | md5sum; i=$((i+1)); done > /again\n\
+         cmp /sums /again && echo same; dmesg | grep -cE 'lockup|stall|I/O error|BUG:|WARNING:'"
+    )
+}
+
+fn machine(scratch: &Scratch, script: &str) -> VmConfig {
+    let mut config = config(scratch, script);
+    config.vcpus = VcpuConfig { boot: 2, max: 4 };
+    let disk = scratch.write("disk", &vec![0; 64 << 20]);
+    config.devices = vec![
+        DeviceConfig::Block(BlockConfig::new("disk", disk)),
+        DeviceConfig::Rng(RngConfig { id: "rng".to_owned() }),
+    ];
+    config
+}
+
+fn save(vm: &Vm, dir: &Path, kind: &SaveKind) -> u64 {
+    vm.pause().unwrap();
+    vm.save(dir, kind).unwrap().memory_bytes
+}
+
+fn restore(dir: &Path, memory: MemoryMode) -> Vm {
+    let options = RestoreOptions {
+        memory,
+        ..RestoreOptions::default()
+    };
+    Vm::restore(dir, &options).unwrap()
+}
+
+/// Stops the machine, so that its disk is free for the next.
+fn end(vm: Vm) {
+    vm.stop().unwrap();
+}
+
+#[test]
+fn disk_when_saved_with_writes_in_flight_has_every_block_after_a_restore() {
+    for mode in MODES {
+        let scratch = Scratch::new();
+        let vm = start(machine(&scratch, &disk_writer(40)));
+        wait_for(&vm, "block 5;");
+        let dir = scratch.path().join("saved");
+        save(&vm, &dir, &SaveKind::Full);
+        end(vm);
+        let vm = restore(&dir, mode);
+        vm.resume().unwrap();
+        assert_eq!(
+            vm.wait_timeout(LONG),
+            Some(ExitReason::PowerOff),
+            "{mode:?} {:?}",
+            vm.console().tail(20)
+        );
+        assert_eq!(vm.console().tail(2), ["same", "0"], "{mode:?}");
+    }
+}
+
+#[test]
+fn machine_when_it_goes_on_after_a_save_is_not_disturbed() {
+    let scratch = Scratch::new();
+    let vm = start(machine(&scratch, &disk_writer(40)));
+    for round in 0..5 {
+        wait_for(&vm, &format!("block {};", round * 4 + 2));
+        save(&vm, &scratch.path().join(round.to_string()), &SaveKind::Full);
+        vm.resume().unwrap();
+    }
+    assert_eq!(
+        vm.wait_timeout(LONG),
+        Some(ExitReason::PowerOff),
+        "{:?}",
+        vm.console().tail(20)
+    );
+    assert_eq!(vm.console().tail(2), ["same", "0"]);
+}
+
+#[test]
+fn difference_when_saved_against_a_full_save_is_smaller_and_restores() {
+    let scratch = Scratch::new();
+    let vm = start(machine(&scratch, &disk_writer(30)));
+    wait_for(&vm, "block 3;");
+    let (base, difference) = (scratch.path().join("base"), scratch.path().join("difference"));
+    let full = save(&vm, &base, &SaveKind::Full);
+    vm.resume().unwrap();
+    wait_for(&vm, "block 6;");
+    let small = save(&vm, &difference, &SaveKind::Difference { base: base.clone() });
+    assert!(small < full / 2, "{small} of {full}");
+    end(vm);
+    for mode in MODES {
+        // Each of them writes the same blocks to the same disk.
+        let vm = restore(&difference, mode);
+        vm.resume().unwrap();
+        assert_eq!(
+            vm.wait_timeout(LONG),
+            Some(ExitReason::PowerOff),
+            "{mode:?} {:?}",
+            vm.console().tail(20)
+        );
+        assert_eq!(vm.console().tail(2), ["same", "0"], "{mode:?}");
+    }
+}
+
+/// Waits for the line that begins with `word` and gives the rest of it.
+fn answer(vm: &Vm, word: &str) -> String {
+    wait_for(vm, &format!("{word} "));
+    let end = Instant::now() + LONG;
+    loop {
+        let lines = vm.console().tail(100);
+        if let Some(rest) = lines
+            .iter()
+            .find_map(|line| line.strip_prefix(word)?.strip_suffix(';'))
+        {
+            return rest.trim().to_owned();
+        }
+        assert!(Instant::now() < end);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn clones_when_restored_differ_in_random_numbers_and_know_the_time() {
+    let scratch = Scratch::new();
+    let mut config = config(
+        &scratch,
+        "echo ready; until grep -q go /dev/vda 2>/dev/null; do :; done\n\
+         echo \"now $(date +%s) $(cut -d' ' -f1 /proc/uptime);\"\n\
+         echo \"random $(head -c 16 /dev/urandom | md5sum | cut -c1-32);\"; sleep 1000",
+    );
+    config.hotplug_slots = 1;
+    let vm = start(config);
+    wait_for(&vm, "ready");
+    let dir = scratch.path().join("saved");
+    save(&vm, &dir, &SaveKind::Full);
+    end(vm);
+    // Time that passes while nothing runs.
+    std::thread::sleep(Duration::from_secs(3));
+    let go = scratch.write("go", &[b"go\n".as_slice(), &[0; 4096]].concat());
+    let mut seen = HashSet::new();
+    for _ in 0..3 {
+        let vm = restore(&dir, MemoryMode::CopyOnWrite);
+        vm.resume().unwrap();
+        vm.add_device(DeviceConfig::Block(BlockConfig {
+            read_only: true,
+            ..BlockConfig::new("go", go.clone())
+        }))
+        .unwrap();
+        let now = answer(&vm, "now");
+        let host = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap()
+            .as_secs();
+        let guest: u64 = now.split(' ').next().unwrap().parse().unwrap();
+        // What `date` shows is a whole second, and reading it took a while.
+        assert!(host.abs_diff(guest) <= 2, "guest {guest}, host {host}");
+        assert!(
+            seen.insert(answer(&vm, "random")),
+            "two clones have the same random numbers"
+        );
+        end(vm);
+    }
+}
+
+#[test]
+fn devices_when_restored_all_work() {
+    let scratch = Scratch::new();
+    let share = scratch.path().join("share");
+    std::fs::create_dir(&share).unwrap();
+    let mut config = machine(
+        &scratch,
+        "mount -t virtiofs tag /mnt; exec 3>/mnt/growing; echo before >&3\n\
+         echo ready; until [ -e /mnt/go ]; do sleep 0.1; done\n\
+         echo after >&3; exec 3>&-; cat /mnt/growing\n\
+         head -c 64 /dev/hwrng | wc -c; grep MemTotal /proc/meminfo; nproc",
+    );
+    config.memory = MemoryConfig {
+        max_mib: 1024,
+        ..MemoryConfig::fixed(512)
+    };
+    config.boot.cmdline += " memhp_default_state=online_movable";
+    config.vsock = Some(VsockConfig {
+        guest_cid: 5,
+        uds_path: None,
+    });
+    config.devices.push(DeviceConfig::Balloon(BalloonConfig {
+        id: "balloon".to_owned(),
+        deflate_on_oom: true,
+        reporting: true,
+        statistics_interval_s: 0,
+    }));
+    config.devices.push(DeviceConfig::Fs(FsConfig::new(
+        "share",
+        "tag",
+        FsRoot::Directory(SharedDir::writable(&share)),
+    )));
+    let vm = start(config);
+    wait_for(&vm, "ready");
+    let patience = Duration::from_secs(120);
+    vm.resize_memory(768 << 20, patience).unwrap();
+    let dir = scratch.path().join("saved");
+    save(&vm, &dir, &SaveKind::Full);
+    end(vm);
+
+    let vm = restore(&dir, MemoryMode::CopyOnWrite);
+    vm.resume().unwrap();
+    // Everything that was possible before is possible now.
+    assert_eq!(vm.resize_memory(1 << 30, patience).unwrap().1, 1 << 30);
+    assert_eq!(vm.resize_vcpu(3, patience).unwrap(), (2, 3));
+    assert_eq!(vm.resize_vcpu(2, patience).unwrap(), (3, 2));
+    std::fs::write(share.join("go"), "").unwrap();
+    assert_eq!(
+        vm.wait_timeout(LONG),
+        Some(ExitReason::PowerOff),
+        "{:?}",
+        vm.console().tail(20)
+    );
+    let console = vm.console().tail(5);
+    assert_eq!(console[..3], ["before", "after", "64"]);
+    let kib: u64 = console[3].split_whitespace().nth(1).unwrap().parse().unwrap();
+    assert!(kib > 900 << 10, "{kib} KiB");
+    assert_eq!(console[4], "2");
+}
