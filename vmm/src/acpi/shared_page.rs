@@ -123,8 +123,7 @@ mod tests {
 
     #[test]
     fn set_when_bits_change_writes_memory_from_its_own_copy() {
-        let memory =
-            Arc::new(crate::memory::allocate(&crate::memory::layout::MemoryLayout::ram(64 << 20)).unwrap());
+        let memory = Arc::new(crate::memory::allocate(&layout::MemoryLayout::ram(64 << 20)).unwrap());
         let page = SharedPage::new(memory.clone());
         let byte =
             |bitmap: Bitmap, at| -> u8 { memory.read_obj(GuestAddress(bitmap.address() + at)).unwrap() };

@@ -122,10 +122,7 @@ fn tables_when_read_by_iasl_describe_the_machine() {
 #[test]
 fn tables_when_the_machine_is_as_large_as_possible_fit_their_area() {
     let image = tables(
-        &machine(
-            crate::config::MAX_VCPUS,
-            u32::from(crate::devices::virtio::slots::MAX_SLOTS),
-        ),
+        &machine(crate::config::MAX_VCPUS, u32::from(slots::MAX_SLOTS)),
         0xe_0000,
     );
     assert!((image.len() as u64) < layout::ACPI_TABLES_SIZE, "{}", image.len());

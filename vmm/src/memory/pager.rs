@@ -238,36 +238,9 @@ impl Worker {
     }
 
     fn serve(&self, message: &[u8; MESSAGE_BYTES]) {
-        let (event, address) = match message {
-            [
-                event,
-                _,
-                _,
-                _,
-                _,
-                _,
-                _,
-                _,
-                _,
-                _,
-                _,
-                _,
-                _,
-                _,
-                _,
-                _,
-                a,
-                b,
-                c,
-                d,
-                e,
-                f,
-                g,
-                h,
-                ..,
-            ] => (*event, u64::from_le_bytes([*a, *b, *c, *d, *e, *f, *g, *h])),
-            _ => return,
-        };
+        // struct uffd_msg: the event, then for a page fault its flags at 8 and its address at 16.
+        let event = message[0];
+        let address = message[16..24].try_into().map_or(0, u64::from_le_bytes);
         let found = self
             .regions
             .iter()

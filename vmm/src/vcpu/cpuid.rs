@@ -280,7 +280,7 @@ mod tests {
 
     #[test]
     fn check_compatible_when_vendor_or_features_differ_says_how() {
-        let mut saved = vec![leaf(0, 0, 1), leaf(1, 0, 0x0610_f01)];
+        let mut saved = vec![leaf(0, 0, 1), leaf(1, 0, 0x0061_0f01)];
         saved[0].ebx = u32::from_le_bytes(*b"Genu");
         saved[1].ecx = 0b101;
         let mut here = saved.clone();

@@ -296,7 +296,7 @@ impl Plan {
         if config.vsock.is_some() {
             contents.push(Content::Vsock);
         }
-        contents.extend(config.devices.iter().cloned().map(Content::Device));
+        contents.extend(config.devices.iter().cloned().map(Box::new).map(Content::Device));
         let mut opener = Opener::new(config);
         let mut devices = Vec::new();
         for content in contents {

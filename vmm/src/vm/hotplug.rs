@@ -78,7 +78,7 @@ impl Vm {
                 source,
             };
             let info = machine
-                .plug(slot, Content::Device(config.clone()), device)
+                .plug(slot, Content::Device(Box::new(config.clone())), device)
                 .map_err(|e| host_error(e.what, e.source))?;
             if let Err(error) = machine.board.ged.notify(Event::Slots) {
                 machine.unplug(slot);

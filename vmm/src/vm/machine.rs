@@ -60,7 +60,7 @@ pub enum Content {
     /// Hotpluggable memory.
     Mem,
     /// A device of the configuration, or one that was added.
-    Device(DeviceConfig),
+    Device(Box<DeviceConfig>),
 }
 
 /// The processors of a machine.

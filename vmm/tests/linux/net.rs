@@ -16,7 +16,7 @@ use crate::{LONG, config, start, wait_for};
 const BULK: usize = 8 << 20;
 
 /// Runs `test` in a network namespace of its own; what it makes there is gone with it.
-fn in_namespace(test: impl FnOnce() + Send) {
+pub fn in_namespace(test: impl FnOnce() + Send) {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             // SAFETY: changes this thread only.
@@ -30,22 +30,22 @@ fn in_namespace(test: impl FnOnce() + Send) {
     });
 }
 
-fn host(command: &str) -> bool {
+pub fn host(command: &str) -> bool {
     let mut words = command.split(' ');
     let status = Command::new(words.next().unwrap()).args(words).status();
     status.unwrap().success()
 }
 
 /// Gives the TAP `10.0.0.1/24` and `mtu`.
-fn set_up_tap(name: &str, mtu: u16) {
+pub fn set_up_tap(name: &str, mtu: u16) {
     assert!(host(&format!("ip address add 10.0.0.1/24 dev {name}")));
     assert!(host(&format!("ip link set {name} mtu {mtu} up")));
 }
 
 /// The guest's side.
-const SET_UP: &str = "ip address add 10.0.0.2/24 dev eth0; ip link set eth0 up\n";
+pub const SET_UP: &str = "ip address add 10.0.0.2/24 dev eth0; ip link set eth0 up\n";
 
-fn interface(config: NetConfig) -> DeviceConfig {
+pub fn interface(config: NetConfig) -> DeviceConfig {
     DeviceConfig::Net(NetConfig {
         mac: Some([2, 0xdb, 0, 0, 0, 1]),
         ..config
@@ -53,7 +53,7 @@ fn interface(config: NetConfig) -> DeviceConfig {
 }
 
 /// Bytes that show when they are lost, doubled or swapped.
-fn pattern(seed: u64) -> Vec<u8> {
+pub fn pattern(seed: u64) -> Vec<u8> {
     let mut state = seed;
     let words = std::iter::repeat_with(|| {
         state = state
@@ -65,7 +65,10 @@ fn pattern(seed: u64) -> Vec<u8> {
 }
 
 /// Serves one connection on `port`.
-fn serve<T: Send + 'static>(port: u16, with: impl FnOnce(TcpStream) -> T + Send + 'static) -> JoinHandle<T> {
+pub fn serve<T: Send + 'static>(
+    port: u16,
+    with: impl FnOnce(TcpStream) -> T + Send + 'static,
+) -> JoinHandle<T> {
     let listener = TcpListener::bind(("10.0.0.1", port)).unwrap();
     std::thread::spawn(move || with(listener.accept().unwrap().0))
 }
@@ -74,7 +77,7 @@ fn give(port: u16, bytes: Vec<u8>) -> JoinHandle<()> {
     serve(port, move |mut stream| stream.write_all(&bytes).unwrap())
 }
 
-fn take(port: u16) -> JoinHandle<Vec<u8>> {
+pub fn take(port: u16) -> JoinHandle<Vec<u8>> {
     serve(port, |mut stream| {
         let mut bytes = Vec::new();
         stream.read_to_end(&mut bytes).unwrap();
@@ -82,7 +85,7 @@ fn take(port: u16) -> JoinHandle<Vec<u8>> {
     })
 }
 
-fn counter(vm: &Vm, id: &str, name: &str) -> u64 {
+pub fn counter(vm: &Vm, id: &str, name: &str) -> u64 {
     let metrics = vm.metrics();
     let device = metrics.devices.iter().find(|device| device.id == id).unwrap();
     device.counters[name]

@@ -1,19 +1,20 @@
 //! Machines saved while they work, and what becomes of them.
 
 use std::collections::HashSet;
+use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use dragonball::Vm;
 use dragonball::config::{
-    BalloonConfig, BlockConfig, DeviceConfig, FsConfig, FsRoot, MemoryConfig, RngConfig, SharedDir,
-    VcpuConfig, VmConfig, VsockConfig,
+    BalloonConfig, BlockConfig, DeviceConfig, FsConfig, FsRoot, MemoryConfig, NetConfig, RngConfig,
+    SharedDir, VcpuConfig, VmConfig, VsockConfig,
 };
 use dragonball::vm::ExitReason;
 use dragonball::vm::snapshot::{MemoryMode, RestoreOptions, SaveKind};
 
 use crate::guest::Scratch;
-use crate::{LONG, config, start, wait_for};
+use crate::{LONG, config, net, start, wait_for};
 
 const MODES: [MemoryMode; 3] = [
     MemoryMode::Eager,
@@ -246,4 +247,50 @@ fn devices_when_restored_all_work() {
     let kib: u64 = console[3].split_whitespace().nth(1).unwrap().parse().unwrap();
     assert!(kib > 900 << 10, "{kib} KiB");
     assert_eq!(console[4], "2");
+}
+
+#[test]
+fn tcp_streams_when_the_machine_is_replaced_go_on() {
+    net::in_namespace(|| {
+        // It outlives the first machine, with its address.
+        assert!(net::host("ip tuntap add dev tap0 mode tap vnet_hdr"));
+        net::set_up_tap("tap0", 1500);
+        let scratch = Scratch::new();
+        let script = format!(
+            "{}echo ready; nc 10.0.0.1 5000 < /dev/null > /big; nc 10.0.0.1 5001 < /big",
+            net::SET_UP
+        );
+        let mut config = config(&scratch, &script);
+        config.devices = vec![net::interface(NetConfig::new("net0", "tap0"))];
+        let sent = net::pattern(3);
+        let bytes = sent.clone();
+        // Two seconds or more, so that there is a middle.
+        let download = net::serve(5000, move |mut stream| {
+            for piece in bytes.chunks(bytes.len() / 100) {
+                stream.write_all(piece).unwrap();
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let upload = net::take(5001);
+        let vm = start(config);
+        wait_for(&vm, "ready");
+        let deadline = Instant::now() + LONG;
+        while net::counter(&vm, "net0", "rx_bytes") < 1 << 20 {
+            assert!(Instant::now() < deadline, "no data");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let dir = scratch.path().join("saved");
+        save(&vm, &dir, &SaveKind::Full);
+        end(vm);
+        let vm = restore(&dir, MemoryMode::CopyOnWrite);
+        vm.resume().unwrap();
+        assert_eq!(
+            vm.wait_timeout(LONG),
+            Some(ExitReason::PowerOff),
+            "{:?}",
+            vm.console().tail(20)
+        );
+        download.join().unwrap();
+        assert!(upload.join().unwrap() == sent);
+    });
 }

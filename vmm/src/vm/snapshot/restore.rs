@@ -97,7 +97,7 @@ fn check(state: &MachineState) -> Result<(), RestoreError> {
 fn devices(state: &MachineState) -> impl Iterator<Item = &DeviceConfig> {
     let contents = state.slots.iter().filter_map(|slot| slot.device.as_ref());
     contents.filter_map(|device| match &device.content {
-        Content::Device(config) => Some(config),
+        Content::Device(config) => Some(&**config),
         _ => None,
     })
 }
