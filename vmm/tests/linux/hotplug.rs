@@ -120,3 +120,26 @@ fn devices_when_sixty_four_are_added_all_work() {
     );
     assert_eq!(vm.console().tail(2), ["64", "32"]);
 }
+
+#[test]
+fn device_when_added_while_the_kernel_boots_is_found() {
+    let scratch = Scratch::new();
+    // Before, while and after the kernel looks for devices.
+    for delay in [0, 50, 200, 400, 800] {
+        let mut config = config(
+            &scratch,
+            "until [ -e /dev/hwrng ] && head -c 8 /dev/hwrng | wc -c | grep 8; do sleep 0.1; done",
+        );
+        config.hotplug_slots = 1;
+        let vm = start(config);
+        std::thread::sleep(Duration::from_millis(delay));
+        let rng = RngConfig { id: "rng".to_owned() };
+        vm.add_device(DeviceConfig::Rng(rng)).unwrap();
+        assert_eq!(
+            vm.wait_timeout(LONG),
+            Some(ExitReason::PowerOff),
+            "{delay} ms: {:?}",
+            vm.console().tail(20)
+        );
+    }
+}
