@@ -23,7 +23,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use crate::devices::virtio::balloon::{BalloonError, BalloonStatistics, BalloonStatus};
-pub use crate::devices::virtio::mem::ResizeError;
+pub use crate::devices::virtio::mem::ResizeMemoryError;
 pub use error::{BuildError, DeviceError, HotplugError, KvmError, ResizeVcpuError, VmError};
 pub use exit::ExitReason;
 pub use info::{BootTimings, DeviceInfo, DeviceMetrics, Mark, ThreadIds, VmMetrics};

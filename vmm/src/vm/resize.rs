@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::devices::virtio::balloon::{Balloon, BalloonError, BalloonStatistics, BalloonStatus};
-use crate::devices::virtio::mem::ResizeError;
+use crate::devices::virtio::mem::ResizeMemoryError;
 use crate::vm::{Vm, VmState, lock};
 
 impl Vm {
@@ -15,24 +15,26 @@ impl Vm {
     /// the host at once. One resize happens at a time; others wait for it.
     ///
     /// # Errors
-    /// [`ResizeError`]; after a timeout the guest keeps what it has reached, and the next resize starts from there.
-    pub fn resize_memory(&self, bytes: u64, timeout: Duration) -> Result<(u64, u64), ResizeError> {
+    /// [`ResizeMemoryError`]; after a timeout the guest keeps what it has reached, and the next resize starts from there.
+    pub fn resize_memory(&self, bytes: u64, timeout: Duration) -> Result<(u64, u64), ResizeMemoryError> {
         match self.state() {
             VmState::Running => {}
-            state => return Err(ResizeError::State(state)),
+            state => return Err(ResizeMemoryError::State(state)),
         }
         let minimum = self.boot_memory;
-        let above = bytes.checked_sub(minimum).ok_or(ResizeError::BelowMinimum {
-            requested: bytes,
-            minimum,
-        })?;
+        let above = bytes
+            .checked_sub(minimum)
+            .ok_or(ResizeMemoryError::BelowMinimum {
+                requested: bytes,
+                minimum,
+            })?;
         match &self.mem {
             Some(mem) => {
                 let (old, new) = mem.resize(minimum, above, timeout)?;
                 Ok((minimum + old, minimum + new))
             }
             None if above == 0 => Ok((minimum, minimum)),
-            None => Err(ResizeError::AboveMaximum {
+            None => Err(ResizeMemoryError::AboveMaximum {
                 requested: bytes,
                 maximum: minimum,
             }),

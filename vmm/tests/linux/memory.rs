@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use dragonball::Vm;
 use dragonball::config::{BalloonConfig, BlockConfig, DeviceConfig, MemoryConfig, PmemConfig};
-use dragonball::vm::{BalloonError, BalloonStatus, ExitReason, HotplugError, ResizeError};
+use dragonball::vm::{BalloonError, BalloonStatus, ExitReason, HotplugError, ResizeMemoryError};
 
 use crate::guest::Scratch;
 use crate::{CMDLINE, LONG, config, run, start, wait_for};
@@ -65,14 +65,14 @@ fn memory_when_resized_in_both_directions_follows_and_is_freed() {
 
     assert_eq!(
         vm.resize_memory(2049 * MIB, LONG),
-        Err(ResizeError::AboveMaximum {
+        Err(ResizeMemoryError::AboveMaximum {
             requested: 2049 * MIB,
             maximum: 2048 * MIB
         })
     );
     assert!(matches!(
         vm.resize_memory(511 * MIB, LONG),
-        Err(ResizeError::BelowMinimum { .. })
+        Err(ResizeMemoryError::BelowMinimum { .. })
     ));
     // 1022 MiB and a byte are rounded up.
     let regrown = vm.resize_memory(1022 * MIB + 1, LONG).unwrap();
@@ -82,7 +82,7 @@ fn memory_when_resized_in_both_directions_follows_and_is_freed() {
     assert_eq!(vm.wait_timeout(LONG), Some(ExitReason::PowerOff));
     assert!(matches!(
         vm.resize_memory(512 * MIB, LONG),
-        Err(ResizeError::State(_))
+        Err(ResizeMemoryError::State(_))
     ));
 }
 

@@ -28,7 +28,7 @@ const WRITEBACK: u64 = 32;
 
 /// A disk cannot take its image's new size.
 #[derive(Debug, thiserror::Error)]
-pub enum ResizeError {
+pub enum ResizeMemoryError {
     /// The size cannot be read.
     #[error("disk {id}: cannot read the size of its image: {source}")]
     Measure {
@@ -109,23 +109,23 @@ impl Block {
     /// A disk in use only grows: its guest counts on every sector it has seen. Without a driver it takes any size.
     ///
     /// # Errors
-    /// [`ResizeError`]; the capacity is as before.
-    pub fn resize(&mut self) -> Result<u64, ResizeError> {
+    /// [`ResizeMemoryError`]; the capacity is as before.
+    pub fn resize(&mut self) -> Result<u64, ResizeMemoryError> {
         let disk = &self.target.disk;
         let id = || self.target.id.clone();
         let size = disk
             .measure()
-            .map_err(|source| ResizeError::Measure { id: id(), source })?;
+            .map_err(|source| ResizeMemoryError::Measure { id: id(), source })?;
         let new = size - size % u64::from(disk.block_size());
         let old = disk.sectors() * SECTOR;
         if new == 0 {
-            return Err(ResizeError::Empty {
+            return Err(ResizeMemoryError::Empty {
                 id: id(),
                 block_size: disk.block_size(),
             });
         }
         if new < old && self.active.is_some() {
-            return Err(ResizeError::Shrunk { id: id(), old, new });
+            return Err(ResizeMemoryError::Shrunk { id: id(), old, new });
         }
         if new != old {
             disk.set_sectors(new / SECTOR);

@@ -19,5 +19,5 @@ mod tests;
 mod throttle;
 mod worker;
 
-pub use device::{Block, ResizeError};
+pub use device::{Block, ResizeMemoryError};
 pub use disk::BlockError;

@@ -2,7 +2,7 @@
 
 /// The guest's memory was not resized, or not all the way; the machine goes on and can be resized again.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ResizeError {
+pub enum ResizeMemoryError {
     /// The machine is not running.
     #[error("memory: cannot be resized while the machine is {0}")]
     State(crate::vm::VmState),

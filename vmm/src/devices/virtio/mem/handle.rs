@@ -3,7 +3,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::error::ResizeError;
+use super::error::ResizeMemoryError;
 use super::region::Region;
 use super::{BLOCK_SIZE, GRANULARITY};
 use crate::devices::virtio::Interrupt;
@@ -77,17 +77,17 @@ impl MemHandle {
     /// [`GRANULARITY`], and waits for it. Returns the plugged bytes before and after.
     ///
     /// # Errors
-    /// [`ResizeError`]. After [`ResizeError::Timeout`] what was reached is the target.
-    pub fn resize(&self, boot: u64, bytes: u64, timeout: Duration) -> Result<(u64, u64), ResizeError> {
+    /// [`ResizeMemoryError`]. After [`ResizeMemoryError::Timeout`] what was reached is the target.
+    pub fn resize(&self, boot: u64, bytes: u64, timeout: Duration) -> Result<(u64, u64), ResizeMemoryError> {
         let _one = self.resizing.lock().unwrap_or_else(PoisonError::into_inner);
         // A timeout beyond the clock's range waits for ever.
         let deadline = Instant::now().checked_add(timeout);
         let mut state = self.shared.lock();
-        let region = state.region.as_mut().ok_or(ResizeError::Ended)?;
+        let region = state.region.as_mut().ok_or(ResizeMemoryError::Ended)?;
         let (old, limit) = (region.plugged(), region.limit());
         let target = bytes.checked_next_multiple_of(GRANULARITY).unwrap_or(u64::MAX);
         if target > limit {
-            return Err(ResizeError::AboveMaximum {
+            return Err(ResizeMemoryError::AboveMaximum {
                 requested: boot.saturating_add(bytes),
                 maximum: boot.saturating_add(limit),
             });
@@ -96,13 +96,13 @@ impl MemHandle {
         if target == old && target == region.requested() {
             return Ok((old, old));
         }
-        let interrupt = state.interrupt.clone().ok_or(ResizeError::NoDriver)?;
+        let interrupt = state.interrupt.clone().ok_or(ResizeMemoryError::NoDriver)?;
         if let Some(region) = &mut state.region {
             region.request(target);
         }
         interrupt.signal_config();
         loop {
-            let region = state.region.as_mut().ok_or(ResizeError::Ended)?;
+            let region = state.region.as_mut().ok_or(ResizeMemoryError::Ended)?;
             let reached = region.plugged();
             if reached == target {
                 return Ok((old, target));
@@ -111,7 +111,7 @@ impl MemHandle {
             if left == Some(Duration::ZERO) {
                 region.request(reached);
                 interrupt.signal_config();
-                return Err(ResizeError::Timeout {
+                return Err(ResizeMemoryError::Timeout {
                     target: boot.saturating_add(target),
                     reached: boot.saturating_add(reached),
                     timeout_ms: timeout.as_millis(),

@@ -16,7 +16,7 @@ mod tests;
 mod worker;
 
 pub use device::Mem;
-pub use error::ResizeError;
+pub use error::ResizeMemoryError;
 pub use handle::MemHandle;
 
 /// Id of the device, which comes with [`MemoryConfig`](crate::config::MemoryConfig) and not with the list of devices.

@@ -259,7 +259,7 @@ fn resize_when_the_guest_follows_returns_and_when_not_keeps_what_was_reached() {
     let pending = resize(4 * MIB, Duration::from_millis(50));
     assert_eq!(
         pending.join().unwrap(),
-        Err(ResizeError::Timeout {
+        Err(ResizeMemoryError::Timeout {
             target: 100 + 4 * MIB,
             reached: 100 + 8 * MIB,
             timeout_ms: 50
@@ -269,23 +269,23 @@ fn resize_when_the_guest_follows_returns_and_when_not_keeps_what_was_reached() {
 
     assert_eq!(
         handle.resize(100, 201 * MIB, PATIENCE),
-        Err(ResizeError::AboveMaximum {
+        Err(ResizeMemoryError::AboveMaximum {
             requested: 100 + 201 * MIB,
             maximum: 100 + 200 * MIB
         })
     );
     assert!(matches!(
         handle.resize(100, u64::MAX, PATIENCE),
-        Err(ResizeError::AboveMaximum { .. })
+        Err(ResizeMemoryError::AboveMaximum { .. })
     ));
     assert_eq!(
         handle.resize(100, 8 * MIB, Duration::ZERO),
         Ok((8 * MIB, 8 * MIB))
     );
     driver.device.suspend();
-    assert_eq!(handle.resize(100, 0, PATIENCE), Err(ResizeError::NoDriver));
+    assert_eq!(handle.resize(100, 0, PATIENCE), Err(ResizeMemoryError::NoDriver));
     drop(driver);
-    assert_eq!(handle.resize(100, 0, PATIENCE), Err(ResizeError::Ended));
+    assert_eq!(handle.resize(100, 0, PATIENCE), Err(ResizeMemoryError::Ended));
 }
 
 #[test]
