@@ -8,7 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 
-use event_manager::{EventManager, MutEventSubscriber, RemoteEndpoint, SubscriberId};
+use event_manager::{
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
+};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Something that reacts to file descriptors becoming ready, on the loop's thread.
 pub type Worker = Arc<Mutex<dyn MutEventSubscriber + Send>>;
@@ -97,13 +100,16 @@ impl IoLoop {
     /// # Errors
     /// [`IoLoopError::Endpoint`] when the loop has ended.
     pub fn drain(&self) -> Result<(), IoLoopError> {
-        // The first call may share its epoll_wait with some of the events only; after the second all had their turn.
-        for _ in 0..2 {
-            self.endpoint
-                .call_blocking::<_, _, event_manager::Error>(|_| Ok(()))
-                .map_err(|e| IoLoopError::Endpoint(format!("cannot drain: {e:?}")))?;
-        }
-        Ok(())
+        // A call to the endpoint is no sign of that: several are answered in a row without a look at events. An event of
+        // our own is: the first time it may overtake some of those epoll has ready, the second time none.
+        let unavailable = |e: &dyn std::fmt::Display| IoLoopError::Endpoint(format!("cannot drain: {e}"));
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|e| unavailable(&e))?;
+        event.write(1).map_err(|e| unavailable(&e))?;
+        let (done, seen) = mpsc::sync_channel(1);
+        let turns = 2;
+        let id = self.add(Arc::new(Mutex::new(Probe { event, turns, done })))?;
+        seen.recv().map_err(|e| unavailable(&e))?;
+        self.remove(id).map(|_| ())
     }
 
     /// Hands `worker` to the loop and waits until its `init` has run.
@@ -133,5 +139,127 @@ impl IoLoop {
         self.stop.store(true, Ordering::Release);
         // The kick wakes epoll_wait; if it fails the thread is already gone.
         let _ = self.endpoint.kick();
+    }
+}
+
+/// A worker whose event stays ready until it had `turns` turns; then it says so.
+struct Probe {
+    event: EventFd,
+    turns: u8,
+    done: mpsc::SyncSender<()>,
+}
+
+impl MutEventSubscriber for Probe {
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = ops.add(Events::new(&self.event, EventSet::IN)) {
+            tracing::error!(?error, "I/O loop: cannot watch the event of a drain");
+            // Nobody is to wait for an event that does not come.
+            let _ = self.done.try_send(());
+        }
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        self.turns = self.turns.saturating_sub(1);
+        if self.turns == 0 {
+            let _ = self.event.read();
+            let _ = self.done.try_send(());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::time::Duration;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    /// Notes that its event came.
+    struct Noting {
+        event: EventFd,
+        came: Arc<AtomicBool>,
+    }
+
+    impl MutEventSubscriber for Noting {
+        fn init(&mut self, ops: &mut EventOps) {
+            ops.add(Events::new(&self.event, EventSet::IN)).unwrap();
+        }
+
+        fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+            self.event.read().unwrap();
+            self.came.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Holds the loop in an endpoint call.
+    struct Gate(Sender<()>, Receiver<()>);
+
+    impl MutEventSubscriber for Gate {
+        fn init(&mut self, _ops: &mut EventOps) {
+            self.0.send(()).unwrap();
+            self.1.recv().unwrap();
+        }
+
+        fn process(&mut self, _events: Events, _ops: &mut EventOps) {}
+    }
+
+    /// Asks for a gate; returns what says that it is entered, and what opens it.
+    fn gate(io: &IoLoop) -> (Receiver<()>, Sender<()>) {
+        let (enter, entered) = channel();
+        let (open, opened) = channel();
+        let io = io.clone();
+        std::thread::spawn(move || io.add(Arc::new(Mutex::new(Gate(enter, opened)))));
+        (entered, open)
+    }
+
+    #[test]
+    fn drain_when_the_loop_answers_calls_in_a_row_waits_for_events() {
+        let (io, thread) = IoLoop::spawn("test-io").unwrap();
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let came = Arc::new(AtomicBool::new(false));
+        let noting = Noting {
+            event: event.try_clone().unwrap(),
+            came: came.clone(),
+        };
+        io.add(Arc::new(Mutex::new(noting))).unwrap();
+        let (entered, open) = gate(&io);
+        entered.recv_timeout(PATIENCE).unwrap();
+        event.write(1).unwrap();
+        let drain = std::thread::spawn({
+            let (io, came) = (io.clone(), came.clone());
+            move || {
+                io.drain().unwrap();
+                came.load(Ordering::SeqCst)
+            }
+        });
+        // More calls arrive than the loop can answer before it looks at events. Each pause lets the last call arrive; a
+        // call that comes late makes the test pass, never fail.
+        let pause = || std::thread::sleep(Duration::from_millis(50));
+        pause();
+        let (second_entered, open_second) = gate(&io);
+        pause();
+        open.send(()).unwrap();
+        second_entered.recv_timeout(PATIENCE).unwrap();
+        pause();
+        let (third_entered, open_third) = gate(&io);
+        pause();
+        open_second.send(()).unwrap();
+        third_entered.recv_timeout(PATIENCE).unwrap();
+        pause();
+        open_third.send(()).unwrap();
+        assert!(drain.join().unwrap(), "drained before the event was handled");
+        io.stop();
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn drain_when_the_loop_has_ended_says_so() {
+        let (io, thread) = IoLoop::spawn("test-io").unwrap();
+        io.drain().unwrap();
+        io.stop();
+        thread.join().unwrap();
+        assert!(matches!(io.drain(), Err(IoLoopError::Endpoint(_))));
     }
 }

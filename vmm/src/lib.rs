@@ -11,6 +11,8 @@ mod boot;
 mod bus;
 pub mod config;
 pub mod devices;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod io_loop;
 mod irq;
 pub mod memory;

@@ -468,6 +468,7 @@ impl Drop for FileMapping {
     }
 }
 
-/// Tests, and a fake KVM for the tests of devices.
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fake;
 #[cfg(test)]
-pub mod tests;
+mod tests;

@@ -17,9 +17,9 @@ pub mod rng;
 pub mod served_queue;
 pub mod slots;
 pub mod state;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub mod test_resume;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub mod test_ring;
 pub mod vsock;
 

@@ -91,6 +91,11 @@ impl TestRing {
         self.base + 0xc000
     }
 
+    /// Where the device counts the chains it returned.
+    pub fn used_index(&self) -> GuestAddress {
+        GuestAddress(self.used() + 2)
+    }
+
     /// The queue as the transport would hand it to the device.
     pub fn active(&self) -> ActiveQueue {
         let mut queue = Queue::new(self.size).unwrap();
@@ -189,7 +194,7 @@ impl TestRing {
     pub fn try_used(&mut self) -> Option<Used> {
         let index = self
             .memory
-            .load::<u16>(GuestAddress(self.used() + 2), Ordering::Acquire)
+            .load::<u16>(self.used_index(), Ordering::Acquire)
             .unwrap();
         if u16::from_le(index) == self.used_seen {
             return None;

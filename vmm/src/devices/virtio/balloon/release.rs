@@ -59,7 +59,7 @@ fn merge(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::window::tests::windows;
+    use crate::memory::window::fake::windows;
 
     #[test]
     fn merge_when_ranges_touch_or_overlap_joins_them() {

@@ -10,7 +10,7 @@ use crate::devices::virtio::test_ring::{
 };
 use crate::devices::virtio::{CHAIN_FEATURES, INTERRUPT_CONFIG, VirtioDevice};
 use crate::memory::window::Windows;
-use crate::memory::window::tests::{FakeMemslots, windows};
+use crate::memory::window::fake::{FakeMemslots, windows};
 
 const STATS: u64 = 1 << 1;
 const OOM: u64 = 1 << 2;

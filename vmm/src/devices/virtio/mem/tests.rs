@@ -11,7 +11,7 @@ use crate::devices::virtio::test_ring::{
 use crate::devices::virtio::{CHAIN_FEATURES, INTERRUPT_CONFIG, VirtioDevice};
 use crate::memory::layout::WINDOW_ALIGN;
 use crate::memory::window::Windows;
-use crate::memory::window::tests::{FakeMemslots, windows};
+use crate::memory::window::fake::{FakeMemslots, windows};
 use vm_memory::{Bytes, GuestAddress};
 
 const FEATURES: u64 = CHAIN_FEATURES | UNPLUGGED_INACCESSIBLE;

@@ -15,6 +15,8 @@ mod counters;
 mod device;
 mod handle;
 mod rx;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod socket;
 mod state;
 mod tap;
 #[cfg(test)]

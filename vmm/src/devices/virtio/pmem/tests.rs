@@ -10,7 +10,7 @@ use crate::devices::virtio::test_ring::{BUFFERS, Buf, TestGuest, TestRing, survi
 use crate::devices::virtio::{CHAIN_FEATURES, VirtioDevice};
 use crate::memory::GuestMemory;
 use crate::memory::window::Windows;
-use crate::memory::window::tests::windows;
+use crate::memory::window::fake::windows;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempfile::TempFile;
 

@@ -1,14 +1,8 @@
-//! An interface whose TAP is a socket: each message is a frame with its header, and the test has the other end.
+//! An interface over sockets with its driver.
 
-use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair, sockopt,
-};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -16,7 +10,7 @@ use virtio_queue::QueueT;
 
 use crate::config::NetConfig;
 use crate::devices::virtio::net::Net;
-use crate::devices::virtio::net::tap::Backend;
+pub use crate::devices::virtio::net::socket::{Socket, Wire, device, wire};
 use crate::devices::virtio::state::QueuePosition;
 use crate::devices::virtio::test_ring::{BUFFERS, Buf, PATIENCE, TestGuest, TestRing};
 use crate::devices::virtio::{Activation, Interrupt, VirtioDevice};
@@ -27,73 +21,8 @@ pub const RING: u16 = 64;
 /// Buffers of the receive queue; those of the transmit queue start at [`BUFFERS`].
 pub const RX_BUFFERS: u64 = BUFFERS + (8 << 20);
 
-/// Stands for one queue of a TAP.
-#[derive(Debug)]
-pub struct Socket {
-    fd: OwnedFd,
-    pub offload: AtomicU32,
-    pub enabled: AtomicBool,
-    pub refuse: AtomicBool,
-}
-
-impl AsRawFd for Socket {
-    fn as_raw_fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
-    }
-}
-
-impl Backend for Socket {
-    fn set_offload(&self, offload: u32) -> io::Result<()> {
-        self.offload.store(offload, Ordering::SeqCst);
-        Ok(())
-    }
-
-    fn set_enabled(&self, enabled: bool) -> io::Result<()> {
-        if self.refuse.load(Ordering::SeqCst) && enabled {
-            return Err(io::ErrorKind::PermissionDenied.into());
-        }
-        self.enabled.store(enabled, Ordering::SeqCst);
-        Ok(())
-    }
-}
-
-/// The other end.
-#[derive(Debug)]
-pub struct Wire(OwnedFd);
-
 impl Wire {
-    /// Sends a frame to the guest; false when the "TAP" is full.
-    pub fn try_send(&self, frame: &[u8]) -> bool {
-        match send(&self.0, frame, SendFlags::DONTWAIT) {
-            Ok(count) => {
-                assert_eq!(count, frame.len());
-                true
-            }
-            Err(error) => {
-                assert_eq!(error, rustix::io::Errno::AGAIN);
-                false
-            }
-        }
-    }
-
-    pub fn send(&self, frame: &[u8]) {
-        assert!(self.try_send(frame));
-    }
-
-    pub fn try_recv(&self) -> Option<Vec<u8>> {
-        let mut frame = vec![0; 1 << 17];
-        match recv(&self.0, &mut frame[..], RecvFlags::DONTWAIT) {
-            Ok((count, _)) => {
-                frame.truncate(count);
-                Some(frame)
-            }
-            Err(error) => {
-                assert_eq!(error, rustix::io::Errno::AGAIN);
-                None
-            }
-        }
-    }
-
+    /// Waits for a frame of the guest.
     pub fn recv(&self) -> Vec<u8> {
         let mut frame = None;
         eventually("a frame from the guest", || {
@@ -102,22 +31,6 @@ impl Wire {
         });
         frame.unwrap()
     }
-}
-
-/// A pair of ends; the buffers hold about `bytes`.
-pub fn wire(bytes: usize) -> (Arc<Socket>, Wire) {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
-    for end in [&ours, &theirs] {
-        sockopt::set_socket_send_buffer_size(end, bytes).unwrap();
-    }
-    let socket = Socket {
-        fd: ours,
-        offload: AtomicU32::new(u32::MAX),
-        enabled: AtomicBool::new(true),
-        refuse: AtomicBool::new(false),
-    };
-    (Arc::new(socket), Wire(theirs))
 }
 
 pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
@@ -150,11 +63,6 @@ pub fn net_config() -> NetConfig {
         queue_size: RING,
         ..NetConfig::new("net0", "tap0")
     }
-}
-
-pub fn device(config: &NetConfig, sockets: &[Arc<Socket>]) -> Net {
-    let backends = sockets.iter().map(|socket| socket.clone() as Arc<dyn Backend>);
-    Net::with_backends(config, backends.collect()).unwrap()
 }
 
 impl Rig {
@@ -240,11 +148,9 @@ impl Rig {
         self.settle();
     }
 
-    /// Returns when the loop has handled what was pending. Calls to the loop alone do not show that: it answers
-    /// several in a row before it looks at events again, so each starts when it had time to do that.
+    /// Returns when the loop has handled what was pending.
     pub fn settle(&self) {
         for _ in 0..3 {
-            std::thread::sleep(Duration::from_millis(2));
             self.guest.io.drain().unwrap();
         }
     }
