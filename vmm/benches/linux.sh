@@ -29,7 +29,7 @@ make_initramfs() {
     cp /bin/busybox "$root/bin/"
     install -m 755 "$FOLDER/guest-init" "$root/init"
     mknod "$root/dev/console" c 5 1
-    (cd "$root" && find . | cpio --quiet -o -H newc 2>/dev/null || busybox cpio -o -H newc) >"$WORK/initrd"
+    (cd "$root" && find . | busybox cpio -o -H newc 2>/dev/null) >"$WORK/initrd"
 }
 
 # A disk with the loads' programs, taken from this machine.
@@ -43,7 +43,7 @@ make_tools() {
             cp -L "$file" "$root$file"
         done
     done
-    mkfs.ext4 -q -F -d "$root" "$WORK/tools" 128M
+    mkfs.ext4 -q -F -d "$root" "$WORK/tools" 128M >/dev/null
     # Written, not sparse, and in the page cache: the device is measured, not L1's disk.
     dd if=/dev/urandom of="$WORK/data" bs=1M count=256 status=none
 }
@@ -54,12 +54,12 @@ start() {
     case "$2" in
         ours) command=("$FOLDER/boot" --kernel "$FOLDER/vmlinux" --initramfs "$WORK/initrd" --cmdline "$cmdline pci=off"
             --memory 512 --timeout "$LIMIT") ;;
-        qemu) command=(timeout "$LIMIT" qemu-system-x86_64 "${MICROVM[@]}" -kernel "$FOLDER/vmlinux" -initrd "$WORK/initrd"
+        qemu) command=(qemu-system-x86_64 "${MICROVM[@]}" -kernel "$FOLDER/vmlinux" -initrd "$WORK/initrd"
             -append "$cmdline pci=off") ;;
     esac
     shift 2
     # vhost-user needs shared memory; private memory is what QEMU is fastest with.
-    [ "${command[0]}" != timeout ] || case "$load" in
+    [ "${command[0]}" != qemu-system-x86_64 ] || case "$load" in
         fs) command+=(-object memory-backend-memfd,id=ram,size=512M,share=on) ;;
         *) command+=(-object memory-backend-ram,id=ram,size=512M) ;;
     esac
@@ -72,7 +72,6 @@ start() {
 }
 
 stop() {
-    # `timeout` passes the signal on.
     kill "$vmm" 2>/dev/null || true
     wait "$vmm" 2>/dev/null || true
     exec 3<&-
@@ -97,12 +96,16 @@ counters() {
     done
 }
 
-# Three each, turn by turn; the first warms the page cache.
+# Three each, turn by turn; the first warms the page cache. QEMU with its default firmware for ACPI (SeaBIOS) and with the smaller
+# qboot.
 boot() {
     local round name
     for round in 1 2 3; do
-        for name in ours qemu; do
-            start idle "$name"
+        for name in ours qemu qemu-qboot; do
+            case "$name" in
+                qemu-qboot) start idle qemu -bios qboot.rom ;;
+                *) start idle "$name" ;;
+            esac
             until_line BENCH-INIT "$name"
             echo "$name boot-$round $(((${EPOCHREALTIME/./} - began))) us $(counters)"
             stop
@@ -112,7 +115,7 @@ boot() {
 
 # PSS of everything but guest memory (the mappings of 512 MiB together: the largest).
 memory() {
-    local name pid tap=bench0
+    local name tap=bench0
     make_tools
     make_tap
     for name in ours qemu; do
@@ -121,12 +124,11 @@ memory() {
             qemu) start idle qemu "${qemu_disk[@]}" "${qemu_net[@]}" "${qemu_vsock[@]}" ;;
         esac
         until_line BENCH-DONE "$name"
-        pid="$(pgrep -x -n 'boot|qemu-system-x86')"
         awk -v name="$name" '
             /^[0-9a-f]+-[0-9a-f]+ / { mapping = $0 }
             /^Size:/ { guest = $2 >= 262144 }
             /^Pss:/ { if (guest) ram += $2; else { own += $2; if (mapping ~ /\//) file += $2 } }
-            END { printf "%s memory own %d KiB (of it files %d KiB) guest %d KiB\n", name, own, file, ram }' "/proc/$pid/smaps"
+            END { printf "%s memory own %d KiB (of it files %d KiB) guest %d KiB\n", name, own, file, ram }' "/proc/$vmm/smaps"
         stop
     done
 }
