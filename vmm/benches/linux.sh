@@ -153,8 +153,7 @@ set_qemu_devices
 block() {
     make_tools
     start block ours --disk "$WORK/tools" --disk "$WORK/data"; until_line BENCH-DONE ours; stop
-    # microvm gives the last device the lowest address, and so the first name.
-    start block qemu "${qemu_disk[@]}" "${qemu_tools[@]}"; until_line BENCH-DONE qemu; stop
+    start block qemu "${qemu_tools[@]}" "${qemu_disk[@]}"; until_line BENCH-DONE qemu; stop
     start block ours --disk "$WORK/tools" --sync-disk "$WORK/data"; until_line BENCH-DONE ours-sync; stop
 }
 
