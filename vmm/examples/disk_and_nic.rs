@@ -7,10 +7,10 @@ use std::error::Error;
 use std::io;
 use std::os::fd::AsFd;
 
+use dragonball::Vm;
 use dragonball::config::{
     BlockConfig, BootConfig, ConsoleConfig, DeviceConfig, MemoryConfig, NetConfig, VcpuConfig, VmConfig,
 };
-use dragonball::Vm;
 use dragonball::vm::ExitReason;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -36,7 +36,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         ],
         hotplug_slots: 0,
     })?;
-    vm.console().set_sink(io::stdout().as_fd().try_clone_to_owned()?)?;
+    vm.console()
+        .set_sink(io::stdout().as_fd().try_clone_to_owned()?)?;
     vm.start()?;
     match vm.wait() {
         ExitReason::PowerOff | ExitReason::Reboot => Ok(()),
