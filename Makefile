@@ -81,6 +81,11 @@ e2e: artifacts ## end-to-end tests: here where KVM runs Linux, in the lab elsewh
 	    tests/lab/suite $(ARTIFACTS) $(LIMIT_E2E) $(BINARIES) -- $(TEST_ARGS); \
 	fi
 
+.PHONY: bench
+bench: toolchain ## set-up time here; boot, memory and throughput beside QEMU in the lab
+	$(limit) $(LIMIT_UNIT) $(CARGO) bench $(LOCKED) -p dragonball --bench setup
+	$(limit) $(LIMIT_E2E) tests/lab/bench
+
 .PHONY: demo
 demo: setup ## one container in a microVM, with its timeline
 	$(limit) $(LIMIT_BUILD) tests/gather $(ARTIFACTS) kernel image binaries tests

@@ -1,7 +1,8 @@
 //! Boots a kernel and an initramfs, with the guest's console on stdout; for trying the VMM by itself.
 //!
 //! `boot --kernel vmlinux --initramfs initrd [--cmdline TEXT] [--vcpus N] [--memory MIB] [--serial | --no-console]
-//! [--disk FILE]… [--share DIR]… [--net TAP]… [--rng] [--slots N] [--timeout SECONDS]`
+//! [--disk FILE]… [--sync-disk FILE]… [--share DIR]… [--net TAP]… [--vsock SOCKET] [--rng] [--slots N]
+//! [--timeout SECONDS]`
 
 use std::io;
 use std::os::fd::AsFd;
@@ -11,8 +12,8 @@ use std::time::Duration;
 
 use dragonball::Vm;
 use dragonball::config::{
-    BlockConfig, BootConfig, ConsoleConfig, DeviceConfig, FsConfig, FsRoot, MemoryConfig, NetConfig,
-    RngConfig, SharedDir, VcpuConfig, VmConfig,
+    BlockConfig, BlockEngine, BootConfig, ConsoleConfig, DeviceConfig, FsConfig, FsRoot, MemoryConfig,
+    NetConfig, RngConfig, SharedDir, VcpuConfig, VmConfig, VsockConfig,
 };
 use dragonball::vm::ExitReason;
 
@@ -68,6 +69,16 @@ fn parse() -> Result<Arguments, String> {
                 format!("disk{number}"),
                 value()?,
             ))),
+            "--sync-disk" => config.devices.push(DeviceConfig::Block(BlockConfig {
+                engine: BlockEngine::Sync,
+                ..BlockConfig::new(format!("disk{number}"), value()?)
+            })),
+            "--vsock" => {
+                config.vsock = Some(VsockConfig {
+                    guest_cid: 3,
+                    uds_path: Some(value()?.into()),
+                });
+            }
             "--net" => {
                 let net = NetConfig::new(&format!("net{number}"), &value()?);
                 config.devices.push(DeviceConfig::Net(net));
