@@ -16,7 +16,7 @@ use crate::{LONG, config, start, wait_for};
 const BULK: usize = 8 << 20;
 
 /// Runs `test` in a network namespace of its own; what it makes there is gone with it.
-fn in_namespace(test: impl FnOnce() + Send) {
+pub fn in_namespace(test: impl FnOnce() + Send) {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             // SAFETY: changes this thread only.
@@ -37,7 +37,7 @@ fn host(command: &str) -> bool {
 }
 
 /// Gives the TAP `10.0.0.1/24` and `mtu`.
-fn set_up_tap(name: &str, mtu: u16) {
+pub fn set_up_tap(name: &str, mtu: u16) {
     assert!(host(&format!("ip address add 10.0.0.1/24 dev {name}")));
     assert!(host(&format!("ip link set {name} mtu {mtu} up")));
 }
