@@ -100,7 +100,9 @@ fn read_module(path: &Path) -> Vec<u8> {
         return stored;
     }
     let mut content = Vec::new();
-    XzReader::new(&stored[..], true).read_to_end(&mut content).unwrap();
+    XzReader::new(&stored[..], true)
+        .read_to_end(&mut content)
+        .unwrap();
     content
 }
 

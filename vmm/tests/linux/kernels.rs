@@ -30,7 +30,11 @@ impl Kernel {
 
     fn stock(folder: &Path) -> Self {
         Self {
-            name: folder.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            name: folder
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned(),
             image: folder.join("vmlinuz"),
             modules: initramfs::stock_modules(&folder.join("modules")),
         }

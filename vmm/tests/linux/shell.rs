@@ -29,7 +29,7 @@ impl Shell {
             "exec < /dev/{device} > /dev/{device} 2>&1; stty -echo\n\
              soon() {{ until eval \"$1\"; do sleep 0.1; done 2>/dev/null; }}\n\
              echo ready; n=0\n\
-             while read -r line; do n=$((n+1)); echo \"<<$n\"; eval \"$line\"; echo \">>$n $?\"; done"
+             while read -r line; do n=$((n+1)); echo \"<<$n\"; eval \"$line\"; echo \">>$n $?.\"; done"
         );
         kernel.config(scratch, &script, console)
     }
@@ -59,7 +59,12 @@ impl Shell {
             // In this order: what was printed before the end counts.
             let ended = self.vm.wait_timeout(Duration::from_millis(10));
             let console = self.vm.console().tail(1000);
-            if let Some(status) = console.iter().find_map(|line| line.strip_prefix(&done)) {
+            // The last line may not be whole yet.
+            let status = console.iter().find_map(|line| {
+                let (status, _) = line.strip_prefix(&done)?.split_once('.')?;
+                Some(status)
+            });
+            if let Some(status) = status {
                 let output: Vec<_> = console
                     .iter()
                     .skip_while(|line| **line != begin)
