@@ -96,6 +96,25 @@ demo: setup ## one container in a microVM, with its timeline
 	    tests/lab/run --artifacts $(ARTIFACTS) --timeout 600 -- /artifacts/e2e/run-e2e installed demo; \
 	fi
 
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= $(basename $(notdir $(wildcard vmm/fuzz/fuzz_targets/*.rs)))
+
+.PHONY: fuzz
+fuzz: toolchain ## each fuzz target for FUZZ_SECONDS; not part of `make test`
+	@$(INSTALL_PACKAGES) g++
+	[ -x $(TARGET)/cargo-fuzz/bin/cargo-fuzz ] || \
+	    $(limit) $(LIMIT_BUILD) $(CARGO) install --root $(TARGET)/cargo-fuzz --locked cargo-fuzz
+	# A guest may make a file as large as it likes: not larger than this, which is an error for it and not the end of us.
+	ulimit -f 262144; trap '' XFSZ; \
+	export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=$(TARGET)/fuzz PATH=$(TARGET)/cargo-fuzz/bin:$$PATH; \
+	for target in $(FUZZ_TARGETS); do \
+	    echo "fuzzing $$target for $(FUZZ_SECONDS) s"; \
+	    mkdir -p $(TARGET)/fuzz-corpus/$$target; \
+	    $(limit) $$(($(FUZZ_SECONDS) + $(LIMIT_BUILD))) cargo-fuzz run --fuzz-dir vmm/fuzz $$target \
+	        $(TARGET)/fuzz-corpus/$$target vmm/fuzz/seeds/$$target -- \
+	        -max_total_time=$(FUZZ_SECONDS) -timeout=30 -rss_limit_mb=4096 -handle_xfsz=0 -print_final_stats=1; \
+	done
+
 .PHONY: install
 install: ## install under PREFIX, with its configuration in /etc
 	CARGO_PROFILE_RELEASE_LTO=fat CARGO_PROFILE_RELEASE_CODEGEN_UNITS=1 $(limit) $(LIMIT_BUILD) \

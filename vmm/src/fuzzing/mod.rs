@@ -17,13 +17,17 @@ mod vsock;
 
 use guest::run;
 
+/// Runs one input.
+pub type Target = fn(&[u8]);
+
 /// What a target is called and what runs it. A target is also a file in `vmm/fuzz/fuzz_targets` and an entry in its
 /// `Cargo.toml`; a test checks that they agree.
-pub const TARGETS: &[(&str, fn(&[u8]))] = &[
+pub const TARGETS: &[(&str, Target)] = &[
     ("balloon", balloon),
     ("block", block),
     ("device_state", device_state),
     ("fs", fs),
+    ("machine_state", machine_state),
     ("mem", mem),
     ("mmio_transport", mmio_transport),
     ("net", net),
@@ -50,6 +54,11 @@ pub fn fs(data: &[u8]) {
     run(fs::Share::default(), data);
 }
 
+/// Any bytes as the state of a saved machine, behind a header that vouches for them.
+pub fn machine_state(data: &[u8]) {
+    crate::vm::snapshot::check_untrusted(data);
+}
+
 /// A region of two memory sections.
 pub fn mem(data: &[u8]) {
     run(devices::Memory::default(), data);
@@ -57,7 +66,7 @@ pub fn mem(data: &[u8]) {
 
 /// A balloon with all its queues.
 pub fn balloon(data: &[u8]) {
-    run(devices::Pages::default(), data);
+    run(devices::Pages, data);
 }
 
 /// Register accesses of any width anywhere in the slot, with suspends and restores in between.

@@ -23,7 +23,7 @@ impl Random {
         let mut input: Vec<u8> = (0..len).map(|_| (self.next() >> 24) as u8).collect();
         // All features and all queues, most of the time.
         if let Some(first) = input.first_mut()
-            && self.next() % 4 != 0
+            && !self.next().is_multiple_of(4)
         {
             *first &= !1;
         }
@@ -60,7 +60,17 @@ macro_rules! targets {
     };
 }
 
-targets!(balloon, block, device_state, fs, mem, mmio_transport, net, vsock);
+targets!(
+    balloon,
+    block,
+    device_state,
+    fs,
+    machine_state,
+    mem,
+    mmio_transport,
+    net,
+    vsock
+);
 
 fn survive(name: &str, target: fn(&[u8])) {
     target(&[]);

@@ -1,22 +1,36 @@
 //! A busybox initramfs made on the spot.
 
-use std::path::PathBuf;
+use std::collections::HashMap;
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use lzma_rust2::XzReader;
 
 use super::Scratch;
 
+/// What the tests need of a kernel whose virtio drivers are modules, in the order to load them: devices show up once all
+/// drivers are there. `tests/gather` packs the same list.
+const MODULES: &str = include_str!("modules");
+
 /// An initramfs whose init runs `script` with busybox's applets, /proc, /sys and /dev in place, then powers off.
-///
-/// `DRAGONBALL_MODULES` names a folder of kernel modules to load first, in the order of their file names.
 pub fn build(scratch: &Scratch, script: &str) -> PathBuf {
+    build_with(scratch, &[], script)
+}
+
+/// The same for a kernel with `modules`, which init loads in this order.
+pub fn build_with(scratch: &Scratch, modules: &[Module], script: &str) -> PathBuf {
     let busybox = ["/bin/busybox", "/usr/bin/busybox"]
         .iter()
-        .find_map(|path| std::fs::read(path).ok());
+        .find_map(|path| fs::read(path).ok());
     let busybox = busybox.expect("busybox-static is installed");
+    // A console may come with a module: what went wrong is said when it is there.
     let init = format!(
         "#!/bin/busybox sh\n/bin/busybox --install -s /bin\n\
          mount -t proc proc /proc\nmount -t sysfs sys /sys\nmount -t devtmpfs dev /dev\n\
-         for m in /mods/*.ko; do [ -e $m ] && insmod $m; done\n\
+         for m in /mods/*.ko; do [ -e $m ] && ! insmod $m && failed=\"$failed $m\"; done\n\
          [ -e /dev/hvc0 ] && exec > /dev/hvc0 2>&1\n\
+         [ -z \"$failed\" ] || echo \"cannot load$failed\"\n\
          {script}\npoweroff -f\n"
     );
     let mut archive = Archive::default();
@@ -25,13 +39,71 @@ pub fn build(scratch: &Scratch, script: &str) -> PathBuf {
     }
     archive.add("bin/busybox", 0o100_755, &busybox);
     archive.add("init", 0o100_755, init.as_bytes());
-    if let Some(modules) = std::env::var_os("DRAGONBALL_MODULES") {
-        for module in std::fs::read_dir(modules).unwrap().flatten() {
-            let name = format!("mods/{}", module.file_name().to_string_lossy());
-            archive.add(&name, 0o100_644, &std::fs::read(module.path()).unwrap());
-        }
+    for (index, module) in modules.iter().enumerate() {
+        let name = format!("mods/{index:03}-{}.ko", module.name);
+        archive.add(&name, 0o100_644, &module.content);
     }
     scratch.write("initramfs", &archive.finish())
+}
+
+/// A kernel module, not compressed.
+#[derive(Debug, Clone)]
+pub struct Module {
+    name: String,
+    content: Vec<u8>,
+}
+
+/// The modules the tests need from a stock kernel, with what these need, in an order in which they can be loaded. What
+/// is built in is left out.
+///
+/// `tree` holds `lib/modules/<release>` of one release.
+pub fn stock_modules(tree: &Path) -> Vec<Module> {
+    let mut releases = fs::read_dir(tree.join("lib/modules")).unwrap();
+    let release = releases.next().expect("a release in lib/modules").unwrap().path();
+    let read = |name| fs::read_to_string(release.join(name)).unwrap();
+    let (dependencies, builtin) = (read("modules.dep"), read("modules.builtin"));
+    let mut entries = HashMap::new();
+    for line in dependencies.lines() {
+        let (path, needs) = line.split_once(':').unwrap();
+        entries.insert(name_of(path), (path, needs));
+    }
+    let mut paths: Vec<&str> = Vec::new();
+    for wanted in MODULES.lines() {
+        let Some((path, needs)) = entries.get(wanted) else {
+            let built_in = builtin.lines().any(|path| name_of(path) == wanted);
+            assert!(built_in, "{}: no module {wanted}", release.display());
+            continue;
+        };
+        // modules.dep(5): the last of the line comes first.
+        for path in needs.split_whitespace().rev().chain([*path]) {
+            if !paths.contains(&path) {
+                paths.push(path);
+            }
+        }
+    }
+    let module = |path: &&str| Module {
+        name: name_of(path),
+        content: read_module(&release.join(path)),
+    };
+    paths.iter().map(module).collect()
+}
+
+/// The kernel takes `-` and `_` for the same.
+fn name_of(path: &str) -> String {
+    let file = path.rsplit('/').next().unwrap_or_default();
+    file.split('.').next().unwrap_or_default().replace('-', "_")
+}
+
+fn read_module(path: &Path) -> Vec<u8> {
+    let stored = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    if path.extension().is_none_or(|extension| extension != "xz") {
+        return stored;
+    }
+    let mut content = Vec::new();
+    XzReader::new(&stored[..], true)
+        .read_to_end(&mut content)
+        .unwrap();
+    content
 }
 
 /// A cpio archive in the "newc" format (Linux Documentation/driver-api/early-userspace/buffer-format.rst).

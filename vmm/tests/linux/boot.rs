@@ -9,6 +9,7 @@ use dragonball::config::{
 use dragonball::vm::{ExitReason, HotplugError};
 
 use crate::guest::Scratch;
+use crate::kernels;
 use crate::{CMDLINE, LONG, config, kernel, run, start, wait_for};
 
 #[test]
@@ -188,20 +189,16 @@ fn kernel_when_it_has_only_a_pvh_entry_boots() {
 
 #[test]
 fn stock_kernels_when_compressed_boot_and_are_cached() {
-    let stock = std::env::var("DRAGONBALL_STOCK").unwrap_or_default();
     let scratch = Scratch::new();
-    for image in stock.split(':').filter(|path| !path.is_empty()) {
-        let mut config = config(&scratch, "echo \"release $(uname -r)\"");
-        config.boot.kernel = image.into();
-        // Their virtio drivers are modules; the UART is not.
-        config.console = ConsoleConfig::Serial;
-        config.boot.cmdline = CMDLINE.replace("hvc0", "ttyS0");
+    let stock = kernels::stock();
+    for kernel in &stock {
+        let config = kernel.config(&scratch, "echo \"release $(uname -r)\"", ConsoleConfig::Serial);
         for _ in 0..2 {
             let (reason, console) = run(config.clone());
-            assert_eq!(reason, ExitReason::PowerOff, "{image}:\n{console}");
-            assert!(console.contains("release"), "{image}:\n{console}");
+            assert_eq!(reason, ExitReason::PowerOff, "{}:\n{console}", kernel.name);
+            assert!(console.contains("release"), "{}:\n{console}", kernel.name);
         }
     }
     let cached = std::fs::read_dir(scratch.path().join("cache/vmlinux")).map_or(0, Iterator::count);
-    assert_eq!(cached, stock.split(':').filter(|path| !path.is_empty()).count());
+    assert_eq!(cached, stock.len());
 }

@@ -1,6 +1,6 @@
 //! Real Linux guests. They need a KVM that can run Linux (directly or in the lab), hence the feature; `DRAGONBALL_KERNEL`
-//! names the kernel, `DRAGONBALL_MODULES` a folder of modules it needs for virtio,
-//! `DRAGONBALL_STOCK` bzImages of unmodified kernels, separated by colons.
+//! names our kernel, `DRAGONBALL_STOCK` folders of unmodified Debian kernels, separated by colons, the newest first: each has
+//! `vmlinuz` and, in `modules/lib/modules/<release>`, their drivers, as `kernel-config/stock.sh` prints it.
 //!
 //! `cargo test -p dragonball --features e2e --test linux -- --test-threads 1`
 
@@ -12,9 +12,12 @@ mod boot;
 mod console;
 mod fs;
 mod hotplug;
+mod kernels;
 mod memory;
 mod net;
+mod shell;
 mod snapshot;
+mod stock;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

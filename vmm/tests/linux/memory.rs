@@ -10,7 +10,7 @@ use dragonball::vm::{BalloonError, BalloonStatus, ExitReason, HotplugError, Resi
 use crate::guest::Scratch;
 use crate::{CMDLINE, LONG, config, run, start, wait_for};
 
-const MIB: u64 = 1 << 20;
+pub const MIB: u64 = 1 << 20;
 /// `total` is the guest's memory in MiB; `within LOW HIGH WHAT` waits for it.
 const FUNCTIONS: &str = "\
     total() { while read k v u; do [ $k = MemTotal: ] && echo $((v/1024)); done < /proc/meminfo; }\n\
@@ -20,14 +20,14 @@ const FUNCTIONS: &str = "\
     free() { umount /t; echo freed; }\n";
 
 /// Resident bytes of this process, guest memory included.
-fn resident() -> u64 {
+pub fn resident() -> u64 {
     let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
     let line = rollup.lines().find(|line| line.starts_with("Rss:")).unwrap();
     let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
     kib << 10
 }
 
-fn wait_until(what: &str, vm: &Vm, condition: impl Fn() -> bool) {
+pub fn wait_until(what: &str, vm: &Vm, condition: impl Fn() -> bool) {
     let end = Instant::now() + LONG;
     while !condition() {
         let console = || vm.console().tail(1000).join("\n");

@@ -476,14 +476,36 @@ impl MmioTransport {
             let (saved, here) = (state.queues.len(), self.queues.len());
             return Err(invalid(format!("{saved} queues saved, the device has {here}")));
         }
-        if state.positions.len() > state.queues.len() {
-            return Err(invalid(format!("{} queue positions", state.positions.len())));
+        // The states a driver can reach: each bit with the ones before it (virtio 1.2, 3.1.1).
+        let steps = [
+            status::ACKNOWLEDGE,
+            status::DRIVER,
+            status::FEATURES_OK,
+            status::DRIVER_OK,
+        ];
+        let gap = steps
+            .windows(2)
+            .any(|pair| state.status & pair[1] != 0 && state.status & pair[0] == 0);
+        let known = steps.iter().sum::<u32>() | status::NEEDS_RESET | status::FAILED;
+        if gap || state.status & !known != 0 {
+            return Err(invalid(format!("device status {:#x}", state.status)));
         }
         let unknown = state.driver_features & !self.device.features();
         if unknown != 0 && state.status & status::FEATURES_OK != 0 {
             return Err(invalid(format!(
                 "the driver uses features {unknown:#x}, which this host does not offer"
             )));
+        }
+        let mut ready: Vec<usize> = (0..state.queues.len())
+            .filter(|index| state.queues.get(*index).is_some_and(|queue| queue.ready))
+            .collect();
+        for position in &state.positions {
+            // Each ready queue has at most one.
+            let found = ready
+                .iter()
+                .position(|index| *index == usize::from(position.index));
+            let found = found.ok_or_else(|| invalid(format!("queue position {position:?}")))?;
+            ready.swap_remove(found);
         }
         self.device.restore(device)?;
         self.status = state.status;

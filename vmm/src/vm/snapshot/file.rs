@@ -42,7 +42,8 @@ pub fn write(path: &Path, state: &impl Serialize) -> Result<(), StateFileError> 
     std::fs::rename(&temporary, path).map_err(io)
 }
 
-fn header(body: &[u8]) -> [u8; HEADER_BYTES] {
+/// The header of a file with the state `body`.
+pub fn header(body: &[u8]) -> [u8; HEADER_BYTES] {
     let mut header = [0; HEADER_BYTES];
     let fields = MAGIC
         .into_iter()

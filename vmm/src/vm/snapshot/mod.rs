@@ -70,6 +70,18 @@ pub struct RestoreOptions {
     pub vsock_uds: Option<PathBuf>,
 }
 
+/// Decodes and checks `body` as the state of a machine, as far as that goes without the host; for fuzzing.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn check_untrusted(body: &[u8]) {
+    let bytes = [&file::header(body)[..], body].concat();
+    if let Ok(mut state) = file::parse::<state::MachineState>(&bytes)
+        && restore::check(&state).is_ok()
+    {
+        // Nothing is overridden, so nothing can be missing.
+        let _ = restore::apply(&mut state, &RestoreOptions::default());
+    }
+}
+
 /// A state file that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StateFileError {

@@ -53,7 +53,7 @@ impl Vm {
 }
 
 /// What the file says must be possible before anything is allocated for it.
-fn check(state: &MachineState) -> Result<(), RestoreError> {
+pub(super) fn check(state: &MachineState) -> Result<(), RestoreError> {
     let invalid = |reason: String| Err(RestoreError::Invalid(reason));
     if let Err(error) = state.config.validate() {
         return invalid(format!("configuration: {error}"));
@@ -112,7 +112,7 @@ fn layout(state: &MachineState) -> MemoryLayout {
 }
 
 /// Applies the overrides, each of which must hit something.
-fn apply(state: &mut MachineState, options: &RestoreOptions) -> Result<(), RestoreError> {
+pub(super) fn apply(state: &mut MachineState, options: &RestoreOptions) -> Result<(), RestoreError> {
     let (mut disks, mut taps) = (options.disks.clone(), options.taps.clone());
     if let Some(id) = &options.id {
         state.config.id.clone_from(id);

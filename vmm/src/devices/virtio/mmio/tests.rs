@@ -7,10 +7,19 @@ use crate::memory::allocate;
 use crate::memory::layout::MemoryLayout;
 
 const STATUS: u64 = 0x70;
+/// Where the fake device stands in its first queue when it is suspended.
+const POSITION: QueuePosition = QueuePosition {
+    index: 0,
+    next_avail: 7,
+    next_used: 5,
+};
 const OFFERED: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1;
 
 #[derive(Debug, Default)]
 struct Calls {
+    suspends: u32,
+    /// Position of the first queue at each activation.
+    positions: Vec<(u16, u16)>,
     activations: Vec<(u64, Vec<(usize, u16)>)>,
     resets: usize,
     config: Vec<(u64, Vec<u8>)>,
@@ -49,6 +58,10 @@ impl VirtioDevice for Fake {
             .iter()
             .map(|q| (q.index, q.queue.size()))
             .collect();
+        if let Some(first) = activation.queues.first() {
+            let position = (first.queue.next_avail(), first.queue.next_used());
+            self.0.lock().unwrap().positions.push(position);
+        }
         self.0
             .lock()
             .unwrap()
@@ -62,7 +75,8 @@ impl VirtioDevice for Fake {
     }
 
     fn suspend(&mut self) -> Vec<QueuePosition> {
-        Vec::new()
+        self.0.lock().unwrap().suspends += 1;
+        vec![POSITION]
     }
 
     fn save(&self) -> Result<Vec<u8>, StateError> {
@@ -276,4 +290,79 @@ fn interrupt_when_acknowledged_clears_only_those_bits() {
     assert_eq!((driver.read(0x60), driver.read(0xfc)), (3, 1));
     driver.write(0x64, 1);
     assert_eq!(driver.read(0x60), 2);
+}
+
+/// A driver whose device runs with one queue.
+fn running() -> Driver {
+    let mut driver = Driver::new();
+    driver.negotiate(1 << VIRTIO_F_VERSION_1);
+    driver.queue(0, 8, 0x20_0000);
+    assert_eq!(driver.write(STATUS, 15), 15);
+    driver
+}
+
+#[test]
+fn resume_when_suspended_activates_once_where_the_queues_stood() {
+    let mut driver = running();
+    driver.transport.resume().unwrap();
+    driver.transport.suspend();
+    driver.transport.suspend();
+    driver.transport.resume().unwrap();
+    driver.transport.resume().unwrap();
+    let calls = driver.calls.lock().unwrap();
+    assert_eq!(calls.suspends, 1);
+    assert_eq!(calls.positions, [(0, 0), (7, 5)]);
+}
+
+#[test]
+fn restore_when_saved_gives_the_same_registers_and_goes_on() {
+    let mut driver = running();
+    driver.transport.interrupt().signal_config();
+    driver.transport.suspend();
+    let (state, device) = driver.transport.save().unwrap();
+
+    let mut other = Driver::new();
+    other.transport.restore(state.clone(), &device).unwrap();
+    assert_eq!(other.transport.save().unwrap(), (state, device));
+    assert_eq!(
+        (other.read(STATUS), other.read(0x60), other.read(0xfc)),
+        (15, 2, 1)
+    );
+    other.transport.resume().unwrap();
+    assert_eq!(other.calls.lock().unwrap().positions, [(7, 5)]);
+    // The driver has not acknowledged the interrupt, so it gets it again.
+    assert_eq!(other.irqfd.read().unwrap(), 1);
+    // Queues stay frozen, and a reset forgets the position.
+    other.write(0x44, 0);
+    assert_eq!(other.read(0x44), 1);
+    other.write(STATUS, 0);
+    other.negotiate(1 << VIRTIO_F_VERSION_1);
+    other.queue(0, 8, 0x20_0000);
+    other.write(STATUS, 15);
+    assert_eq!(other.calls.lock().unwrap().positions, [(7, 5), (0, 0)]);
+}
+
+#[test]
+fn restore_when_the_state_is_impossible_is_refused() {
+    let mut driver = running();
+    driver.transport.suspend();
+    let (good, device) = driver.transport.save().unwrap();
+    type Change = fn(&mut TransportState);
+    let cases: [(&str, Change); 8] = [
+        ("one queue less", |s| s.queues.truncate(1)),
+        ("a feature nobody offered", |s| s.driver_features |= 1 << 60),
+        ("no FEATURES_OK", |s| s.status &= !8),
+        ("no ACKNOWLEDGE", |s| s.status &= !1),
+        ("an unknown status bit", |s| s.status |= 1 << 9),
+        ("two positions of a queue", |s| s.positions.push(POSITION)),
+        ("a queue that is not ready", |s| s.positions[0].index = 1),
+        ("a queue that does not exist", |s| s.positions[0].index = 2),
+    ];
+    for (what, change) in cases {
+        let mut state = good.clone();
+        change(&mut state);
+        let result = Driver::new().transport.restore(state, &device);
+        assert!(matches!(result, Err(StateError::Invalid { .. })), "{what}");
+    }
+    assert!(Driver::new().transport.restore(good, &[1]).is_err());
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::client::*;
 use crate::config::{FsCache, FsConfig, FsRoot, SharedDir};
@@ -262,10 +262,20 @@ fn mounts_when_they_come_and_go_under_load_do_no_harm() {
     fs::write(c.share().join("file"), "content").unwrap();
     let stop = Arc::new(AtomicBool::new(false));
     let (handle, dir, ended) = (c.handle(), SharedDir::writable(c.share()), stop.clone());
+    let round = Arc::new(AtomicU32::new(0));
+    let rounds = round.clone();
     let changer = std::thread::spawn(move || {
         let mut done = 0u32;
         while !ended.load(Ordering::Relaxed) {
             handle.mount("b", &dir).unwrap();
+            // Now and then long enough for a whole round of the guest.
+            let round = rounds.load(Ordering::Relaxed);
+            while done.is_multiple_of(8)
+                && rounds.load(Ordering::Relaxed) < round + 2
+                && !ended.load(Ordering::Relaxed)
+            {
+                std::thread::yield_now();
+            }
             while handle.unmount("b", Unmount::IfUnused).is_err() {}
             done += 1;
         }
@@ -283,6 +293,7 @@ fn mounts_when_they_come_and_go_under_load_do_no_harm() {
         }
         let names = c.list(ROOT, 4096).unwrap();
         assert!(names.iter().any(|(name, _)| name == "ro"));
+        round.fetch_add(1, Ordering::Relaxed);
     }
     stop.store(true, Ordering::Relaxed);
     assert!(changer.join().unwrap() > 0);
