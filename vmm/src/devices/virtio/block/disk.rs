@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 
 use crate::config::BlockConfig;
+use crate::devices::virtio::image_lock;
 
 /// Unit of addresses and of the capacity, whatever the disk's block size (5.2.6).
 pub(super) const SECTOR: u64 = 512;
@@ -323,26 +324,17 @@ fn usable_physical(physical: u32, block_size: u32) -> u32 {
 }
 
 fn lock(file: &File, config: &BlockConfig) -> Result<(), BlockError> {
-    let kind = if config.read_only {
-        libc::F_RDLCK
-    } else {
-        libc::F_WRLCK
-    };
-    // SAFETY: all-zero is a valid `flock`: the whole file, pid 0 as open file description locks require.
-    let mut range: libc::flock64 = unsafe { std::mem::zeroed() };
-    range.l_type = kind as i16;
-    range.l_whence = libc::SEEK_SET as i16;
-    // SAFETY: `range` outlives the call, the descriptor is open.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw mut range) } == 0 {
-        return Ok(());
+    match image_lock::lock(file, config.read_only) {
+        Ok(true) => {}
+        Ok(false) => {
+            return Err(BlockError::Locked {
+                id: config.id.clone(),
+                path: config.path.clone(),
+            });
+        }
+        Err(error) => {
+            tracing::warn!(device = %config.id, path = ?config.path, %error, "disk: the file system has no locks");
+        }
     }
-    let error = io::Error::last_os_error();
-    if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) {
-        return Err(BlockError::Locked {
-            id: config.id.clone(),
-            path: config.path.clone(),
-        });
-    }
-    tracing::warn!(device = %config.id, path = ?config.path, %error, "disk: the file system has no locks");
     Ok(())
 }

@@ -2,11 +2,11 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use crate::config::PmemConfig;
+use crate::devices::virtio::image_lock;
 use crate::memory::layout::WINDOW_ALIGN;
 use crate::memory::window::{FileMapping, Sharing, WindowError, Windows};
 
@@ -146,26 +146,17 @@ impl PmemFile {
 }
 
 fn lock(file: &File, config: &PmemConfig) -> Result<(), PmemError> {
-    let kind = if config.read_only {
-        libc::F_RDLCK
-    } else {
-        libc::F_WRLCK
-    };
-    // SAFETY: all-zero is a valid `flock`: the whole file, pid 0 as open file description locks require.
-    let mut range: libc::flock64 = unsafe { std::mem::zeroed() };
-    range.l_type = kind as i16;
-    range.l_whence = libc::SEEK_SET as i16;
-    // SAFETY: `range` outlives the call, the descriptor is open.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw mut range) } == 0 {
-        return Ok(());
+    match image_lock::lock(file, config.read_only) {
+        Ok(true) => {}
+        Ok(false) => {
+            return Err(PmemError::Locked {
+                id: config.id.clone(),
+                path: config.path.clone(),
+            });
+        }
+        Err(error) => {
+            tracing::warn!(device = %config.id, path = ?config.path, %error, "pmem: the file system has no locks");
+        }
     }
-    let error = io::Error::last_os_error();
-    if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) {
-        return Err(PmemError::Locked {
-            id: config.id.clone(),
-            path: config.path.clone(),
-        });
-    }
-    tracing::warn!(device = %config.id, path = ?config.path, %error, "pmem: the file system has no locks");
     Ok(())
 }
