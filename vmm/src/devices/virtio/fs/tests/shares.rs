@@ -5,11 +5,13 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Instant;
 
 use super::client::*;
 use crate::config::{FsCache, FsConfig, FsRoot, SharedDir};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::fs::{FsMountError, Unmount};
+use crate::devices::virtio::test_ring::PATIENCE;
 
 /// `a` is the folder `share`, writable; `ro` is the folder `outside`, read-only.
 fn two() -> Client {
@@ -160,8 +162,14 @@ fn lookup_races_with_links_and_renames_never_leave_the_share() {
         }
     });
     let a = c.lookup(ROOT, "a").unwrap();
-    let mut read = 0;
-    for _ in 0..3000 {
+    let (mut read, mut rounds) = (0, 0);
+    let deadline = Instant::now() + PATIENCE;
+    while rounds < 3000 || read == 0 {
+        assert!(
+            Instant::now() < deadline,
+            "never read the file in {rounds} rounds"
+        );
+        rounds += 1;
         let Ok(dir) = c.lookup(a.node, "dir") else {
             continue;
         };
@@ -177,7 +185,6 @@ fn lookup_races_with_links_and_renames_never_leave_the_share() {
     }
     stop.store(true, Ordering::Relaxed);
     racer.join().unwrap();
-    assert!(read > 0);
 }
 
 #[test]
