@@ -21,7 +21,8 @@ pub struct DeviceInfo {
     /// Name of the platform device in the guest, e.g. `LNRO0005:03` (`/sys/bus/platform/devices/…`).
     pub acpi_name: String,
     /// The slot held another device before: Linux keeps the platform device then, so the guest must write `acpi_name` to
-    /// `/sys/bus/platform/drivers/virtio-mmio/bind` itself.
+    /// `/sys/bus/platform/drivers/virtio-mmio/bind` itself, and again while that says ENODEV: the ACPI scan that makes the
+    /// device present runs beside it.
     pub needs_bind: bool,
 }
 

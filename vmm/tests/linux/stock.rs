@@ -116,8 +116,10 @@ fn devices_come_and_go(kernel: &Kernel) {
     for device in [disk(&scratch, "disk-two"), rng("rng-two")] {
         let info = vm.add_device(device).unwrap();
         assert!(info.needs_bind);
+        // ENODEV until the scan that the addition started has seen the device again (drivers/acpi/bus.c,
+        // __acpi_match_device).
         guest.run(&format!(
-            "echo {} > /sys/bus/platform/drivers/virtio-mmio/bind",
+            "soon 'echo {} > /sys/bus/platform/drivers/virtio-mmio/bind'",
             info.acpi_name
         ));
     }
