@@ -353,7 +353,7 @@ fn rate_limiter_when_dry_delays_and_loses_nothing() {
             refill_time_ms: 100,
         });
     });
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     for _ in 0..40 {
         c.getattr(ROOT).unwrap();
     }
