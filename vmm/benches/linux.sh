@@ -141,7 +141,7 @@ make_tap() {
 }
 
 set_qemu_devices() {
-    qemu_disk=(-object iothread,id=io -drive "id=data,file=$WORK/data,format=raw,if=none,aio=io_uring"
+    qemu_disk=(-object iothread,id=io -drive "id=data,file=$WORK/data,format=raw,if=none"
         -device virtio-blk-device,drive=data,iothread=io)
     qemu_tools=(-drive "id=tools,file=$WORK/tools,format=raw,if=none,read-only=on" -device virtio-blk-device,drive=tools)
     qemu_net=(-netdev tap,id=net,ifname=bench0,script=no,downscript=no,vhost=off -device virtio-net-device,netdev=net)
