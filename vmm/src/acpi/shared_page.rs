@@ -72,6 +72,23 @@ pub fn bit_path(letter: u8, index: u8) -> aml::Path {
     aml::Path::new(&String::from_utf8_lossy(&bit_name(letter, index)))
 }
 
+/// `_STA` of thing `index`: there, working and shown when its bit `P…` is set.
+pub fn status_method(index: u8) -> Vec<u8> {
+    use acpi_tables::Aml;
+    let mut bytes = Vec::new();
+    aml::Method::new(
+        "_STA".into(),
+        0,
+        false,
+        vec![
+            &aml::If::new(&bit_path(b'P', index), vec![&aml::Return::new(&0x0fu8)]),
+            &aml::Return::new(&aml::ZERO),
+        ],
+    )
+    .to_aml_bytes(&mut bytes);
+    bytes
+}
+
 /// The machine's side of the page.
 #[derive(Debug)]
 pub struct SharedPage {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use acpi_tables::{Aml, aml};
 
 use crate::acpi::Raw;
-use crate::acpi::shared_page::{Bitmap, SharedPage, bit_path};
+use crate::acpi::shared_page::{Bitmap, SharedPage, bit_path, status_method};
 use crate::bus::BusDevice;
 use crate::vm::ExitReason;
 
@@ -289,15 +289,7 @@ fn write_processor(body: &mut Vec<u8>, index: u8) {
             &aml::Name::new("_HID".into(), &"ACPI0007"),
             &aml::Name::new("_UID".into(), &index),
             &aml::Name::new("_MAT".into(), &mat),
-            &aml::Method::new(
-                "_STA".into(),
-                0,
-                false,
-                vec![
-                    &aml::If::new(&bit_path(b'P', index), vec![&aml::Return::new(&0x0fu8)]),
-                    &aml::Return::new(&aml::ZERO),
-                ],
-            ),
+            &Raw(&status_method(index)),
             &aml::Method::new(
                 "_EJ0".into(),
                 1,

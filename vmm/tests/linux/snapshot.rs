@@ -59,6 +59,19 @@ fn restore(dir: &Path, memory: MemoryMode) -> Vm {
     Vm::restore(dir, &options).unwrap()
 }
 
+/// Waits for the end of [`disk_writer`], which must have found every block, and no complaint of the kernel.
+fn expect_same(vm: &Vm, what: &str) {
+    let ended = vm.wait_timeout(LONG);
+    let console = vm.console();
+    assert_eq!(
+        ended,
+        Some(ExitReason::PowerOff),
+        "{what}: {:?}",
+        console.tail(20)
+    );
+    assert_eq!(console.tail(2), ["same", "0"], "{what}");
+}
+
 /// Stops the machine, so that its disk is free for the next.
 fn end(vm: Vm) {
     vm.stop().unwrap();
@@ -75,13 +88,7 @@ fn disk_when_saved_with_writes_in_flight_has_every_block_after_a_restore() {
         end(vm);
         let vm = restore(&dir, mode);
         vm.resume().unwrap();
-        assert_eq!(
-            vm.wait_timeout(LONG),
-            Some(ExitReason::PowerOff),
-            "{mode:?} {:?}",
-            vm.console().tail(20)
-        );
-        assert_eq!(vm.console().tail(2), ["same", "0"], "{mode:?}");
+        expect_same(&vm, &format!("{mode:?}"));
     }
 }
 
@@ -94,13 +101,7 @@ fn machine_when_it_goes_on_after_a_save_is_not_disturbed() {
         save(&vm, &scratch.path().join(round.to_string()), &SaveKind::Full);
         vm.resume().unwrap();
     }
-    assert_eq!(
-        vm.wait_timeout(LONG),
-        Some(ExitReason::PowerOff),
-        "{:?}",
-        vm.console().tail(20)
-    );
-    assert_eq!(vm.console().tail(2), ["same", "0"]);
+    expect_same(&vm, "not replaced");
 }
 
 #[test]
@@ -119,13 +120,7 @@ fn difference_when_saved_against_a_full_save_is_smaller_and_restores() {
         // Each of them writes the same blocks to the same disk.
         let vm = restore(&difference, mode);
         vm.resume().unwrap();
-        assert_eq!(
-            vm.wait_timeout(LONG),
-            Some(ExitReason::PowerOff),
-            "{mode:?} {:?}",
-            vm.console().tail(20)
-        );
-        assert_eq!(vm.console().tail(2), ["same", "0"], "{mode:?}");
+        expect_same(&vm, &format!("{mode:?}"));
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use acpi_tables::{Aml, aml};
 
 use crate::acpi::Raw;
-use crate::acpi::shared_page::{Bitmap, SharedPage, bit_path};
+use crate::acpi::shared_page::{Bitmap, SharedPage, bit_path, status_method};
 use crate::bus::BusDevice;
 use crate::devices::virtio::mmio::{self, MmioTransport};
 use crate::memory::layout::{VIRTIO_MMIO_SLOT_SIZE, VIRTIO_MMIO_START};
@@ -132,15 +132,7 @@ fn write_slot_aml(sink: &mut Vec<u8>, index: u8, gsi: u32) {
             &aml::Name::new("_HID".into(), &"LNRO0005"),
             &aml::Name::new("_UID".into(), &index),
             &aml::Name::new("_CCA".into(), &aml::ONE),
-            &aml::Method::new(
-                "_STA".into(),
-                0,
-                false,
-                vec![
-                    &aml::If::new(&bit_path(b'P', index), vec![&aml::Return::new(&0x0fu8)]),
-                    &aml::Return::new(&aml::ZERO),
-                ],
-            ),
+            &Raw(&status_method(index)),
             &aml::Name::new(
                 "_CRS".into(),
                 &aml::ResourceTemplate::new(vec![
