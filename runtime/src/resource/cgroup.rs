@@ -3,11 +3,18 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::journal::{Journal, Undo};
 
 const ROOT: &str = "/sys/fs/cgroup";
+
+/// How long a cgroup may stay busy after its processes have left it.
+const BUSY: Duration = Duration::from_secs(2);
+
+const BUSY_PAUSE: Duration = Duration::from_millis(2);
 
 /// The host cgroups of a sandbox.
 #[derive(Debug)]
@@ -149,9 +156,25 @@ fn inherit(folder: &Path, file: &str) -> io::Result<()> {
 
 /// Moves every process of the cgroup `folder` to its parent (or the root) and removes it. Fine when it does not exist.
 ///
+/// A thread that has ended for `join` may not have left its cgroup yet (kernel/exit.c: it wakes its joiner in
+/// `exit_mm`, long before `cgroup_exit`), and one that is ending is not moved with its process: the kernel answers
+/// EBUSY until it is gone. So the removal is tried again, for [`BUSY`] at most.
+///
 /// # Errors
 /// What the kernel said.
 pub fn remove(folder: &Path) -> io::Result<()> {
+    let start = Instant::now();
+    loop {
+        match try_remove(folder) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && start.elapsed() < BUSY => {
+                thread::sleep(BUSY_PAUSE);
+            }
+            done => return done,
+        }
+    }
+}
+
+fn try_remove(folder: &Path) -> io::Result<()> {
     let processes = match fs::read_to_string(folder.join("cgroup.procs")) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -220,5 +243,27 @@ mod tests {
 
         fs::write(root.path().join("cgroup.controllers"), "").unwrap();
         assert_eq!(hierarchies(root.path()), [root.path()]);
+    }
+
+    #[test]
+    fn busy_cgroup_is_removed_when_it_is_free() {
+        let hierarchy = hierarchies(Path::new(ROOT))
+            .pop()
+            .expect("a cgroup hierarchy below /sys/fs/cgroup");
+        let folder = hierarchy.join(format!("dragonball-test-{}", std::process::id()));
+        let child = folder.join("child");
+        fs::create_dir_all(&child).unwrap();
+        assert_eq!(
+            try_remove(&folder).unwrap_err().kind(),
+            io::ErrorKind::ResourceBusy
+        );
+
+        let release = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(50));
+            fs::remove_dir(child)
+        });
+        remove(&folder).unwrap();
+        release.join().unwrap().unwrap();
+        assert!(!folder.exists());
     }
 }
