@@ -4,8 +4,9 @@
 #   linux.sh FOLDER LOAD...      FOLDER: vmlinux, boot (release build of the example), guest-init
 #   loads: boot memory block net vsock fs
 #
-# QEMU's set-up: microvm with ACPI (the kernel knows virtio-mmio devices from nowhere else), PVH entry, no PIT, PIC, RTC and no
-# serial port; console on virtio like ours; disks on an I/O thread with io_uring; TAP without vhost; vhost-vsock; virtiofsd.
+# QEMU's set-up: microvm with ACPI (the kernel knows virtio-mmio devices from nowhere else) and virtio 1 (its virtio-mmio is legacy
+# unless told otherwise: vhost-user refuses that, and the guest hangs under fio's random writes), PVH entry, no PIT, PIC, RTC and no
+# serial port; console on virtio like ours; disks on an I/O thread; TAP without vhost; vhost-vsock; virtiofsd.
 set -euo pipefail
 
 FOLDER="$1"
@@ -14,6 +15,7 @@ WORK="$(mktemp -d)"
 LIMIT=240 # seconds a guest may take
 COUNTERS=(exits io_exits mmio_exits halt_exits irq_injections nmi_injections pf_fixed host_state_reload)
 MICROVM=(-M "microvm,accel=kvm,pit=off,pic=off,rtc=off,isa-serial=off,acpi=on,memory-backend=ram" -cpu host -smp 1 -m 512
+    -global virtio-mmio.force-legacy=false
     -nodefaults -no-user-config -display none -no-reboot
     -chardev stdio,id=console -device virtio-serial-device -device virtconsole,chardev=console)
 vmm=0 daemon=0
