@@ -21,7 +21,7 @@ pub(super) fn transport(guest: &TestGuest) -> MmioTransport {
         memory: guest.memory.clone(),
         io: guest.io.clone(),
     };
-    let interrupt = Interrupt::new(guest.status.clone(), guest.irqfd.clone());
+    let interrupt = Interrupt::new(guest.registers.clone(), guest.irqfd.clone());
     let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
     MmioTransport::new(Box::new(device), host, interrupt, vec![kick])
 }

@@ -15,7 +15,9 @@ use vm_memory::{GuestAddress, GuestMemory as _};
 use super::GuestMemory;
 use super::layout::{MemoryLayout, Region, RegionKind, WINDOW_ALIGN};
 
-/// First memslot of the window of virtio-mem; RAM has the ones before. A window of 1 TiB has 2¹³ units.
+/// Memslot of the registers of virtio-mmio slots; RAM has the ones before.
+pub const REGISTER_SLOT: u32 = 0xf;
+/// First memslot of the window of virtio-mem. A window of 1 TiB has 2¹³ units.
 const HOTPLUG_SLOTS: u32 = 0x10;
 /// First memslot of the window of virtio-pmem. KVM has 32,764 slots (KVM_USER_MEM_SLOTS on x86).
 const PMEM_SLOTS: u32 = 0x4000;
@@ -33,6 +35,8 @@ pub struct Memslot {
     pub size: u64,
     /// Address in this process.
     pub host: u64,
+    /// The guest can read it; its writes are MMIO.
+    pub read_only: bool,
 }
 
 /// Sets memslots: KVM, or a fake in tests.
@@ -371,6 +375,7 @@ impl Window {
             guest: self.region.start + offset,
             size,
             host: self.host as u64 + offset,
+            read_only: false,
         };
         // SAFETY: `check` and `contains_key` keep the range inside the window, which is mapped as long as `memory` lives,
         // and apart from all other slots. The memslots go with the VM, before its memory (see `vm::machine::Remains`).

@@ -23,6 +23,7 @@ use crate::devices::serial::{self, Serial};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::console::{Console, ConsoleLog};
 use crate::devices::virtio::mem::{self, Mem, MemHandle};
+use crate::devices::virtio::registers::RegisterPages;
 use crate::devices::virtio::slots::{self, Slots};
 use crate::devices::virtio::vsock::{Vsock, VsockHandle};
 use crate::devices::vmgenid;
@@ -91,6 +92,7 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     let entry = boot::load(&config.boot, &memory, memory_size, rsdp)?;
 
     kvm::set_memory(&vm, &memory, &layout)?;
+    let registers = kvm::set_registers(&vm)?;
     let memslots: Arc<dyn Memslots> = vm.clone();
     let windows = Windows::new(layout, &memory, &memslots);
     // Files of pmem devices get their memslots here, before the irqchip exists.
@@ -110,6 +112,7 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         vm,
         memory,
         windows,
+        registers,
         shared,
         cpuid,
         acpi: plan.acpi,
@@ -144,6 +147,8 @@ pub struct Parts {
     pub memory: Arc<GuestMemory>,
     /// Its windows.
     pub windows: Windows,
+    /// What the guest reads of its virtio-mmio slots.
+    pub registers: Arc<RegisterPages>,
     /// What AML reads.
     pub shared: Arc<SharedPage>,
     /// CPUID before each vCPU's own topology.
@@ -164,7 +169,7 @@ impl Parts {
     pub fn assemble(self) -> Result<(Machine, Arc<Lifecycle>), BuildError> {
         let VcpuConfig { boot, max } = self.vcpus;
         let hotplug = Arc::new(CpuHotplug::new(self.shared.clone(), boot, max));
-        let board = board(&self.vm, &self.acpi, self.shared, &self.console)?;
+        let board = board(&self.vm, &self.acpi, self.registers, self.shared, &self.console)?;
         let (pio, mmio) = buses(&board, &hotplug)?;
         let lifecycle = Arc::new(Lifecycle::new());
         let vcpus = Vcpus {
@@ -189,10 +194,11 @@ impl Parts {
 fn board(
     vm: &Arc<VmFd>,
     acpi: &acpi::Machine,
+    registers: Arc<RegisterPages>,
     shared: Arc<SharedPage>,
     console: &ConsoleLog,
 ) -> Result<Board, BuildError> {
-    let slots = Arc::new(Slots::new(acpi.slot_gsis.len() as u8, shared.clone()));
+    let slots = Arc::new(Slots::new(acpi.slot_gsis.len() as u8, registers, shared.clone()));
     let ged = Arc::new(Ged::new(new_irqfd(vm, acpi.ged_gsi)?));
     let serial = match acpi.serial {
         true => Some(Arc::new(Serial::new(

@@ -6,17 +6,18 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_CLOCK_REALTIME, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry,
-    kvm_userspace_memory_region,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_CLOCK_REALTIME, KVM_MEM_READONLY, KvmIrqRouting, kvm_enable_cap,
+    kvm_irq_routing_entry, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{GuestAddress, GuestMemory as _};
 
 use crate::devices::ged::Ged;
-use crate::devices::virtio::slots::Slots;
+use crate::devices::virtio::registers::RegisterPages;
+use crate::devices::virtio::slots::{MAX_SLOTS, Slots};
 use crate::irq::io_apic::Routing;
 use crate::memory::layout::{MemoryLayout, Region, RegionKind};
-use crate::memory::window::{Memslot, Memslots};
+use crate::memory::window::{Memslot, Memslots, REGISTER_SLOT};
 use crate::memory::{GuestMemory, layout};
 use crate::vm::error::{BuildError, KvmError};
 
@@ -87,6 +88,7 @@ pub fn set_memory(vm: &VmFd, memory: &GuestMemory, layout: &MemoryLayout) -> Res
             guest: region.start,
             size: region.size,
             host: host as u64,
+            read_only: false,
         };
         // SAFETY: the range is one whole mapping owned by `memory`, which outlives the VM: the machine drops its VmFd
         // and vCPUs first. Regions do not overlap.
@@ -96,6 +98,32 @@ pub fn set_memory(vm: &VmFd, memory: &GuestMemory, layout: &MemoryLayout) -> Res
         })?;
     }
     Ok(())
+}
+
+/// Gives KVM a page of registers for each virtio-mmio slot a machine can have: read in memory, written as MMIO. Comes early
+/// for the same reason as [`set_memory`].
+///
+/// # Errors
+/// [`BuildError::Host`], [`BuildError::Ioctl`].
+pub fn set_registers(vm: &VmFd) -> Result<Arc<RegisterPages>, BuildError> {
+    let pages = RegisterPages::new(MAX_SLOTS).map_err(|source| BuildError::Host {
+        what: "registers of the virtio-mmio slots",
+        source,
+    })?;
+    let memslot = Memslot {
+        slot: REGISTER_SLOT,
+        guest: layout::VIRTIO_MMIO_START,
+        size: pages.size(),
+        host: pages.host_address(),
+        read_only: true,
+    };
+    // SAFETY: the range is one whole mapping owned by `pages`, which the machine keeps until its VmFd and vCPUs are gone. No
+    // RAM is at these addresses.
+    unsafe { vm.set(memslot) }.map_err(|source| BuildError::Ioctl {
+        ioctl: "KVM_SET_USER_MEMORY_REGION",
+        source,
+    })?;
+    Ok(Arc::new(pages))
 }
 
 /// Makes the local APICs KVM's and leaves the I/O APIC to us; must come before the first vCPU.
@@ -144,7 +172,7 @@ impl Memslots for VmFd {
     unsafe fn set(&self, memslot: Memslot) -> io::Result<()> {
         let region = kvm_userspace_memory_region {
             slot: memslot.slot,
-            flags: 0,
+            flags: if memslot.read_only { KVM_MEM_READONLY } else { 0 },
             guest_phys_addr: memslot.guest,
             memory_size: memslot.size,
             userspace_addr: memslot.host,

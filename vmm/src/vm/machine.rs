@@ -246,11 +246,10 @@ impl Machine {
         content: Content,
         device: Box<dyn VirtioDevice>,
     ) -> Result<DeviceInfo, ConnectError> {
-        let no_slot = || ConnectError {
-            what: "slot",
-            source: io::ErrorKind::NotFound.into(),
-        };
-        let state = self.slot_states.get_mut(index).ok_or_else(no_slot)?;
+        let no_slot = |source| ConnectError { what: "slot", source };
+        let registers = self.board.slots.registers(index).map_err(no_slot)?;
+        let state = self.slot_states.get_mut(index);
+        let state = state.ok_or_else(|| no_slot(io::ErrorKind::NotFound.into()))?;
         let irqfd = new_eventfd()?;
         self.vm
             .register_irqfd(&irqfd, state.gsi)
@@ -274,7 +273,7 @@ impl Machine {
             memory: self.memory.clone(),
             io: self.io.clone(),
         };
-        let interrupt = Interrupt::new(Arc::default(), irqfd.clone());
+        let interrupt = Interrupt::new(registers, irqfd.clone());
         state.irqfd = Some(irqfd);
         state.content = Some(content);
         if let Some(mut slot) = self.board.slots.lock(index) {
@@ -289,6 +288,7 @@ impl Machine {
         let mut transport = self.board.slots.lock(index)?.take()?;
         self.board.slots.set_present(index, false);
         transport.reset();
+        transport.interrupt().registers().show_empty();
         unregister_kicks(&self.vm, index, transport.kicks());
         let state = self.slot_states.get_mut(index)?;
         if let Some(irqfd) = state.irqfd.take() {
@@ -360,6 +360,7 @@ impl Machine {
         }
         Remains {
             _vm: self.vm,
+            _slots: self.board.slots,
             _origin: self.origin,
             _memory: self.memory,
         }
@@ -370,6 +371,7 @@ impl Machine {
 #[derive(Debug)]
 pub struct Remains {
     _vm: Arc<VmFd>,
+    _slots: Arc<Slots>,
     _origin: Origin,
     _memory: Arc<GuestMemory>,
 }

@@ -16,6 +16,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::devices::virtio::registers::CONFIG;
 use crate::devices::virtio::state::{QueuePosition, StateError};
 use crate::devices::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::io_loop::IoLoop;
@@ -24,11 +25,8 @@ use crate::memory::GuestMemory;
 /// Offset of QueueNotify; the ioeventfds of a slot watch it.
 pub const QUEUE_NOTIFY: u64 = 0x50;
 
-const MAGIC: u32 = u32::from_le_bytes(*b"virt");
-const VERSION: u32 = 2;
 /// "DBAL".
 const VENDOR_ID: u32 = u32::from_le_bytes(*b"DBAL");
-const CONFIG: u64 = 0x100;
 
 /// Device status bits (virtio 1.2, 2.1).
 mod status {
@@ -102,24 +100,6 @@ impl std::fmt::Debug for MmioTransport {
     }
 }
 
-/// A register read of a slot without device: enough for a driver to probe it and leave (device ID 0; virtio 1.2, 4.2.2).
-pub fn read_empty(offset: u64, data: &mut [u8]) {
-    let value = match offset {
-        0x00 => MAGIC,
-        0x04 => VERSION,
-        _ => 0,
-    };
-    put_register(data, value);
-}
-
-fn put_register(data: &mut [u8], value: u32) {
-    data.fill(0);
-    // Registers are 32 bits wide; other widths read as zero.
-    if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
-        *data = value.to_le_bytes();
-    }
-}
-
 fn set_low(target: &mut u64, value: u32) {
     *target = (*target & !0xffff_ffff) | u64::from(value);
 }
@@ -137,7 +117,7 @@ impl MmioTransport {
         kicks: Vec<Arc<EventFd>>,
     ) -> Self {
         let queues = initial_queues(&*device);
-        Self {
+        let transport = Self {
             device,
             host,
             interrupt,
@@ -150,7 +130,11 @@ impl MmioTransport {
             queues,
             positions: Vec::new(),
             suspended: false,
-        }
+        };
+        transport.show_constants();
+        transport.show_registers();
+        transport.show_config();
+        transport
     }
 
     /// The device's id.
@@ -185,39 +169,46 @@ impl MmioTransport {
         &self.interrupt
     }
 
-    /// Guest read at `offset` into the slot.
+    /// What the guest reads at `offset` of the slot.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        if let Some(offset) = offset.checked_sub(CONFIG) {
-            data.fill(0);
-            self.device.read_config(offset, data);
-            return;
-        }
-        put_register(data, self.read_register(offset));
+        self.interrupt.registers().read(offset, data);
     }
 
-    fn read_register(&self, offset: u64) -> u32 {
+    fn show_constants(&self) {
+        let registers = self.interrupt.registers();
+        registers.show_empty();
+        registers.show(0x08, self.device.device_type());
+        registers.show(0x0c, VENDOR_ID);
+        // No shared memory region: length and base read as -1 (virtio 1.2, 4.2.2.1).
+        for offset in [0xb0, 0xb4, 0xb8, 0xbc] {
+            registers.show(offset, u32::MAX);
+        }
+    }
+
+    /// Shows the registers that depend on what the driver wrote.
+    fn show_registers(&self) {
         let queue = usize::try_from(self.queue_sel)
             .ok()
             .and_then(|sel| self.queues.get(sel));
-        match offset {
-            0x00 => MAGIC,
-            0x04 => VERSION,
-            0x08 => self.device.device_type(),
-            0x0c => VENDOR_ID,
-            0x10 => match self.device_features_sel {
-                0 => self.device.features() as u32,
-                1 => (self.device.features() >> 32) as u32,
-                _ => 0,
-            },
-            0x34 => queue.map_or(0, |_| u32::from(self.max_queue_size(self.queue_sel))),
-            0x44 => u32::from(queue.is_some_and(|q| q.ready)),
-            0x60 => self.interrupt.status().load(Ordering::SeqCst),
-            0x70 => self.status,
-            // No shared memory region: length and base read as -1 (virtio 1.2, 4.2.2.1).
-            0xb0 | 0xb4 | 0xb8 | 0xbc => u32::MAX,
-            0xfc => self.interrupt.config_generation().load(Ordering::SeqCst),
+        let features = match self.device_features_sel {
+            0 => self.device.features() as u32,
+            1 => (self.device.features() >> 32) as u32,
             _ => 0,
-        }
+        };
+        let registers = self.interrupt.registers();
+        registers.show(0x10, features);
+        registers.show(
+            0x34,
+            queue.map_or(0, |_| u32::from(self.max_queue_size(self.queue_sel))),
+        );
+        registers.show(0x44, u32::from(queue.is_some_and(|q| q.ready)));
+        registers.show(0x70, self.status);
+    }
+
+    /// Shows the device's configuration space; returns whether it is another one than before.
+    fn show_config(&self) -> bool {
+        let fill = |space: &mut [u8; _]| self.device.read_config(0, space);
+        self.interrupt.registers().show_config(fill)
     }
 
     fn max_queue_size(&self, index: u32) -> u16 {
@@ -231,6 +222,7 @@ impl MmioTransport {
             // Before DRIVER the driver must not write the configuration (virtio 1.2, 2.5.2).
             if self.status & status::DRIVER != 0 {
                 self.device.write_config(offset, data);
+                self.show_config();
             }
             return;
         }
@@ -251,11 +243,17 @@ impl MmioTransport {
             0x38 | 0x44 | 0x80 | 0x84 | 0x90 | 0x94 | 0xa0 | 0xa4 => self.write_queue(offset, value),
             QUEUE_NOTIFY => self.notify_queue(value),
             0x64 => {
-                self.interrupt.status().fetch_and(!value, Ordering::SeqCst);
+                let pending = self.interrupt.registers().interrupt_status();
+                pending.fetch_and(!value, Ordering::SeqCst);
+                return;
             }
-            0x70 => self.write_status(value),
-            _ => {}
+            0x70 => {
+                self.write_status(value);
+                self.show_config();
+            }
+            _ => return,
         }
+        self.show_registers();
     }
 
     fn write_driver_features(&mut self, value: u32) {
@@ -368,7 +366,9 @@ impl MmioTransport {
                 "virtio-mmio: device needs reset"
             );
             self.status |= status::NEEDS_RESET;
-            self.interrupt.signal_config();
+            self.show_registers();
+            self.interrupt
+                .signal_config(|space| self.device.read_config(0, space));
         }
         result
     }
@@ -441,7 +441,13 @@ impl MmioTransport {
         if !std::mem::take(&mut self.suspended) {
             return Ok(());
         }
-        self.activate().inspect(|()| self.interrupt.repeat())
+        self.activate()?;
+        if self.show_config() {
+            // Changed while nobody could tell the driver.
+            self.interrupt.signal_config(|_| {});
+        }
+        self.interrupt.repeat();
+        Ok(())
     }
 
     /// The registers, and what the device itself knows. The device must be suspended.
@@ -449,6 +455,7 @@ impl MmioTransport {
     /// # Errors
     /// [`StateError`] when the device cannot be saved.
     pub fn save(&self) -> Result<(TransportState, Vec<u8>), StateError> {
+        let registers = self.interrupt.registers();
         let state = TransportState {
             status: self.status,
             device_features_sel: self.device_features_sel,
@@ -456,8 +463,8 @@ impl MmioTransport {
             driver_features: self.driver_features,
             queue_sel: self.queue_sel,
             queues: self.queues.clone(),
-            interrupt_status: self.interrupt.status().load(Ordering::SeqCst),
-            config_generation: self.interrupt.config_generation().load(Ordering::SeqCst),
+            interrupt_status: registers.interrupt_status().load(Ordering::SeqCst),
+            config_generation: registers.config_generation().load(Ordering::SeqCst),
             positions: self.positions.clone(),
         };
         Ok((state, self.device.save()?))
@@ -516,11 +523,15 @@ impl MmioTransport {
         self.queues = state.queues;
         self.positions = state.positions;
         self.suspended = self.is_active();
-        self.interrupt
-            .status()
+        let registers = self.interrupt.registers();
+        registers
+            .interrupt_status()
             .store(state.interrupt_status, Ordering::SeqCst);
-        let generation = self.interrupt.config_generation();
-        generation.store(state.config_generation, Ordering::SeqCst);
+        registers
+            .config_generation()
+            .store(state.config_generation, Ordering::SeqCst);
+        self.show_registers();
+        self.show_config();
         Ok(())
     }
 
@@ -536,7 +547,9 @@ impl MmioTransport {
         self.queues = initial_queues(&*self.device);
         self.positions.clear();
         self.suspended = false;
-        self.interrupt.status().store(0, Ordering::SeqCst);
+        let pending = self.interrupt.registers().interrupt_status();
+        pending.store(0, Ordering::SeqCst);
+        self.show_registers();
     }
 }
 

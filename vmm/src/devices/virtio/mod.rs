@@ -14,6 +14,7 @@ pub mod mmio;
 pub mod net;
 pub mod pmem;
 pub mod queue_thread;
+pub mod registers;
 pub mod rng;
 pub mod served_queue;
 pub mod slots;
@@ -26,7 +27,7 @@ pub mod vsock;
 
 use std::any::Any;
 use std::io;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::{MutEventSubscriber, SubscriberId};
@@ -35,6 +36,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::devices::virtio::registers::{CONFIG_BYTES, Registers};
 use crate::devices::virtio::state::{QueuePosition, StateError};
 use crate::io_loop::{IoLoop, IoLoopError, Worker};
 use crate::memory::GuestMemory;
@@ -77,31 +79,24 @@ pub enum ActivateError {
 /// The device's way to interrupt the guest: status bits, then the irqfd.
 #[derive(Debug, Clone)]
 pub struct Interrupt {
-    status: Arc<AtomicU32>,
-    config_generation: Arc<AtomicU32>,
+    registers: Registers,
     raised: Arc<AtomicU64>,
     irqfd: Arc<EventFd>,
 }
 
 impl Interrupt {
-    /// `status` is the transport's InterruptStatus register, `irqfd` is bound to the slot's GSI.
-    pub fn new(status: Arc<AtomicU32>, irqfd: Arc<EventFd>) -> Self {
+    /// `registers` are those of the slot, `irqfd` is bound to its GSI.
+    pub fn new(registers: Registers, irqfd: Arc<EventFd>) -> Self {
         Self {
-            status,
-            config_generation: Arc::default(),
+            registers,
             raised: Arc::default(),
             irqfd,
         }
     }
 
-    /// The InterruptStatus register.
-    pub fn status(&self) -> &AtomicU32 {
-        &self.status
-    }
-
-    /// The ConfigGeneration register: counts configuration changes, so that a driver can tell a torn read.
-    pub fn config_generation(&self) -> &AtomicU32 {
-        &self.config_generation
+    /// The slot's registers, InterruptStatus and ConfigGeneration among them.
+    pub fn registers(&self) -> &Registers {
+        &self.registers
     }
 
     /// Interrupts sent since the device was made.
@@ -115,22 +110,25 @@ impl Interrupt {
         self.signal(INTERRUPT_USED_RING);
     }
 
-    /// Tells the driver to read the device configuration again.
-    pub fn signal_config(&self) {
-        self.config_generation.fetch_add(1, Ordering::SeqCst);
+    /// Shows the device's configuration and tells the driver to read it again. `fill` as in
+    /// [`Registers::show_config`]; a device passes its [`VirtioDevice::read_config`], and must not hold a lock that takes.
+    pub fn signal_config(&self, fill: impl FnOnce(&mut [u8; CONFIG_BYTES])) {
+        self.registers.show_config(fill);
+        self.registers.config_generation().fetch_add(1, Ordering::SeqCst);
         self.signal(INTERRUPT_CONFIG);
     }
 
     /// Sends the interrupt again if the driver has not acknowledged the last one.
     pub fn repeat(&self) {
-        if self.status.load(Ordering::SeqCst) != 0 {
+        if self.registers.interrupt_status().load(Ordering::SeqCst) != 0 {
             self.trigger();
         }
     }
 
     fn signal(&self, bit: u32) {
         self.raised.fetch_add(1, Ordering::Relaxed);
-        self.status.fetch_or(bit, Ordering::SeqCst);
+        let status = self.registers.interrupt_status();
+        status.fetch_or(bit, Ordering::SeqCst);
         self.trigger();
     }
 
@@ -265,7 +263,9 @@ pub trait VirtioDevice: Any + Send {
     /// Offered feature bits. Must include VIRTIO_F_VERSION_1.
     fn features(&self) -> u64;
 
-    /// Fills `data` from the configuration space at `offset`. Bytes beyond the space read as zero.
+    /// Fills `data` from the configuration space at `offset`. Bytes beyond the space read as zero. What the guest sees is a
+    /// copy of the first [`CONFIG_BYTES`](registers::CONFIG_BYTES): a change in a running device reaches it through
+    /// [`Interrupt::signal_config`].
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
     /// Guest write to the configuration space. Ignored unless the device has writable fields.

@@ -4,6 +4,7 @@
 //! presence bit in the shared page, so an empty slot costs the guest no exit at boot and can be filled later: set the
 //! bit, then let the GED send a Bus Check to the container (proven on unmodified Linux 6.1 and 6.12).
 
+use std::io;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,7 +13,8 @@ use acpi_tables::{Aml, aml};
 use crate::acpi::Raw;
 use crate::acpi::shared_page::{Bitmap, SharedPage, bit_path, status_method};
 use crate::bus::BusDevice;
-use crate::devices::virtio::mmio::{self, MmioTransport};
+use crate::devices::virtio::mmio::MmioTransport;
+use crate::devices::virtio::registers::{RegisterPages, Registers};
 use crate::memory::layout::{VIRTIO_MMIO_SLOT_SIZE, VIRTIO_MMIO_START};
 use crate::vm::ExitReason;
 
@@ -25,14 +27,27 @@ pub const CONTAINER_PATH: &str = "\\_SB_.VIOC";
 #[derive(Debug)]
 pub struct Slots {
     slots: Vec<Mutex<Option<MmioTransport>>>,
+    registers: Arc<RegisterPages>,
     shared: Arc<SharedPage>,
 }
 
 impl Slots {
-    /// `count` empty slots, at most [`MAX_SLOTS`].
-    pub fn new(count: u8, shared: Arc<SharedPage>) -> Self {
+    /// `count` empty slots, at most [`MAX_SLOTS`], whose registers the guest reads in `registers`.
+    pub fn new(count: u8, registers: Arc<RegisterPages>, shared: Arc<SharedPage>) -> Self {
         let slots = (0..count.min(MAX_SLOTS)).map(|_| Mutex::new(None)).collect();
-        Self { slots, shared }
+        Self {
+            slots,
+            registers,
+            shared,
+        }
+    }
+
+    /// The registers of a slot.
+    ///
+    /// # Errors
+    /// There is no such slot.
+    pub fn registers(&self, index: usize) -> io::Result<Registers> {
+        self.registers.of_slot(index)
     }
 
     /// Number of slots.
@@ -84,13 +99,12 @@ impl Slots {
 }
 
 impl BusDevice for Slots {
+    /// Never called by a guest: it reads the same from memory.
     fn read(&self, offset: u64, data: &mut [u8]) {
-        match self.slot_at(offset) {
-            Some((slot, register)) => match slot.as_ref() {
-                Some(transport) => transport.read(register, data),
-                None => mmio::read_empty(register, data),
-            },
-            None => data.fill(0xff),
+        let slot = usize::try_from(offset / VIRTIO_MMIO_SLOT_SIZE).unwrap_or(usize::MAX);
+        match self.registers(slot) {
+            Ok(registers) => registers.read(offset % VIRTIO_MMIO_SLOT_SIZE, data),
+            Err(_) => data.fill(0xff),
         }
     }
 
@@ -150,10 +164,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn read_when_the_slot_is_empty_shows_a_device_id_of_zero() {
+    fn read_when_the_slot_is_empty_again_shows_a_device_id_of_zero() {
         let memory =
             Arc::new(crate::memory::allocate(&crate::memory::layout::MemoryLayout::ram(64 << 20)).unwrap());
-        let slots = Slots::new(2, Arc::new(SharedPage::new(memory)));
+        let pages = Arc::new(RegisterPages::new(2).unwrap());
+        let slots = Slots::new(2, pages, Arc::new(SharedPage::new(memory)));
+        slots.registers(1).unwrap().show_empty();
         let mut data = [0; 4];
         slots.read(VIRTIO_MMIO_SLOT_SIZE, &mut data);
         assert_eq!(&data, b"virt");

@@ -25,7 +25,7 @@ pub fn activate_at(
         memory: guest.memory.clone(),
         features,
         queues,
-        interrupt: Interrupt::new(guest.status.clone(), guest.irqfd.clone()),
+        interrupt: Interrupt::new(guest.registers.clone(), guest.irqfd.clone()),
         io: guest.io.clone(),
     })
 }

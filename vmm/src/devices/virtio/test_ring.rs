@@ -4,7 +4,7 @@
 //! [`BUFFERS`] and [`MEMORY_SIZE`].
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::registers::Registers;
 use super::state::QueuePosition;
 use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::io_loop::IoLoop;
@@ -234,8 +235,8 @@ impl TestRing {
 pub struct TestGuest {
     /// Guest RAM.
     pub memory: Arc<GuestMemory>,
-    /// InterruptStatus.
-    pub status: Arc<AtomicU32>,
+    /// Registers of the device's slot.
+    pub registers: Registers,
     /// Counts interrupts.
     pub irqfd: Arc<EventFd>,
     /// The I/O loop.
@@ -249,7 +250,7 @@ impl Default for TestGuest {
         let (io, thread) = IoLoop::spawn("test-io").unwrap();
         Self {
             memory: Arc::new(memory),
-            status: Arc::new(AtomicU32::new(0)),
+            registers: Registers::unseen().unwrap(),
             irqfd: Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
             io,
             thread: Some(thread),
@@ -286,7 +287,7 @@ impl TestGuest {
             memory: self.memory.clone(),
             features,
             queues: rings.iter().map(TestRing::active).collect(),
-            interrupt: Interrupt::new(self.status.clone(), self.irqfd.clone()),
+            interrupt: Interrupt::new(self.registers.clone(), self.irqfd.clone()),
             io: self.io.clone(),
         };
         device.activate(activation).unwrap();
@@ -311,10 +312,15 @@ impl TestGuest {
             memory: self.memory.clone(),
             features,
             queues: queues.map(|(ring, at)| ring.active_at(at)).collect(),
-            interrupt: Interrupt::new(self.status.clone(), self.irqfd.clone()),
+            interrupt: Interrupt::new(self.registers.clone(), self.irqfd.clone()),
             io: self.io.clone(),
         };
         device.activate(activation).unwrap();
+    }
+
+    /// InterruptStatus.
+    pub fn status(&self) -> u32 {
+        self.registers.interrupt_status().load(Ordering::SeqCst)
     }
 
     /// Interrupts since the last call.

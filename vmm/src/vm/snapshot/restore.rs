@@ -193,6 +193,7 @@ fn restore(dir: &Path, state: MachineState, mode: MemoryMode) -> Result<Built, R
     let memory = Arc::new(memory::allocate(&layout).map_err(BuildError::from)?);
     let origin = layers.load(&memory, &layout, mode)?;
     kvm::set_memory(&vm, &memory, &layout)?;
+    let registers = kvm::set_registers(&vm)?;
     let memslots: Arc<dyn Memslots> = vm.clone();
     let windows = Windows::new(layout.clone(), &memory, &memslots);
     kvm::split_irqchip(&vm)?;
@@ -202,6 +203,7 @@ fn restore(dir: &Path, state: MachineState, mode: MemoryMode) -> Result<Built, R
         vm: vm.clone(),
         memory: memory.clone(),
         windows,
+        registers,
         shared: Arc::new(SharedPage::new(memory.clone())),
         cpuid: state.cpuid.clone(),
         acpi: build::gsis(&state.config, state.slots.len())?,

@@ -119,7 +119,7 @@ impl Balloon {
         })?;
         // Without a driver the target is there when one starts.
         if let Some((_, interrupt)) = &self.running {
-            interrupt.signal_config();
+            interrupt.signal_config(|space| self.read_config(0, space));
         }
         Ok(())
     }

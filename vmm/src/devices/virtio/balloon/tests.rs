@@ -1,5 +1,4 @@
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::*;
@@ -77,7 +76,7 @@ fn target_when_set_is_in_the_configuration_and_signalled() {
     assert_eq!(guest.interrupts(), 0);
     device.set_target(8192).unwrap();
     assert_eq!(guest.wait_interrupt(), 1);
-    assert_eq!(guest.status.load(Ordering::SeqCst), INTERRUPT_CONFIG);
+    assert_eq!(guest.status(), INTERRUPT_CONFIG);
     device.write_config(4, &2u32.to_le_bytes());
     device.write_config(0, &9u32.to_le_bytes());
     device.write_config(4, &[1, 1]);

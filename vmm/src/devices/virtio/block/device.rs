@@ -130,7 +130,7 @@ impl Block {
         if new != old {
             disk.set_sectors(new / SECTOR);
             if let Some(active) = &self.active {
-                active.interrupt.signal_config();
+                active.interrupt.signal_config(|space| self.read_config(0, space));
             }
             tracing::info!(device = %self.target.id, old, new, "disk resized");
         }

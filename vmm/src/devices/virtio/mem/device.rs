@@ -7,12 +7,12 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
 
 use super::handle::{MemHandle, Shared};
 use super::region::Region;
+use super::state;
 use super::worker::{Counters, MemWorker};
-use super::{BLOCK_SIZE, state};
 use crate::devices::virtio::queue_thread::QueueThread;
 use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::{QueuePosition, StateError};
-use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};
+use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice};
 use crate::memory::window::Window;
 
 const QUEUE_SIZES: [u16; 1] = [64];
@@ -69,23 +69,8 @@ impl VirtioDevice for Mem {
         CHAIN_FEATURES | UNPLUGGED_INACCESSIBLE
     }
 
-    /// `struct virtio_mem_config` (5.15.4): block_size, node_id and padding, addr, region_size, usable_region_size,
-    /// plugged_size, requested_size, eight bytes each.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let state = self.shared.lock();
-        let fields = state.region.as_ref().map(|region| {
-            [
-                BLOCK_SIZE,
-                0,
-                region.start(),
-                region.size(),
-                region.size(),
-                region.plugged(),
-                region.requested(),
-            ]
-        });
-        let space = fields.unwrap_or_default().map(u64::to_le_bytes);
-        read_space(space.as_flattened(), offset, data);
+        self.shared.read_config(offset, data);
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
@@ -102,7 +87,12 @@ impl VirtioDevice for Mem {
         let queue = activation.take_queue(&self.id, 0)?;
         let interrupt = activation.interrupt;
         let queue = ServedQueue::new(&self.id, queue, activation.memory, interrupt.clone());
-        let worker = MemWorker::new(queue, self.shared.clone(), self.counters.clone());
+        let worker = MemWorker::new(
+            queue,
+            interrupt.registers().clone(),
+            self.shared.clone(),
+            self.counters.clone(),
+        );
         let thread = QueueThread::spawn("vmm-mem", worker)
             .map_err(|source| host("cannot start the worker's thread", source))?;
         self.running = Some(thread);

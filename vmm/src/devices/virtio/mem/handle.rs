@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::error::ResizeMemoryError;
 use super::region::Region;
 use super::{BLOCK_SIZE, GRANULARITY};
-use crate::devices::virtio::Interrupt;
+use crate::devices::virtio::{Interrupt, read_space};
 
 /// What the device, its worker and handles share.
 #[derive(Debug)]
@@ -37,6 +37,25 @@ impl Shared {
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `struct virtio_mem_config` (5.15.4): block_size, node_id and padding, addr, region_size, usable_region_size,
+    /// plugged_size, requested_size, eight bytes each.
+    pub(super) fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let state = self.lock();
+        let fields = state.region.as_ref().map(|region| {
+            [
+                BLOCK_SIZE,
+                0,
+                region.start(),
+                region.size(),
+                region.size(),
+                region.plugged(),
+                region.requested(),
+            ]
+        });
+        let space = fields.unwrap_or_default().map(u64::to_le_bytes);
+        read_space(space.as_flattened(), offset, data);
     }
 
     /// Changes the state and wakes everybody who waits for it.
@@ -100,7 +119,9 @@ impl MemHandle {
         if let Some(region) = &mut state.region {
             region.request(target);
         }
-        interrupt.signal_config();
+        drop(state);
+        interrupt.signal_config(|space| self.shared.read_config(0, space));
+        let mut state = self.shared.lock();
         loop {
             let region = state.region.as_mut().ok_or(ResizeMemoryError::Ended)?;
             let reached = region.plugged();
@@ -110,7 +131,8 @@ impl MemHandle {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if left == Some(Duration::ZERO) {
                 region.request(reached);
-                interrupt.signal_config();
+                drop(state);
+                interrupt.signal_config(|space| self.shared.read_config(0, space));
                 return Err(ResizeMemoryError::Timeout {
                     target: boot.saturating_add(target),
                     reached: boot.saturating_add(reached),

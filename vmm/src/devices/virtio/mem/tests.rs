@@ -248,10 +248,7 @@ fn resize_when_the_guest_follows_returns_and_when_not_keeps_what_was_reached() {
     // Rounded up from 5 MiB.
     let pending = resize(5 * MIB, PATIENCE);
     driver.guest.wait_interrupt();
-    assert_eq!(
-        driver.guest.status.load(Ordering::SeqCst) & INTERRUPT_CONFIG,
-        INTERRUPT_CONFIG
-    );
+    assert_eq!(driver.guest.status() & INTERRUPT_CONFIG, INTERRUPT_CONFIG);
     assert_eq!(driver.sizes(), (0, 8 * MIB));
     assert_eq!(driver.request(PLUG, start, 4).0, ACK);
     assert_eq!(pending.join().unwrap(), Ok((0, 8 * MIB)));

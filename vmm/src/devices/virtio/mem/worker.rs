@@ -10,6 +10,7 @@ use super::handle::Shared;
 use super::region::{Request, Response};
 use crate::devices::virtio::chain::Chain;
 use crate::devices::virtio::queue_thread::ThreadWorker;
+use crate::devices::virtio::registers::Registers;
 use crate::devices::virtio::served_queue::{Served, ServedQueue};
 use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
@@ -44,14 +45,21 @@ impl Counters {
 #[derive(Debug)]
 pub(super) struct MemWorker {
     queue: ServedQueue,
+    registers: Registers,
     shared: Arc<Shared>,
     counters: Arc<Counters>,
 }
 
 impl MemWorker {
-    pub(super) fn new(queue: ServedQueue, shared: Arc<Shared>, counters: Arc<Counters>) -> Self {
+    pub(super) fn new(
+        queue: ServedQueue,
+        registers: Registers,
+        shared: Arc<Shared>,
+        counters: Arc<Counters>,
+    ) -> Self {
         Self {
             queue,
+            registers,
             shared,
             counters,
         }
@@ -71,9 +79,12 @@ impl ThreadWorker for MemWorker {
     fn ready(&mut self, _index: usize) {
         self.queue.take_kick();
         let limit = self.queue.size();
-        let (shared, counters) = (&self.shared, &self.counters);
+        let (registers, shared, counters) = (&self.registers, &self.shared, &self.counters);
         let served = self.queue.serve(BUDGET, |memory, chain| {
-            answer(shared, counters, memory, chain, limit)
+            let written = answer(shared, counters, memory, chain, limit);
+            // plugged_size changes with the request, without an interrupt (5.15.6.1).
+            registers.show_config(|space| shared.read_config(0, space));
+            written
         });
         if served == Served::More {
             self.queue.kick_self();

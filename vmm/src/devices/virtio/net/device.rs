@@ -10,7 +10,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC,
-    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -246,14 +246,13 @@ impl VirtioDevice for Net {
 
     /// `struct virtio_net_config` (5.1.4): mac, status, max_virtqueue_pairs, mtu.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let up = self.shared.link_up.load(Ordering::SeqCst);
-        // Bit 0; the configuration limits pairs to 8.
-        let status = if up { VIRTIO_NET_S_LINK_UP as u16 } else { 0 };
-        let max_pairs = self.backends.len() as u16;
         let mut space = self.state.mac.to_vec();
-        for field in [status, max_pairs, self.mtu.unwrap_or(0)] {
+        // The configuration limits pairs to 8.
+        let max_pairs = self.backends.len() as u16;
+        for field in [0, max_pairs, self.mtu.unwrap_or(0)] {
             space.extend_from_slice(&field.to_le_bytes());
         }
+        self.shared.write_status(&mut space);
         read_space(&space, offset, data);
     }
 

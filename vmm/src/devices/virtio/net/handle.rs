@@ -3,11 +3,15 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use virtio_bindings::virtio_net::VIRTIO_NET_S_LINK_UP;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::counters::Counters;
 use crate::config::{ConfigError, RateLimiterConfig};
 use crate::devices::virtio::Interrupt;
+
+/// Offset of `status` in `struct virtio_net_config` (5.1.4).
+const STATUS: usize = 6;
 
 /// Limits in force.
 #[derive(Debug, Clone, Copy)]
@@ -29,6 +33,17 @@ pub(super) struct Shared {
     pub(super) changed: EventFd,
 }
 
+impl Shared {
+    /// Writes the link's state to the configuration space (le16 at [`STATUS`]; bit 0).
+    pub(super) fn write_status(&self, space: &mut [u8]) {
+        let up = self.link_up.load(Ordering::SeqCst);
+        let status = if up { VIRTIO_NET_S_LINK_UP as u16 } else { 0 };
+        for (to, from) in space.iter_mut().skip(STATUS).zip(status.to_le_bytes()) {
+            *to = from;
+        }
+    }
+}
+
 /// A lock of a value that no panic can leave half-written.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -46,7 +61,7 @@ impl NetHandle {
             return;
         }
         if let Some(interrupt) = &*lock(&self.0.interrupt) {
-            interrupt.signal_config();
+            interrupt.signal_config(|space| self.0.write_status(space));
         }
     }
 

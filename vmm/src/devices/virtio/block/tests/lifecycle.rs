@@ -1,7 +1,6 @@
 //! Reset, suspend, save and restore with requests outstanding; several queues; limits; resize.
 
 use std::fs::File;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_blk::{
@@ -339,7 +338,7 @@ fn set_image_len(f: &Fixture, len: u64) {
 fn resize_when_the_image_grew_tells_the_guest(engine: BlockEngine) {
     let mut f = Fixture::new(engine, false);
     assert_eq!(f.block.resize().unwrap(), 8 << 20);
-    assert_eq!(f.guest.status.load(Ordering::SeqCst) & INTERRUPT_CONFIG, 0);
+    assert_eq!(f.guest.status() & INTERRUPT_CONFIG, 0);
     set_image_len(&f, 12 << 20);
     let beyond = (12 << 20) / 512 - 1;
     assert_eq!(
@@ -349,7 +348,7 @@ fn resize_when_the_image_grew_tells_the_guest(engine: BlockEngine) {
 
     assert_eq!(f.block.resize().unwrap(), 12 << 20);
 
-    assert_ne!(f.guest.status.load(Ordering::SeqCst) & INTERRUPT_CONFIG, 0);
+    assert_ne!(f.guest.status() & INTERRUPT_CONFIG, 0);
     assert_eq!(capacity(&f.block), 12 << 20);
     assert_eq!(f.request(VIRTIO_BLK_T_IN, beyond, &[Buf::Write(DATA, 512)]).1, OK);
 }

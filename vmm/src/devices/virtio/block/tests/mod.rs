@@ -118,7 +118,7 @@ impl Fixture {
             memory: self.guest.memory.clone(),
             features: CHAIN_FEATURES | features,
             queues,
-            interrupt: Interrupt::new(self.guest.status.clone(), self.guest.irqfd.clone()),
+            interrupt: Interrupt::new(self.guest.registers.clone(), self.guest.irqfd.clone()),
             io: self.guest.io.clone(),
         };
         self.block.activate(activation).unwrap();

@@ -109,7 +109,7 @@ impl Rig {
             memory: self.guest.memory.clone(),
             features: self.features,
             queues: queues.collect(),
-            interrupt: Interrupt::new(self.guest.status.clone(), self.guest.irqfd.clone()),
+            interrupt: Interrupt::new(self.guest.registers.clone(), self.guest.irqfd.clone()),
             io: self.guest.io.clone(),
         };
         self.net.activate(activation).unwrap();
