@@ -11,6 +11,7 @@ pub mod fs;
 mod image_lock;
 pub mod mem;
 pub mod mmio;
+pub mod moderation;
 pub mod net;
 pub mod pmem;
 pub mod queue_thread;

@@ -232,19 +232,40 @@ impl ServedQueue {
         }
     }
 
+    /// Chains returned since the last [`notify`](Self::notify).
+    pub fn unannounced(&self) -> u16 {
+        self.queue.next_used().wrapping_sub(self.notified_at)
+    }
+
+    /// Chains taken whose return the driver has not seen, as far as it says so (EVENT_IDX); else 0.
+    pub fn awaited(&self) -> u16 {
+        let Ok(Some(event)) = self.used_event() else {
+            return 0;
+        };
+        let awaited = self.queue.next_avail().wrapping_sub(event);
+        if awaited <= self.queue.size() { awaited } else { 0 }
+    }
+
+    /// The value of the used index the driver waits for, with EVENT_IDX. It follows the avail ring's flags, index and
+    /// entries.
+    fn used_event(&self) -> Result<Option<u16>, vm_memory::GuestMemoryError> {
+        if !self.queue.event_idx_enabled() {
+            return Ok(None);
+        }
+        let at = self.queue.avail_ring() + 4 + 2 * u64::from(self.queue.size());
+        let event = self.memory.load::<u16>(GuestAddress(at), Ordering::Relaxed)?;
+        Ok(Some(u16::from_le(event)))
+    }
+
     /// What the driver asks for: an interrupt when the used index passes one value (EVENT_IDX, virtio 1.2, 2.7.7.2), or
     /// one flag for all.
     fn interrupt_wanted(&mut self) -> bool {
         let next_used = self.queue.next_used();
         let before = std::mem::replace(&mut self.notified_at, next_used);
-        if !self.queue.event_idx_enabled() {
-            return !self.interrupts_suppressed();
-        }
-        // `used_event` follows the avail ring's flags, index and entries.
-        let at = self.queue.avail_ring() + 4 + 2 * u64::from(self.queue.size());
-        match self.memory.load::<u16>(GuestAddress(at), Ordering::Relaxed) {
-            Ok(event) => {
-                let since_event = next_used.wrapping_sub(u16::from_le(event)).wrapping_sub(1);
+        match self.used_event() {
+            Ok(None) => !self.interrupts_suppressed(),
+            Ok(Some(event)) => {
+                let since_event = next_used.wrapping_sub(event).wrapping_sub(1);
                 since_event < next_used.wrapping_sub(before)
             }
             Err(error) => {

@@ -4,7 +4,7 @@
 //! [`BUFFERS`] and [`MEMORY_SIZE`].
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -189,6 +189,27 @@ impl TestRing {
     /// Rings the doorbell.
     pub fn kick(&self) {
         self.kick.write(1).unwrap();
+    }
+
+    /// Rings the doorbell if the device asks for it after the last [`submit`](Self::submit) (EVENT_IDX: `avail_event`
+    /// follows the used ring's entries); says whether it did.
+    pub fn kick_if_wanted(&self) -> bool {
+        fence(Ordering::SeqCst);
+        let at = GuestAddress(self.used() + 4 + 8 * u64::from(self.size));
+        let event: u16 = self.memory.load(at, Ordering::SeqCst).unwrap();
+        let wanted = u16::from_le(event) == self.avail_index.wrapping_sub(1);
+        if wanted {
+            self.kick();
+        }
+        wanted
+    }
+
+    /// Asks for an interrupt with the next completion; false when one is there already (EVENT_IDX).
+    pub fn ask_for_interrupt(&self) -> bool {
+        self.set_used_event(self.used_seen);
+        fence(Ordering::SeqCst);
+        let index: u16 = self.memory.load(self.used_index(), Ordering::SeqCst).unwrap();
+        u16::from_le(index) == self.used_seen
     }
 
     /// The next completion, if there is one.

@@ -53,9 +53,9 @@ impl Worker {
         let index = queue.index;
         let intake = Intake::new(around, queue);
         if engine != BlockEngine::Sync {
-            match UringWorker::ring(&intake) {
-                Ok(ring) => {
-                    let worker = UringWorker::new(intake, ring);
+            match UringWorker::resources(&intake) {
+                Ok(resources) => {
+                    let worker = UringWorker::new(intake, resources);
                     return Ok(Self::Uring(OnLoop::start(around.io.clone(), worker)?));
                 }
                 // It was there when the disk was made; out of file descriptors or locked memory.

@@ -272,7 +272,10 @@ fn config_when_written_needs_a_driver_and_any_width_reads() {
 #[test]
 fn registers_when_the_driver_selects_something_else_show_it() {
     let mut driver = Driver::new();
-    assert_eq!((driver.read(0), driver.read(4), driver.read(8)), (0x7472_6976, 2, 42));
+    assert_eq!(
+        (driver.read(0), driver.read(4), driver.read(8)),
+        (0x7472_6976, 2, 42)
+    );
     for (select, features) in [(0, OFFERED as u32), (1, (OFFERED >> 32) as u32), (2, 0)] {
         driver.write(0x14, select);
         assert_eq!(driver.read(0x10), features);

@@ -1,5 +1,7 @@
 //! Which engine is taken, and what configurations are refused.
 
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
+
 use super::*;
 use crate::config::{ConfigError, DeviceConfig};
 use crate::devices::virtio::block::ring;
@@ -49,5 +51,38 @@ fn block_config_when_out_of_range_is_refused() {
         |c: &mut BlockConfig| c.serial = Some("a\nb".into()),
     ] {
         assert!(matches!(refused(change), ConfigError::BlockSerial { .. }));
+    }
+}
+
+#[test]
+fn interrupts_when_the_driver_has_many_requests_under_way_are_fewer_and_none_is_lost() {
+    const ROUNDS: u64 = 50;
+    const DEPTH: u64 = 16;
+    for engine in [BlockEngine::Auto, BlockEngine::Sync] {
+        let mut f = Fixture::new(engine, false);
+        let mut interrupts = 0;
+        for _ in 0..ROUNDS {
+            for slot in 0..DEPTH {
+                f.offer(0, slot, VIRTIO_BLK_T_IN, slot, 512);
+                f.rings[0].kick_if_wanted();
+            }
+            let mut left = DEPTH;
+            while left > 0 {
+                if f.rings[0].try_used().is_some() {
+                    left -= 1;
+                } else if f.rings[0].ask_for_interrupt() {
+                    interrupts += f.guest.wait_interrupt();
+                }
+            }
+            // One alone, right after: it is held for a moment, and the end of that is all the driver waits for.
+            assert!(f.rings[0].ask_for_interrupt());
+            f.offer(0, 0, VIRTIO_BLK_T_IN, 0, 512);
+            f.rings[0].kick_if_wanted();
+            interrupts += f.guest.wait_interrupt();
+            assert!(f.rings[0].try_used().is_some(), "{engine:?}");
+        }
+        let requests = ROUNDS * (DEPTH + 1);
+        assert_eq!(f.counter("read_requests"), requests, "{engine:?}");
+        assert!(interrupts <= requests / 2, "{engine:?}: {interrupts}");
     }
 }

@@ -2,8 +2,10 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::ptr;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -11,8 +13,19 @@ use super::intake::{Intake, Taken};
 use crate::devices::virtio::block::request::Request;
 use crate::devices::virtio::state::QueuePosition;
 
-/// Requests per interrupt at most, so that the first of many slow ones is not held back by the last.
+/// Requests per turn at most, so that the first of many slow ones is not held back by the last.
 const BATCH: usize = 8;
+
+/// What the worker waits for after a turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    /// A kick.
+    Kick,
+    /// A kick, or this time.
+    Until(Instant),
+    /// Nothing: there is more to do.
+    Not,
+}
 
 /// The running thread. [`SyncWorker::stop`] ends it.
 #[derive(Debug)]
@@ -46,7 +59,7 @@ impl SyncWorker {
 
 fn run(mut intake: Intake, stop: &EventFd) -> QueuePosition {
     // Without a kick at first: requests may have come while no worker looked.
-    let mut wait = false;
+    let mut wait = Wait::Not;
     loop {
         match wait_for_kick(&intake, stop, wait) {
             Ok(false) => {}
@@ -56,28 +69,31 @@ fn run(mut intake: Intake, stop: &EventFd) -> QueuePosition {
                 break;
             }
         }
-        intake.queue.take_kick();
-        intake.queue.suppress_kicks();
-        wait = batch(&mut intake);
-        intake.queue.notify();
+        intake.begin_turn();
+        let more = batch(&mut intake);
+        wait = match intake.end_turn(false) {
+            _ if more => Wait::Not,
+            Some(until) => Wait::Until(until),
+            None => Wait::Kick,
+        };
     }
     if let Some(request) = intake.take_held() {
         perform(&mut intake, request);
-        intake.queue.notify();
     }
+    intake.queue.notify();
     intake.queue.position()
 }
 
-/// Serves up to [`BATCH`] chains; true when there is nothing more to do before a kick.
+/// Serves up to [`BATCH`] chains; true when there may be more.
 fn batch(intake: &mut Intake) -> bool {
     for _ in 0..BATCH {
         match intake.take() {
             Taken::Request(request) => perform(intake, request),
             Taken::Returned => {}
-            Taken::Idle | Taken::Throttled => return true,
+            Taken::Idle | Taken::Throttled => return false,
         }
     }
-    false
+    true
 }
 
 fn perform(intake: &mut Intake, mut request: Request) {
@@ -89,8 +105,8 @@ fn perform(intake: &mut Intake, mut request: Request) {
     intake.answer(request);
 }
 
-/// Sleeps until a kick or a stop if `wait`, else only looks; true means stop.
-fn wait_for_kick(intake: &Intake, stop: &EventFd, wait: bool) -> io::Result<bool> {
+/// Sleeps as `wait` says; true means stop.
+fn wait_for_kick(intake: &Intake, stop: &EventFd, wait: Wait) -> io::Result<bool> {
     let readable = |fd| libc::pollfd {
         fd,
         events: libc::POLLIN,
@@ -100,10 +116,20 @@ fn wait_for_kick(intake: &Intake, stop: &EventFd, wait: bool) -> io::Result<bool
         readable(stop.as_raw_fd()),
         readable(intake.queue.kick().as_raw_fd()),
     ];
-    let timeout = if wait { -1 } else { 0 };
     loop {
-        // SAFETY: `fds` is an array of two, alive during the call.
-        if unsafe { libc::poll(fds.as_mut_ptr(), 2, timeout) } >= 0 {
+        let left = match wait {
+            Wait::Kick => None,
+            Wait::Until(until) => Some(until.saturating_duration_since(Instant::now())),
+            Wait::Not => Some(Duration::ZERO),
+        };
+        let timeout = left.map(|left| libc::timespec {
+            // Far less than a second.
+            tv_sec: 0,
+            tv_nsec: libc::c_long::from(left.subsec_nanos() as i32),
+        });
+        let timeout = timeout.as_ref().map_or(ptr::null(), ptr::from_ref);
+        // SAFETY: `fds` is an array of two, alive during the call as the timeout is; no signal mask.
+        if unsafe { libc::ppoll(fds.as_mut_ptr(), 2, timeout, ptr::null()) } >= 0 {
             let [stop, _] = fds;
             return Ok(stop.revents != 0);
         }

@@ -6,9 +6,11 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::time::Duration;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::intake::{Intake, Taken};
 use crate::devices::virtio::block::request::Request;
@@ -50,15 +52,20 @@ pub(in super::super) struct UringWorker {
     pushed: usize,
     /// The ring does not take submissions any more.
     broken: bool,
+    /// Brings the turn that ends a hold.
+    timer: TimerFd,
+    /// When it fires.
+    armed: Option<Instant>,
 }
 
 impl UringWorker {
-    /// The ring for a queue.
-    pub(super) fn ring(intake: &Intake) -> io::Result<Ring> {
-        Ring::new(&intake.target.disk, intake.queue.size())
+    /// The ring for a queue, and a timer.
+    pub(super) fn resources(intake: &Intake) -> io::Result<(Ring, TimerFd)> {
+        let ring = Ring::new(&intake.target.disk, intake.queue.size())?;
+        Ok((ring, TimerFd::new()?))
     }
 
-    pub(super) fn new(intake: Intake, ring: Ring) -> Self {
+    pub(super) fn new(intake: Intake, (ring, timer): (Ring, TimerFd)) -> Self {
         let size = usize::from(intake.queue.size());
         Self {
             intake,
@@ -68,16 +75,17 @@ impl UringWorker {
             ready: VecDeque::new(),
             pushed: 0,
             broken: false,
+            timer,
+            armed: None,
         }
     }
 
     /// Everything that can be done without waiting.
     fn turn(&mut self) {
-        self.intake.queue.take_kick();
+        self.intake.begin_turn();
         // Nothing to read: a turn for another reason took the completions.
         let _ = self.ring.completed().read();
         self.reap();
-        self.intake.queue.suppress_kicks();
         let more = self.take_requests();
         let refused = self.submit();
         self.reap();
@@ -85,11 +93,29 @@ impl UringWorker {
             // All of it completed at once; nobody needs to come back for the signals of that.
             let _ = self.ring.completed().read();
         }
-        self.intake.queue.notify();
+        if let Some(until) = self.intake.end_turn(self.pushed > 0) {
+            self.come_back(until);
+        }
         // `full`: places became free again without a completion that would wake us.
         let full = more == Taking::Full && !self.free.is_empty();
         if (more == Taking::More || full || refused || !self.ready.is_empty()) && !self.broken {
             self.intake.queue.kick_self();
+        }
+    }
+
+    /// Brings a turn at `until` at the latest.
+    fn come_back(&mut self, until: Instant) {
+        if self.armed == Some(until) {
+            return;
+        }
+        let wait = until.saturating_duration_since(Instant::now());
+        // Zero would disarm it.
+        match self.timer.reset(wait.max(Duration::from_nanos(1)), None) {
+            Ok(()) => self.armed = Some(until),
+            Err(error) => {
+                tracing::error!(device = %self.intake.target.id, %error, "block: cannot arm the timer");
+                self.intake.queue.kick_self();
+            }
         }
     }
 
@@ -238,14 +264,23 @@ impl MutEventSubscriber for UringWorker {
     fn init(&mut self, ops: &mut EventOps) {
         let kick = Events::new(&**self.intake.queue.kick(), EventSet::IN);
         let completed = Events::new(self.ring.completed(), EventSet::IN);
-        if let Err(error) = ops.add(kick).and_then(|()| ops.add(completed)) {
+        let timer = Events::new(&self.timer, EventSet::IN);
+        if let Err(error) = [kick, completed, timer]
+            .into_iter()
+            .try_for_each(|events| ops.add(events))
+        {
             tracing::error!(device = %self.intake.target.id, ?error, "block: cannot watch the queue");
         }
         // Requests may have come while no worker looked.
         self.intake.queue.kick_self();
     }
 
-    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        if events.fd() == self.timer.as_raw_fd() {
+            self.armed = None;
+            // Readable, so it does not wait.
+            let _ = self.timer.wait();
+        }
         self.turn();
     }
 }

@@ -1,6 +1,5 @@
 //! Both directions stuck at once, rate limits, the link.
 
-
 use super::rig::{EVENT_IDX, MERGE, Rig, eventually, frame, net_config, wire};
 use crate::config::{NetConfig, RateLimiterConfig, TokenBucketConfig};
 use crate::devices::virtio::{INTERRUPT_CONFIG, VirtioDevice};
