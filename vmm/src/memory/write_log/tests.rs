@@ -331,3 +331,31 @@ fn difference_when_little_was_written_looks_at_little() {
         assert_eq!(log.0.pages_read, 1, "{kind:?} after a save");
     }
 }
+
+#[test]
+fn difference_when_pages_were_discarded_after_a_save_has_what_is_below_them() {
+    let discarded = [Step::Discard { first: 10, pages: 3 }];
+    // The middle one is brought in again.
+    let read = [
+        Step::Discard { first: 10, pages: 3 },
+        Step::Read { first: 11, pages: 1 },
+    ];
+    for kind in [Kind::Fresh, Kind::Eager, Kind::Mapped, Kind::Paged] {
+        for steps in [&discarded[..], &read[..]] {
+            let mut setup = Setup::new(kind);
+            setup.apply(&Step::Write {
+                first: 10,
+                pages: 3,
+                value: 9999,
+            });
+            setup.apply(&Step::Save);
+            steps.iter().for_each(|step| setup.apply(step));
+            let [log, comparing] = setup.differences();
+            assert_eq!(log.0.extents, comparing.0.extents, "{kind:?}: {steps:?}");
+            assert!(
+                setup.restored(&log) == content(&setup.memory),
+                "{kind:?}: {steps:?}"
+            );
+        }
+    }
+}
