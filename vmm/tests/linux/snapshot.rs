@@ -124,6 +124,62 @@ fn difference_when_saved_against_a_full_save_is_smaller_and_restores() {
     }
 }
 
+#[test]
+fn difference_when_writes_are_tracked_has_what_devices_wrote_and_gave_back() {
+    let scratch = Scratch::new();
+    let mut config = machine(&scratch, &disk_writer(40));
+    config.memory.track_writes = true;
+    config.devices.push(DeviceConfig::Balloon(BalloonConfig {
+        id: "balloon".to_owned(),
+        deflate_on_oom: true,
+        reporting: true,
+        statistics_interval_s: 0,
+    }));
+    let vm = start(config);
+    let folder = |name: &str| scratch.path().join(name);
+    let mut block = 0;
+    let mut difference = |vm: &Vm, base: &str, name: &str| {
+        block += 3;
+        wait_for(vm, &format!("block {block};"));
+        vm.pause().unwrap();
+        let base = folder(base);
+        let kind = SaveKind::Difference { base };
+        let report = vm.save(&folder(name), &kind).unwrap();
+        assert!(report.by_log, "{name}: {report:?}");
+        report.pages_read
+    };
+    wait_for(&vm, "block 2;");
+    vm.pause().unwrap();
+    let all = vm.save(&folder("base"), &SaveKind::Full).unwrap().pages_read;
+    vm.resume().unwrap();
+    let little = difference(&vm, "base", "fresh");
+    assert!(little < all, "{little} of {all}");
+    end(vm);
+    // Each goes on where the one before it was saved.
+    let mut last = "fresh".to_owned();
+    for mode in MODES {
+        let options = RestoreOptions {
+            memory: mode,
+            track_writes: true,
+            ..RestoreOptions::default()
+        };
+        let vm = Vm::restore(&folder(&last), &options).unwrap();
+        vm.resume().unwrap();
+        last = format!("{mode:?}");
+        difference(&vm, "base", &last);
+        // Against a save of its own, while it works.
+        let own = format!("{last}-own");
+        vm.save(&folder(&own), &SaveKind::Full).unwrap();
+        vm.resume().unwrap();
+        last += "-difference";
+        difference(&vm, &own, &last);
+        end(vm);
+    }
+    let vm = restore(&folder(&last), MemoryMode::CopyOnWrite);
+    vm.resume().unwrap();
+    expect_same(&vm, "by log");
+}
+
 /// Waits for the line that begins with `word` and gives the rest of it.
 fn answer(vm: &Vm, word: &str) -> String {
     wait_for(vm, &format!("{word} "));
