@@ -156,7 +156,7 @@ fn difference_when_writes_are_tracked_has_what_devices_wrote_and_gave_back() {
     assert!(little < all, "{little} of {all}");
     end(vm);
     // Each goes on where the one before it was saved.
-    let mut last = "fresh".to_owned();
+    let (mut base, mut last) = ("base".to_owned(), "fresh".to_owned());
     for mode in MODES {
         let options = RestoreOptions {
             memory: mode,
@@ -166,13 +166,13 @@ fn difference_when_writes_are_tracked_has_what_devices_wrote_and_gave_back() {
         let vm = Vm::restore(&folder(&last), &options).unwrap();
         vm.resume().unwrap();
         last = format!("{mode:?}");
-        difference(&vm, "base", &last);
+        difference(&vm, &base, &last);
         // Against a save of its own, while it works.
-        let own = format!("{last}-own");
-        vm.save(&folder(&own), &SaveKind::Full).unwrap();
+        base = format!("{last}-full");
+        vm.save(&folder(&base), &SaveKind::Full).unwrap();
         vm.resume().unwrap();
         last += "-difference";
-        difference(&vm, &own, &last);
+        difference(&vm, &base, &last);
         end(vm);
     }
     let vm = restore(&folder(&last), MemoryMode::CopyOnWrite);
