@@ -96,6 +96,26 @@ fn log_when_pages_are_discarded_has_those_that_were_there() {
 }
 
 #[test]
+fn log_when_pages_are_swapped_out_still_knows_what_was_written() {
+    let (memory, mut log) = anonymous();
+    memory
+        .write_slice(&vec![7; 2 << 20], GuestAddress(BEGIN))
+        .unwrap();
+    log.restart(FIRST).unwrap();
+    memory.write_obj(1u8, address(page(3))).unwrap();
+    page_out(&memory);
+    assert_eq!(written(&log, FIRST), [page(3)]);
+    memory.read_obj::<u8>(address(page(4))).unwrap();
+    memory.write_obj(1u8, address(page(5))).unwrap();
+    assert_eq!(written(&log, FIRST), [page(3), page(5)]);
+    page_out(&memory);
+    log.restart(SECOND).unwrap();
+    assert!(written(&log, SECOND).is_empty());
+    memory.write_obj(1u8, address(page(6))).unwrap();
+    assert_eq!(written(&log, SECOND), [page(6)]);
+}
+
+#[test]
 fn log_when_memory_is_mapped_anew_says_so() {
     let (memory, mut log) = anonymous();
     log.restart(FIRST).unwrap();
@@ -224,6 +244,7 @@ impl Setup {
             Step::Discard { first, pages } => {
                 discard(&self.memory, page(first) * PAGE, pages * PAGE).unwrap();
             }
+            Step::PageOut => page_out(&self.memory),
             Step::Save => {
                 let file = TempFile::new().unwrap();
                 self.write(Pages::All, file.as_file());
@@ -261,6 +282,13 @@ impl Setup {
     }
 }
 
+/// Swaps the pages of the tests out, if the host has swap.
+fn page_out(memory: &GuestMemory) {
+    let host = memory.get_host_address(GuestAddress(BEGIN)).unwrap();
+    // SAFETY: the range is in the mapping of RAM; the advice does not change content.
+    unsafe { libc::madvise(host.cast(), 4 << 20, libc::MADV_PAGEOUT) };
+}
+
 /// The pages of the tests.
 fn content(memory: &GuestMemory) -> Vec<u8> {
     let mut bytes = vec![0; 1200 * PAGE as usize];
@@ -274,6 +302,7 @@ enum Step {
     Clear { first: u64, pages: u64 },
     Read { first: u64, pages: u64 },
     Discard { first: u64, pages: u64 },
+    PageOut,
     Save,
 }
 
@@ -285,6 +314,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => range.clone().prop_map(|(first, pages)| Step::Clear { first, pages }),
         2 => range.clone().prop_map(|(first, pages)| Step::Read { first, pages }),
         4 => range.prop_map(|(first, pages)| Step::Discard { first, pages }),
+        1 => Just(Step::PageOut),
         2 => Just(Step::Save),
     ];
     proptest::collection::vec(step, 0..12)
