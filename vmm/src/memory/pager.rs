@@ -51,7 +51,7 @@ impl Pager {
             .filter(|place| place.kind != RegionKind::Pmem)
             .collect();
         for place in &places {
-            uffd.register(place)?;
+            uffd.register(place.host as u64, place.len as u64)?;
         }
         let stop = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let worker = Worker {

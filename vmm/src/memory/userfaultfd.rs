@@ -5,8 +5,6 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Mutex, PoisonError};
 
-use super::image::Place;
-
 /// linux/userfaultfd.h
 const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
@@ -130,16 +128,13 @@ impl Userfaultfd {
         }
     }
 
-    /// Registers the mapping at `place`.
+    /// Registers the mapping of `len` bytes at `address`.
     ///
     /// # Errors
     /// What the kernel said: `EBUSY` when another descriptor has it.
-    pub fn register(&self, place: &Place) -> io::Result<()> {
+    pub fn register(&self, address: u64, len: u64) -> io::Result<()> {
         let mut register = UffdioRegister {
-            range: UffdioRange {
-                start: place.host as u64,
-                len: place.len as u64,
-            },
+            range: UffdioRange { start: address, len },
             mode: self.watch.mode(),
             ioctls: 0,
         };

@@ -71,6 +71,11 @@ pub enum WriteLogError {
     #[error("this kernel keeps no log of writes (needs Linux 6.7): {0}")]
     NotSupported(#[source] io::Error),
     /// The kernel does not let this process have it.
+    #[error(
+        "no userfaultfd for the log of writes (sysctl vm.unprivileged_userfaultfd, /dev/userfaultfd): {0}"
+    )]
+    Refused(#[source] io::Error),
+    /// The memory cannot be watched.
     #[error("userfaultfd of guest memory at {address:#x}, {len:#x} bytes: {source}")]
     Register {
         /// Address in this process.
@@ -127,8 +132,9 @@ struct Region {
 #[derive(Debug)]
 pub struct WriteLog {
     /// Keeps the mappings.
-    memory: Arc<GuestMemory>,
-    layout: MemoryLayout,
+    _memory: Arc<GuestMemory>,
+    /// Of a memory file.
+    pages: u64,
     regions: Vec<Region>,
     beneath: Beneath,
     pagemap: File,
@@ -139,7 +145,7 @@ pub struct WriteLog {
 }
 
 impl WriteLog {
-    /// A log that has not been started; nothing costs anything yet.
+    /// A log that has not been started; nothing costs anything yet. `memory` was allocated for `layout`.
     ///
     /// # Errors
     /// /proc/self/pagemap cannot be opened.
@@ -158,8 +164,8 @@ impl WriteLog {
             Beneath::Zeros | Beneath::File => None,
         };
         Ok(Self {
-            memory: memory.clone(),
-            layout: layout.clone(),
+            _memory: memory.clone(),
+            pages: image::file_size(layout) / PAGE,
             regions,
             beneath,
             pagemap: File::open("/proc/self/pagemap")?,
@@ -235,18 +241,17 @@ impl WriteLog {
     }
 
     fn no_pages(&self) -> PageSet {
-        PageSet::new(image::file_size(&self.layout) / PAGE)
+        PageSet::new(self.pages)
     }
 
     fn register(&self) -> Result<Arc<Userfaultfd>, WriteLogError> {
-        let uffd = Userfaultfd::open(Watch::Writes).map_err(WriteLogError::NotSupported)?;
-        let places = image::places(&self.memory, &self.layout).map_err(WriteLogError::NotSupported)?;
-        for place in places.iter().filter(|place| place.kind != RegionKind::Pmem) {
-            uffd.register(place).map_err(|source| WriteLogError::Register {
-                address: place.host as u64,
-                len: place.len as u64,
-                source,
-            })?;
+        let uffd = Userfaultfd::open(Watch::Writes).map_err(|error| match error.kind() {
+            io::ErrorKind::Unsupported => WriteLogError::NotSupported(error),
+            _ => WriteLogError::Refused(error),
+        })?;
+        for Region { address, len, .. } in self.regions.iter().copied() {
+            uffd.register(address, len)
+                .map_err(|source| WriteLogError::Register { address, len, source })?;
         }
         Ok(Arc::new(uffd))
     }

@@ -166,9 +166,8 @@ fn log_when_memory_is_mapped_anew_says_so() {
 fn log_when_another_descriptor_watches_the_memory_is_refused() {
     let (memory, mut log) = anonymous();
     let other = Userfaultfd::open(Watch::Writes).unwrap();
-    other
-        .register(&image::places(&memory, &layout()).unwrap()[0])
-        .unwrap();
+    let place = image::places(&memory, &layout()).unwrap()[0];
+    other.register(place.host as u64, place.len as u64).unwrap();
     assert!(matches!(log.restart(FIRST), Err(WriteLogError::Register { .. })));
 }
 
