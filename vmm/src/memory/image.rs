@@ -74,7 +74,8 @@ pub fn file_size(layout: &MemoryLayout) -> u64 {
     layout.regions().iter().map(|region| region.size).sum()
 }
 
-/// Which pages of a save are written.
+/// Which pages of a save are written. Of the window of virtio-pmem it is always those that are the machine's own, zero or
+/// not: what is below them is a device's file, which may be another one by then.
 #[derive(Debug, Clone, Copy)]
 pub enum Pages<'f> {
     /// All that are not zero.
@@ -134,7 +135,7 @@ pub fn write(
                 let bytes = unsafe {
                     std::slice::from_raw_parts(place.host.add((page - first) as usize * PAGE), PAGE)
                 };
-                writer.page(page * PAGE as u64, bytes)?;
+                writer.page(page * PAGE as u64, bytes, place.kind)?;
             }
             continue;
         }
@@ -151,7 +152,7 @@ pub fn write(
                     // SAFETY: the page is inside the region's mapping, and nobody writes it (the caller's promise).
                     let bytes =
                         unsafe { std::slice::from_raw_parts(place.host.add((page + index) * PAGE), PAGE) };
-                    writer.page(offset, bytes)?;
+                    writer.page(offset, bytes, place.kind)?;
                 }
             }
             page += count;
@@ -214,9 +215,10 @@ struct Writer<'f> {
 const MAX_RUN: usize = 1 << 20;
 
 impl Writer<'_> {
-    fn page(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    fn page(&mut self, offset: u64, bytes: &[u8], kind: RegionKind) -> io::Result<()> {
         self.written.pages_read += 1;
         let wanted = match self.pages {
+            _ if kind == RegionKind::Pmem => true,
             Pages::All => bytes.as_chunks::<8>().0.iter().any(|word| *word != [0; 8]),
             Pages::Changed { base, .. } => {
                 base.read_exact_at(&mut self.base, offset)?;
@@ -418,6 +420,44 @@ mod tests {
             .extents;
         let offsets: Vec<_> = extents.iter().map(|e| (e.offset, e.len)).collect();
         assert_eq!(offsets, [(0x10_0000, 4096), (0x30_0000, 4096)]);
+    }
+
+    #[test]
+    fn write_when_pages_of_pmem_are_private_has_them_even_if_they_are_zero() {
+        let layout = MemoryLayout::with_windows(64 << 20, 0, 128 << 20);
+        let memory = allocate(&layout).unwrap();
+        let image = TempFile::new().unwrap();
+        image.as_file().write_all_at(&[5; 4 * PAGE], 0).unwrap();
+        let place = places(&memory, &layout).unwrap()[1];
+        assert_eq!(place.kind, RegionKind::Pmem);
+        // SAFETY: a part of the window, which nobody uses.
+        let mapped = unsafe {
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            let flags = libc::MAP_PRIVATE | libc::MAP_FIXED;
+            let file = image.as_file().as_raw_fd();
+            libc::mmap64(place.host.cast(), 4 * PAGE, protection, flags, file, 0)
+        };
+        assert_ne!(mapped, libc::MAP_FAILED);
+        let window = layout.window(RegionKind::Pmem).unwrap().start;
+        let byte: u8 = memory.read_obj(GuestAddress(window)).unwrap();
+        assert_eq!(byte, 5);
+        memory
+            .write_slice(&[0; PAGE], GuestAddress(window + 2 * PAGE as u64))
+            .unwrap();
+        let expected = [Extent {
+            offset: place.offset + 2 * PAGE as u64,
+            len: PAGE as u64,
+        }];
+        let base = TempFile::new().unwrap();
+        let full = write(&memory, &layout, None, Pages::All, base.as_file()).unwrap();
+        assert_eq!(full.extents, expected);
+        let pages = Pages::Changed {
+            base: base.as_file(),
+            among: None,
+        };
+        let difference = TempFile::new().unwrap();
+        let difference = write(&memory, &layout, None, pages, difference.as_file()).unwrap();
+        assert_eq!(difference.extents, expected);
     }
 
     #[test]

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use dragonball::Vm;
 use dragonball::config::{
-    BalloonConfig, BlockConfig, DeviceConfig, FsConfig, FsRoot, MemoryConfig, NetConfig, RngConfig,
-    SharedDir, VcpuConfig, VmConfig, VsockConfig,
+    BalloonConfig, BlockConfig, DeviceConfig, FsConfig, FsRoot, MemoryConfig, NetConfig, PmemConfig,
+    RngConfig, SharedDir, VcpuConfig, VmConfig, VsockConfig,
 };
 use dragonball::vm::ExitReason;
 use dragonball::vm::snapshot::{MemoryMode, RestoreOptions, SaveKind};
@@ -178,6 +178,45 @@ fn difference_when_writes_are_tracked_has_what_devices_wrote_and_gave_back() {
     let vm = restore(&folder(&last), MemoryMode::CopyOnWrite);
     vm.resume().unwrap();
     expect_same(&vm, "by log");
+}
+
+#[test]
+fn pmem_when_the_machine_has_pages_of_its_own_has_them_after_a_restore() {
+    let scratch = Scratch::new();
+    // Zeros over what is not zero, in two steps.
+    let mut config = config(
+        &scratch,
+        "until [ -e /dev/pmem0 ]; do sleep 0.1; done\n\
+         zero() { dd if=/dev/zero of=/dev/pmem0 bs=4k seek=$1 count=64 conv=fsync 2>/dev/null; md5sum < /dev/pmem0 > /sum; }\n\
+         zero 0; echo first; sleep 2; zero 64; echo second; sleep 2; echo 3 > /proc/sys/vm/drop_caches\n\
+         md5sum < /dev/pmem0 | cmp - /sum && echo same",
+    );
+    let content = vec![5; 4 << 20];
+    let image = scratch.write("image", &content);
+    config.devices = vec![DeviceConfig::Pmem(PmemConfig {
+        id: "image".to_owned(),
+        path: image.clone(),
+        read_only: true,
+    })];
+    let vm = start(config);
+    let [base, difference] = ["base", "difference"].map(|name| scratch.path().join(name));
+    wait_for(&vm, "first");
+    save(&vm, &base, &SaveKind::Full);
+    vm.resume().unwrap();
+    wait_for(&vm, "second");
+    save(&vm, &difference, &SaveKind::Difference { base: base.clone() });
+    end(vm);
+    for dir in [&base, &difference] {
+        for mode in MODES {
+            let vm = restore(dir, mode);
+            vm.resume().unwrap();
+            let what = format!("{} {mode:?}", dir.display());
+            assert_eq!(vm.wait_timeout(LONG), Some(ExitReason::PowerOff), "{what}");
+            let console = vm.console().tail(9);
+            assert!(console.contains(&"same".to_owned()), "{what}: {console:?}");
+        }
+    }
+    assert!(std::fs::read(&image).unwrap() == content, "the file was changed");
 }
 
 /// Waits for the line that begins with `word` and gives the rest of it.

@@ -442,12 +442,10 @@ impl<'s> Layers<'s> {
         Ok(log)
     }
 
-    /// Fills the window of virtio-pmem with the pages that are the machine's own.
+    /// Fills the window of virtio-pmem with the pages that are the machine's own. A difference has all of them; those of
+    /// its base may be of a device that was removed, and there may be another one's file, not to be written, in its place.
     fn load_private(&self, memory: &GuestMemory, layout: &MemoryLayout) -> Result<(), RestoreError> {
         let pmem = |kind| kind == RegionKind::Pmem;
-        if let Some((_, file, extents)) = &self.base {
-            image::read(memory, layout, file, extents, pmem).map_err(|source| self.error(source))?;
-        }
         image::read(memory, layout, &self.file, self.extents, pmem).map_err(|source| self.error(source))
     }
 
