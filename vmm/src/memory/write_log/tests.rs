@@ -163,6 +163,19 @@ fn log_when_memory_is_mapped_anew_says_so() {
 }
 
 #[test]
+fn log_when_the_kernel_does_not_know_the_scan_says_so() {
+    let (_memory, mut log) = anonymous();
+    log.restart(FIRST).unwrap();
+    // Answers as the pagemap of a kernel before 6.7 does.
+    log.pagemap = File::open("/dev/null").unwrap();
+    assert!(matches!(
+        log.written_since(FIRST),
+        Err(WriteLogError::NotSupported(_))
+    ));
+    assert!(matches!(log.restart(SECOND), Err(WriteLogError::NotSupported(_))));
+}
+
+#[test]
 fn log_when_another_descriptor_watches_the_memory_is_refused() {
     let (memory, mut log) = anonymous();
     let other = Userfaultfd::open(Watch::Writes).unwrap();
