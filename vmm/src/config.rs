@@ -61,6 +61,11 @@ pub struct MemoryConfig {
     /// Room for virtio-pmem devices in guest physical space, in MiB, at most [`MAX_MEMORY_MIB`]. Each takes the size of
     /// its file rounded up to 128 MiB. Room for the devices present at boot is made in any case.
     pub pmem_window_mib: u64,
+    /// Keeps a log of the pages written since the last full save, by which a difference against that save is found without
+    /// reading all memory ([`SaveKind::Difference`](crate::vm::snapshot::SaveKind::Difference)). From the first full save on
+    /// the first write to each page after a full save costs a fault on the host, and splits the huge page it is in. Needs
+    /// Linux 6.7 on the host; without it all is compared.
+    pub track_writes: bool,
 }
 
 impl MemoryConfig {
@@ -70,6 +75,7 @@ impl MemoryConfig {
             size_mib,
             max_mib: size_mib,
             pmem_window_mib: 0,
+            track_writes: false,
         }
     }
 
@@ -679,6 +685,7 @@ impl VmConfig {
             size_mib,
             max_mib,
             pmem_window_mib,
+            track_writes: _,
         } = self.memory;
         if max_mib < size_mib || max_mib > MAX_MEMORY_MIB {
             return Err(ConfigError::MemoryMaximum { size_mib, max_mib });

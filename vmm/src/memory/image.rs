@@ -14,6 +14,7 @@ use vm_memory::{GuestAddress, GuestMemory as _};
 
 use super::GuestMemory;
 use super::layout::{MemoryLayout, RegionKind};
+use super::page_set::PageSet;
 
 const PAGE: usize = 4096;
 /// Flags of an entry of /proc/self/pagemap (Documentation/admin-guide/mm/pagemap.rst).
@@ -73,13 +74,29 @@ pub fn file_size(layout: &MemoryLayout) -> u64 {
     layout.regions().iter().map(|region| region.size).sum()
 }
 
-/// Which pages of a save are written.
+/// Which pages of a save are written. Of the window of virtio-pmem it is always those that are the machine's own, zero or
+/// not: what is below them is a device's file, which may be another one by then.
 #[derive(Debug, Clone, Copy)]
 pub enum Pages<'f> {
     /// All that are not zero.
     All,
-    /// Those that differ from this file.
-    Changed(&'f File),
+    /// Those that differ.
+    Changed {
+        /// From this file.
+        base: &'f File,
+        /// The pages that can differ, if that is known ([`super::write_log`]): the others are not looked at, except in the
+        /// window of virtio-pmem.
+        among: Option<&'f PageSet>,
+    },
+}
+
+/// What a save wrote.
+#[derive(Debug)]
+pub struct Written {
+    /// What the file has.
+    pub extents: Vec<Extent>,
+    /// Pages whose content was looked at.
+    pub pages_read: u64,
 }
 
 /// Writes the memory to the empty file `out` and says what is in it. `backing` is the file RAM is a private mapping of or
@@ -93,17 +110,35 @@ pub fn write(
     backing: Option<&File>,
     pages: Pages,
     out: &File,
-) -> io::Result<Vec<Extent>> {
+) -> io::Result<Written> {
     out.set_len(file_size(layout))?;
     let mut writer = Writer {
         out,
         pages,
         base: vec![0; PAGE],
         run: None,
-        extents: Vec::new(),
+        written: Written {
+            extents: Vec::new(),
+            pages_read: 0,
+        },
     };
     let pagemap = File::open("/proc/self/pagemap")?;
     for place in places(memory, layout)? {
+        if let Pages::Changed {
+            among: Some(among), ..
+        } = pages
+            && place.kind != RegionKind::Pmem
+        {
+            let first = place.offset / PAGE as u64;
+            for page in among.within(first..first + (place.len / PAGE) as u64) {
+                // SAFETY: as below.
+                let bytes = unsafe {
+                    std::slice::from_raw_parts(place.host.add((page - first) as usize * PAGE), PAGE)
+                };
+                writer.page(page * PAGE as u64, bytes, place.kind)?;
+            }
+            continue;
+        }
         let mut entries = vec![0u8; PAGEMAP_ENTRIES * 8];
         let total = place.len / PAGE;
         let mut page = 0;
@@ -117,7 +152,7 @@ pub fn write(
                     // SAFETY: the page is inside the region's mapping, and nobody writes it (the caller's promise).
                     let bytes =
                         unsafe { std::slice::from_raw_parts(place.host.add((page + index) * PAGE), PAGE) };
-                    writer.page(offset, bytes)?;
+                    writer.page(offset, bytes, place.kind)?;
                 }
             }
             page += count;
@@ -147,7 +182,7 @@ fn holds_data(
     match pages {
         Pages::All => Ok(false),
         // A page that was given back since the base was written is zero now, and not there.
-        Pages::Changed(base) => in_extent(base, offset),
+        Pages::Changed { base, .. } => in_extent(base, offset),
     }
 }
 
@@ -173,17 +208,19 @@ struct Writer<'f> {
     base: Vec<u8>,
     /// Offset and first byte of the run in hand, whose pages follow each other in memory and in the file.
     run: Option<(u64, *const u8, usize)>,
-    extents: Vec<Extent>,
+    written: Written,
 }
 
 /// Longest run written with one call.
 const MAX_RUN: usize = 1 << 20;
 
 impl Writer<'_> {
-    fn page(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    fn page(&mut self, offset: u64, bytes: &[u8], kind: RegionKind) -> io::Result<()> {
+        self.written.pages_read += 1;
         let wanted = match self.pages {
+            _ if kind == RegionKind::Pmem => true,
             Pages::All => bytes.as_chunks::<8>().0.iter().any(|word| *word != [0; 8]),
-            Pages::Changed(base) => {
+            Pages::Changed { base, .. } => {
                 base.read_exact_at(&mut self.base, offset)?;
                 bytes != self.base
             }
@@ -214,9 +251,9 @@ impl Writer<'_> {
         // SAFETY: the run consists of pages given to `page`, contiguous in one mapping that outlives the writer.
         let bytes = unsafe { std::slice::from_raw_parts(first, len) };
         self.out.write_all_at(bytes, offset)?;
-        match self.extents.last_mut() {
+        match self.written.extents.last_mut() {
             Some(last) if last.offset + last.len == offset => last.len += len as u64,
-            _ => self.extents.push(Extent {
+            _ => self.written.extents.push(Extent {
                 offset,
                 len: len as u64,
             }),
@@ -224,9 +261,9 @@ impl Writer<'_> {
         Ok(())
     }
 
-    fn finish(mut self) -> io::Result<Vec<Extent>> {
+    fn finish(mut self) -> io::Result<Written> {
         self.flush()?;
-        Ok(self.extents)
+        Ok(self.written)
     }
 }
 
@@ -338,7 +375,9 @@ mod tests {
     fn read_when_written_gives_the_same_memory_and_the_file_is_sparse() {
         let (memory, layout) = filled();
         let file = TempFile::new().unwrap();
-        let extents = write(&memory, &layout, None, Pages::All, file.as_file()).unwrap();
+        let extents = write(&memory, &layout, None, Pages::All, file.as_file())
+            .unwrap()
+            .extents;
         let total: u64 = extents.iter().map(|e| e.len).sum();
         assert_eq!(total, 4 * 4096);
         assert_eq!(file.as_file().metadata().unwrap().len(), file_size(&layout));
@@ -365,15 +404,60 @@ mod tests {
 
         let full = TempFile::new().unwrap();
         let backing = Some(base.as_file());
-        let extents = write(&clone, &layout, backing, Pages::All, full.as_file()).unwrap();
+        let extents = write(&clone, &layout, backing, Pages::All, full.as_file())
+            .unwrap()
+            .extents;
         let total: u64 = extents.iter().map(|e| e.len).sum();
         assert_eq!(total, 4 * 4096);
 
         let diff = TempFile::new().unwrap();
-        let changed = Pages::Changed(base.as_file());
-        let extents = write(&clone, &layout, backing, changed, diff.as_file()).unwrap();
+        let changed = Pages::Changed {
+            base: base.as_file(),
+            among: None,
+        };
+        let extents = write(&clone, &layout, backing, changed, diff.as_file())
+            .unwrap()
+            .extents;
         let offsets: Vec<_> = extents.iter().map(|e| (e.offset, e.len)).collect();
         assert_eq!(offsets, [(0x10_0000, 4096), (0x30_0000, 4096)]);
+    }
+
+    #[test]
+    fn write_when_pages_of_pmem_are_private_has_them_even_if_they_are_zero() {
+        let layout = MemoryLayout::with_windows(64 << 20, 0, 128 << 20);
+        let memory = allocate(&layout).unwrap();
+        let image = TempFile::new().unwrap();
+        image.as_file().write_all_at(&[5; 4 * PAGE], 0).unwrap();
+        let place = places(&memory, &layout).unwrap()[1];
+        assert_eq!(place.kind, RegionKind::Pmem);
+        // SAFETY: a part of the window, which nobody uses.
+        let mapped = unsafe {
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            let flags = libc::MAP_PRIVATE | libc::MAP_FIXED;
+            let file = image.as_file().as_raw_fd();
+            libc::mmap64(place.host.cast(), 4 * PAGE, protection, flags, file, 0)
+        };
+        assert_ne!(mapped, libc::MAP_FAILED);
+        let window = layout.window(RegionKind::Pmem).unwrap().start;
+        let byte: u8 = memory.read_obj(GuestAddress(window)).unwrap();
+        assert_eq!(byte, 5);
+        memory
+            .write_slice(&[0; PAGE], GuestAddress(window + 2 * PAGE as u64))
+            .unwrap();
+        let expected = [Extent {
+            offset: place.offset + 2 * PAGE as u64,
+            len: PAGE as u64,
+        }];
+        let base = TempFile::new().unwrap();
+        let full = write(&memory, &layout, None, Pages::All, base.as_file()).unwrap();
+        assert_eq!(full.extents, expected);
+        let pages = Pages::Changed {
+            base: base.as_file(),
+            among: None,
+        };
+        let difference = TempFile::new().unwrap();
+        let difference = write(&memory, &layout, None, pages, difference.as_file()).unwrap();
+        assert_eq!(difference.extents, expected);
     }
 
     #[test]

@@ -9,8 +9,11 @@
 mod discard;
 pub mod image;
 pub mod layout;
+pub mod page_set;
 pub mod pager;
+pub mod userfaultfd;
 pub mod window;
+pub mod write_log;
 
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -15,15 +15,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::GuestMemory;
 use super::image::{self, Place};
 use super::layout::{MemoryLayout, RegionKind};
+use super::userfaultfd::{Userfaultfd, Watch};
 
 /// linux/userfaultfd.h
-const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
-const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
-const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
-const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
-const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
-const UFFD_API: u64 = 0xaa;
-const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
 const EVENT_PAGEFAULT: u8 = 0x12;
 const MESSAGE_BYTES: usize = 32;
 
@@ -31,38 +25,10 @@ const PAGE: usize = 4096;
 /// Bytes brought in at a fault, aligned: neighbours are likely to be next, and a fault costs far more than copying them.
 const CHUNK: usize = 64 << 10;
 
-#[repr(C)]
-struct UffdioApi {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct UffdioRange {
-    start: u64,
-    len: u64,
-}
-
-#[repr(C)]
-struct UffdioRegister {
-    range: UffdioRange,
-    mode: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct UffdioCopy {
-    dst: u64,
-    src: u64,
-    len: u64,
-    mode: u64,
-    copy: i64,
-}
-
 /// The running thread; dropping it ends the thread and makes what was never touched read as zeros.
 #[derive(Debug)]
 pub struct Pager {
+    uffd: Arc<Userfaultfd>,
     stop: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
 }
@@ -71,21 +37,25 @@ impl Pager {
     /// Brings RAM and the window of virtio-mem in from `file` when they are touched. `memory` was allocated and not touched.
     ///
     /// # Errors
-    /// The kernel has no userfaultfd, or refuses it to this process (sysctl `vm.unprivileged_userfaultfd`, access to
-    /// /dev/userfaultfd).
-    pub fn start(memory: &Arc<GuestMemory>, layout: &MemoryLayout, file: &File) -> io::Result<Self> {
-        let uffd = open()?;
+    /// [`Userfaultfd::open`], or the kernel refuses the registration.
+    pub fn start(
+        memory: &Arc<GuestMemory>,
+        layout: &MemoryLayout,
+        file: &File,
+        watch: Watch,
+    ) -> io::Result<Self> {
+        let uffd = Arc::new(Userfaultfd::open(watch)?);
         let source = Source::map(file, image::file_size(layout))?;
         let places: Vec<Place> = image::places(memory, layout)?
             .into_iter()
             .filter(|place| place.kind != RegionKind::Pmem)
             .collect();
         for place in &places {
-            register(uffd.as_raw_fd(), place)?;
+            uffd.register(place.host as u64, place.len as u64)?;
         }
         let stop = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let worker = Worker {
-            uffd: File::from(uffd),
+            uffd: uffd.clone(),
             source,
             regions: places
                 .iter()
@@ -98,9 +68,15 @@ impl Pager {
             .name("vmm-pager".to_owned())
             .spawn(move || worker.run())?;
         Ok(Self {
+            uffd,
             stop,
             thread: Some(thread),
         })
+    }
+
+    /// The descriptor, for a write log of the same memory: the kernel allows one for each mapping.
+    pub fn userfaultfd(&self) -> &Arc<Userfaultfd> {
+        &self.uffd
     }
 }
 
@@ -112,49 +88,6 @@ impl Drop for Pager {
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("pager: the thread panicked");
         }
-    }
-}
-
-/// A userfaultfd that also takes the kernel's own faults (KVM's, and those of system calls into guest memory).
-fn open() -> io::Result<OwnedFd> {
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    let device = File::options().read(true).write(true).open("/dev/userfaultfd");
-    let fd = match device {
-        // SAFETY: the request takes flags and returns a descriptor.
-        Ok(device) => unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) },
-        // SAFETY: the system call takes flags and returns a descriptor.
-        Err(_) => unsafe { libc::syscall(libc::SYS_userfaultfd, flags) as RawFd },
-    };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: a descriptor just made, owned by nobody else.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    let mut api = UffdioApi {
-        api: UFFD_API,
-        features: 0,
-        ioctls: 0,
-    };
-    // SAFETY: `api` is the structure the request takes.
-    match unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) } {
-        0 => Ok(fd),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-fn register(uffd: RawFd, place: &Place) -> io::Result<()> {
-    let mut register = UffdioRegister {
-        range: UffdioRange {
-            start: place.host as u64,
-            len: place.len as u64,
-        },
-        mode: UFFDIO_REGISTER_MODE_MISSING,
-        ioctls: 0,
-    };
-    // SAFETY: `register` is the structure the request takes; the range is a mapping of ours.
-    match unsafe { libc::ioctl(uffd, UFFDIO_REGISTER, &raw mut register) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -197,7 +130,7 @@ impl Drop for Source {
 }
 
 struct Worker {
-    uffd: File,
+    uffd: Arc<Userfaultfd>,
     source: Source,
     /// Host address, length and file offset of each region.
     regions: Vec<(u64, u64, u64)>,
@@ -207,14 +140,17 @@ struct Worker {
 }
 
 impl Worker {
-    fn run(mut self) {
+    fn run(self) {
         loop {
             let readable = |fd| libc::pollfd {
                 fd,
                 events: libc::POLLIN,
                 revents: 0,
             };
-            let mut fds = [readable(self.stop.as_raw_fd()), readable(self.uffd.as_raw_fd())];
+            let mut fds = [
+                readable(self.stop.as_raw_fd()),
+                readable(self.uffd.messages().as_raw_fd()),
+            ];
             // SAFETY: `fds` is an array of two, alive during the call.
             if unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) } < 0 {
                 let error = io::Error::last_os_error();
@@ -228,7 +164,7 @@ impl Worker {
                 return;
             }
             let mut message = [0; MESSAGE_BYTES];
-            match self.uffd.read(&mut message) {
+            match self.uffd.messages().read(&mut message) {
                 Ok(MESSAGE_BYTES) => self.serve(&message),
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -259,33 +195,15 @@ impl Worker {
             if error.raw_os_error() != Some(libc::EEXIST) {
                 tracing::error!(%error, address, "pager: cannot bring in a page");
             }
-            self.wake(start + at);
+            // A thread may wait for a page somebody else brought in.
+            self.uffd.wake(start + at, PAGE as u64);
         }
     }
 
     fn copy(&self, to: u64, from: u64, len: u64) -> io::Result<()> {
-        let mut copy = UffdioCopy {
-            dst: to,
-            src: self.source.address as u64 + from,
-            len,
-            mode: 0,
-            copy: 0,
-        };
-        // SAFETY: `copy` is the structure the request takes; source and destination are mappings of ours.
-        match unsafe { libc::ioctl(self.uffd.as_raw_fd(), UFFDIO_COPY, &raw mut copy) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
-
-    /// Lets a thread try again that waits for a page somebody else brought in.
-    fn wake(&self, address: u64) {
-        let range = UffdioRange {
-            start: address,
-            len: PAGE as u64,
-        };
-        // SAFETY: `range` is the structure the request takes.
-        unsafe { libc::ioctl(self.uffd.as_raw_fd(), UFFDIO_WAKE, &raw const range) };
+        // SAFETY: source and destination are mappings of ours, this one registered; nothing in this process holds a
+        // reference into guest memory.
+        unsafe { self.uffd.copy(to, self.source.address as u64 + from, len) }
     }
 }
 
@@ -310,7 +228,7 @@ mod tests {
         let file = TempFile::new().unwrap();
         image::write(&memory, &layout, None, Pages::All, file.as_file()).unwrap();
         let clone = Arc::new(allocate(&layout).unwrap());
-        let pager = Pager::start(&clone, &layout, file.as_file()).unwrap();
+        let pager = Pager::start(&clone, &layout, file.as_file(), Watch::Missing).unwrap();
         // From several threads at once, and a system call.
         std::thread::scope(|scope| {
             for _ in 0..4 {

@@ -32,6 +32,7 @@ use crate::irq::GsiAllocator;
 use crate::irq::io_apic::{self, IoApic};
 use crate::memory::layout::MemoryLayout;
 use crate::memory::window::{Memslots, Windows};
+use crate::memory::write_log::{Beneath, WriteLog};
 use crate::memory::{self, GuestMemory, layout};
 use crate::vcpu::factory::{self, VcpuFactory};
 use crate::vcpu::{cpuid, kick, regs};
@@ -119,7 +120,15 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         console,
         vcpus: config.vcpus,
     };
-    let (machine, lifecycle) = parts.assemble()?;
+    let (mut machine, lifecycle) = parts.assemble()?;
+    if config.memory.track_writes {
+        let layout = machine.windows.layout();
+        let log = WriteLog::new(&machine.memory, layout, Beneath::Zeros);
+        machine.origin.log = Some(log.map_err(|source| BuildError::Host {
+            what: "log of writes",
+            source,
+        })?);
+    }
     let input = machine.board.serial.clone().map_or(plan.input, Input::Serial);
     let mut built = Built {
         machine,

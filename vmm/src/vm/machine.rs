@@ -21,6 +21,7 @@ use crate::io_loop::IoLoop;
 use crate::irq::io_apic::IoApic;
 use crate::memory::pager::Pager;
 use crate::memory::window::Windows;
+use crate::memory::write_log::WriteLog;
 use crate::memory::{GuestMemory, layout};
 use crate::vcpu::factory::VcpuFactory;
 use crate::vcpu::run::{Vcpu, VcpuThread};
@@ -110,13 +111,15 @@ pub struct Machine {
     /// The loop of the device workers.
     pub io: IoLoop,
     io_thread: JoinHandle<()>,
-    /// What its memory came from, when it was restored.
+    /// Where its memory came from, and what is known of the changes since.
     pub origin: Origin,
 }
 
 /// Where the memory of a machine came from.
 #[derive(Debug, Default)]
 pub struct Origin {
+    /// What was written since the last full save, if that is to be known.
+    pub log: Option<WriteLog>,
     /// The file pages not touched yet still come from.
     pub backing: Option<File>,
     /// Who brings them in.

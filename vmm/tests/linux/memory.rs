@@ -43,9 +43,8 @@ fn memory_when_resized_in_both_directions_follows_and_is_freed() {
          within 650 768 shrunk; within 880 1024 regrown; fill 300; free; dmesg | grep -i virtio_mem";
     let mut config = config(&scratch, &format!("{FUNCTIONS}{script}"));
     config.memory = MemoryConfig {
-        size_mib: 512,
         max_mib: 2048,
-        pmem_window_mib: 0,
+        ..MemoryConfig::fixed(512)
     };
     config.boot.cmdline = format!("{CMDLINE} memhp_default_state=online_movable");
     let vm = start(config);

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use dragonball::Vm;
 use dragonball::config::{
-    BalloonConfig, BlockConfig, DeviceConfig, FsConfig, FsRoot, MemoryConfig, NetConfig, RngConfig,
-    SharedDir, VcpuConfig, VmConfig, VsockConfig,
+    BalloonConfig, BlockConfig, DeviceConfig, FsConfig, FsRoot, MemoryConfig, NetConfig, PmemConfig,
+    RngConfig, SharedDir, VcpuConfig, VmConfig, VsockConfig,
 };
 use dragonball::vm::ExitReason;
 use dragonball::vm::snapshot::{MemoryMode, RestoreOptions, SaveKind};
@@ -122,6 +122,101 @@ fn difference_when_saved_against_a_full_save_is_smaller_and_restores() {
         vm.resume().unwrap();
         expect_same(&vm, &format!("{mode:?}"));
     }
+}
+
+#[test]
+fn difference_when_writes_are_tracked_has_what_devices_wrote_and_gave_back() {
+    let scratch = Scratch::new();
+    let mut config = machine(&scratch, &disk_writer(40));
+    config.memory.track_writes = true;
+    config.devices.push(DeviceConfig::Balloon(BalloonConfig {
+        id: "balloon".to_owned(),
+        deflate_on_oom: true,
+        reporting: true,
+        statistics_interval_s: 0,
+    }));
+    let vm = start(config);
+    let folder = |name: &str| scratch.path().join(name);
+    let mut block = 0;
+    let mut difference = |vm: &Vm, base: &str, name: &str| {
+        block += 3;
+        wait_for(vm, &format!("block {block};"));
+        vm.pause().unwrap();
+        let base = folder(base);
+        let kind = SaveKind::Difference { base };
+        let report = vm.save(&folder(name), &kind).unwrap();
+        assert!(report.by_log, "{name}: {report:?}");
+        report.pages_read
+    };
+    wait_for(&vm, "block 2;");
+    vm.pause().unwrap();
+    let all = vm.save(&folder("base"), &SaveKind::Full).unwrap().pages_read;
+    vm.resume().unwrap();
+    let little = difference(&vm, "base", "fresh");
+    assert!(little < all, "{little} of {all}");
+    end(vm);
+    // Each goes on where the one before it was saved.
+    let (mut base, mut last) = ("base".to_owned(), "fresh".to_owned());
+    for mode in MODES {
+        let options = RestoreOptions {
+            memory: mode,
+            track_writes: true,
+            ..RestoreOptions::default()
+        };
+        let vm = Vm::restore(&folder(&last), &options).unwrap();
+        vm.resume().unwrap();
+        last = format!("{mode:?}");
+        difference(&vm, &base, &last);
+        // Against a save of its own, while it works.
+        base = format!("{last}-full");
+        vm.save(&folder(&base), &SaveKind::Full).unwrap();
+        vm.resume().unwrap();
+        last += "-difference";
+        difference(&vm, &base, &last);
+        end(vm);
+    }
+    let vm = restore(&folder(&last), MemoryMode::CopyOnWrite);
+    vm.resume().unwrap();
+    expect_same(&vm, "by log");
+}
+
+#[test]
+fn pmem_when_the_machine_has_pages_of_its_own_has_them_after_a_restore() {
+    let scratch = Scratch::new();
+    // Zeros over what is not zero, in two steps.
+    let mut config = config(
+        &scratch,
+        "until [ -e /dev/pmem0 ]; do sleep 0.1; done\n\
+         zero() { dd if=/dev/zero of=/dev/pmem0 bs=4k seek=$1 count=64 conv=fsync 2>/dev/null; md5sum < /dev/pmem0 > /sum; }\n\
+         zero 0; echo first; sleep 2; zero 64; echo second; sleep 2; echo 3 > /proc/sys/vm/drop_caches\n\
+         md5sum < /dev/pmem0 | cmp - /sum && echo same",
+    );
+    let content = vec![5; 4 << 20];
+    let image = scratch.write("image", &content);
+    config.devices = vec![DeviceConfig::Pmem(PmemConfig {
+        id: "image".to_owned(),
+        path: image.clone(),
+        read_only: true,
+    })];
+    let vm = start(config);
+    let [base, difference] = ["base", "difference"].map(|name| scratch.path().join(name));
+    wait_for(&vm, "first");
+    save(&vm, &base, &SaveKind::Full);
+    vm.resume().unwrap();
+    wait_for(&vm, "second");
+    save(&vm, &difference, &SaveKind::Difference { base: base.clone() });
+    end(vm);
+    for dir in [&base, &difference] {
+        for mode in MODES {
+            let vm = restore(dir, mode);
+            vm.resume().unwrap();
+            let what = format!("{} {mode:?}", dir.display());
+            assert_eq!(vm.wait_timeout(LONG), Some(ExitReason::PowerOff), "{what}");
+            let console = vm.console().tail(9);
+            assert!(console.contains(&"same".to_owned()), "{what}: {console:?}");
+        }
+    }
+    assert!(std::fs::read(&image).unwrap() == content, "the file was changed");
 }
 
 /// Waits for the line that begins with `word` and gives the rest of it.

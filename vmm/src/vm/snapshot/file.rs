@@ -16,7 +16,7 @@ use super::StateFileError;
 
 const MAGIC: [u8; 8] = *b"DBALSNAP";
 /// Version of the format; a state of another version is refused. Count it up with every change of a saved type.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 const HEADER_BYTES: usize = 24;
 /// Largest state: what a file may make us allocate. Devices are bounded one by one.
 const MAX_BYTES: u64 = 512 << 20;
@@ -141,7 +141,7 @@ mod tests {
         assert!(
             parse::<Vec<u32>>(&newer)
                 .unwrap_err()
-                .contains("version 2, this is version 1")
+                .contains("version 3, this is version 2")
         );
         assert!(parse::<Vec<u32>>(&[&bytes[..], &[0]].concat()).is_err());
     }

@@ -34,8 +34,12 @@ pub enum SaveKind {
     /// All memory that is not zero.
     #[default]
     Full,
-    /// The pages that differ from the full save in this folder, found by comparing: no dirty log has to be kept while the
-    /// machine runs (which would split its huge pages), and what devices wrote is found as well.
+    /// The pages that differ from the full save in this folder.
+    ///
+    /// They are found by comparing all memory with the base, unless the machine
+    /// [tracks writes](crate::config::MemoryConfig::track_writes) and the base is its last full save, or what it was restored
+    /// from: then only pages that were written or given back since are compared. The result is the same. Where the log
+    /// cannot be had (Linux before 6.7, another base), all is compared and the reason is logged.
     Difference {
         /// Folder of the full save, which must stay as it is as long as the difference is of use.
         base: PathBuf,
@@ -60,6 +64,9 @@ pub enum MemoryMode {
 pub struct RestoreOptions {
     /// How memory gets its content.
     pub memory: MemoryMode,
+    /// Whether the machine [tracks writes](crate::config::MemoryConfig::track_writes), whatever the saved one did; from the
+    /// start, that is since the full save it comes from.
+    pub track_writes: bool,
     /// Another id for the machine.
     pub id: Option<String>,
     /// Other images, by id of the block or pmem device.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -19,7 +20,9 @@ use crate::devices::vmgenid;
 use crate::memory::image::{self, Extent};
 use crate::memory::layout::{MemoryLayout, RegionKind};
 use crate::memory::pager::Pager;
+use crate::memory::userfaultfd::Watch;
 use crate::memory::window::{Memslots, Windows};
+use crate::memory::write_log::{Beneath, WriteLog};
 use crate::memory::{self, GuestMemory};
 use crate::vcpu::{cpuid, factory};
 use crate::vm::build::{self, Built, Opener, Parts};
@@ -114,6 +117,7 @@ fn layout(state: &MachineState) -> MemoryLayout {
 /// Applies the overrides, each of which must hit something.
 pub(super) fn apply(state: &mut MachineState, options: &RestoreOptions) -> Result<(), RestoreError> {
     let (mut disks, mut taps) = (options.disks.clone(), options.taps.clone());
+    state.config.memory.track_writes = options.track_writes;
     if let Some(id) = &options.id {
         state.config.id.clone_from(id);
     }
@@ -191,7 +195,7 @@ fn restore(dir: &Path, state: MachineState, mode: MemoryMode) -> Result<Built, R
     let vm = Arc::new(kvm::create_vm(&kvm)?);
 
     let memory = Arc::new(memory::allocate(&layout).map_err(BuildError::from)?);
-    let origin = layers.load(&memory, &layout, mode)?;
+    let origin = layers.load(&memory, &layout, mode, state.config.memory.track_writes)?;
     kvm::set_memory(&vm, &memory, &layout)?;
     let registers = kvm::set_registers(&vm)?;
     let memslots: Arc<dyn Memslots> = vm.clone();
@@ -342,6 +346,8 @@ fn set_board(machine: &Machine, state: &MachineState) -> Result<(), RestoreError
 /// The memory files of a save: of itself and, below, of the save it is a difference against.
 struct Layers<'s> {
     base: Option<(PathBuf, File, Vec<Extent>)>,
+    /// Of the full save among them.
+    lowest_id: [u8; 16],
     path: PathBuf,
     file: File,
     extents: &'s [Extent],
@@ -368,18 +374,20 @@ impl<'s> Layers<'s> {
         let (path, file) = open_memory(dir, size)?;
         Ok(Self {
             base,
+            lowest_id: state.memory.base.as_ref().map_or(state.id, |base| base.id),
             path,
             file,
             extents: &state.memory.extents,
         })
     }
 
-    /// Fills everything but the window of virtio-pmem.
+    /// Fills everything but the window of virtio-pmem. `track_writes` starts a log that is about the full save.
     fn load(
         &self,
         memory: &Arc<GuestMemory>,
         layout: &MemoryLayout,
         mode: MemoryMode,
+        track_writes: bool,
     ) -> Result<Origin, RestoreError> {
         let lowest = self.base.as_ref();
         let (path, file, extents) = match lowest {
@@ -392,12 +400,23 @@ impl<'s> Layers<'s> {
         };
         let not_pmem = |kind| kind != RegionKind::Pmem;
         let mut origin = Origin::default();
-        match mode {
-            MemoryMode::Eager => image::read(memory, layout, file, extents, not_pmem).map_err(error)?,
-            MemoryMode::CopyOnWrite => image::map_private(memory, layout, file).map_err(error)?,
-            MemoryMode::Userfaultfd => {
-                origin.pager = Some(Pager::start(memory, layout, file).map_err(error)?);
+        let beneath = match mode {
+            MemoryMode::Eager => {
+                image::read(memory, layout, file, extents, not_pmem).map_err(error)?;
+                Beneath::Zeros
             }
+            MemoryMode::CopyOnWrite => {
+                image::map_private(memory, layout, file).map_err(error)?;
+                Beneath::File
+            }
+            MemoryMode::Userfaultfd => {
+                let pager = start_pager(memory, layout, file, track_writes).map_err(error)?;
+                Beneath::Pager(origin.pager.insert(pager).userfaultfd().clone())
+            }
+        };
+        if track_writes {
+            // Before the pages of a difference are read: those are written.
+            origin.log = Some(self.start_log(memory, layout, beneath).map_err(error)?);
         }
         if mode != MemoryMode::Eager {
             origin.backing = Some(file.try_clone().map_err(error)?);
@@ -409,21 +428,53 @@ impl<'s> Layers<'s> {
         Ok(origin)
     }
 
-    /// Fills the window of virtio-pmem with the pages that are the machine's own.
+    fn start_log(
+        &self,
+        memory: &Arc<GuestMemory>,
+        layout: &MemoryLayout,
+        beneath: Beneath,
+    ) -> io::Result<WriteLog> {
+        let owns_content = matches!(beneath, Beneath::Zeros);
+        let mut log = WriteLog::new(memory, layout, beneath)?;
+        if !owns_content {
+            log.start_at_source(self.lowest_id);
+        } else if let Err(reason) = log.restart(self.lowest_id) {
+            tracing::warn!(%reason, "no log of writes: differences will compare all memory");
+        }
+        Ok(log)
+    }
+
+    /// Fills the window of virtio-pmem with the pages that are the machine's own. A difference has all of them; those of
+    /// its base may be of a device that was removed, and there may be another one's file, not to be written, in its place.
     fn load_private(&self, memory: &GuestMemory, layout: &MemoryLayout) -> Result<(), RestoreError> {
         let pmem = |kind| kind == RegionKind::Pmem;
-        if let Some((_, file, extents)) = &self.base {
-            image::read(memory, layout, file, extents, pmem).map_err(|source| self.error(source))?;
-        }
         image::read(memory, layout, &self.file, self.extents, pmem).map_err(|source| self.error(source))
     }
 
-    fn error(&self, source: std::io::Error) -> RestoreError {
+    fn error(&self, source: io::Error) -> RestoreError {
         RestoreError::Memory {
             path: self.path.clone(),
             source,
         }
     }
+}
+
+/// Brings memory in from `file`, and watches writes if they are tracked and the kernel can.
+fn start_pager(
+    memory: &Arc<GuestMemory>,
+    layout: &MemoryLayout,
+    file: &File,
+    track_writes: bool,
+) -> io::Result<Pager> {
+    if track_writes {
+        match Pager::start(memory, layout, file, Watch::MissingAndWrites) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                tracing::warn!(%error, "no log of writes: differences will compare all memory");
+            }
+            started => return started,
+        }
+    }
+    Pager::start(memory, layout, file, Watch::Missing)
 }
 
 /// Opens the memory file in `dir`, which must have `size` bytes: a shorter one would be a SIGBUS when it is mapped.

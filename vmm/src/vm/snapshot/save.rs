@@ -10,8 +10,9 @@ use super::state::{Base, ClockState, DeviceState, MachineState, MemoryState, Slo
 use super::{MEMORY, STATE, SaveError, SaveKind, file};
 use crate::devices::cpu_hotplug::Cpu;
 use crate::devices::vmgenid;
-use crate::memory::image::{self, Pages};
+use crate::memory::image::{self, Pages, Written};
 use crate::memory::layout::RegionKind;
+use crate::memory::page_set::PageSet;
 use crate::vcpu::run::{Vcpu, VcpuThread};
 use crate::vcpu::state::{self as vcpu_state, VcpuState};
 use crate::vm::kvm;
@@ -23,6 +24,10 @@ use crate::vm::{ExitReason, Vm, VmState, lock};
 pub struct SaveReport {
     /// Bytes of data in the memory file (which is as long as the machine's memory, and sparse).
     pub memory_bytes: u64,
+    /// Pages whose content was looked at.
+    pub pages_read: u64,
+    /// A log of writes told which pages can differ from the base; the others were not looked at.
+    pub by_log: bool,
 }
 
 impl Vm {
@@ -79,15 +84,27 @@ impl Vm {
         // A new file: the old one may be another machine's memory.
         let temporary = dir.join("memory.new");
         let out = File::create(&temporary).map_err(memory_error)?;
+        let among = match &base {
+            Opened::Full => None,
+            Opened::Difference { base, .. } => machine.written_since(base.id),
+        };
         let (pages, base) = match &base {
             Opened::Full => (Pages::All, None),
-            Opened::Difference { memory, base } => (Pages::Changed(memory), Some(base.clone())),
+            Opened::Difference { memory, base } => {
+                let among = among.as_ref();
+                (Pages::Changed { base: memory, among }, Some(base.clone()))
+            }
         };
         let layout = machine.windows.layout();
         let backing = machine.origin.backing.as_ref();
-        let extents = image::write(&machine.memory, layout, backing, pages, &out).map_err(memory_error)?;
+        let Written { extents, pages_read } =
+            image::write(&machine.memory, layout, backing, pages, &out).map_err(memory_error)?;
         fs::rename(&temporary, &memory_path).map_err(memory_error)?;
-        let memory_bytes = extents.iter().map(|extent| extent.len).sum();
+        let report = SaveReport {
+            memory_bytes: extents.iter().map(|extent| extent.len).sum(),
+            pages_read,
+            by_log: among.is_some(),
+        };
         let hotplug = &machine.vcpus.hotplug;
         let state = MachineState {
             id: vmgenid::new_id().map_err(memory_error)?,
@@ -107,8 +124,11 @@ impl Vm {
             slots,
         };
         file::write(state_path, &state)?;
-        tracing::info!(id = self.id, ?dir, memory_bytes, "machine saved");
-        Ok(SaveReport { memory_bytes })
+        if state.memory.base.is_none() {
+            machine.log_writes_since(state.id);
+        }
+        tracing::info!(id = self.id, ?dir, ?report, "machine saved");
+        Ok(report)
     }
 
     /// A vCPU belongs to its thread, so the threads end and are made again; they wait at the gate meanwhile.
@@ -185,6 +205,24 @@ impl Opened {
 }
 
 impl Machine {
+    /// The pages that may differ from the save `id`; `None` when nobody knows and all must be compared.
+    fn written_since(&self, id: [u8; 16]) -> Option<PageSet> {
+        let written = self.origin.log.as_ref()?.written_since(id);
+        written
+            .inspect_err(|reason| tracing::warn!(%reason, "all memory is compared with the base"))
+            .ok()
+    }
+
+    /// Starts the log of writes, if there is to be one, now that memory is as it is in the save `id`. The save is complete,
+    /// so that an earlier one keeps its log when this one fails.
+    fn log_writes_since(&mut self, id: [u8; 16]) {
+        if let Some(log) = &mut self.origin.log
+            && let Err(reason) = log.restart(id)
+        {
+            tracing::warn!(%reason, "no log of writes: differences against this save will compare all memory");
+        }
+    }
+
     /// Stops all devices and takes their state.
     fn save_devices(&mut self) -> Result<Vec<SlotState>, SaveError> {
         self.each_transport(|_, transport| {
