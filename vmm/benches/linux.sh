@@ -171,7 +171,7 @@ block() {
     make_tools
     run ours block ours --disk "$WORK/tools" --disk "$WORK/data"
     run qemu block qemu "${qemu_tools[@]}" "${qemu_disk[@]}"
-    run ours-sync block ours --disk "$WORK/tools" --sync-disk "$WORK/data"
+    run ours-io_uring block ours --disk "$WORK/tools" --uring-disk "$WORK/data"
 }
 
 net() {

@@ -1,7 +1,7 @@
 //! Boots a kernel and an initramfs, with the guest's console on stdout; for trying the VMM by itself.
 //!
 //! `boot --kernel vmlinux --initramfs initrd [--cmdline TEXT] [--vcpus N] [--memory MIB] [--serial | --no-console]
-//! [--disk FILE]… [--sync-disk FILE]… [--share DIR]… [--net TAP]… [--vsock SOCKET] [--rng] [--slots N]
+//! [--disk FILE]… [--sync-disk FILE]… [--uring-disk FILE]… [--share DIR]… [--net TAP]… [--vsock SOCKET] [--rng] [--slots N]
 //! [--timeout SECONDS]`
 
 use std::io;
@@ -69,8 +69,11 @@ fn parse() -> Result<Arguments, String> {
                 format!("disk{number}"),
                 value()?,
             ))),
-            "--sync-disk" => config.devices.push(DeviceConfig::Block(BlockConfig {
-                engine: BlockEngine::Sync,
+            "--sync-disk" | "--uring-disk" => config.devices.push(DeviceConfig::Block(BlockConfig {
+                engine: match option.as_str() {
+                    "--sync-disk" => BlockEngine::Sync,
+                    _ => BlockEngine::IoUring,
+                },
                 ..BlockConfig::new(format!("disk{number}"), value()?)
             })),
             "--vsock" => {

@@ -244,7 +244,8 @@ impl BlockConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BlockEngine {
-    /// io_uring where the kernel has it, else synchronous.
+    /// io_uring where the kernel has it, else synchronous; for an image on tmpfs or ramfs, which io_uring can only serve by
+    /// a thread of its own, synchronous.
     #[default]
     Auto,
     /// io_uring on the I/O loop: many requests at once, in any order. An error on a host without it.

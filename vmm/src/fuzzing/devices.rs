@@ -37,7 +37,7 @@ impl Subject for Disk {
         if self.builds == 0 {
             File::create(&path).unwrap().set_len(IMAGE_BYTES).unwrap();
         }
-        let engines = [BlockEngine::Auto, BlockEngine::Sync];
+        let engines = [BlockEngine::IoUring, BlockEngine::Sync];
         let config = BlockConfig {
             engine: engines[self.builds % engines.len()],
             queues: 2,

@@ -73,7 +73,7 @@ struct Active {
 #[derive(Debug)]
 pub struct Block {
     target: Arc<Target>,
-    /// Not `Auto` where the host has no io_uring.
+    /// `Auto`: io_uring, or else synchronous.
     engine: BlockEngine,
     queue_sizes: Vec<u16>,
     active: Option<Active>,
@@ -85,11 +85,11 @@ impl Block {
     /// # Errors
     /// [`BlockError`] when the image cannot be opened, is no disk, or is in use, or the host cannot do what was asked for.
     pub fn new(config: &BlockConfig) -> Result<Self, BlockError> {
-        let engine = match ring::choose(&config.id, config.engine)? {
+        let disk = Disk::open(config)?;
+        let engine = match ring::choose(&config.id, config.engine, disk.in_memory())? {
             true => config.engine,
             false => BlockEngine::Sync,
         };
-        let disk = Disk::open(config)?;
         let throttle = config.rate_limiter.as_ref().map(Throttle::new).transpose();
         let throttle = throttle.map_err(|source| BlockError::RateLimiter {
             id: config.id.clone(),

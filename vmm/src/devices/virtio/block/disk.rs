@@ -17,6 +17,10 @@ pub(super) const SECTOR: u64 = 512;
 /// Offsets and buffers every file system takes for direct I/O, when it does not say what it needs.
 const SAFE_ALIGNMENT: u32 = 4096;
 
+/// File systems in memory, as `statfs` names them (include/uapi/linux/magic.h).
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+const RAMFS_MAGIC: u64 = 0x8584_58f6;
+
 /// A disk that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
@@ -188,6 +192,12 @@ impl Disk {
     pub(super) fn measure(&self) -> io::Result<u64> {
         // Works for block devices, whose metadata has no size. Nobody uses the file's position.
         (&self.file).seek(SeekFrom::End(0))
+    }
+
+    /// Whether the image's file system keeps files in memory only (tmpfs, ramfs). False when it cannot be found out.
+    pub(super) fn in_memory(&self) -> bool {
+        rustix::fs::fstatfs(&self.file)
+            .is_ok_and(|fs| matches!(u64::try_from(fs.f_type), Ok(TMPFS_MAGIC | RAMFS_MAGIC)))
     }
 
     /// Capacity in sectors, as the guest knows it.

@@ -87,9 +87,17 @@ fn restrict(ring: &IoUring, files: &[i32]) -> Result<(), (&'static str, io::Erro
 }
 
 /// Decides once, when the disk is made. True: io_uring.
-pub(super) fn choose(id: &str, engine: BlockEngine) -> Result<bool, BlockError> {
+///
+/// `in_memory`: the image's file system keeps files in memory only. Such a file system has no way to read or write without
+/// perhaps waiting, so io_uring hands each request to a worker thread, which costs more than the copy itself
+/// (`vmm/benches/README.md`).
+pub(super) fn choose(id: &str, engine: BlockEngine, in_memory: bool) -> Result<bool, BlockError> {
     match engine {
         BlockEngine::Sync => Ok(false),
+        BlockEngine::Auto if in_memory => {
+            tracing::info!(device = %id, "block: engine sync: the image is in memory");
+            Ok(false)
+        }
         BlockEngine::Auto => Ok(available().is_ok()),
         BlockEngine::IoUring => available()
             .map(|()| true)

@@ -36,7 +36,7 @@ pub(super) enum Worker {
 }
 
 impl Worker {
-    /// Starts serving `queue`. `engine` is never `Auto` where the host has no io_uring.
+    /// Starts serving `queue`. `engine`: what the disk was made with; `Auto` is io_uring as long as a ring can be had.
     pub(super) fn start(
         around: &Surroundings,
         queue: ActiveQueue,

@@ -1,21 +1,45 @@
 //! Which engine is taken, and what configurations are refused.
 
+use std::process::Command;
+
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 
 use super::*;
 use crate::config::{ConfigError, DeviceConfig};
+use crate::devices::virtio::block::disk::Disk;
 use crate::devices::virtio::block::ring;
 
 #[test]
-fn engine_when_auto_is_io_uring_where_the_host_has_it() {
-    let (_dir, path) = image();
-    let chosen = ring::choose("d", BlockEngine::Auto).unwrap();
-    assert_eq!(chosen, ring::available().is_ok());
-    assert!(!ring::choose("d", BlockEngine::Sync).unwrap());
-    match ring::choose("d", BlockEngine::IoUring) {
-        Ok(chosen) => assert!(chosen),
-        Err(error) => assert!(error.to_string().contains("no io_uring"), "{error}"),
+fn engine_when_auto_is_io_uring_where_the_host_has_it_and_the_image_is_not_in_memory() {
+    let uring = ring::available().is_ok();
+    for (in_memory, expected) in [(false, uring), (true, false)] {
+        assert_eq!(ring::choose("d", BlockEngine::Auto, in_memory).unwrap(), expected);
+        assert!(!ring::choose("d", BlockEngine::Sync, in_memory).unwrap());
+        match ring::choose("d", BlockEngine::IoUring, in_memory) {
+            Ok(chosen) => assert!(chosen && uring),
+            Err(error) => assert!(error.to_string().contains("no io_uring"), "{error}"),
+        }
     }
+}
+
+#[test]
+fn image_when_on_tmpfs_is_in_memory() {
+    let dir = TempDir::new_with_prefix("/dev/shm/dragonball-blk").unwrap();
+    let path = dir.as_path().join("image");
+    File::create(&path).unwrap().set_len(1 << 20).unwrap();
+    assert!(Disk::open(&config(&path, true)).unwrap().in_memory());
+    // Compared with what stat(1) says of another file, usually on a disk.
+    let executable = std::env::current_exe().unwrap();
+    let stat = Command::new("stat")
+        .args(["-f", "-c", "%T"])
+        .arg(&executable)
+        .output()
+        .unwrap();
+    let in_memory = matches!(stat.stdout.trim_ascii(), b"tmpfs" | b"ramfs");
+    assert_eq!(
+        Disk::open(&config(&executable, true)).unwrap().in_memory(),
+        in_memory
+    );
     assert!(Block::new(&config(&path, true)).is_ok());
 }
 
