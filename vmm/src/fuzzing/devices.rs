@@ -45,7 +45,13 @@ impl Subject for Disk {
             ..BlockConfig::new("disk", path)
         };
         self.builds += 1;
-        Box::new(Block::new(&config).unwrap())
+        let auto = || BlockConfig {
+            engine: BlockEngine::Auto,
+            ..config.clone()
+        };
+        // A host may have no io_uring.
+        let block = Block::new(&config).or_else(|_| Block::new(&auto()));
+        Box::new(block.unwrap())
     }
 
     /// `struct virtio_blk_req` (virtio 1.2, 5.2.6).
