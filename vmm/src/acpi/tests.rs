@@ -1,3 +1,5 @@
+mod properties;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 

@@ -206,6 +206,8 @@ pub fn memory_map(size: u64) -> Vec<Range> {
 }
 
 #[cfg(test)]
+mod properties;
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -476,4 +476,6 @@ impl Drop for FileMapping {
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fake;
 #[cfg(test)]
+mod properties;
+#[cfg(test)]
 mod tests;

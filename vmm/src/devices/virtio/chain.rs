@@ -268,6 +268,8 @@ impl Chain {
 }
 
 #[cfg(test)]
+mod properties;
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::devices::virtio::test_ring::{

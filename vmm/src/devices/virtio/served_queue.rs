@@ -288,3 +288,6 @@ impl ServedQueue {
         tracing::warn!(device = %self.device, queue = self.index, %reason, "virtio: the driver broke a ring, queue stopped");
     }
 }
+
+#[cfg(test)]
+mod properties;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+    VRING_USED_F_NO_NOTIFY,
 };
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -123,6 +124,27 @@ impl TestRing {
         active
     }
 
+    /// Lets the ring stand where it does after `index` chains that all came back, before it is given to a device with
+    /// [`active_at`](Self::active_at). Returns that position.
+    pub fn begin_at(&mut self, index: u16) -> QueuePosition {
+        self.set_avail_index(index);
+        self.memory
+            .store(index.to_le(), self.used_index(), Ordering::Release)
+            .unwrap();
+        self.set_used_event(index);
+        self.used_seen = index;
+        QueuePosition {
+            index: self.index as u16,
+            next_avail: index,
+            next_used: index,
+        }
+    }
+
+    /// Chains offered that were not seen to come back.
+    pub fn outstanding(&self) -> u16 {
+        self.avail_index.wrapping_sub(self.used_seen)
+    }
+
     /// Writes one descriptor of the queue's table.
     pub fn descriptor(&self, index: u16, address: u64, len: u32, flags: u16, next: u16) {
         self.descriptor_at(self.base, index, address, len, flags, next);
@@ -191,25 +213,34 @@ impl TestRing {
         self.kick.write(1).unwrap();
     }
 
-    /// Rings the doorbell if the device asks for it after the last [`submit`](Self::submit) (EVENT_IDX: `avail_event`
-    /// follows the used ring's entries); says whether it did.
-    pub fn kick_if_wanted(&self) -> bool {
+    /// Rings the doorbell if the device asks for it after the last `added` chains; says whether it did. With EVENT_IDX the
+    /// device names an index in `avail_event`, which follows the used ring's entries (virtio 1.2, 2.7.10); without, it
+    /// sets a flag in the used ring.
+    pub fn kick_if_wanted(&self, added: u16) -> bool {
         fence(Ordering::SeqCst);
-        let at = GuestAddress(self.used() + 4 + 8 * u64::from(self.size));
-        let event: u16 = self.memory.load(at, Ordering::SeqCst).unwrap();
-        let wanted = u16::from_le(event) == self.avail_index.wrapping_sub(1);
+        let load = |offset: u64| {
+            let at = GuestAddress(self.used() + offset);
+            u16::from_le(self.memory.load(at, Ordering::SeqCst).unwrap())
+        };
+        let wanted = if self.event_idx {
+            let event = load(4 + 8 * u64::from(self.size));
+            self.avail_index.wrapping_sub(event).wrapping_sub(1) < added
+        } else {
+            u32::from(load(0)) & VRING_USED_F_NO_NOTIFY == 0
+        };
         if wanted {
             self.kick();
         }
         wanted
     }
 
-    /// Asks for an interrupt with the next completion; false when one is there already (EVENT_IDX).
-    pub fn ask_for_interrupt(&self) -> bool {
-        self.set_used_event(self.used_seen);
+    /// Asks for an interrupt when `more` completions came after the next; false when that many are there already
+    /// (EVENT_IDX).
+    pub fn ask_for_interrupt(&self, more: u16) -> bool {
+        self.set_used_event(self.used_seen.wrapping_add(more));
         fence(Ordering::SeqCst);
         let index: u16 = self.memory.load(self.used_index(), Ordering::SeqCst).unwrap();
-        u16::from_le(index) == self.used_seen
+        u16::from_le(index).wrapping_sub(self.used_seen) <= more
     }
 
     /// The next completion, if there is one.

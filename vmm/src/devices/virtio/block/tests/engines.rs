@@ -88,20 +88,20 @@ fn interrupts_when_the_driver_has_many_requests_under_way_are_fewer_and_none_is_
         for _ in 0..ROUNDS {
             for slot in 0..DEPTH {
                 f.offer(0, slot, VIRTIO_BLK_T_IN, slot, 512);
-                f.rings[0].kick_if_wanted();
+                f.rings[0].kick_if_wanted(1);
             }
             let mut left = DEPTH;
             while left > 0 {
                 if f.rings[0].try_used().is_some() {
                     left -= 1;
-                } else if f.rings[0].ask_for_interrupt() {
+                } else if f.rings[0].ask_for_interrupt(0) {
                     interrupts += f.guest.wait_interrupt();
                 }
             }
             // One alone, right after: it is held for a moment, and the end of that is all the driver waits for.
-            assert!(f.rings[0].ask_for_interrupt());
+            assert!(f.rings[0].ask_for_interrupt(0));
             f.offer(0, 0, VIRTIO_BLK_T_IN, 0, 512);
-            f.rings[0].kick_if_wanted();
+            f.rings[0].kick_if_wanted(1);
             interrupts += f.guest.wait_interrupt();
             assert!(f.rings[0].try_used().is_some(), "{engine:?}");
         }
