@@ -54,7 +54,7 @@ toolchain: # what the Rust compiler needs beside itself
 
 .PHONY: setup
 setup: toolchain # what tests and demo need on the host
-	@$(INSTALL_PACKAGES) containerd runc busybox-static iproute2 acpica-tools
+	@$(INSTALL_PACKAGES) containerd runc busybox-static iproute2 socat acpica-tools
 
 .PHONY: kernel
 kernel: ## the guest kernel; prints its folder

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use lzma_rust2::XzReader;
 
@@ -15,11 +16,20 @@ const MODULES: &str = include_str!("modules");
 
 /// An initramfs whose init runs `script` with busybox's applets, /proc, /sys and /dev in place, then powers off.
 pub fn build(scratch: &Scratch, script: &str) -> PathBuf {
-    build_with(scratch, &[], script)
+    build_with(scratch, &Extras::default(), script)
 }
 
-/// The same for a kernel with `modules`, which init loads in this order.
-pub fn build_with(scratch: &Scratch, modules: &[Module], script: &str) -> PathBuf {
+/// What a guest may need beside busybox.
+#[derive(Debug, Default)]
+pub struct Extras {
+    /// Modules of its kernel, which init loads in this order.
+    pub modules: Vec<Module>,
+    /// Programs of this machine, by path; they come with their shared libraries and keep their paths.
+    pub programs: Vec<PathBuf>,
+}
+
+/// The same with `extras`.
+pub fn build_with(scratch: &Scratch, extras: &Extras, script: &str) -> PathBuf {
     let busybox = ["/bin/busybox", "/usr/bin/busybox"]
         .iter()
         .find_map(|path| fs::read(path).ok());
@@ -39,9 +49,12 @@ pub fn build_with(scratch: &Scratch, modules: &[Module], script: &str) -> PathBu
     }
     archive.add("bin/busybox", 0o100_755, &busybox);
     archive.add("init", 0o100_755, init.as_bytes());
-    for (index, module) in modules.iter().enumerate() {
+    for (index, module) in extras.modules.iter().enumerate() {
         let name = format!("mods/{index:03}-{}.ko", module.name);
         archive.add(&name, 0o100_644, &module.content);
+    }
+    for program in &extras.programs {
+        archive.add_program(program);
     }
     scratch.write("initramfs", &archive.finish())
 }
@@ -106,6 +119,10 @@ fn read_module(path: &Path) -> Vec<u8> {
     content
 }
 
+fn relative(path: &Path) -> &str {
+    path.to_str().unwrap().trim_start_matches('/')
+}
+
 /// A cpio archive in the "newc" format (Linux Documentation/driver-api/early-userspace/buffer-format.rst).
 #[derive(Default)]
 struct Archive {
@@ -128,6 +145,29 @@ impl Archive {
         self.pad();
         self.bytes.extend_from_slice(content);
         self.pad();
+    }
+
+    /// Adds `program` and what `ldd` says it needs, with the folders above them.
+    fn add_program(&mut self, program: &Path) {
+        let output = Command::new("ldd").arg(program).output().unwrap();
+        assert!(output.status.success(), "ldd {}: {output:?}", program.display());
+        // "libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x7f...)", or the path of the loader alone.
+        let text = String::from_utf8(output.stdout).unwrap();
+        let libraries = text.split_whitespace().filter(|word| word.starts_with('/'));
+        for file in libraries.map(Path::new).chain([program]) {
+            for folder in file
+                .parent()
+                .unwrap()
+                .ancestors()
+                .collect::<Vec<_>>()
+                .iter()
+                .rev()
+                .skip(1)
+            {
+                self.add(relative(folder), 0o040_755, &[]);
+            }
+            self.add(relative(file), 0o100_755, &fs::read(file).unwrap());
+        }
     }
 
     fn pad(&mut self) {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use dragonball::config::{ConsoleConfig, VmConfig};
 
 use crate::guest::Scratch;
-use crate::guest::initramfs::{self, Module};
+use crate::guest::initramfs::{self, Extras};
 use crate::{CMDLINE, kernel};
 
 /// A guest kernel and what makes it find our devices.
@@ -15,7 +15,7 @@ pub struct Kernel {
     pub name: String,
     /// vmlinux or bzImage.
     pub image: PathBuf,
-    modules: Vec<Module>,
+    extras: Extras,
 }
 
 impl Kernel {
@@ -24,7 +24,7 @@ impl Kernel {
         Self {
             name: "ours".to_owned(),
             image: kernel(),
-            modules: Vec::new(),
+            extras: Extras::default(),
         }
     }
 
@@ -36,7 +36,10 @@ impl Kernel {
                 .to_string_lossy()
                 .into_owned(),
             image: folder.join("vmlinuz"),
-            modules: initramfs::stock_modules(&folder.join("modules")),
+            extras: Extras {
+                modules: initramfs::stock_modules(&folder.join("modules")),
+                ..Extras::default()
+            },
         }
     }
 
@@ -45,7 +48,7 @@ impl Kernel {
         let mut config = crate::config(scratch, "");
         config.id.clone_from(&self.name);
         config.boot.kernel.clone_from(&self.image);
-        config.boot.initramfs = Some(initramfs::build_with(scratch, &self.modules, script));
+        config.boot.initramfs = Some(initramfs::build_with(scratch, &self.extras, script));
         if console == ConsoleConfig::Serial {
             config.boot.cmdline = CMDLINE.replace("hvc0", "ttyS0");
         }
