@@ -5,7 +5,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread::JoinHandle;
 
 use event_manager::{
@@ -40,7 +40,8 @@ pub enum IoLoopError {
 pub struct IoLoop {
     endpoint: RemoteEndpoint<Worker>,
     stop: Arc<AtomicBool>,
-    thread_id: i32,
+    /// Set by the thread itself; nobody waits for it to start.
+    thread_id: Arc<OnceLock<i32>>,
 }
 
 impl std::fmt::Debug for IoLoop {
@@ -60,7 +61,8 @@ impl IoLoop {
         let stop = Arc::new(AtomicBool::new(false));
         let endpoint = manager.remote_endpoint();
         let ended = stop.clone();
-        let (send_id, thread_id) = mpsc::sync_channel(1);
+        let thread_id = Arc::new(OnceLock::new());
+        let own_id = thread_id.clone();
         let spawn_error = |source| IoLoopError::Spawn {
             name: name.to_owned(),
             source,
@@ -69,7 +71,7 @@ impl IoLoop {
             .name(name.to_owned())
             .spawn(move || {
                 // SAFETY: gettid has no arguments and cannot fail.
-                let _ = send_id.send(unsafe { libc::gettid() });
+                own_id.get_or_init(|| unsafe { libc::gettid() });
                 while !ended.load(Ordering::Acquire) {
                     if let Err(error) = manager.run() {
                         tracing::error!(?error, "I/O loop: epoll failed");
@@ -77,7 +79,6 @@ impl IoLoop {
                 }
             })
             .map_err(spawn_error)?;
-        let thread_id = thread_id.recv().map_err(|e| spawn_error(io::Error::other(e)))?;
         Ok((
             Self {
                 endpoint,
@@ -88,9 +89,9 @@ impl IoLoop {
         ))
     }
 
-    /// Kernel thread id of the loop.
+    /// Kernel thread id of the loop; waits until its thread has started.
     pub fn thread_id(&self) -> i32 {
-        self.thread_id
+        *self.thread_id.wait()
     }
 
     /// Returns after every event that was pending when it was called has been handled.

@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -42,8 +42,8 @@ pub struct Vcpu {
 pub struct VcpuThread {
     /// vCPU index.
     pub index: u8,
-    /// Kernel thread id, for cgroups and scheduling.
-    pub tid: i32,
+    /// Set by the thread itself; nobody waits for it to start.
+    tid: Arc<OnceLock<i32>>,
     /// Its counters.
     pub counters: Arc<VcpuCounters>,
     leaving: Arc<AtomicBool>,
@@ -52,6 +52,11 @@ pub struct VcpuThread {
 }
 
 impl VcpuThread {
+    /// Kernel thread id, for cgroups and scheduling; waits until the thread has started.
+    pub fn tid(&self) -> i32 {
+        *self.tid.wait()
+    }
+
     /// Gets the thread out of KVM_RUN and to the gate.
     pub fn kick(&self) {
         use std::os::unix::thread::JoinHandleExt;
@@ -102,7 +107,8 @@ impl Vcpu {
     pub fn spawn(self) -> io::Result<VcpuThread> {
         let (index, counters, lifecycle) = (self.index, self.counters.clone(), self.lifecycle.clone());
         let leaving = Arc::new(AtomicBool::new(false));
-        let (send_tid, tid) = mpsc::sync_channel(1);
+        let tid = Arc::new(OnceLock::new());
+        let own_tid = tid.clone();
         lifecycle.gate().join();
         let told = leaving.clone();
         let thread = thread::Builder::new()
@@ -110,15 +116,12 @@ impl Vcpu {
             .spawn(move || {
                 let leaving = Leaving(self.lifecycle.clone());
                 // SAFETY: gettid has no arguments and cannot fail.
-                let _ = send_tid.send(unsafe { libc::gettid() });
+                own_tid.get_or_init(|| unsafe { libc::gettid() });
                 let vcpu = self.run(&told);
                 drop(leaving);
                 vcpu
             })
             .inspect_err(|_| lifecycle.gate().leave())?;
-        let tid = tid
-            .recv()
-            .map_err(|_| io::Error::other("vCPU thread ended before it started"))?;
         Ok(VcpuThread {
             index,
             tid,

@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi::{self, shared_page::SharedPage};
-use crate::boot;
+use crate::boot::{self, EntryPoint};
 use crate::bus::Bus;
 use crate::config::{ConsoleConfig, MemoryConfig, VcpuConfig, VmConfig};
 use crate::devices::cpu_hotplug::{self, CpuHotplug};
@@ -69,31 +69,25 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     let console = plan.console.clone();
     let layout = plan.layout(&config.memory);
 
-    let kvm = kvm::open()?;
-    check_vcpu_limit(&kvm, config)?;
-    let cpuid = cpuid::supported(&kvm)?;
-    check_address_space(cpuid::physical_address_bits(&cpuid), &layout)?;
-    let vm = Arc::new(kvm::create_vm(&kvm)?);
-
-    let memory_size = config.memory.size_mib << 20;
     let memory = Arc::new(memory::allocate(&layout)?);
-    let rsdp = acpi::write_tables(&memory, &plan.acpi)?;
-    memory
-        .write_slice(&power::reset_vector(), GuestAddress(layout::RESET_VECTOR))
-        .map_err(|e| BuildError::Host {
-            what: "reset vector",
-            source: io::Error::other(e.to_string()),
+    // Neither needs the other: reading a kernel takes milliseconds, KVM's part most of one.
+    let (kvm, contents) = std::thread::scope(|scope| {
+        let filling = std::thread::Builder::new()
+            .name("vmm-load".to_owned())
+            .spawn_scoped(scope, || fill(&memory, config, &plan.acpi));
+        let filling = filling.map_err(|source| BuildError::Host {
+            what: "thread vmm-load",
+            source,
         })?;
-    let shared = Arc::new(SharedPage::new(memory.clone()));
-    let generation = vmgenid::new_id().map_err(|source| BuildError::Host {
-        what: "generation id",
-        source,
+        let kvm = KvmParts::new(config, &memory, &layout);
+        let contents = filling
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        Ok::<_, BuildError>((kvm?, contents?))
     })?;
-    shared.set_generation(generation);
-    let entry = boot::load(&config.boot, &memory, memory_size, rsdp)?;
+    let KvmParts { vm, cpuid, registers } = kvm;
+    let (shared, entry) = contents;
 
-    kvm::set_memory(&vm, &memory, &layout)?;
-    let registers = kvm::set_registers(&vm)?;
     let memslots: Arc<dyn Memslots> = vm.clone();
     let windows = Windows::new(layout, &memory, &memslots);
     // Files of pmem devices get their memslots here, before the irqchip exists.
@@ -146,6 +140,49 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
             Err(error)
         }
     }
+}
+
+/// KVM's machine with its memory, before there are interrupt controllers and vCPUs.
+struct KvmParts {
+    vm: Arc<VmFd>,
+    cpuid: Vec<kvm_cpuid_entry2>,
+    registers: Arc<RegisterPages>,
+}
+
+impl KvmParts {
+    fn new(config: &VmConfig, memory: &GuestMemory, layout: &MemoryLayout) -> Result<Self, BuildError> {
+        let kvm = kvm::open()?;
+        check_vcpu_limit(&kvm, config)?;
+        let cpuid = cpuid::supported(&kvm)?;
+        check_address_space(cpuid::physical_address_bits(&cpuid), layout)?;
+        let vm = Arc::new(kvm::create_vm(&kvm)?);
+        kvm::set_memory(&vm, memory, layout)?;
+        let registers = kvm::set_registers(&vm)?;
+        Ok(Self { vm, cpuid, registers })
+    }
+}
+
+/// Writes what a booting processor finds in memory; returns the page shared with AML, and where the kernel begins.
+fn fill(
+    memory: &Arc<GuestMemory>,
+    config: &VmConfig,
+    acpi: &acpi::Machine,
+) -> Result<(Arc<SharedPage>, EntryPoint), BuildError> {
+    let rsdp = acpi::write_tables(memory, acpi)?;
+    memory
+        .write_slice(&power::reset_vector(), GuestAddress(layout::RESET_VECTOR))
+        .map_err(|e| BuildError::Host {
+            what: "reset vector",
+            source: io::Error::other(e.to_string()),
+        })?;
+    let shared = Arc::new(SharedPage::new(memory.clone()));
+    let generation = vmgenid::new_id().map_err(|source| BuildError::Host {
+        what: "generation id",
+        source,
+    })?;
+    shared.set_generation(generation);
+    let entry = boot::load(&config.boot, memory, config.memory.size_mib << 20, rsdp)?;
+    Ok((shared, entry))
 }
 
 /// What a machine without devices and vCPU threads is made of, whether it boots or is restored.

@@ -256,7 +256,7 @@ impl Vm {
                     .vcpus
                     .threads
                     .iter()
-                    .map(|vcpu| (vcpu.index, vcpu.tid))
+                    .map(|vcpu| (vcpu.index, vcpu.tid()))
                     .collect(),
                 io: machine.io.thread_id(),
             },
