@@ -94,6 +94,18 @@ until_line() {
     return 1
 }
 
+# until_results COUNT LABEL — waits for COUNT results in the shared directory and prints them: the console of QEMU's microvm is
+# silent from the moment its vhost-user-fs device starts (cause unknown), while the guest works.
+until_results() {
+    local file="$WORK/share/results" left="$LIMIT"
+    while [ "$left" -gt 0 ] && [ "$(grep -c . "$file" 2>/dev/null)" != "$1" ]; do
+        left=$((left - 1))
+        sleep 1
+    done
+    [ "$left" -gt 0 ] || echo "$2 failed: less than $1 results in $LIMIT s"
+    [ ! -e "$file" ] || sed "s/^/$2 /" "$file"
+}
+
 # run LABEL LOAD VMM OPTION... — a guest from its start to the end of the load.
 run() {
     local label="$1" attempt
@@ -199,13 +211,13 @@ fs() {
     dd if=/dev/urandom of="$WORK/share/big" bs=1M count=128 status=none
     tar -C /usr/lib -cf - python3 x86_64-linux-gnu/perl-base 2>/dev/null | head -c 16M >"$WORK/share/files.tar" || true
     run ours fs ours --share "$WORK/share"
-    rm -rf "$WORK/share/out"
+    rm -rf "$WORK/share/out" "$WORK/share/results"
     if [ -x /usr/lib/qemu/virtiofsd ]; then
         /usr/lib/qemu/virtiofsd --socket-path="$WORK/fs" -o "source=$WORK/share,cache=auto" >/dev/null 2>&1 &
         daemon=$!
         while [ ! -S "$WORK/fs" ] && kill -0 "$daemon"; do sleep 0.1; done
         start fs qemu -chardev "socket,id=fs,path=$WORK/fs" -device vhost-user-fs-device,chardev=fs,tag=share0
-        until_line BENCH-DONE qemu || true
+        until_results 2 qemu
         stop
     else
         echo "qemu fs: no virtiofsd here"
