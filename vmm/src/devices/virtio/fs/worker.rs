@@ -149,11 +149,11 @@ impl FsWorkers {
     pub(super) fn stop(self) -> Vec<QueuePosition> {
         self.pool.stopping.store(true, Ordering::SeqCst);
         if let Err(error) = self.stop.write(1) {
-            tracing::error!(%error, "fs: cannot wake the workers to stop them");
+            guest_log!(ERROR, %error, "fs: cannot wake the workers to stop them");
         }
         for thread in self.threads {
             if thread.join().is_err() {
-                tracing::error!("fs: a worker panicked");
+                guest_log!(ERROR, "fs: a worker panicked");
             }
         }
         self.pool
@@ -193,7 +193,7 @@ impl Pool {
                 Ok(_) => self.serve(usize::try_from(events[0].data()).unwrap_or(usize::MAX)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    tracing::error!(device = %self.id, %error, "fs: epoll failed, worker ends");
+                    guest_log!(ERROR, device = %self.id, %error, "fs: epoll failed, worker ends");
                     return;
                 }
             }
@@ -259,7 +259,7 @@ impl Pool {
         let reader = match Reader::from_descriptor_chain(&*self.memory, chain.clone()) {
             Ok(reader) => reader,
             Err(error) => {
-                tracing::debug!(device = %self.id, ?error, "fs: unreadable request");
+                guest_log!(DEBUG, device = %self.id, ?error, "fs: unreadable request");
                 malformed();
                 return (0, 0);
             }
@@ -267,7 +267,7 @@ impl Pool {
         let writer = match VirtioFsWriter::new(&*self.memory, chain) {
             Ok(writer) => Writer::VirtioFs(writer),
             Err(error) => {
-                tracing::debug!(device = %self.id, ?error, "fs: no room for an answer");
+                guest_log!(DEBUG, device = %self.id, ?error, "fs: no room for an answer");
                 malformed();
                 return (0, 0);
             }
@@ -276,7 +276,7 @@ impl Pool {
         match self.service.server.handle_message(reader, writer, None, None) {
             Ok(written) => (read, u32::try_from(written).unwrap_or(u32::MAX)),
             Err(error) => {
-                tracing::debug!(device = %self.id, %error, "fs: malformed request");
+                guest_log!(DEBUG, device = %self.id, %error, "fs: malformed request");
                 malformed();
                 (read, 0)
             }
