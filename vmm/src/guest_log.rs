@@ -76,7 +76,6 @@ pub struct Admitted {
 
 impl Limit {
     /// Nothing was written yet.
-    #[expect(clippy::new_without_default, reason = "only ever a static of `guest_log!`")]
     pub const fn new() -> Self {
         Self(AtomicU64::new(0))
     }

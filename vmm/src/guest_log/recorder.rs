@@ -125,7 +125,9 @@ struct Libraries;
 
 impl log::Log for Libraries {
     fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-        metadata.target().starts_with("virtio_queue")
+        ["virtio_queue", "fuse_backend_rs"]
+            .iter()
+            .any(|library| metadata.target().starts_with(library))
     }
 
     fn log(&self, record: &log::Record<'_>) {
