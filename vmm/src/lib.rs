@@ -13,6 +13,7 @@ mod acpi;
 mod boot;
 mod bus;
 pub mod config;
+mod descriptors;
 pub mod devices;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;

@@ -4,51 +4,14 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use fuse_backend_rs::api::filesystem::ROOT_ID;
 
 use super::mounts::Mount;
 use super::sys::{Stat, errno};
-
-/// How many descriptors the guest may make us hold. The rest of the process needs some too.
-#[derive(Debug)]
-pub(super) struct FdBudget {
-    used: AtomicUsize,
-    limit: usize,
-}
-
-impl FdBudget {
-    pub(super) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self {
-            used: AtomicUsize::new(0),
-            limit,
-        })
-    }
-
-    /// A place for one descriptor.
-    ///
-    /// # Errors
-    /// ENFILE when there is none.
-    pub(super) fn take(self: &Arc<Self>) -> io::Result<FdTicket> {
-        let ticket = FdTicket(self.clone());
-        if self.used.fetch_add(1, Ordering::Relaxed) < self.limit {
-            return Ok(ticket);
-        }
-        Err(errno(libc::ENFILE))
-    }
-}
-
-/// One descriptor's place in the budget, given back when dropped.
-#[derive(Debug)]
-pub(super) struct FdTicket(Arc<FdBudget>);
-
-impl Drop for FdTicket {
-    fn drop(&mut self) {
-        self.0.used.fetch_sub(1, Ordering::Relaxed);
-    }
-}
+use crate::descriptors::{Budget, Ticket};
 
 /// What makes two lookups find the same inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -78,7 +41,7 @@ pub(super) struct Inode {
     file_type: u32,
     key: Key,
     mount: Arc<Mount>,
-    _ticket: FdTicket,
+    _ticket: Ticket,
 }
 
 impl Inode {
@@ -90,6 +53,11 @@ impl Inode {
     /// S_IFREG, S_IFDIR…; never changes.
     pub(super) fn file_type(&self) -> u32 {
         self.file_type
+    }
+
+    /// Whether it is a device node.
+    pub(super) fn is_device(&self) -> bool {
+        matches!(self.file_type, libc::S_IFBLK | libc::S_IFCHR)
     }
 
     /// The share it is in.
@@ -125,12 +93,12 @@ struct Tables {
 #[derive(Debug)]
 pub(super) struct Inodes {
     tables: RwLock<Tables>,
-    budget: Arc<FdBudget>,
+    budget: Arc<Budget>,
 }
 
 impl Inodes {
     /// No inodes. [`ROOT_ID`] is only for [`Self::insert`].
-    pub(super) fn new(budget: Arc<FdBudget>) -> Self {
+    pub(super) fn new(budget: Arc<Budget>) -> Self {
         let inodes = Self {
             tables: RwLock::default(),
             budget,
@@ -171,7 +139,7 @@ impl Inodes {
             file_type: stat.attr.st_mode & libc::S_IFMT,
             key,
             mount: mount.clone(),
-            _ticket: self.budget.take()?,
+            _ticket: self.budget.take(1)?,
         });
         tables.last_id += 1;
         let id = tables.last_id;
@@ -202,7 +170,7 @@ impl Inodes {
             file_type: stat.attr.st_mode & libc::S_IFMT,
             key,
             mount: mount.clone(),
-            _ticket: self.budget.take()?,
+            _ticket: self.budget.take(1)?,
         });
         tables.last_id = tables.last_id.max(id);
         tables.by_id.insert(id, Known { inode, lookups });
@@ -290,7 +258,7 @@ pub(super) struct Handle {
     mount: Arc<Mount>,
     /// Held while the position of `file` matters: reading a directory, seeking.
     pub(super) position: Mutex<()>,
-    _ticket: FdTicket,
+    _ticket: Ticket,
 }
 
 impl Handle {
@@ -313,11 +281,11 @@ impl Handle {
 pub(super) struct Handles {
     open: RwLock<HashMap<u64, Arc<Handle>>>,
     last_id: AtomicU64,
-    budget: Arc<FdBudget>,
+    budget: Arc<Budget>,
 }
 
 impl Handles {
-    pub(super) fn new(budget: Arc<FdBudget>) -> Self {
+    pub(super) fn new(budget: Arc<Budget>) -> Self {
         Self {
             open: RwLock::default(),
             last_id: AtomicU64::new(0),
@@ -343,7 +311,7 @@ impl Handles {
             file,
             mount: mount.clone(),
             position: Mutex::new(()),
-            _ticket: self.budget.take()?,
+            _ticket: self.budget.take(1)?,
         });
         let mut open = self.write();
         // Under the lock, so that nothing comes in behind `close_mount`.

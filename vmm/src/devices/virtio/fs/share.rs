@@ -19,10 +19,11 @@ use fuse_backend_rs::api::filesystem::{DirEntry, Entry, ROOT_ID};
 
 use super::credentials::KillPrivileges;
 use super::directory::Dirents;
-use super::inodes::{FdBudget, Handle, Handles, Inode, Inodes};
+use super::inodes::{Handle, Handles, Inode, Inodes};
 use super::mounts::{MAX_MOUNTS, Mount, Root};
 use super::sys::{self, errno};
 use crate::config::FsCache;
+use crate::descriptors::Budget;
 
 /// Flags of open(2) the guest may choose. O_DIRECT is not among them (the guest's buffers and offsets need not be
 /// aligned, and the host's page cache is wanted), neither is anything that changes what is opened (O_PATH, O_TMPFILE).
@@ -106,10 +107,13 @@ pub(super) struct Share {
 }
 
 impl Share {
-    /// `proc_fds` is an O_PATH descriptor of `/proc/self/fd`; the guest can make the share hold at most `fd_limit`
-    /// descriptors.
-    pub(super) fn new(root: Root, proc_fds: OwnedFd, options: Options, fd_limit: usize) -> io::Result<Self> {
-        let budget = FdBudget::new(fd_limit);
+    /// `proc_fds` is an O_PATH descriptor of `/proc/self/fd`; what the guest makes the share hold is taken from `budget`.
+    pub(super) fn new(
+        root: Root,
+        proc_fds: OwnedFd,
+        options: Options,
+        budget: Arc<Budget>,
+    ) -> io::Result<Self> {
         let inodes = Inodes::new(budget.clone());
         if let Root::Directory(mount) = &root {
             let fd = mount.root().try_clone_to_owned()?;

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::client::*;
 use crate::config::{FsConfig, FsRoot, SharedDir};
+use crate::descriptors::Budget;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::fs::mounts::{Mount, Root};
 use crate::devices::virtio::fs::share::Share;
@@ -225,7 +226,7 @@ fn descriptors_have_a_limit() {
         Root::Directory(Arc::new(mount)),
         open(Path::new("/proc/self/fd")),
         Default::default(),
-        4,
+        Budget::new(4),
     )
     .unwrap();
     use fuse_backend_rs::api::filesystem::{Context, FileSystem};
