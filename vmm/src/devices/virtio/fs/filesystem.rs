@@ -17,6 +17,7 @@ use fuse_backend_rs::api::filesystem::{
 };
 
 use super::credentials::{KillPrivileges, Owner};
+use super::device_nodes;
 use super::inodes::{Handle, Inode};
 use super::mounts::Root;
 use super::share::Share;
@@ -114,13 +115,16 @@ impl FileSystem for Share {
         &self,
         _ctx: &Context,
         inode: u64,
-        attr: stat64,
+        mut attr: stat64,
         handle: Option<u64>,
         valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
         let handle = self.handle(handle, inode)?;
         let inode = self.inodes.get(inode)?;
         inode.check_writable()?;
+        if inode.is_device() {
+            device_nodes::amend_attributes(&sys::stat(inode.fd())?.attr, valid, &mut attr)?;
+        }
         if valid.contains(SetattrValid::MODE) {
             sys::chmod(self.proc_fds.as_fd(), inode.fd(), attr.st_mode)?;
         }
@@ -174,7 +178,8 @@ impl FileSystem for Share {
         parent.check_writable()?;
         {
             let _owner = Owner::become_owner(ctx.uid, ctx.gid)?;
-            sys::mknod(parent.fd(), name, mode & !(umask & 0o777), device)?;
+            let mode = device_nodes::mode_of_new(mode & !(umask & 0o777), device, ctx.uid)?;
+            sys::mknod(parent.fd(), name, mode, device)?;
         }
         self.find(&parent, name)
     }
@@ -363,6 +368,10 @@ impl FileSystem for Share {
     fn setxattr(&self, _ctx: &Context, inode: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
         let inode = self.xattr_inode(inode)?;
         inode.check_writable()?;
+        // An access list would let others in.
+        if inode.is_device() && device_nodes::stays_own(&sys::stat(inode.fd())?.attr) {
+            return Err(errno(libc::EPERM));
+        }
         xattr::set(inode.fd(), name, value, flags)
     }
 
