@@ -14,6 +14,7 @@
 //! | `fs-<id>-0..n` | all queues, in parallel; own mount namespace with nothing in it, own umask and directory |
 
 mod credentials;
+mod descriptors;
 mod device;
 mod directory;
 mod filesystem;
@@ -21,6 +22,8 @@ mod handle;
 mod inodes;
 mod jail;
 mod mounts;
+mod open_files;
+mod reach;
 mod share;
 mod state;
 mod sys;
