@@ -16,6 +16,7 @@
 //! | `fs-<id>-0..n` | all queues, in parallel; own mount namespace with nothing in it, own umask and directory |
 
 mod credentials;
+mod descriptors;
 mod device;
 mod directory;
 mod filesystem;
@@ -24,6 +25,8 @@ mod inodes;
 mod jail;
 mod message;
 mod mounts;
+mod open_files;
+mod reach;
 mod server;
 mod share;
 mod state;
