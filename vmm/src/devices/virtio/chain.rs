@@ -110,29 +110,30 @@ impl Buffers {
     /// The bytes from `offset` on, at most `len` of them.
     pub fn sub(&self, offset: u64, len: u64) -> Self {
         let mut out = Self::default();
-        for (address, len) in self.pieces(offset, len) {
+        for (address, len) in self.range(offset, len) {
             out.push(address, len);
         }
         out
     }
 
     /// Where the bytes from `offset` on are, at most `len` of them.
-    fn pieces(&self, offset: u64, len: u64) -> impl Iterator<Item = (GuestAddress, u32)> {
+    fn range(&self, offset: u64, len: u64) -> impl Iterator<Item = (GuestAddress, u32)> {
         let mut skip = offset;
         let mut left = len;
-        self.parts.iter().filter_map(move |&(address, part)| {
-            let whole = u64::from(part);
-            let skipped = skip.min(whole);
+        let parts = self.parts.iter().map_while(move |&(address, part)| {
+            if left == 0 {
+                return None;
+            }
+            let part = u64::from(part);
+            let skipped = skip.min(part);
             skip -= skipped;
-            let take = (whole - skipped).min(left);
+            let take = (part - skipped).min(left);
             left -= take;
             // `parse` checked that the whole buffer is memory, so the address cannot overflow; `take` fits in a u32
             // because it is at most the descriptor's length.
-            match (address.checked_add(skipped), u32::try_from(take)) {
-                (Some(start), Ok(take @ 1..)) => Some((start, take)),
-                _ => None,
-            }
-        })
+            Some((address.checked_add(skipped)?, u32::try_from(take).ok()?))
+        });
+        parts.filter(|(_, len)| *len > 0)
     }
 
     /// Copies `data.len()` bytes at `offset` out of guest memory.
@@ -147,7 +148,7 @@ impl Buffers {
             len: self.len,
         };
         let mut rest = data;
-        for (address, len) in self.pieces(offset, wanted as u64) {
+        for (address, len) in self.range(offset, wanted as u64) {
             let (now, later) = rest.split_at_mut_checked(len as usize).ok_or(error)?;
             memory.read_slice(now, address).map_err(|_| error)?;
             rest = later;
@@ -167,7 +168,7 @@ impl Buffers {
             len: self.len,
         };
         let mut rest = data;
-        for (address, len) in self.pieces(offset, wanted as u64) {
+        for (address, len) in self.range(offset, wanted as u64) {
             let (now, later) = rest.split_at_checked(len as usize).ok_or(error)?;
             memory.write_slice(now, address).map_err(|_| error)?;
             rest = later;
@@ -209,7 +210,7 @@ impl Buffers {
         out: &mut Vec<libc::iovec>,
     ) -> u64 {
         let mut covered = 0;
-        for (address, len) in self.pieces(range.0, range.1) {
+        for (address, len) in self.range(range.0, range.1) {
             for slice in memory.get_slices(address, len as usize) {
                 let Ok(slice) = slice else { return covered };
                 if out.len() >= limit {

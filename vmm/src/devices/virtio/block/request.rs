@@ -206,9 +206,9 @@ impl Request {
             Err(error) => {
                 match error {
                     RequestError::Io(_) => {
-                        tracing::warn!(device = %target.id, %error, "block: request failed");
+                        guest_log!(WARN, device = %target.id, %error, "block: request failed");
                     }
-                    _ => tracing::debug!(device = %target.id, %error, "block: request refused"),
+                    _ => guest_log!(DEBUG, device = %target.id, %error, "block: request refused"),
                 }
                 (error.status(), 0)
             }
@@ -216,7 +216,7 @@ impl Request {
         let written = match self.memory.write_obj(status, self.status) {
             Ok(()) => written.saturating_add(1),
             Err(error) => {
-                tracing::debug!(device = %target.id, %error, "block: no status written");
+                guest_log!(DEBUG, device = %target.id, %error, "block: no status written");
                 0
             }
         };

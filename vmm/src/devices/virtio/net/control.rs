@@ -31,7 +31,7 @@ impl Command {
             // Nowhere to put the answer, so nothing is done either.
             Ok(chain) => (!chain.writable.is_empty()).then_some(chain),
             Err(error) => {
-                tracing::debug!(%error, "net: control chain dropped");
+                guest_log!(DEBUG, %error, "net: control chain dropped");
                 None
             }
         };
@@ -50,7 +50,7 @@ impl Command {
         let written = self.chain.is_some_and(|chain| {
             let written = chain.writable.write(queue.memory(), 0, &[ack as u8]);
             if let Err(error) = &written {
-                tracing::debug!(%error, "net: answer to a command lost");
+                guest_log!(DEBUG, %error, "net: answer to a command lost");
             }
             written.is_ok()
         });

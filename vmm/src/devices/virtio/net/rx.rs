@@ -252,7 +252,7 @@ impl RxQueue {
                     continue;
                 }
                 other => {
-                    tracing::warn!(result = ?other, "net: the TAP is gone, nothing is received any more");
+                    guest_log!(WARN, result = ?other, "net: the TAP is gone, nothing is received any more");
                     counters.rx_errors.add(1);
                     return RxWait::Gone;
                 }
@@ -316,7 +316,7 @@ impl RxQueue {
         let usable = match parsed {
             Ok(()) => self.chain.writable.len() >= HEADER as u64,
             Err(error) => {
-                tracing::debug!(%error, "net: receive chain dropped");
+                guest_log!(DEBUG, %error, "net: receive chain dropped");
                 false
             }
         };
@@ -369,7 +369,7 @@ impl RxQueue {
         let first = self.held.front().and_then(|held| held.buffers.as_ref());
         let fits = self.merge || first.is_some_and(|buffers| len as u64 <= buffers.len());
         if len > FRAME_MAX || !fits {
-            tracing::debug!(len, "net: frame larger than the driver's buffers, dropped");
+            guest_log!(DEBUG, len, "net: frame larger than the driver's buffers, dropped");
             counters.rx_dropped.add(1);
             return;
         }
@@ -396,7 +396,7 @@ impl RxQueue {
             let room = usize::try_from(buffers.len() - skip).unwrap_or(usize::MAX);
             let (now, later) = rest.split_at(room.min(rest.len()));
             if let Err(error) = buffers.write(memory, skip, now) {
-                tracing::debug!(%error, "net: a part of a frame is lost");
+                guest_log!(DEBUG, %error, "net: a part of a frame is lost");
             }
             (rest, skip) = (later, 0);
         }
@@ -449,7 +449,7 @@ impl RxQueue {
         let count = u16::try_from(self.used.len()).unwrap_or(u16::MAX).to_le_bytes();
         if let Some(first) = first {
             if let Err(error) = first.write(memory, NUM_BUFFERS, &count) {
-                tracing::debug!(%error, "net: num_buffers is lost");
+                guest_log!(DEBUG, %error, "net: num_buffers is lost");
             }
             self.spare.push(first);
         }

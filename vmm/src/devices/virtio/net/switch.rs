@@ -67,7 +67,7 @@ impl Switch {
         let run = move || {
             let done = switch_pairs(&told.id, &backends, active, wanted);
             if let Err(error) = told.switched.write(1) {
-                tracing::error!(device = %told.id, %error, "net: cannot tell that queues were switched");
+                guest_log!(ERROR, device = %told.id, %error, "net: cannot tell that queues were switched");
             }
             done
         };
@@ -81,7 +81,7 @@ impl Switch {
                 thread,
             }),
             Err(error) => {
-                tracing::warn!(device = %shared.id, %error, "net: no thread to switch queues");
+                guest_log!(WARN, device = %shared.id, %error, "net: no thread to switch queues");
                 Err(command)
             }
         }
@@ -105,9 +105,9 @@ fn switch_pairs(device: &str, backends: &[Arc<dyn Backend>], active: usize, want
     match switch(wanted) {
         Ok(()) => true,
         Err(error) => {
-            tracing::warn!(device, wanted, %error, "net: cannot switch queues of the TAP");
+            guest_log!(WARN, device, wanted, %error, "net: cannot switch queues of the TAP");
             if let Err(error) = switch(active) {
-                tracing::error!(device, active, %error, "net: nor switch them back");
+                guest_log!(ERROR, device, active, %error, "net: nor switch them back");
             }
             false
         }

@@ -69,14 +69,14 @@ impl TxQueue {
                 let frame = match self.chain.parse_again(&memory, chain, limit) {
                     Ok(()) => &self.chain.readable,
                     Err(error) => {
-                        tracing::debug!(%error, "net: transmit chain dropped");
+                        guest_log!(DEBUG, %error, "net: transmit chain dropped");
                         counters.tx_malformed.add(1);
                         self.queue.complete(head, 0);
                         continue;
                     }
                 };
                 if frame_len(frame).is_none() {
-                    tracing::debug!(bytes = frame.len(), "net: chain is no frame, dropped");
+                    guest_log!(DEBUG, bytes = frame.len(), "net: chain is no frame, dropped");
                     counters.tx_malformed.add(1);
                     self.queue.complete(head, 0);
                     continue;
@@ -95,7 +95,7 @@ impl TxQueue {
                         break;
                     }
                     Err(error) => {
-                        tracing::debug!(%error, "net: the TAP refused a frame");
+                        guest_log!(DEBUG, %error, "net: the TAP refused a frame");
                         counters.tx_errors.add(1);
                     }
                 }

@@ -145,7 +145,7 @@ impl Intake {
         parsed: Result<(), ChainError>,
     ) -> Option<Request> {
         if let Err(error) = parsed {
-            tracing::debug!(device = %self.target.id, %error, "block: chain dropped");
+            guest_log!(DEBUG, device = %self.target.id, %error, "block: chain dropped");
         }
         let spare = self.spares.pop().unwrap_or_default();
         match Request::new(&self.target, memory, head, &self.chain, spare) {

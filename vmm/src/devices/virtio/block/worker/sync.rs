@@ -86,7 +86,7 @@ impl SyncWorker {
     pub(super) fn stop(self, device: &str) -> Option<Stopped> {
         self.control.stopping.store(true, Ordering::Release);
         if let Err(error) = self.control.wake.write(1) {
-            tracing::error!(device, %error, "block: cannot wake the worker to stop it");
+            guest_log!(ERROR, device, %error, "block: cannot wake the worker to stop it");
         }
         let mut phase = self.control.phase();
         if matches!(*phase, Phase::Flushing(_))
@@ -97,7 +97,7 @@ impl SyncWorker {
         drop(phase);
         let stopped = self.thread.join();
         if stopped.is_err() {
-            tracing::error!(device, "block: the worker panicked");
+            guest_log!(ERROR, device, "block: the worker panicked");
         }
         stopped.ok().flatten()
     }
@@ -112,7 +112,7 @@ fn run(mut intake: Intake, control: &Control) -> Option<Stopped> {
             Ok(false) => {}
             Ok(true) => break,
             Err(error) => {
-                tracing::error!(device = %intake.target.id, %error, "block: poll failed, worker ends");
+                guest_log!(ERROR, device = %intake.target.id, %error, "block: poll failed, worker ends");
                 break;
             }
         }
