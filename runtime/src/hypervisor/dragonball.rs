@@ -22,6 +22,7 @@ use super::{
 };
 use crate::config::{BootAsset, HypervisorConfig, TomlConfig};
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::blocking;
 use crate::paths::SandboxPaths;
 
 /// The guest's context id; every sandbox has its own device, so all use the same.
@@ -503,14 +504,6 @@ impl GuestListener for Listener {
     fn accept(&mut self, timeout: Duration) -> Result<UnixStream> {
         self.0.accept_timeout(timeout).map_err(vsock_error)
     }
-}
-
-async fn blocking<T: Send + 'static>(
-    method: &'static str,
-    call: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    let result = tokio::task::spawn_blocking(call).await;
-    result.unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("{method}: {error}"))))
 }
 
 fn vm_exit(reason: ExitReason) -> VmExit {
