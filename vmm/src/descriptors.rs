@@ -37,6 +37,11 @@ impl Budget {
             .clone()
     }
 
+    /// All places there are.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
     /// Places for `count` descriptors.
     ///
     /// # Errors

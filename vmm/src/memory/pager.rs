@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::GuestMemory;
 use super::image::{self, Place};
@@ -53,7 +53,7 @@ impl Pager {
         for place in &places {
             uffd.register(place.host as u64, place.len as u64)?;
         }
-        let stop = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let stop = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let worker = Worker {
             uffd: uffd.clone(),
             source,

@@ -77,9 +77,9 @@ pub struct Fs {
 impl Fs {
     /// Opens the shared directories; they are these directories from now on, wherever they are moved.
     ///
-    /// The guest makes the process hold one descriptor for every file in its dentry cache, as many as the process's
-    /// [`Budget`] allows; then it gets ENFILE. (File handles instead of descriptors would need CAP_DAC_READ_SEARCH and are not confined to a directory:
-    /// open_by_handle_at(2) opens any file of the file system.)
+    /// What the guest makes the process hold comes out of the process's [`Budget`]; when that is used up it gets ENFILE.
+    /// (File handles instead of descriptors would not be confined to a directory: open_by_handle_at(2) opens any file of
+    /// the file system.)
     ///
     /// # Errors
     /// [`FsError`] when the directory or `/proc/self/fd` cannot be opened.

@@ -17,6 +17,7 @@
 
 mod capabilities;
 mod credentials;
+mod descriptors;
 mod device;
 mod device_nodes;
 mod directory;
@@ -26,6 +27,8 @@ mod inodes;
 mod jail;
 mod message;
 mod mounts;
+mod open_files;
+mod reach;
 mod server;
 mod share;
 mod state;

@@ -13,7 +13,7 @@ use std::thread::{Builder, JoinHandle};
 
 use virtio_queue::DescriptorChain;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::message::MAX_DESCRIPTORS;
 use super::server::Served;
@@ -96,7 +96,7 @@ impl FsWorkers {
         queues: Vec<ServedQueue>,
         memory: Arc<GuestMemory>,
     ) -> io::Result<Self> {
-        let stop = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let stop = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let epoll = Epoll::new()?;
         // Level-triggered and never read: every thread sees it.
         epoll.ctl(
