@@ -1,5 +1,6 @@
 //! Requests, responses and events between the shim and the runtime. No containerd wire types.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
@@ -62,6 +63,29 @@ pub struct CreateContainerRequest {
     pub options: RuntimeOptions,
 }
 
+/// Create a sandbox without a container (containerd's Sandbox API).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CreateSandboxRequest {
+    /// Sandbox id.
+    pub sandbox_id: String,
+    /// Host name.
+    pub hostname: String,
+    /// Lines of resolv.conf.
+    pub dns: Vec<String>,
+    /// Network namespace; empty for none.
+    pub netns: PathBuf,
+    /// Cgroup of the pod on the host; empty for none.
+    pub cgroup_parent: PathBuf,
+    /// Annotations of the pod.
+    pub annotations: HashMap<String, String>,
+    /// CPU time in each period, microseconds; 0 for no limit.
+    pub cpu_quota: i64,
+    /// The period, microseconds; 0 for the kernel's default.
+    pub cpu_period: u64,
+    /// Memory, bytes; 0 for no limit.
+    pub memory: i64,
+}
+
 /// Register another process; it runs after its StartProcess.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ExecProcessRequest {
@@ -112,67 +136,6 @@ pub struct ProcessState {
     pub exit: Option<ProcessExit>,
 }
 
-/// A request about tasks; see [`TaskResponse`] for the matching answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum TaskRequest {
-    /// → `Pid`
-    CreateContainer(CreateContainerRequest),
-    /// → `Pid`; starts init or an exec.
-    StartProcess(ContainerProcess),
-    /// → `Exit` (with pid); removes a stopped process.
-    DeleteProcess(ContainerProcess),
-    /// → `Done`
-    ExecProcess(ExecProcessRequest),
-    /// → `Done`
-    KillProcess {
-        /// Target.
-        process: ContainerProcess,
-        /// Signal number.
-        signal: u32,
-        /// All processes of the container.
-        all: bool,
-    },
-    /// → `Exit`; waits, before start and after exit too.
-    WaitProcess(ContainerProcess),
-    /// → `State`
-    StateProcess(ContainerProcess),
-    /// → `Done`
-    ResizeProcessPty {
-        /// Target.
-        process: ContainerProcess,
-        /// Columns.
-        width: u32,
-        /// Rows.
-        height: u32,
-    },
-    /// → `Done`; closes the process' stdin.
-    CloseProcessIo(ContainerProcess),
-    /// → `Done`
-    PauseContainer(String),
-    /// → `Done`
-    ResumeContainer(String),
-    /// → `Pids`
-    Pids(String),
-    /// → `Pid`
-    ConnectContainer(String),
-    /// → `Stats`
-    StatsContainer(String),
-    /// → `Done`; OCI LinuxResources as JSON.
-    UpdateContainer {
-        /// Container id.
-        container_id: String,
-        /// JSON of the runtime-spec's LinuxResources.
-        resources_json: Vec<u8>,
-    },
-    /// → `Shutdown(true)` when nothing is left and the shim may end.
-    ShutdownContainer {
-        /// Container id of the request.
-        container_id: String,
-        /// End even with containers left.
-        now: bool,
-    },
-}
-
 /// Figures of a container, cgroup v2 names.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ContainerStats {
@@ -188,30 +151,6 @@ pub struct ContainerStats {
     pub pids_current: u64,
     /// Process limit; 0 for none.
     pub pids_limit: u64,
-}
-
-/// Answer to a [`TaskRequest`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum TaskResponse {
-    /// Nothing to say.
-    Done,
-    /// A host pid.
-    Pid(u32),
-    /// Host pids.
-    Pids(Vec<u32>),
-    /// A process has ended.
-    Exit {
-        /// Host pid that stood for it.
-        pid: u32,
-        /// How it ended.
-        exit: ProcessExit,
-    },
-    /// State of a process.
-    State(ProcessState),
-    /// Figures.
-    Stats(ContainerStats),
-    /// Whether the shim may end now.
-    Shutdown(bool),
 }
 
 /// Something containerd must hear about, in this order per process.

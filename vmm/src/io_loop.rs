@@ -92,7 +92,7 @@ impl IoLoop {
                 own_id.get_or_init(|| unsafe { libc::gettid() });
                 while !ended.load(Ordering::Acquire) {
                     if let Err(error) = manager.run() {
-                        tracing::error!(?error, "I/O loop: epoll failed");
+                        guest_log!(ERROR, ?error, "I/O loop: epoll failed");
                     }
                     for call in asked.try_iter() {
                         call(&mut manager);
@@ -211,7 +211,7 @@ struct Probe {
 impl MutEventSubscriber for Probe {
     fn init(&mut self, ops: &mut EventOps) {
         if let Err(error) = ops.add(Events::new(&self.event, EventSet::IN)) {
-            tracing::error!(?error, "I/O loop: cannot watch the event of a drain");
+            guest_log!(ERROR, ?error, "I/O loop: cannot watch the event of a drain");
             // Nobody is to wait for an event that does not come.
             let _ = self.done.try_send(());
         }

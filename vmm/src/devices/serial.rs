@@ -92,7 +92,7 @@ impl Uart {
         }
         match self.registers.enqueue_raw_bytes(&self.pending.peek(room)) {
             Ok(count) => self.pending.consume(count),
-            Err(error) => tracing::debug!(?error, "serial: input not delivered"),
+            Err(error) => guest_log!(DEBUG, ?error, "serial: input not delivered"),
         }
     }
 }
@@ -217,7 +217,7 @@ impl BusDevice for Serial {
         // More than one byte is a string instruction: the same register again and again.
         for value in data {
             if let Err(error) = uart.registers.write(offset, *value) {
-                tracing::debug!(?error, "serial: write failed");
+                guest_log!(DEBUG, ?error, "serial: write failed");
             }
         }
         // Loopback mode may have ended.

@@ -409,7 +409,7 @@ impl Window {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         if let Err(error) = self.map(offset, size, flags, None) {
             // The file stays mapped where no vCPU sees it, until the machine ends.
-            tracing::error!(offset, size, %error, "memory: cannot empty a part of a window");
+            guest_log!(ERROR, offset, size, %error, "memory: cannot empty a part of a window");
         }
     }
 
@@ -455,7 +455,7 @@ impl Drop for FileMapping {
         match self.window.unplug(self.offset) {
             Ok(()) => self.window.empty(self.offset, self.size),
             // The range stays taken: the vCPUs can still see the file there.
-            Err(error) => tracing::error!(%error, "memory: cannot unplug a file"),
+            Err(error) => guest_log!(ERROR, %error, "memory: cannot unplug a file"),
         }
     }
 }

@@ -341,6 +341,7 @@ impl Machine {
                 .map(|vcpu| vcpu.counters.snapshot())
                 .collect(),
             devices: (0..self.board.slots.len()).filter_map(device).collect(),
+            suppressed_log_lines: crate::guest_log::suppressed(),
         }
     }
 

@@ -6,8 +6,9 @@ use super::file::ALIGN;
 use super::*;
 use crate::config::PmemConfig;
 use crate::devices::virtio::test_resume::{activate_at, config};
-use crate::devices::virtio::test_ring::{BUFFERS, Buf, TestGuest, TestRing, survive_malformed_chains};
+use crate::devices::virtio::test_ring::{BUFFERS, Buf, TestGuest, TestRing, flood, survive_malformed_chains};
 use crate::devices::virtio::{CHAIN_FEATURES, VirtioDevice};
+use crate::guest_log::recorder::assert_limited;
 use crate::memory::GuestMemory;
 use crate::memory::window::Windows;
 use crate::memory::window::fake::windows;
@@ -112,6 +113,7 @@ fn request_when_unknown_or_malformed_is_an_error() {
     let mut ring = start(&guest, &mut device);
     assert_eq!(request(&guest, &mut ring, 1), 1);
     survive_malformed_chains(&mut ring);
+    assert_limited(&["pmem: chain dropped"], 300, || flood(&mut ring, 300));
     for chain in [
         [Buf::Read(BUFFERS, 4), Buf::Write(BUFFERS + 8, 3)],
         [Buf::Read(BUFFERS, 4), Buf::Read(BUFFERS + 8, 4)],

@@ -1,0 +1,184 @@
+//! Creating a container: its rootfs and volumes on the host, its spec as the guest gets it, its streams.
+
+use std::sync::Arc;
+
+use oci_spec::runtime::Spec;
+use protobuf::MessageField;
+use protocols::agent as wire;
+use protocols::oci_convert::spec_to_wire;
+
+use super::VirtContainerManager;
+use super::container::{Container, HostSide};
+use super::io::{Owner, ProcessIo};
+use super::process::Process;
+use super::spec::bundle::container_type;
+use super::spec::{GuestSpec, amend};
+use crate::error::Result;
+use crate::sandbox::SandboxState;
+use crate::timeline;
+use crate::types::{ContainerProcess, CreateContainerRequest, Event};
+
+/// A container that is ready on the host. Its id is taken: [`VirtContainerManager::create_prepared`] or
+/// [`VirtContainerManager::abandon`] has to follow.
+pub(crate) struct Prepared {
+    request: CreateContainerRequest,
+    host: HostSide,
+    /// All that the agent is told, but for the streams.
+    message: wire::CreateContainerRequest,
+}
+
+impl VirtContainerManager {
+    /// Does everything for a container that needs no guest: the VM may still boot.
+    ///
+    /// # Errors
+    /// `AlreadyExists` for a taken id; otherwise naming the mount that cannot be had. Nothing is left then.
+    pub(crate) async fn prepare(&self, request: CreateContainerRequest, spec: Spec) -> Result<Prepared> {
+        self.reserve(&request.container_id)?;
+        let spec = Arc::new(spec);
+        let host = match self.host_side(&request, &spec).await {
+            Ok(host) => host,
+            Err(error) => {
+                self.remove(&request.container_id);
+                return Err(error);
+            }
+        };
+        let message = self.message(&request, Arc::unwrap_or_clone(spec), &host);
+        Ok(Prepared {
+            request,
+            host,
+            message,
+        })
+    }
+
+    /// Undoes [`Self::prepare`].
+    pub(crate) async fn abandon(&self, prepared: Prepared) {
+        prepared.host.cleanup().await;
+        self.remove(&prepared.request.container_id);
+    }
+
+    /// Creates the container in the guest, publishes it and watches its init. Returns the host pid that stands for it.
+    ///
+    /// # Errors
+    /// Those of the agent, and of streams that cannot be opened; nothing is left then.
+    pub(crate) async fn create_prepared(&self, prepared: Prepared) -> Result<u32> {
+        let init = match self
+            .create_in_guest(&prepared.request, prepared.message.clone())
+            .await
+        {
+            Ok(init) => init,
+            Err(error) => {
+                let id = prepared.request.container_id.clone();
+                self.abandon(prepared).await;
+                return Err(error.context(format!("create container {id}")));
+            }
+        };
+        timeline::mark("container created");
+        let Prepared { request, host, .. } = prepared;
+        let id = request.container_id.clone();
+        let container = Arc::new(Container::new(id, request.bundle.clone(), init, host));
+        let pid = std::process::id();
+        // Before anything can happen to it, so that no other event comes first.
+        self.publish(Event::TaskCreate {
+            container_id: request.container_id,
+            bundle: request.bundle,
+            rootfs: request.rootfs,
+            stdio: request.stdio,
+            pid,
+        });
+        self.enter(container.clone());
+        if matches!(*self.sandbox.watch_state().borrow(), SandboxState::Stopped(_)) {
+            // The VM ended between the agent's answer and the entry in the map.
+            container.killed();
+        }
+        self.spawn_waiter(container.clone(), container.init.clone());
+        Ok(pid)
+    }
+
+    async fn host_side(&self, request: &CreateContainerRequest, spec: &Arc<Spec>) -> Result<HostSide> {
+        let resources = self.sandbox.resources().clone();
+        let (id, bundle) = (&request.container_id, &request.bundle);
+        let rootfs = resources.handle_rootfs(id, bundle, &request.rootfs, spec).await?;
+        match resources.handle_volumes(id, spec).await {
+            Ok(volumes) => Ok(HostSide {
+                rootfs,
+                volumes,
+                resources,
+            }),
+            Err(error) => {
+                if let Err(left) = rootfs.cleanup(resources.devices()).await {
+                    tracing::warn!(container = id, error = %left, "rootfs");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn message(
+        &self,
+        request: &CreateContainerRequest,
+        mut spec: Spec,
+        host: &HostSide,
+    ) -> wire::CreateContainerRequest {
+        let id = &request.container_id;
+        let kind = container_type(&spec);
+        let guest = GuestSpec {
+            container: id.clone(),
+            rootfs: host.rootfs.get_guest_rootfs_path(),
+            mounts: host.volumes.mounts(),
+            bundle: request.bundle.clone(),
+            terminal: request.stdio.terminal,
+            disable_seccomp: self.sandbox.config().runtime.disable_guest_seccomp,
+        };
+        for warning in amend(&mut spec, guest, kind) {
+            tracing::warn!(container = id, "{warning}");
+        }
+        let rootfs = host.rootfs.get_storage().into_iter();
+        let device = host.rootfs.get_device().into_iter();
+        wire::CreateContainerRequest {
+            container_id: id.clone(),
+            storages: rootfs.chain(host.volumes.storages()).collect(),
+            devices: device.chain(host.volumes.devices()).collect(),
+            OCI: MessageField::some(spec_to_wire(&spec)),
+            ..Default::default()
+        }
+    }
+
+    async fn create_in_guest(
+        &self,
+        request: &CreateContainerRequest,
+        mut message: wire::CreateContainerRequest,
+    ) -> Result<Arc<Process>> {
+        let init = ContainerProcess {
+            container_id: request.container_id.clone(),
+            exec_id: String::new(),
+        };
+        let init = Arc::new(Process::new(init, request.stdio.clone(), self.events()));
+        let io = self.open_io(&init)?;
+        message.stdin_port = io.stdin_port;
+        message.stdout_port = io.stdout_port;
+        message.stderr_port = io.stderr_port;
+        if let Err(error) = self.sandbox.agent().create_container(message).await {
+            io.close();
+            // The agent may have got half way.
+            let remove = wire::RemoveContainerRequest {
+                container_id: request.container_id.clone(),
+                ..Default::default()
+            };
+            if let Err(undo) = self.sandbox.agent().remove_container(remove).await {
+                tracing::debug!(%init, error = %undo, "after a failed create");
+            }
+            return Err(error);
+        }
+        init.set_io(io);
+        Ok(init)
+    }
+
+    pub(super) fn open_io(&self, process: &Process) -> Result<Arc<ProcessIo>> {
+        let port = self.sandbox.config().runtime.passfd_listener_port;
+        let owner = Owner {
+            container: &process.id().container_id,
+            namespace: &self.namespace,
+        };
+        ProcessIo::open(self.sandbox.hypervisor().clone(), process.stdio(), port, owner)
+    }
+}

@@ -1,0 +1,258 @@
+//! The shim's entry into the runtime: the one sandbox of a process, and what may be asked of it.
+
+mod task;
+#[cfg(test)]
+mod tests;
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use oci_spec::runtime::Spec;
+use tokio::sync::{mpsc, watch};
+
+use crate::config::{self, ConfigFile};
+use crate::containers::{ContainerManager, ContainerType, container_type, load_spec};
+use crate::error::{Error, ErrorKind, Result};
+use crate::host::{journal, mounts};
+use crate::instance::{Recipe, RuntimeInstance};
+use crate::paths::SandboxPaths;
+use crate::resource::rootfs;
+use crate::sandbox::{Sandbox, SandboxConfig, VirtSandbox};
+use crate::types::{CreateContainerRequest, Event, RuntimeOptions};
+
+pub use crate::instance::ShimContext;
+pub use task::TaskHandler;
+
+/// Owns the one runtime instance of a shim process and routes requests to it.
+pub struct RuntimeHandlerManager {
+    context: ShimContext,
+    events: mpsc::UnboundedSender<Event>,
+    recipe: Recipe,
+    instance: watch::Sender<Instance>,
+    /// The sandbox while it boots, so that a shutdown can interrupt that.
+    booting: Mutex<Option<Arc<VirtSandbox>>>,
+    end: watch::Sender<bool>,
+}
+
+/// The runtime instance of this process.
+#[derive(Clone, Default)]
+enum Instance {
+    /// No create has come yet, or the last one failed.
+    #[default]
+    None,
+    /// The first create boots the VM.
+    Creating,
+    /// Containers can be created.
+    Ready(Arc<RuntimeInstance>),
+    /// Nothing will be created any more.
+    Ended,
+}
+
+impl RuntimeHandlerManager {
+    /// A manager without a sandbox; the first create makes one.
+    pub fn new(context: ShimContext, events: mpsc::UnboundedSender<Event>) -> Self {
+        Self::with_recipe(context, events, Recipe::default())
+    }
+
+    pub(crate) fn with_recipe(
+        context: ShimContext,
+        events: mpsc::UnboundedSender<Event>,
+        recipe: Recipe,
+    ) -> Self {
+        Self {
+            context,
+            events,
+            recipe,
+            instance: watch::Sender::new(Instance::None),
+            booting: Mutex::default(),
+            end: watch::Sender::new(false),
+        }
+    }
+
+    fn ready(&self) -> Result<Arc<RuntimeInstance>> {
+        match &*self.instance.borrow() {
+            Instance::Ready(instance) => Ok(instance.clone()),
+            // containerd takes "not found" for "already gone"; anything else makes it try for ever.
+            _ => {
+                let message = format!("sandbox {} has no containers", self.context.sandbox_id);
+                Err(Error::new(ErrorKind::NotFound, message))
+            }
+        }
+    }
+
+    async fn create(&self, request: CreateContainerRequest) -> Result<u32> {
+        let spec = load_spec(&request.bundle)?;
+        rootfs::check(&request.bundle, &request.rootfs, &spec)
+            .map_err(|error| error.context(format!("rootfs of container {}", request.container_id)))?;
+        if let Some(instance) = self.existing().await? {
+            return instance.containers.create_container(request, spec).await;
+        }
+        let created = self.create_with_sandbox(request, spec).await;
+        self.booting().take();
+        match created {
+            Ok((instance, pid)) => {
+                self.instance.send_replace(Instance::Ready(instance));
+                Ok(pid)
+            }
+            Err(error) => {
+                self.instance.send_replace(Instance::None);
+                Err(error)
+            }
+        }
+    }
+
+    /// The runtime instance, once nobody is making it; `None` when it is the caller's turn to make one.
+    async fn existing(&self) -> Result<Option<Arc<RuntimeInstance>>> {
+        let mut changes = self.instance.subscribe();
+        loop {
+            if self.enter_creating() {
+                return Ok(None);
+            }
+            match changes.borrow_and_update().clone() {
+                Instance::Ready(instance) => return Ok(Some(instance)),
+                Instance::Ended => {
+                    let message = format!("sandbox {} has ended", self.context.sandbox_id);
+                    return Err(Error::new(ErrorKind::FailedPrecondition, message));
+                }
+                Instance::None => continue,
+                Instance::Creating => {}
+            }
+            // The sender is in `self`, so this cannot fail.
+            let _ = changes.changed().await;
+        }
+    }
+
+    fn enter_creating(&self) -> bool {
+        self.instance.send_if_modified(|instance| {
+            let none = matches!(instance, Instance::None);
+            if none {
+                *instance = Instance::Creating;
+            }
+            none
+        })
+    }
+
+    /// A sandbox with its first container.
+    async fn create_with_sandbox(
+        &self,
+        request: CreateContainerRequest,
+        spec: Spec,
+    ) -> Result<(Arc<RuntimeInstance>, u32)> {
+        if container_type(&spec) == ContainerType::PodContainer {
+            let message = format!(
+                "container {}: its sandbox {} does not run",
+                request.container_id, self.context.sandbox_id
+            );
+            return Err(Error::new(ErrorKind::FailedPrecondition, message));
+        }
+        let config = SandboxConfig::from_spec(&self.context.sandbox_id, &spec);
+        let events = self.events.clone();
+        let sandbox = self
+            .recipe
+            .sandbox(&self.context, &request.options, config, events)?;
+        let sandbox = Arc::new(sandbox);
+        *self.booting() = Some(sandbox.clone());
+        let instance = RuntimeInstance::new(&self.context, sandbox, self.events.clone());
+        match instance.boot_with(request, spec).await {
+            Ok(pid) => Ok((instance, pid)),
+            Err(error) => {
+                // A VM without a container is of no use to anybody: containerd does not even know of it.
+                instance.wind_down().await;
+                Err(error)
+            }
+        }
+    }
+
+    fn booting(&self) -> std::sync::MutexGuard<'_, Option<Arc<VirtSandbox>>> {
+        self.booting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the shim may end; then everything has ended already.
+    async fn shut_down(&self, container_id: &str, now: bool) -> Result<bool> {
+        let current = self.instance.borrow().clone();
+        if let Instance::Ready(instance) = current
+            && !now
+            && !instance.containers.is_empty()
+        {
+            tracing::debug!(container_id, "shutdown: containers are left");
+            return Ok(false);
+        }
+        self.wind_down().await;
+        self.end.send_replace(true);
+        Ok(true)
+    }
+
+    /// Stops and cleans up whatever there is. A boot under way is interrupted.
+    async fn wind_down(&self) {
+        let mut changes = self.instance.subscribe();
+        loop {
+            let current = changes.borrow_and_update().clone();
+            match current {
+                Instance::Creating => {
+                    let booting = self.booting().clone();
+                    if let Some(sandbox) = booting
+                        && let Err(error) = sandbox.stop().await
+                    {
+                        tracing::warn!(%error, "interrupting a boot");
+                    }
+                    // The sender is in `self`, so this cannot fail.
+                    let _ = changes.changed().await;
+                }
+                Instance::Ready(instance) => {
+                    instance.wind_down().await;
+                    self.instance.send_replace(Instance::Ended);
+                    return;
+                }
+                Instance::None => {
+                    self.instance.send_replace(Instance::Ended);
+                    return;
+                }
+                Instance::Ended => return,
+            }
+        }
+    }
+}
+
+/// Undoes what a dead shim left behind; idempotent. Only for a sandbox whose shim is gone.
+///
+/// # Errors
+/// `Internal` naming everything that could not be removed.
+pub async fn cleanup(sandbox_id: &str, bundle: &Path) -> Result<()> {
+    let paths = SandboxPaths::new(sandbox_id)?;
+    let bundle = bundle.to_owned();
+    let done = tokio::task::spawn_blocking(move || cleanup_paths(&paths, &bundle)).await;
+    done.unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("cleanup: {error}"))))
+}
+
+pub(crate) fn cleanup_paths(paths: &SandboxPaths, bundle: &Path) -> Result<()> {
+    let mut errors = journal::replay(&paths.journal()).err().unwrap_or_default();
+    // Without a journal (a crash before its first line) these are all there can be.
+    for result in [
+        mounts::unmount(&bundle.join("rootfs")),
+        mounts::remove_tree(&paths.sandbox_share()),
+        mounts::remove_tree(&paths.state()),
+    ] {
+        errors.extend(result.err().map(|error| error.to_string()));
+    }
+    if errors.is_empty() {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Internal,
+        format!("cleanup: {}", errors.join("; ")),
+    ))
+}
+
+/// Version of the runtime.
+pub fn version() -> &'static str {
+    env!("CARGO_PKG_VERSION")
+}
+
+/// The configuration a create request with `options` would use, checked except for the files it names
+/// ([`check_assets`](config::HypervisorConfig::check_assets)).
+///
+/// # Errors
+/// `InvalidArgument` naming the file and key, `NotFound` for a file that was asked for by name.
+pub fn load_config(options: &RuntimeOptions) -> Result<ConfigFile> {
+    Ok(config::load(options)?)
+}
