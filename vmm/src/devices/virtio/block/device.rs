@@ -9,13 +9,13 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
+use super::config::{BlockConfig, BlockEngine};
 use super::disk::{BlockError, Disk, SECTOR};
 use super::request::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS};
 use super::target::Target;
 use super::throttle::{Throttle, ThrottleTimer};
 use super::worker::{Surroundings, Worker};
 use super::{ring, state};
-use crate::config::{BlockConfig, BlockEngine};
 use crate::devices::virtio::state::{QueuePosition, StateError};
 use crate::devices::virtio::{
     ActivateError, Activation, CHAIN_FEATURES, Interrupt, OnLoop, VirtioDevice, read_space,
@@ -28,7 +28,7 @@ const WRITEBACK: u64 = 32;
 
 /// A disk cannot take its image's new size.
 #[derive(Debug, thiserror::Error)]
-pub enum ResizeMemoryError {
+pub enum ResizeDiskError {
     /// The size cannot be read.
     #[error("disk {id}: cannot read the size of its image: {source}")]
     Measure {
@@ -109,28 +109,28 @@ impl Block {
     /// A disk in use only grows: its guest counts on every sector it has seen. Without a driver it takes any size.
     ///
     /// # Errors
-    /// [`ResizeMemoryError`]; the capacity is as before.
-    pub fn resize(&mut self) -> Result<u64, ResizeMemoryError> {
+    /// [`ResizeDiskError`]; the capacity is as before.
+    pub fn resize(&mut self) -> Result<u64, ResizeDiskError> {
         let disk = &self.target.disk;
         let id = || self.target.id.clone();
         let size = disk
             .measure()
-            .map_err(|source| ResizeMemoryError::Measure { id: id(), source })?;
+            .map_err(|source| ResizeDiskError::Measure { id: id(), source })?;
         let new = size - size % u64::from(disk.block_size());
         let old = disk.sectors() * SECTOR;
         if new == 0 {
-            return Err(ResizeMemoryError::Empty {
+            return Err(ResizeDiskError::Empty {
                 id: id(),
                 block_size: disk.block_size(),
             });
         }
         if new < old && self.active.is_some() {
-            return Err(ResizeMemoryError::Shrunk { id: id(), old, new });
+            return Err(ResizeDiskError::Shrunk { id: id(), old, new });
         }
         if new != old {
             disk.set_sectors(new / SECTOR);
             if let Some(active) = &self.active {
-                active.interrupt.signal_config(|space| self.read_config(0, space));
+                active.interrupt.config(|space| self.read_config(0, space));
             }
             tracing::info!(device = %self.target.id, old, new, "disk resized");
         }

@@ -7,8 +7,8 @@ pub(super) mod uring;
 use std::io;
 use std::sync::Arc;
 
+use super::config::BlockEngine;
 use super::target::Target;
-use crate::config::BlockEngine;
 use crate::devices::virtio::state::QueuePosition;
 use crate::devices::virtio::{ActivateError, ActiveQueue, Interrupt, OnLoop};
 use crate::io_loop::IoLoop;

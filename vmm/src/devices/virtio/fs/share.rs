@@ -17,12 +17,12 @@ use std::time::Duration;
 use fuse_backend_rs::abi::fuse_abi::{OpenOptions, stat64};
 use fuse_backend_rs::api::filesystem::{DirEntry, Entry, ROOT_ID};
 
+use super::config::FsCache;
 use super::credentials::KillPrivileges;
 use super::directory::Dirents;
 use super::inodes::{FdBudget, Handle, Handles, Inode, Inodes};
 use super::mounts::{MAX_MOUNTS, Mount, Root};
 use super::sys::{self, errno};
-use crate::config::FsCache;
 
 /// Flags of open(2) the guest may choose. O_DIRECT is not among them (the guest's buffers and offsets need not be
 /// aligned, and the host's page cache is wanted), neither is anything that changes what is opened (O_PATH, O_TMPFILE).

@@ -8,7 +8,8 @@ use crate::devices::virtio::test_resume::{activate_at, config};
 use crate::devices::virtio::test_ring::{
     BUFFERS, Buf, PATIENCE, TestGuest, TestRing, survive_malformed_chains,
 };
-use crate::devices::virtio::{CHAIN_FEATURES, INTERRUPT_CONFIG, VirtioDevice};
+use crate::devices::virtio::transport::mmio::INTERRUPT_CONFIG;
+use crate::devices::virtio::{CHAIN_FEATURES, VirtioDevice};
 use crate::memory::layout::WINDOW_ALIGN;
 use crate::memory::window::Windows;
 use crate::memory::window::fake::{FakeMemslots, windows};

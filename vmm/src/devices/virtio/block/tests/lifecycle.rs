@@ -9,10 +9,10 @@ use virtio_bindings::virtio_blk::{
 
 use super::*;
 use crate::config::{RateLimiterConfig, TokenBucketConfig};
-use crate::devices::virtio::INTERRUPT_CONFIG;
-use crate::devices::virtio::block::ResizeMemoryError;
+use crate::devices::virtio::block::ResizeDiskError;
 use crate::devices::virtio::state::StateError;
 use crate::devices::virtio::test_ring::{INDIRECT, NEXT, PATIENCE, RINGS, WRITE, survive_malformed_chains};
+use crate::devices::virtio::transport::mmio::INTERRUPT_CONFIG;
 
 on_each_engine![
     reset_when_requests_are_in_flight_leaves_memory_alone,
@@ -358,7 +358,7 @@ fn resize_when_the_image_shrank_depends_on_the_driver(engine: BlockEngine) {
     set_image_len(&f, 4 << 20);
     let error = f.block.resize().unwrap_err();
     assert!(
-        matches!(error, ResizeMemoryError::Shrunk { old, new, .. } if (old, new) == (8 << 20, 4 << 20)),
+        matches!(error, ResizeDiskError::Shrunk { old, new, .. } if (old, new) == (8 << 20, 4 << 20)),
         "{error}"
     );
     assert_eq!(capacity(&f.block), 8 << 20);
@@ -366,7 +366,7 @@ fn resize_when_the_image_shrank_depends_on_the_driver(engine: BlockEngine) {
     assert_eq!(f.block.resize().unwrap(), 4 << 20);
     assert_eq!(capacity(&f.block), 4 << 20);
     set_image_len(&f, 100);
-    assert!(matches!(f.block.resize(), Err(ResizeMemoryError::Empty { .. })));
+    assert!(matches!(f.block.resize(), Err(ResizeDiskError::Empty { .. })));
     assert_eq!(capacity(&f.block), 4 << 20);
 }
 

@@ -11,8 +11,9 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::state::QueuePosition;
-use super::{ActiveQueue, Interrupt};
+use crate::devices::virtio::device::ActiveQueue;
+use crate::devices::virtio::interrupt::Interrupt;
+use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
 
 /// What a round of [`ServedQueue::serve`] left behind.
@@ -98,7 +99,7 @@ impl ServedQueue {
         self.queue.size()
     }
 
-    /// Where the queue stands, for [`VirtioDevice::suspend`](super::VirtioDevice::suspend).
+    /// Where the queue stands, for [`VirtioDevice::suspend`](crate::devices::virtio::VirtioDevice::suspend).
     pub fn position(&self) -> QueuePosition {
         queue_position(self.index, &self.queue)
     }
@@ -228,7 +229,7 @@ impl ServedQueue {
         }
         fence(Ordering::SeqCst);
         if self.interrupt_wanted() {
-            self.interrupt.signal_used();
+            self.interrupt.used(self.index);
         }
     }
 
