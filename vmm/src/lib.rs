@@ -6,7 +6,11 @@
 //! The machine is discovered through ACPI only (hardware-reduced, no PCI, no legacy devices); devices are virtio over
 //! mmio, declared in the DSDT, and can be added while the guest runs on unmodified kernels.
 //!
-//! Modules are floors: each imports only what is listed below it (`tests/layers.rs` holds them to it).
+//! Modules are floors: each imports only what is listed below it (`tests/layers.rs` holds them to it). The ground's `guest_log` stands first
+//! because of its macro.
+
+#[macro_use]
+mod guest_log;
 
 pub mod vm;
 

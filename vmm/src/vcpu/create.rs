@@ -81,6 +81,7 @@ impl VcpuContext {
             mmio: self.mmio.clone(),
             lifecycle: self.lifecycle.clone(),
             counters: Arc::new(VcpuCounters::default()),
+            unfinished: false,
         }
     }
 }

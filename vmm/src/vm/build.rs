@@ -42,7 +42,7 @@ use crate::vcpu::{cpuid, kick, regs};
 use crate::vm::acpi::Platform;
 use crate::vm::console::Input;
 use crate::vm::error::BuildError;
-use crate::vm::machine::{Board, Content, Machine, Vcpus};
+use crate::vm::machine::{Board, Content, Machine, Origin, Vcpus};
 use crate::vm::wiring;
 
 /// A machine whose vCPU threads wait at the gate.
@@ -105,9 +105,18 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         fds.push(vcpu);
     }
 
+    let mut origin = Origin::default();
+    if config.memory.track_writes {
+        let log = WriteLog::new(&memory, windows.layout(), Beneath::Zeros);
+        origin.log = Some(log.map_err(|source| BuildError::Host {
+            what: "log of writes",
+            source,
+        })?);
+    }
     let parts = Parts {
         vm,
         memory,
+        origin,
         windows,
         registers,
         shared,
@@ -116,15 +125,7 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         console,
         vcpus: config.vcpus,
     };
-    let (mut machine, lifecycle) = parts.assemble()?;
-    if config.memory.track_writes {
-        let layout = machine.windows.layout();
-        let log = WriteLog::new(&machine.memory, layout, Beneath::Zeros);
-        machine.origin.log = Some(log.map_err(|source| BuildError::Host {
-            what: "log of writes",
-            source,
-        })?);
-    }
+    let (machine, lifecycle) = parts.assemble()?;
     let input = machine.board.serial.clone().map_or(plan.input, Input::Serial);
     let mut built = Built {
         machine,
@@ -193,6 +194,8 @@ pub struct Parts {
     pub vm: Arc<VmFd>,
     /// Guest memory.
     pub memory: Arc<GuestMemory>,
+    /// Where its content comes from.
+    pub origin: Origin,
     /// Its windows.
     pub windows: Windows,
     /// What the guest reads of its virtio-mmio slots.
@@ -210,7 +213,7 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// Connects them; the last thing made is the I/O loop's thread.
+    /// Connects them. The last thing made is the I/O loop's thread: from then on [`Machine::shut_down`] must be called.
     ///
     /// # Errors
     /// [`BuildError`].
@@ -239,7 +242,7 @@ impl Parts {
             hotplug,
         };
         let io = IoLoop::spawn("vmm-io")?;
-        let memory = (self.memory, self.windows);
+        let memory = (self.memory, self.windows, self.origin);
         Ok((Machine::new(self.vm, memory, board, vcpus, io), lifecycle))
     }
 }
@@ -272,6 +275,7 @@ fn board(
             platform.slot_gsis.first().copied().unwrap_or(u32::MAX),
             slots.clone(),
         ),
+        serial: serial.clone(),
     };
     Ok(Board {
         slots,

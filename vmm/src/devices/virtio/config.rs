@@ -89,6 +89,19 @@ pub trait Opened: Send {
     /// # Errors
     /// What is wrong; it names the device.
     fn connect(self: Box<Self>, windows: &Windows) -> Result<Box<dyn VirtioDevice>, OpenError>;
+
+    /// As [`connect`](Self::connect), for a device that gave `state` when it was saved: one that has a place in guest memory
+    /// is to be where it was.
+    ///
+    /// # Errors
+    /// What is wrong; it names the device.
+    fn connect_again(
+        self: Box<Self>,
+        windows: &Windows,
+        _state: &[u8],
+    ) -> Result<Box<dyn VirtioDevice>, OpenError> {
+        self.connect(windows)
+    }
 }
 
 /// A device that needs nothing more.

@@ -30,5 +30,5 @@ pub mod worker;
 
 pub use device::{ActivateError, Activation, ActiveQueue, CHAIN_FEATURES, VirtioDevice, read_space};
 pub use interrupt::Interrupt;
-pub use queue::{chain, moderation, served_queue};
+pub use queue::{chain, moderation, ring, served_queue};
 pub use worker::{OnLoop, Running, queue_thread};

@@ -1,4 +1,4 @@
-//! The requests of the guest (fuse_backend_rs calls these, one per FUSE message).
+//! The requests of the guest (`server` calls these, one per FUSE message).
 
 use std::ffi::CStr;
 use std::fs::File;

@@ -50,4 +50,12 @@ impl Opened for PmemFile {
     fn connect(self: Box<Self>, windows: &Windows) -> Result<Box<dyn VirtioDevice>, OpenError> {
         Ok(Box::new(Pmem::new(*self, windows)?))
     }
+
+    fn connect_again(
+        self: Box<Self>,
+        windows: &Windows,
+        state: &[u8],
+    ) -> Result<Box<dyn VirtioDevice>, OpenError> {
+        Ok(Box::new(Pmem::at_saved_place(*self, windows, state)?))
+    }
 }

@@ -2,4 +2,5 @@
 
 pub mod chain;
 pub mod moderation;
+pub mod ring;
 pub mod served_queue;

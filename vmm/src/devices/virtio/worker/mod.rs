@@ -29,7 +29,7 @@ impl Running {
     pub fn stop(self, device: &str) {
         if let Err(error) = self.io.remove(self.worker) {
             // The loop has ended, so it calls nothing any more.
-            tracing::debug!(device, %error, "virtio: reset after the loop");
+            guest_log!(DEBUG, device, %error, "virtio: reset after the loop");
         }
     }
 }

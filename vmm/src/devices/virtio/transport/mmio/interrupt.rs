@@ -46,7 +46,7 @@ impl SlotInterrupt {
 
     fn trigger(&self) {
         if let Err(error) = self.irqfd.write(1) {
-            tracing::error!(%error, "virtio: cannot write the irqfd");
+            guest_log!(ERROR, %error, "virtio: cannot write the irqfd");
         }
     }
 }
