@@ -18,6 +18,7 @@ use std::time::Duration;
 use fuse_backend_rs::abi::fuse_abi::{ATTR_SUBMOUNT, OpenOptions, stat64};
 use fuse_backend_rs::api::filesystem::{DirEntry, Entry, ROOT_ID};
 
+use super::config::FsCache;
 use super::credentials::KillPrivileges;
 use super::descriptors::Descriptors;
 use super::directory::ReadAhead;
@@ -25,7 +26,6 @@ use super::inodes::{Found, Inode, Inodes, Place};
 use super::mounts::{MAX_MOUNTS, Mount, Root};
 use super::open_files::{Handle, Handles};
 use super::sys::{self, Stat, errno};
-use crate::config::FsCache;
 use crate::descriptors::{Budget, Ticket};
 
 /// Flags of open(2) the guest may choose. O_DIRECT is not among them (the guest's buffers and offsets need not be

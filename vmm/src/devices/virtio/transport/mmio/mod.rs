@@ -4,6 +4,10 @@
 //! checked against guest memory and frozen at DRIVER_OK, and anything else is ignored or answered with
 //! DEVICE_NEEDS_RESET.
 
+pub mod interrupt;
+pub mod registers;
+pub mod slots;
+
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,14 +20,15 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::devices::virtio::registers::CONFIG;
+pub use interrupt::{INTERRUPT_CONFIG, INTERRUPT_USED_RING, SlotInterrupt};
+use registers::register;
+
+use crate::devices::virtio::device::{Activation, ActiveQueue, VirtioDevice};
+use crate::devices::virtio::interrupt::Interrupt;
+use crate::devices::virtio::queue::ring;
 use crate::devices::virtio::state::{QueuePosition, StateError};
-use crate::devices::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice, ring};
 use crate::io_loop::IoLoop;
 use crate::memory::GuestMemory;
-
-/// Offset of QueueNotify; the ioeventfds of a slot watch it.
-pub const QUEUE_NOTIFY: u64 = 0x50;
 
 /// "DBAL".
 const VENDOR_ID: u32 = u32::from_le_bytes(*b"DBAL");
@@ -76,6 +81,7 @@ pub struct TransportState {
 pub struct MmioTransport {
     device: Box<dyn VirtioDevice>,
     host: Host,
+    slot: SlotInterrupt,
     interrupt: Interrupt,
     /// One per queue, bound to QueueNotify.
     kicks: Vec<Arc<EventFd>>,
@@ -113,14 +119,15 @@ impl MmioTransport {
     pub fn new(
         device: Box<dyn VirtioDevice>,
         host: Host,
-        interrupt: Interrupt,
+        slot: SlotInterrupt,
         kicks: Vec<Arc<EventFd>>,
     ) -> Self {
         let queues = initial_queues(&*device);
         let transport = Self {
             device,
             host,
-            interrupt,
+            interrupt: Interrupt::new(Arc::new(slot.clone())),
+            slot,
             kicks,
             status: 0,
             device_features_sel: 0,
@@ -169,19 +176,34 @@ impl MmioTransport {
         &self.interrupt
     }
 
+    /// Interrupts the guest again if the driver has not acknowledged the last interrupt.
+    pub fn repeat_interrupt(&self) {
+        self.slot.repeat();
+    }
+
+    /// Makes the slot look empty.
+    pub fn show_empty(&self) {
+        self.slot.registers().show_empty();
+    }
+
     /// What the guest reads at `offset` of the slot.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        self.interrupt.registers().read(offset, data);
+        self.slot.registers().read(offset, data);
     }
 
     fn show_constants(&self) {
-        let registers = self.interrupt.registers();
+        let registers = self.slot.registers();
         registers.show_empty();
-        registers.show(0x08, self.device.device_type());
-        registers.show(0x0c, VENDOR_ID);
+        registers.show(register::DEVICE_ID, self.device.device_type());
+        registers.show(register::VENDOR_ID, VENDOR_ID);
         // No shared memory region: length and base read as -1 (virtio 1.2, 4.2.2.1).
-        for offset in [0xb0, 0xb4, 0xb8, 0xbc] {
-            registers.show(offset, u32::MAX);
+        for register in [
+            register::SHM_LEN_LOW,
+            register::SHM_LEN_HIGH,
+            register::SHM_BASE_LOW,
+            register::SHM_BASE_HIGH,
+        ] {
+            registers.show(register, u32::MAX);
         }
     }
 
@@ -195,20 +217,20 @@ impl MmioTransport {
             1 => (self.device.features() >> 32) as u32,
             _ => 0,
         };
-        let registers = self.interrupt.registers();
-        registers.show(0x10, features);
+        let registers = self.slot.registers();
+        registers.show(register::DEVICE_FEATURES, features);
         registers.show(
-            0x34,
+            register::QUEUE_NUM_MAX,
             queue.map_or(0, |_| u32::from(self.max_queue_size(self.queue_sel))),
         );
-        registers.show(0x44, u32::from(queue.is_some_and(|q| q.ready)));
-        registers.show(0x70, self.status);
+        registers.show(register::QUEUE_READY, u32::from(queue.is_some_and(|q| q.ready)));
+        registers.show(register::STATUS, self.status);
     }
 
     /// Shows the device's configuration space; returns whether it is another one than before.
     fn show_config(&self) -> bool {
-        let fill = |space: &mut [u8; _]| self.device.read_config(0, space);
-        self.interrupt.registers().show_config(fill)
+        self.interrupt
+            .show_config(|space| self.device.read_config(0, space))
     }
 
     fn max_queue_size(&self, index: u32) -> u16 {
@@ -218,7 +240,7 @@ impl MmioTransport {
 
     /// Guest write at `offset` into the slot.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
-        if let Some(offset) = offset.checked_sub(CONFIG) {
+        if let Some(offset) = offset.checked_sub(register::CONFIG) {
             // Before DRIVER the driver must not write the configuration (virtio 1.2, 2.5.2).
             if self.status & status::DRIVER != 0 {
                 self.device.write_config(offset, data);
@@ -237,18 +259,20 @@ impl MmioTransport {
             return;
         };
         match offset {
-            0x14 => self.device_features_sel = value,
-            0x20 => self.write_driver_features(value),
-            0x24 => self.driver_features_sel = value,
-            0x30 => self.queue_sel = value,
-            0x38 | 0x44 | 0x80 | 0x84 | 0x90 | 0x94 | 0xa0 | 0xa4 => self.write_queue(offset, value),
-            QUEUE_NOTIFY => self.notify_queue(value),
-            0x64 => {
-                let pending = self.interrupt.registers().interrupt_status();
+            register::DEVICE_FEATURES_SEL => self.device_features_sel = value,
+            register::DRIVER_FEATURES => self.write_driver_features(value),
+            register::DRIVER_FEATURES_SEL => self.driver_features_sel = value,
+            register::QUEUE_SEL => self.queue_sel = value,
+            register::QUEUE_NUM
+            | register::QUEUE_READY
+            | register::QUEUE_DESC_LOW..=register::QUEUE_DEVICE_HIGH => self.write_queue(offset, value),
+            register::QUEUE_NOTIFY => self.notify_queue(value),
+            register::INTERRUPT_ACK => {
+                let pending = self.slot.registers().interrupt_status();
                 pending.fetch_and(!value, Ordering::SeqCst);
                 return;
             }
-            0x70 => {
+            register::STATUS => {
                 self.write_status(value);
                 self.show_config();
             }
@@ -280,16 +304,16 @@ impl MmioTransport {
             .and_then(|sel| self.queues.get_mut(sel));
         let Some(queue) = selected else { return };
         match offset {
-            0x44 => queue.ready = value == 1,
+            register::QUEUE_READY => queue.ready = value == 1,
             // A ready queue must not change (virtio 1.2, 4.2.2.2).
             _ if queue.ready => {}
-            0x38 => queue.size = value,
-            0x80 => set_low(&mut queue.desc, value),
-            0x84 => set_high(&mut queue.desc, value),
-            0x90 => set_low(&mut queue.avail, value),
-            0x94 => set_high(&mut queue.avail, value),
-            0xa0 => set_low(&mut queue.used, value),
-            0xa4 => set_high(&mut queue.used, value),
+            register::QUEUE_NUM => queue.size = value,
+            register::QUEUE_DESC_LOW => set_low(&mut queue.desc, value),
+            register::QUEUE_DESC_HIGH => set_high(&mut queue.desc, value),
+            register::QUEUE_DRIVER_LOW => set_low(&mut queue.avail, value),
+            register::QUEUE_DRIVER_HIGH => set_high(&mut queue.avail, value),
+            register::QUEUE_DEVICE_LOW => set_low(&mut queue.used, value),
+            register::QUEUE_DEVICE_HIGH => set_high(&mut queue.used, value),
             _ => {}
         }
     }
@@ -371,8 +395,7 @@ impl MmioTransport {
             );
             self.status |= status::NEEDS_RESET;
             self.show_registers();
-            self.interrupt
-                .signal_config(|space| self.device.read_config(0, space));
+            self.interrupt.config(|space| self.device.read_config(0, space));
         }
         result
     }
@@ -448,9 +471,9 @@ impl MmioTransport {
         self.activate()?;
         if self.show_config() {
             // Changed while nobody could tell the driver.
-            self.interrupt.signal_config(|_| {});
+            self.interrupt.config(|_| {});
         }
-        self.interrupt.repeat();
+        self.slot.repeat();
         Ok(())
     }
 
@@ -459,7 +482,7 @@ impl MmioTransport {
     /// # Errors
     /// [`StateError`] when the device cannot be saved.
     pub fn save(&self) -> Result<(TransportState, Vec<u8>), StateError> {
-        let registers = self.interrupt.registers();
+        let registers = self.slot.registers();
         let state = TransportState {
             status: self.status,
             device_features_sel: self.device_features_sel,
@@ -527,7 +550,7 @@ impl MmioTransport {
         self.queues = state.queues;
         self.positions = state.positions;
         self.suspended = self.is_active();
-        let registers = self.interrupt.registers();
+        let registers = self.slot.registers();
         registers
             .interrupt_status()
             .store(state.interrupt_status, Ordering::SeqCst);
@@ -551,7 +574,7 @@ impl MmioTransport {
         self.queues = initial_queues(&*self.device);
         self.positions.clear();
         self.suspended = false;
-        let pending = self.interrupt.registers().interrupt_status();
+        let pending = self.slot.registers().interrupt_status();
         pending.store(0, Ordering::SeqCst);
         self.show_registers();
     }

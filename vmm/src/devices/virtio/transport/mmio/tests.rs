@@ -2,9 +2,9 @@ mod properties;
 
 use std::sync::Mutex;
 
+use super::registers::Registers;
 use super::*;
 use crate::devices::virtio::ActivateError;
-use crate::devices::virtio::registers::Registers;
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::guest_log::recorder::assert_limited;
 use crate::memory::allocate;
@@ -112,7 +112,7 @@ impl Driver {
             memory: Arc::new(allocate(&MemoryLayout::ram(64 << 20)).unwrap()),
             io,
         };
-        let interrupt = Interrupt::new(Registers::unseen().unwrap(), irqfd.clone());
+        let interrupt = SlotInterrupt::new(Registers::unseen().unwrap(), irqfd.clone());
         let transport = MmioTransport::new(Box::new(Fake(calls.clone())), host, interrupt, kicks);
         Self {
             transport,
@@ -293,12 +293,12 @@ fn registers_when_the_driver_selects_something_else_show_it() {
 #[test]
 fn notify_when_not_taken_by_kvm_reaches_the_queue() {
     let mut driver = Driver::new();
-    driver.write(QUEUE_NOTIFY, 0);
+    driver.write(register::QUEUE_NOTIFY, 0);
     assert!(driver.transport.kicks()[0].read().is_err(), "before DRIVER_OK");
     driver.negotiate(OFFERED);
     driver.write(STATUS, 15);
-    driver.write(QUEUE_NOTIFY, 1);
-    driver.write(QUEUE_NOTIFY, 9);
+    driver.write(register::QUEUE_NOTIFY, 1);
+    driver.write(register::QUEUE_NOTIFY, 9);
     assert_eq!(driver.transport.kicks()[1].read().unwrap(), 1);
 }
 
@@ -306,8 +306,8 @@ fn notify_when_not_taken_by_kvm_reaches_the_queue() {
 fn interrupt_when_acknowledged_clears_only_those_bits() {
     let mut driver = Driver::new();
     let interrupt = driver.transport.interrupt().clone();
-    interrupt.signal_used();
-    interrupt.signal_config(|_| {});
+    interrupt.used(0);
+    interrupt.config(|_| {});
     assert_eq!((driver.read(0x60), driver.read(0xfc)), (3, 1));
     driver.write(0x64, 1);
     assert_eq!(driver.read(0x60), 2);
@@ -338,7 +338,7 @@ fn resume_when_suspended_activates_once_where_the_queues_stood() {
 #[test]
 fn restore_when_saved_gives_the_same_registers_and_goes_on() {
     let mut driver = running();
-    driver.transport.interrupt().signal_config(|_| {});
+    driver.transport.interrupt().config(|_| {});
     driver.transport.suspend();
     let (state, device) = driver.transport.save().unwrap();
 

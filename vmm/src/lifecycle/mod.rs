@@ -1,12 +1,15 @@
 //! The state machine of a machine: Configured → Running ⇄ Paused → Stopped.
 
+mod exit;
+pub mod gate;
+
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::vcpu::gate::Gate;
-use crate::vm::ExitReason;
+pub use exit::ExitReason;
+use gate::Gate;
 
 /// Where a machine is in its life.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

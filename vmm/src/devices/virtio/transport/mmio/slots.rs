@@ -10,13 +10,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use acpi_tables::{Aml, aml};
 
-use crate::acpi::Raw;
+use super::MmioTransport;
+use super::registers::{RegisterPages, Registers};
+use crate::acpi::aml::Raw;
 use crate::acpi::shared_page::{Bitmap, SharedPage, bit_path, status_method};
 use crate::bus::BusDevice;
-use crate::devices::virtio::mmio::MmioTransport;
-use crate::devices::virtio::registers::{RegisterPages, Registers};
+use crate::lifecycle::ExitReason;
 use crate::memory::layout::{VIRTIO_MMIO_SLOT_SIZE, VIRTIO_MMIO_START};
-use crate::vm::ExitReason;
 
 /// Most slots of a machine: 64 devices to add, and those a machine has anyway.
 pub const MAX_SLOTS: u8 = 96;
@@ -83,7 +83,7 @@ impl Slots {
         if let Some(slot) = self.lock(index)
             && let Some(transport) = slot.as_ref()
         {
-            transport.interrupt().repeat();
+            transport.repeat_interrupt();
         }
     }
 

@@ -4,9 +4,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::*;
+use crate::memory::layout;
 
-fn machine(max_vcpus: u8, slots: u32) -> Machine {
-    Machine {
+fn tables(platform: &Platform, base: u64) -> Vec<u8> {
+    platform.tables().image(base)
+}
+
+fn platform(max_vcpus: u8, slots: u32) -> Platform {
+    Platform {
         boot_vcpus: 1,
         max_vcpus,
         ged_gsi: 5,
@@ -93,7 +98,7 @@ fn disassemble(dir: &Path, name: &str, table: &[u8]) -> String {
 
 #[test]
 fn tables_when_read_by_iasl_describe_the_machine() {
-    let image = tables(&machine(3, 18), 0xe_0000);
+    let image = tables(&platform(3, 18), 0xe_0000);
     let scratch = Scratch::new("iasl");
     let mut sources = std::collections::HashMap::new();
     for (name, table) in parse(&image, 0xe_0000) {
@@ -124,7 +129,7 @@ fn tables_when_read_by_iasl_describe_the_machine() {
 #[test]
 fn tables_when_the_machine_is_as_large_as_possible_fit_their_area() {
     let image = tables(
-        &machine(crate::config::MAX_VCPUS, u32::from(slots::MAX_SLOTS)),
+        &platform(crate::config::MAX_VCPUS, u32::from(slots::MAX_SLOTS)),
         0xe_0000,
     );
     assert!((image.len() as u64) < layout::ACPI_TABLES_SIZE, "{}", image.len());
@@ -133,9 +138,9 @@ fn tables_when_the_machine_is_as_large_as_possible_fit_their_area() {
 
 #[test]
 fn dsdt_when_there_is_no_serial_port_does_not_mention_it() {
-    let without = Machine {
+    let without = Platform {
         serial: false,
-        ..machine(1, 1)
+        ..platform(1, 1)
     };
     let image = tables(&without, 0xe_0000);
     assert!(!image.windows(4).any(|w| w == b"COM1"));

@@ -11,9 +11,11 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::chain::{Chain, ChainError};
-use super::state::QueuePosition;
-use super::{ActiveQueue, Interrupt, ring};
+use crate::devices::virtio::device::ActiveQueue;
+use crate::devices::virtio::interrupt::Interrupt;
+use crate::devices::virtio::queue::chain::{Chain, ChainError};
+use crate::devices::virtio::queue::ring;
+use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
 
 /// What a round of [`ServedQueue::serve`] left behind.
@@ -99,7 +101,7 @@ impl ServedQueue {
         self.queue.size()
     }
 
-    /// Where the queue stands, for [`VirtioDevice::suspend`](super::VirtioDevice::suspend).
+    /// Where the queue stands, for [`VirtioDevice::suspend`](crate::devices::virtio::VirtioDevice::suspend).
     pub fn position(&self) -> QueuePosition {
         queue_position(self.index, &self.queue)
     }
@@ -237,7 +239,7 @@ impl ServedQueue {
         }
         fence(Ordering::SeqCst);
         if self.interrupt_wanted() {
-            self.interrupt.signal_used();
+            self.interrupt.used(self.index);
         }
     }
 

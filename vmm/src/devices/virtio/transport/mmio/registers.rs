@@ -15,21 +15,76 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::MmapRegion;
 
+use crate::devices::virtio::interrupt::{CONFIG_BYTES, ConfigSpace};
 use crate::memory::layout::VIRTIO_MMIO_SLOT_SIZE;
 
-/// Offset of the device's configuration space (virtio 1.2, 4.2.2).
-pub const CONFIG: u64 = 0x100;
-/// Bytes of configuration space that are shown; beyond them a read answers zero. The largest used by a device here has
-/// 64.
-pub const CONFIG_BYTES: usize = 0x100;
+/// Offsets of the registers (virtio 1.2, 4.2.2), by the specification's names.
+pub mod register {
+    /// MagicValue.
+    pub const MAGIC_VALUE: u64 = 0x00;
+    /// Version.
+    pub const VERSION: u64 = 0x04;
+    /// DeviceID.
+    pub const DEVICE_ID: u64 = 0x08;
+    /// VendorID.
+    pub const VENDOR_ID: u64 = 0x0c;
+    /// DeviceFeatures.
+    pub const DEVICE_FEATURES: u64 = 0x10;
+    /// DeviceFeaturesSel.
+    pub const DEVICE_FEATURES_SEL: u64 = 0x14;
+    /// DriverFeatures.
+    pub const DRIVER_FEATURES: u64 = 0x20;
+    /// DriverFeaturesSel.
+    pub const DRIVER_FEATURES_SEL: u64 = 0x24;
+    /// QueueSel.
+    pub const QUEUE_SEL: u64 = 0x30;
+    /// QueueNumMax.
+    pub const QUEUE_NUM_MAX: u64 = 0x34;
+    /// QueueNum.
+    pub const QUEUE_NUM: u64 = 0x38;
+    /// QueueReady.
+    pub const QUEUE_READY: u64 = 0x44;
+    /// QueueNotify; the ioeventfds of a slot watch it.
+    pub const QUEUE_NOTIFY: u64 = 0x50;
+    /// InterruptStatus.
+    pub const INTERRUPT_STATUS: u64 = 0x60;
+    /// InterruptACK.
+    pub const INTERRUPT_ACK: u64 = 0x64;
+    /// Status.
+    pub const STATUS: u64 = 0x70;
+    /// QueueDescLow.
+    pub const QUEUE_DESC_LOW: u64 = 0x80;
+    /// QueueDescHigh.
+    pub const QUEUE_DESC_HIGH: u64 = 0x84;
+    /// QueueDriverLow: the avail ring.
+    pub const QUEUE_DRIVER_LOW: u64 = 0x90;
+    /// QueueDriverHigh.
+    pub const QUEUE_DRIVER_HIGH: u64 = 0x94;
+    /// QueueDeviceLow: the used ring.
+    pub const QUEUE_DEVICE_LOW: u64 = 0xa0;
+    /// QueueDeviceHigh.
+    pub const QUEUE_DEVICE_HIGH: u64 = 0xa4;
+    /// SHMLenLow.
+    pub const SHM_LEN_LOW: u64 = 0xb0;
+    /// SHMLenHigh.
+    pub const SHM_LEN_HIGH: u64 = 0xb4;
+    /// SHMBaseLow.
+    pub const SHM_BASE_LOW: u64 = 0xb8;
+    /// SHMBaseHigh.
+    pub const SHM_BASE_HIGH: u64 = 0xbc;
+    /// ConfigGeneration.
+    pub const CONFIG_GENERATION: u64 = 0xfc;
+    /// The device's configuration space.
+    pub const CONFIG: u64 = 0x100;
+}
 
 /// MagicValue.
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 /// Version.
 const VERSION: u32 = 2;
 
-const INTERRUPT_STATUS: usize = 0x60;
-const CONFIG_GENERATION: usize = 0xfc;
+const INTERRUPT_STATUS_WORD: usize = register::INTERRUPT_STATUS as usize / 4;
+const CONFIG_GENERATION_WORD: usize = register::CONFIG_GENERATION as usize / 4;
 const PAGE: usize = VIRTIO_MMIO_SLOT_SIZE as usize;
 /// Registers of a slot.
 const WORDS: usize = PAGE / size_of::<u32>();
@@ -106,12 +161,12 @@ impl Registers {
 
     /// InterruptStatus.
     pub fn interrupt_status(&self) -> &AtomicU32 {
-        &self.words()[INTERRUPT_STATUS / 4]
+        &self.words()[INTERRUPT_STATUS_WORD]
     }
 
     /// ConfigGeneration.
     pub fn config_generation(&self) -> &AtomicU32 {
-        &self.words()[CONFIG_GENERATION / 4]
+        &self.words()[CONFIG_GENERATION_WORD]
     }
 
     /// Shows `value` at `offset`; registers are aligned to 4 bytes.
@@ -126,22 +181,22 @@ impl Registers {
         for word in self.words() {
             word.store(0, Ordering::SeqCst);
         }
-        self.show(0x00, MAGIC);
-        self.show(0x04, VERSION);
+        self.show(register::MAGIC_VALUE, MAGIC);
+        self.show(register::VERSION, VERSION);
     }
 
     /// Changes what is shown of the configuration space; returns whether it is something else now. `fill` gets what was shown
     /// before, runs under a lock of this page, and reads the device there: so the device's last change is what stays.
-    pub fn show_config(&self, fill: impl FnOnce(&mut [u8; CONFIG_BYTES])) -> bool {
+    pub fn show_config(&self, fill: &mut dyn FnMut(&mut ConfigSpace)) -> bool {
         let _last = self.config.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut space = [0; CONFIG_BYTES];
-        self.read(CONFIG, &mut space);
+        let mut space: ConfigSpace = [0; CONFIG_BYTES];
+        self.read(register::CONFIG, &mut space);
         let before = space;
         fill(&mut space);
-        let mut offset = CONFIG;
+        let mut at = register::CONFIG;
         for bytes in space.as_chunks::<4>().0 {
-            self.show(offset, u32::from_le_bytes(*bytes));
-            offset += 4;
+            self.show(at, u32::from_le_bytes(*bytes));
+            at += 4;
         }
         space != before
     }
@@ -179,10 +234,10 @@ mod tests {
     #[test]
     fn show_config_when_nothing_changes_says_so_and_fill_sees_what_was_shown() {
         let registers = Registers::unseen().unwrap();
-        assert!(registers.show_config(|space| space[CONFIG_BYTES - 1] = 5));
-        assert!(!registers.show_config(|space| assert_eq!(space[CONFIG_BYTES - 1], 5)));
+        assert!(registers.show_config(&mut |space| space[CONFIG_BYTES - 1] = 5));
+        assert!(!registers.show_config(&mut |space| assert_eq!(space[CONFIG_BYTES - 1], 5)));
         let mut last = [0];
-        registers.read(CONFIG + CONFIG_BYTES as u64 - 1, &mut last);
+        registers.read(register::CONFIG + CONFIG_BYTES as u64 - 1, &mut last);
         assert_eq!(last, [5]);
     }
 }

@@ -6,17 +6,30 @@ use kvm_bindings::{KVM_MP_STATE_UNINITIALIZED, kvm_cpuid_entry2, kvm_mp_state};
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::bus::Bus;
-use crate::vcpu::cpuid;
+use crate::kvm::{IoctlError, ioctl_error};
+use crate::lifecycle::Lifecycle;
+use crate::vcpu::cpuid::{self, CpuidError};
 use crate::vcpu::metrics::VcpuCounters;
 use crate::vcpu::regs::{self, RegsError};
 use crate::vcpu::run::Vcpu;
-use crate::vm::BuildError;
-use crate::vm::kvm::ioctl_error;
-use crate::vm::lifecycle::Lifecycle;
+
+/// A vCPU cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// A KVM request failed.
+    #[error(transparent)]
+    Ioctl(#[from] IoctlError),
+    /// CPUID.
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
+    /// Registers.
+    #[error(transparent)]
+    Regs(#[from] RegsError),
+}
 
 /// What all vCPUs of a machine have in common.
 #[derive(Debug)]
-pub struct VcpuFactory {
+pub struct VcpuContext {
     /// CPUID before each vCPU's own topology.
     pub cpuid: Vec<kvm_cpuid_entry2>,
     /// vCPUs that can exist.
@@ -32,8 +45,8 @@ pub struct VcpuFactory {
 /// KVM's side of vCPU `index`, as after a reset.
 ///
 /// # Errors
-/// [`BuildError`]; KVM keeps the vCPU it may have created until the VM ends.
-pub fn create(vm: &VmFd, base: &[kvm_cpuid_entry2], index: u8, max: u8) -> Result<VcpuFd, BuildError> {
+/// [`VcpuError`]; KVM keeps the vCPU it may have created until the VM ends.
+pub fn create(vm: &VmFd, base: &[kvm_cpuid_entry2], index: u8, max: u8) -> Result<VcpuFd, VcpuError> {
     let vcpu = vm
         .create_vcpu(u64::from(index))
         .map_err(ioctl_error("KVM_CREATE_VCPU"))?;
@@ -58,7 +71,7 @@ pub fn wait_for_init(vcpu: &VcpuFd, index: u8) -> Result<(), RegsError> {
     })
 }
 
-impl VcpuFactory {
+impl VcpuContext {
     /// Connects KVM's side to the buses; the result is ready for its thread.
     pub fn connect(&self, index: u8, fd: VcpuFd) -> Vcpu {
         Vcpu {

@@ -6,6 +6,7 @@
 //! causes no wake-ups.
 
 mod bucket;
+mod config;
 #[cfg(test)]
 mod tests;
 
@@ -19,7 +20,7 @@ use rustix::time::{
 
 pub use self::bucket::BucketState;
 use self::bucket::TokenBucket;
-use crate::config::RateLimiterConfig;
+pub use self::config::{BucketConfigError, RateLimiterConfig, TokenBucketConfig};
 use serde::{Deserialize, Serialize};
 
 /// What is left in the buckets, for save and restore. `None`: no such bucket.

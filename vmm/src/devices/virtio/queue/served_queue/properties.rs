@@ -132,8 +132,12 @@ impl Device {
 fn queue_and_driver(guest: &TestGuest, event_idx: bool, begin: u16) -> (Device, Driver) {
     let mut ring = guest.ring(0, SIZE, event_idx);
     let position = ring.begin_at(begin);
-    let interrupt = Interrupt::new(guest.registers.clone(), guest.irqfd.clone());
-    let mut queue = ServedQueue::new("test", ring.active_at(&position), guest.memory.clone(), interrupt);
+    let mut queue = ServedQueue::new(
+        "test",
+        ring.active_at(&position),
+        guest.memory.clone(),
+        guest.interrupt(),
+    );
     queue.enable_kicks();
     let device = Device {
         queue,
