@@ -8,7 +8,7 @@ pub mod block;
 pub mod chain;
 pub mod console;
 pub mod fs;
-mod image_lock;
+pub mod image;
 pub mod mem;
 pub mod mmio;
 pub mod moderation;

@@ -199,7 +199,10 @@ fn restore(dir: &Path, state: MachineState, mode: MemoryMode) -> Result<Built, R
     kvm::set_memory(&vm, &memory, &layout)?;
     let registers = kvm::set_registers(&vm)?;
     let memslots: Arc<dyn Memslots> = vm.clone();
-    let windows = Windows::new(layout.clone(), &memory, &memslots);
+    let windows = Windows::new(layout.clone(), &memory, &memslots).map_err(|source| BuildError::Host {
+        what: "sealing hotpluggable memory",
+        source,
+    })?;
     kvm::split_irqchip(&vm)?;
     let (vcpus, clock) = make_vcpus(&kvm, &vm, &state)?;
 
