@@ -169,7 +169,10 @@ fn new_when_a_tap_cannot_be_had_names_device_and_namespace() {
         "{message}"
     );
     let message = error(|_, c| c.devices.push(DeviceConfig::Net(NetConfig::new("net0", "a/b"))));
-    assert!(message.contains("\"a/b\" is no interface name"), "{message}");
+    assert_eq!(
+        message,
+        "configuration: device \"net0\": tap.name is \"a/b\": need an interface name (1 to 15 characters, no / : %)"
+    );
 }
 
 #[test]

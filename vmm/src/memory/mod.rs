@@ -9,6 +9,7 @@
 mod discard;
 pub mod image;
 pub mod layout;
+mod memslots;
 pub mod page_set;
 pub mod pager;
 pub mod seal;
@@ -20,6 +21,9 @@ use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, MemoryRegionA
 
 pub use discard::discard;
 use layout::{MemoryLayout, RegionKind};
+pub use memslots::set_memory;
+
+use crate::kvm::IoctlError;
 
 /// All guest memory, shared by the vCPU threads (through KVM) and the device workers.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
@@ -35,6 +39,12 @@ pub enum MemoryError {
         /// Cause.
         reason: String,
     },
+    /// A region of the layout is not mapped in this process.
+    #[error("memory: nothing is mapped for guest address {0:#x}")]
+    Unmapped(u64),
+    /// KVM did not take it.
+    #[error(transparent)]
+    Ioctl(#[from] IoctlError),
 }
 
 /// Maps the regions of `layout`: anonymous, zeroed, lazily populated (MAP_NORESERVE).

@@ -11,12 +11,12 @@ use super::state::{Base, ClockState, DeviceState, MachineState, MemoryState, Slo
 use super::{MEMORY, STATE, SaveError, SaveKind, file};
 use crate::devices::cpu_hotplug::Cpu;
 use crate::devices::vmgenid;
+use crate::kvm;
 use crate::memory::image::{self, Pages, Written};
 use crate::memory::layout::RegionKind;
 use crate::memory::page_set::PageSet;
 use crate::vcpu::run::{Vcpu, VcpuThread};
 use crate::vcpu::state::{self as vcpu_state, VcpuState};
-use crate::vm::kvm;
 use crate::vm::machine::Machine;
 use crate::vm::{ExitReason, Vm, VmState, lock};
 
@@ -99,7 +99,7 @@ impl Vm {
                 base,
             },
             clock,
-            cpuid: machine.vcpus.factory.cpuid.clone(),
+            cpuid: machine.vcpus.context.cpuid.clone(),
             present: hotplug.cpus().iter().map(|cpu| *cpu != Cpu::Absent).collect(),
             vcpus,
             io_apic: machine.board.io_apic.save(),

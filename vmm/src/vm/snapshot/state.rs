@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::VmConfig;
 use crate::devices::serial::SerialState;
-use crate::devices::virtio::mmio::TransportState;
+use crate::devices::virtio::transport::mmio::TransportState;
 use crate::irq::io_apic::IoApicState;
 use crate::memory::image::Contents;
 use crate::vcpu::state::VcpuState;

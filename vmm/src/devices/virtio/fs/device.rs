@@ -10,12 +10,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 
+use super::config::{FsConfig, FsRoot, SharedDir};
 use super::handle::FsHandle;
 use super::mounts::{MAX_MOUNTS, Mount, Names, ROOT_MOUNT, Root};
 use super::share::{Options, Share};
 use super::state::FsState;
 use super::worker::{FsWorkers, Service, lock};
-use crate::config::{FsConfig, FsRoot, SharedDir};
 use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};

@@ -15,7 +15,9 @@
 //! |---|---|
 //! | `fs-<id>-0..n` | all queues, in parallel; own mount namespace with nothing in it, own umask and directory |
 
+pub mod config;
 mod credentials;
+mod descriptors;
 mod device;
 mod directory;
 mod filesystem;
@@ -24,6 +26,8 @@ mod inodes;
 mod jail;
 mod message;
 mod mounts;
+mod open_files;
+mod reach;
 mod server;
 mod share;
 mod state;

@@ -8,9 +8,9 @@ use virtio_queue::DescriptorChain;
 
 use super::handle::Shared;
 use super::region::{Request, Response};
+use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::chain::Chain;
 use crate::devices::virtio::queue_thread::ThreadWorker;
-use crate::devices::virtio::registers::Registers;
 use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
@@ -45,7 +45,7 @@ impl Counters {
 #[derive(Debug)]
 pub(super) struct MemWorker {
     queue: ServedQueue,
-    registers: Registers,
+    interrupt: Interrupt,
     shared: Arc<Shared>,
     counters: Arc<Counters>,
 }
@@ -53,13 +53,13 @@ pub(super) struct MemWorker {
 impl MemWorker {
     pub(super) fn new(
         queue: ServedQueue,
-        registers: Registers,
+        interrupt: Interrupt,
         shared: Arc<Shared>,
         counters: Arc<Counters>,
     ) -> Self {
         Self {
             queue,
-            registers,
+            interrupt,
             shared,
             counters,
         }
@@ -92,7 +92,7 @@ impl ThreadWorker for MemWorker {
             let head = chain.head_index();
             let written = answer(&self.shared, &self.counters, &memory, chain, self.queue.size());
             // plugged_size changes with the request, without an interrupt (5.15.6.1).
-            self.registers
+            self.interrupt
                 .show_config(|space| self.shared.read_config(0, space));
             match written {
                 Some(written) => self.queue.complete(head, written),

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::HEADER;
-use crate::config::TapConfig;
+use super::config::TapConfig;
 
 const TUN: &str = "/dev/net/tun";
 
@@ -299,6 +299,9 @@ pub(super) fn adopt(config: &TapConfig, fds: Vec<OwnedFd>, pairs: usize) -> Resu
             )));
         }
         rustix::io::ioctl_fionbio(&fd, true).map_err(|e| refuse(format!("O_NONBLOCK: {e}")))?;
+        // It may have come from a process that let it through an exec; it goes no further.
+        rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)
+            .map_err(|e| refuse(format!("FD_CLOEXEC: {e}")))?;
         prepare(tap, fd)
     };
     fds.into_iter().enumerate().map(adopt_one).collect()

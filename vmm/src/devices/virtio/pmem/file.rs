@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 
-use crate::config::PmemConfig;
+use super::config::PmemConfig;
 use crate::devices::virtio::image::{self, ImageError};
 use crate::devices::virtio::state::StateError;
 use crate::memory::layout::WINDOW_ALIGN;
