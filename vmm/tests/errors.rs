@@ -227,3 +227,11 @@ fn new_when_a_pmem_file_cannot_be_used_names_device_and_file() {
         "{message}"
     );
 }
+
+#[test]
+fn new_when_nested_virtualization_meets_a_template_is_refused() {
+    assert_eq!(
+        error(|_, c| (c.cpu.nested, c.cpu.template) = (true, CpuTemplate::V3)),
+        "configuration: cpu: nested is true with template x86-64-v3: need template none"
+    );
+}
