@@ -3,7 +3,9 @@
 //! KVM's cost depends on the order (design decision 3): all memslots, then the interrupt controllers, vCPUs, irqfds, and
 //! ioeventfds last.
 
+use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -105,6 +107,7 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         fds.push(vcpu);
     }
 
+    let lifecycle = Arc::new(Lifecycle::new());
     let mut origin = Origin::default();
     if config.memory.track_writes {
         let log = WriteLog::new(&memory, windows.layout(), Beneath::Zeros);
@@ -124,8 +127,9 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         platform: plan.platform,
         console,
         vcpus: config.vcpus,
+        lifecycle: lifecycle.clone(),
     };
-    let (machine, lifecycle) = parts.assemble()?;
+    let machine = parts.assemble()?;
     let input = machine.board.serial.clone().map_or(plan.input, Input::Serial);
     let mut built = Built {
         machine,
@@ -210,6 +214,8 @@ pub struct Parts {
     pub console: ConsoleLog,
     /// Processors of the configuration.
     pub vcpus: VcpuConfig,
+    /// The machine's state.
+    pub lifecycle: Arc<Lifecycle>,
 }
 
 impl Parts {
@@ -217,7 +223,7 @@ impl Parts {
     ///
     /// # Errors
     /// [`BuildError`].
-    pub fn assemble(self) -> Result<(Machine, Arc<Lifecycle>), BuildError> {
+    pub fn assemble(self) -> Result<Machine, BuildError> {
         let VcpuConfig { boot, max } = self.vcpus;
         let hotplug = Arc::new(CpuHotplug::new(self.shared.clone(), boot, max));
         let board = board(
@@ -228,7 +234,6 @@ impl Parts {
             &self.console,
         )?;
         let (pio, mmio) = buses(&board, &hotplug)?;
-        let lifecycle = Arc::new(Lifecycle::new());
         let vcpus = Vcpus {
             threads: Vec::new(),
             spare: Vec::new(),
@@ -237,13 +242,13 @@ impl Parts {
                 max,
                 pio,
                 mmio,
-                lifecycle: lifecycle.clone(),
+                lifecycle: self.lifecycle,
             },
             hotplug,
         };
         let io = IoLoop::spawn("vmm-io")?;
         let memory = (self.memory, self.windows, self.origin);
-        Ok((Machine::new(self.vm, memory, board, vcpus, io), lifecycle))
+        Ok(Machine::new(self.vm, memory, board, vcpus, io))
     }
 }
 
@@ -433,6 +438,8 @@ pub struct Opener<'c> {
     pub input: Input,
     /// The host side of the vsock device.
     pub vsock: Option<VsockHandle>,
+    /// Open TAP queues, by id of the network device.
+    pub tap_fds: BTreeMap<String, Vec<OwnedFd>>,
 }
 
 impl<'c> Opener<'c> {
@@ -443,6 +450,7 @@ impl<'c> Opener<'c> {
             console: ConsoleLog::default(),
             input: Input::Off,
             vsock: None,
+            tap_fds: BTreeMap::new(),
         }
     }
 
@@ -481,6 +489,13 @@ impl<'c> Opener<'c> {
                 .knobs()
                 .open()
                 .map_err(|e| error(config.id())(e.to_string()))?,
+            (Content::Adopted(config), _) => {
+                let fds = self.tap_fds.remove(config.id()).unwrap_or_default();
+                config
+                    .knobs()
+                    .adopt(fds)
+                    .map_err(|e| error(config.id())(e.to_string()))?
+            }
         })
     }
 }

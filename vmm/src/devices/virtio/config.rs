@@ -1,6 +1,7 @@
 //! What all devices' configurations have in common: an id, values that can be wrong, and how they become a device.
 
 use std::fmt::Debug;
+use std::os::fd::OwnedFd;
 
 use super::device::VirtioDevice;
 use crate::memory::window::Windows;
@@ -23,6 +24,18 @@ pub trait Knobs {
     /// # Errors
     /// What is wrong; it names the device.
     fn open(&self) -> Result<Box<dyn Opened>, OpenError>;
+
+    /// As [`open`](Self::open), for a device whose host side was handed over open: the queues of a TAP.
+    ///
+    /// # Errors
+    /// What is wrong with them, or that the device takes none.
+    fn adopt(&self, _fds: Vec<OwnedFd>) -> Result<Box<dyn Opened>, OpenError> {
+        Err(format!(
+            "device {}: only network interfaces take open descriptors",
+            self.id()
+        )
+        .into())
+    }
 }
 
 /// A knob of a device has a value it cannot have.

@@ -20,6 +20,8 @@ pub mod pmem;
 pub mod queue;
 pub mod rng;
 pub mod state;
+#[cfg(test)]
+pub mod test_allocations;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod test_resume;
 #[cfg(any(test, feature = "fuzzing"))]

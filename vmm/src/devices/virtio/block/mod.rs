@@ -10,6 +10,7 @@
 pub mod config;
 mod device;
 mod disk;
+mod ranges;
 mod request;
 mod ring;
 mod state;

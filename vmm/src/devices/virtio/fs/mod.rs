@@ -17,6 +17,7 @@
 
 pub mod config;
 mod credentials;
+mod descriptors;
 mod device;
 mod directory;
 mod filesystem;
@@ -25,6 +26,8 @@ mod inodes;
 mod jail;
 mod message;
 mod mounts;
+mod open_files;
+mod reach;
 mod server;
 mod share;
 mod state;

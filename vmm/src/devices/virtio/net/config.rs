@@ -1,5 +1,6 @@
 //! The knobs of a network interface.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -110,5 +111,9 @@ impl Knobs for NetConfig {
 
     fn open(&self) -> Result<Box<dyn Opened>, OpenError> {
         Ok(Complete::opened(Net::new(self)?))
+    }
+
+    fn adopt(&self, fds: Vec<OwnedFd>) -> Result<Box<dyn Opened>, OpenError> {
+        Ok(Complete::opened(Net::with_fds(self, fds)?))
     }
 }

@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::virtio::device::ActiveQueue;
 use crate::devices::virtio::interrupt::Interrupt;
+use crate::devices::virtio::queue::chain::{Chain, ChainError};
 use crate::devices::virtio::queue::ring;
 use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
@@ -153,6 +154,15 @@ impl ServedQueue {
                 None
             }
         }
+    }
+
+    /// Reads the chain at descriptor `head`, which was taken before and not returned, into `chain`.
+    ///
+    /// # Errors
+    /// As [`Chain::parse`].
+    pub fn parse_head(&self, head: u16, chain: &mut Chain) -> Result<(), ChainError> {
+        let table = GuestAddress(self.queue.desc_table());
+        chain.parse_head(&self.memory, table, head, self.queue.size())
     }
 
     /// Returns a chain to the driver, with the number of bytes written into it.
