@@ -9,10 +9,11 @@ pub mod config;
 pub mod containers;
 pub mod error;
 pub mod handler;
+pub mod host;
 pub mod hypervisor;
 mod instance;
-pub mod journal;
-mod mounts;
+#[cfg(test)]
+mod layers;
 pub mod paths;
 pub mod resource;
 pub mod sandbox;

@@ -10,7 +10,6 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tracing::level_filters::LevelFilter;
-use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::prelude::*;
 
@@ -57,12 +56,7 @@ where
             suffix: suffix(namespace, sandbox),
         })
         .with_writer(writer)
-        .with_filter(
-            Targets::new()
-                .with_default(level)
-                // Its "info" is a page of flags at every mount.
-                .with_target("fuse_backend_rs", LevelFilter::WARN),
-        );
+        .with_filter(level);
     // Fails only if a subscriber is installed already, which then keeps serving.
     let _ = tracing_subscriber::registry().with(layer).try_init();
 }

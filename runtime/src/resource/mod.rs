@@ -16,8 +16,8 @@ use protocols::agent::Storage;
 
 use crate::config::HypervisorConfig;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::journal::{Journal, Undo};
 use crate::hypervisor::Hypervisor;
-use crate::journal::{Journal, Undo};
 use crate::paths::SandboxPaths;
 use crate::types::Mount;
 use cgroup::CgroupsResource;
@@ -154,7 +154,7 @@ fn open_journal(paths: &SandboxPaths) -> Result<Journal> {
     if journal.exists() {
         // What a crashed shim of the same sandbox left; its `delete` may not have run.
         tracing::warn!(journal = %journal.display(), "state of an earlier sandbox is cleaned up");
-        crate::journal::replay(&journal).map_err(|errors| {
+        crate::host::journal::replay(&journal).map_err(|errors| {
             Error::new(
                 ErrorKind::AlreadyExists,
                 format!("sandbox state {}: {}", paths.state().display(), errors.join("; ")),

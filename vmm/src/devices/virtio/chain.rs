@@ -99,28 +99,31 @@ impl Buffers {
 
     /// The bytes from `offset` on, at most `len` of them.
     pub fn sub(&self, offset: u64, len: u64) -> Self {
-        let mut skip = offset;
-        let mut left = len;
         let mut out = Self::default();
-        for &(address, part) in &self.parts {
-            let part = u64::from(part);
-            if skip >= part {
-                skip -= part;
-                continue;
-            }
-            let take = (part - skip).min(left);
-            // `parse` checked that the whole buffer is memory, so the address cannot overflow; `take` fits in a u32
-            // because it is at most the descriptor's length.
-            if let (Some(start), Ok(take32)) = (address.checked_add(skip), u32::try_from(take)) {
-                out.push(start, take32);
-            }
-            left -= take;
-            skip = 0;
-            if left == 0 {
-                break;
-            }
+        for (address, len) in self.range(offset, len) {
+            out.push(address, len);
         }
         out
+    }
+
+    /// Where the bytes from `offset` on are, at most `len` of them.
+    fn range(&self, offset: u64, len: u64) -> impl Iterator<Item = (GuestAddress, u32)> {
+        let mut skip = offset;
+        let mut left = len;
+        let parts = self.parts.iter().map_while(move |&(address, part)| {
+            if left == 0 {
+                return None;
+            }
+            let part = u64::from(part);
+            let skipped = skip.min(part);
+            skip -= skipped;
+            let take = (part - skipped).min(left);
+            left -= take;
+            // `parse` checked that the whole buffer is memory, so the address cannot overflow; `take` fits in a u32
+            // because it is at most the descriptor's length.
+            Some((address.checked_add(skipped)?, u32::try_from(take).ok()?))
+        });
+        parts.filter(|(_, len)| *len > 0)
     }
 
     /// Copies `data.len()` bytes at `offset` out of guest memory.
@@ -135,7 +138,7 @@ impl Buffers {
             len: self.len,
         };
         let mut rest = data;
-        for (address, len) in self.sub(offset, wanted as u64).parts {
+        for (address, len) in self.range(offset, wanted as u64) {
             let (now, later) = rest.split_at_mut_checked(len as usize).ok_or(error)?;
             memory.read_slice(now, address).map_err(|_| error)?;
             rest = later;
@@ -155,7 +158,7 @@ impl Buffers {
             len: self.len,
         };
         let mut rest = data;
-        for (address, len) in self.sub(offset, wanted as u64).parts {
+        for (address, len) in self.range(offset, wanted as u64) {
             let (now, later) = rest.split_at_checked(len as usize).ok_or(error)?;
             memory.write_slice(now, address).map_err(|_| error)?;
             rest = later;

@@ -16,6 +16,7 @@ pub mod net;
 pub mod pmem;
 pub mod queue_thread;
 pub mod registers;
+pub mod ring;
 pub mod rng;
 pub mod served_queue;
 pub mod slots;
@@ -135,7 +136,7 @@ impl Interrupt {
 
     fn trigger(&self) {
         if let Err(error) = self.irqfd.write(1) {
-            tracing::error!(%error, "virtio: cannot write the irqfd");
+            guest_log!(ERROR, %error, "virtio: cannot write the irqfd");
         }
     }
 }
@@ -203,7 +204,7 @@ impl Running {
     pub fn stop(self, device: &str) {
         if let Err(error) = self.io.remove(self.worker) {
             // The loop has ended, so it calls nothing any more.
-            tracing::debug!(device, %error, "virtio: reset after the loop");
+            guest_log!(DEBUG, device, %error, "virtio: reset after the loop");
         }
     }
 }

@@ -168,9 +168,9 @@ impl Request {
             Err(error) => {
                 match error {
                     RequestError::Io(_) => {
-                        tracing::warn!(device = %target.id, %error, "block: request failed");
+                        guest_log!(WARN, device = %target.id, %error, "block: request failed");
                     }
-                    _ => tracing::debug!(device = %target.id, %error, "block: request refused"),
+                    _ => guest_log!(DEBUG, device = %target.id, %error, "block: request refused"),
                 }
                 (error.status(), 0)
             }
@@ -178,7 +178,7 @@ impl Request {
         match self.status.write(&self.memory, 0, &[status]) {
             Ok(()) => written.saturating_add(1),
             Err(error) => {
-                tracing::debug!(device = %target.id, %error, "block: no status written");
+                guest_log!(DEBUG, device = %target.id, %error, "block: no status written");
                 0
             }
         }

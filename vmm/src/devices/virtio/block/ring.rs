@@ -32,9 +32,12 @@ pub(super) fn available() -> Result<(), &'static str> {
         let result = probe();
         match &result {
             Ok(()) => {
-                tracing::info!("block: engine io_uring: the kernel has all operations and restrictions");
+                guest_log!(
+                    INFO,
+                    "block: engine io_uring: the kernel has all operations and restrictions"
+                );
             }
-            Err(reason) => tracing::info!(%reason, "block: engine sync: io_uring cannot be used"),
+            Err(reason) => guest_log!(INFO, %reason, "block: engine sync: io_uring cannot be used"),
         }
         result
     });
@@ -95,7 +98,7 @@ pub(super) fn choose(id: &str, engine: BlockEngine, in_memory: bool) -> Result<b
     match engine {
         BlockEngine::Sync => Ok(false),
         BlockEngine::Auto if in_memory => {
-            tracing::info!(device = %id, "block: engine sync: the image is in memory");
+            guest_log!(INFO, device = %id, "block: engine sync: the image is in memory");
             Ok(false)
         }
         BlockEngine::Auto => Ok(available().is_ok()),
@@ -183,7 +186,7 @@ impl Drop for Ring {
     fn drop(&mut self) {
         // The kernel takes a closed ring apart in the background. The image must not stay open, and locked, until then.
         if let Err(error) = self.ring.submitter().unregister_files() {
-            tracing::warn!(%error, "block: the image stays open until the kernel has freed the ring");
+            guest_log!(WARN, %error, "block: the image stays open until the kernel has freed the ring");
         }
     }
 }

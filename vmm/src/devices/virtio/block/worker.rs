@@ -60,7 +60,7 @@ impl Worker {
                 }
                 // It was there when the disk was made; out of file descriptors or locked memory.
                 Err(error) if engine == BlockEngine::Auto => {
-                    tracing::warn!(device = %target.id, queue = index, %error, "block: no ring to be had, queue served synchronously");
+                    guest_log!(WARN, device = %target.id, queue = index, %error, "block: no ring to be had, queue served synchronously");
                 }
                 Err(error) => return Err(failed("cannot make an io_uring")(error)),
             }

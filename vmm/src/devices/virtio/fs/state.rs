@@ -274,7 +274,7 @@ fn save_inodes<'a>(
                 identity,
             }),
             (None, None) => {
-                tracing::debug!(path = %lossy(&path), "fs: the guest knows a file without a name, left out");
+                guest_log!(DEBUG, path = %lossy(&path), "fs: the guest knows a file without a name, left out");
             }
             (None, Some(count)) => {
                 return Err(format!(

@@ -25,7 +25,7 @@ pub(super) fn serve(
     let chain = match Chain::parse(memory, chain, limit) {
         Ok(chain) => chain,
         Err(error) => {
-            tracing::debug!(%error, "net: control chain dropped");
+            guest_log!(DEBUG, %error, "net: control chain dropped");
             counters.control_errors.add(1);
             return 0;
         }
@@ -46,7 +46,7 @@ pub(super) fn serve(
     match chain.writable.write(memory, 0, &[ack as u8]) {
         Ok(()) => 1,
         Err(error) => {
-            tracing::debug!(%error, "net: answer to a command lost");
+            guest_log!(DEBUG, %error, "net: answer to a command lost");
             0
         }
     }

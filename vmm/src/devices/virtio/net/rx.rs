@@ -165,7 +165,7 @@ impl RxQueue {
                 Ok(len) if len >= HEADER => len,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return RxWait::Frame,
                 other => {
-                    tracing::warn!(result = ?other, "net: the TAP is gone, nothing is received any more");
+                    guest_log!(WARN, result = ?other, "net: the TAP is gone, nothing is received any more");
                     counters.rx_errors.add(1);
                     return RxWait::Gone;
                 }
@@ -256,7 +256,7 @@ impl RxQueue {
         let first = self.held.front().and_then(|held| held.buffers.as_ref());
         let fits = self.merge || first.is_some_and(|buffers| len as u64 <= buffers.len());
         if len > FRAME_MAX || !fits {
-            tracing::debug!(len, "net: frame larger than the driver's buffers, dropped");
+            guest_log!(DEBUG, len, "net: frame larger than the driver's buffers, dropped");
             counters.rx_dropped.add(1);
             return;
         }
@@ -283,7 +283,7 @@ impl RxQueue {
             let room = usize::try_from(buffers.len() - skip).unwrap_or(usize::MAX);
             let (now, later) = rest.split_at(room.min(rest.len()));
             if let Err(error) = buffers.write(memory, skip, now) {
-                tracing::debug!(%error, "net: a part of a frame is lost");
+                guest_log!(DEBUG, %error, "net: a part of a frame is lost");
             }
             (rest, skip) = (later, 0);
         }
@@ -326,7 +326,7 @@ impl RxQueue {
         if let Some(first) = first
             && let Err(error) = first.write(memory, NUM_BUFFERS, &count)
         {
-            tracing::debug!(%error, "net: num_buffers is lost");
+            guest_log!(DEBUG, %error, "net: num_buffers is lost");
         }
         self.queue.complete_together(&used);
         counters.rx_frames.add(1);
@@ -340,7 +340,8 @@ fn parse(memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>, limit: u16)
     let buffers = match Chain::parse(memory, chain, limit) {
         Ok(chain) if chain.writable.len() >= HEADER as u64 => Some(chain.writable),
         Ok(chain) => {
-            tracing::debug!(
+            guest_log!(
+                DEBUG,
                 head,
                 bytes = chain.writable.len(),
                 "net: receive buffer too small"
@@ -348,7 +349,7 @@ fn parse(memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>, limit: u16)
             None
         }
         Err(error) => {
-            tracing::debug!(%error, "net: receive chain dropped");
+            guest_log!(DEBUG, %error, "net: receive chain dropped");
             None
         }
     };

@@ -72,17 +72,21 @@ impl TxQueue {
                                 break;
                             }
                             Err(error) => {
-                                tracing::debug!(%error, "net: the TAP refused a frame");
+                                guest_log!(DEBUG, %error, "net: the TAP refused a frame");
                                 counters.tx_errors.add(1);
                             }
                         }
                     }
                     Ok(chain) => {
-                        tracing::debug!(bytes = chain.readable.len(), "net: chain is no frame, dropped");
+                        guest_log!(
+                            DEBUG,
+                            bytes = chain.readable.len(),
+                            "net: chain is no frame, dropped"
+                        );
                         counters.tx_malformed.add(1);
                     }
                     Err(error) => {
-                        tracing::debug!(%error, "net: transmit chain dropped");
+                        guest_log!(DEBUG, %error, "net: transmit chain dropped");
                         counters.tx_malformed.add(1);
                     }
                 }

@@ -235,7 +235,7 @@ impl NetWorker {
             && let Some(pair) = self.pairs.get_mut(index)
             && pair.watched.is_some()
         {
-            tracing::warn!(device = %self.shared.id, pair = index, "net: the TAP is gone");
+            guest_log!(WARN, device = %self.shared.id, pair = index, "net: the TAP is gone");
             pair.rx_wait = RxWait::Gone;
             unwatch(&self.shared.id, pair, ops);
         }
@@ -269,7 +269,7 @@ impl NetWorker {
             match ops.modify(Events::with_data_raw(fd, token::of(token::TAP, index), interest)) {
                 Ok(()) => pair.watched = Some(interest),
                 Err(error) => {
-                    tracing::error!(device = %self.shared.id, ?error, "net: cannot watch the TAP");
+                    guest_log!(ERROR, device = %self.shared.id, ?error, "net: cannot watch the TAP");
                 }
             }
         }
@@ -285,7 +285,7 @@ fn unwatch(device: &str, pair: &mut Pair, ops: &mut EventOps) {
             EventSet::empty(),
         ))
     {
-        tracing::error!(device, ?error, "net: cannot stop watching the TAP");
+        guest_log!(ERROR, device, ?error, "net: cannot stop watching the TAP");
     }
     if pair.tx_wait == TxWait::Space {
         // What waits for space would wait for ever: it is refused now.
@@ -307,9 +307,9 @@ fn switch_pairs(device: &str, pairs: &[Pair], wanted: usize, active: &mut usize)
             true
         }
         Err(error) => {
-            tracing::warn!(device, wanted, %error, "net: cannot switch queues of the TAP");
+            guest_log!(WARN, device, wanted, %error, "net: cannot switch queues of the TAP");
             if let Err(error) = switch(*active) {
-                tracing::error!(device, active, %error, "net: nor switch them back");
+                guest_log!(ERROR, device, active, %error, "net: nor switch them back");
             }
             false
         }
@@ -321,7 +321,7 @@ impl MutEventSubscriber for NetWorker {
         let mut watch = |fd, token, set| {
             let result = ops.add(Events::with_data_raw(fd, token, set));
             if let Err(error) = &result {
-                tracing::error!(device = %self.shared.id, token, ?error, "net: cannot watch");
+                guest_log!(ERROR, device = %self.shared.id, token, ?error, "net: cannot watch");
             }
             result.is_ok()
         };

@@ -10,7 +10,10 @@ use virtio_bindings::virtio_blk::{
 
 use super::*;
 use crate::devices::virtio::block::BlockError;
-use crate::devices::virtio::test_ring::{INDIRECT, MEMORY_SIZE, NEXT, Used, WRITE, survive_malformed_chains};
+use crate::devices::virtio::test_ring::{
+    INDIRECT, MEMORY_SIZE, NEXT, Used, WRITE, flood, survive_malformed_chains,
+};
+use crate::guest_log::recorder::assert_limited;
 
 on_each_engine![
     read_when_scattered_fills_every_buffer,
@@ -304,6 +307,7 @@ fn large_request_crosses_memory_limits_safely(engine: BlockEngine) {
 fn malformed_chains_are_returned(engine: BlockEngine) {
     let mut f = Fixture::new(engine, false);
     survive_malformed_chains(&mut f.rings[0]);
+    assert_limited(&["block: chain dropped"], 300, || flood(&mut f.rings[0], 300));
     assert_eq!(f.on_disk(0, 4096)[..512], [1; 512]);
     assert_eq!(f.request(VIRTIO_BLK_T_IN, 0, &[Buf::Write(DATA, 512)]).1, OK);
 }

@@ -101,7 +101,7 @@ impl Intake {
         let request = match Chain::parse(&memory, chain, self.queue.size()) {
             Ok(chain) => Request::new(&self.target, &memory, head, &chain),
             Err(error) => {
-                tracing::debug!(device = %self.target.id, %error, "block: chain dropped");
+                guest_log!(DEBUG, device = %self.target.id, %error, "block: chain dropped");
                 None
             }
         };

@@ -47,11 +47,11 @@ impl SyncWorker {
     /// Waits for the request in hand, if any, and ends the thread. Says where the queue stands.
     pub(super) fn stop(self, device: &str) -> Option<QueuePosition> {
         if let Err(error) = self.stop.write(1) {
-            tracing::error!(device, %error, "block: cannot wake the worker to stop it");
+            guest_log!(ERROR, device, %error, "block: cannot wake the worker to stop it");
         }
         let position = self.thread.join();
         if position.is_err() {
-            tracing::error!(device, "block: the worker panicked");
+            guest_log!(ERROR, device, "block: the worker panicked");
         }
         position.ok()
     }
@@ -65,7 +65,7 @@ fn run(mut intake: Intake, stop: &EventFd) -> QueuePosition {
             Ok(false) => {}
             Ok(true) => break,
             Err(error) => {
-                tracing::error!(device = %intake.target.id, %error, "block: poll failed, worker ends");
+                guest_log!(ERROR, device = %intake.target.id, %error, "block: poll failed, worker ends");
                 break;
             }
         }

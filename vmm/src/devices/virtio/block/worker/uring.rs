@@ -113,7 +113,7 @@ impl UringWorker {
         match self.timer.reset(wait.max(Duration::from_nanos(1)), None) {
             Ok(()) => self.armed = Some(until),
             Err(error) => {
-                tracing::error!(device = %self.intake.target.id, %error, "block: cannot arm the timer");
+                guest_log!(ERROR, device = %self.intake.target.id, %error, "block: cannot arm the timer");
                 self.intake.queue.kick_self();
             }
         }
@@ -193,11 +193,11 @@ impl UringWorker {
                     Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM)
                 ) =>
             {
-                tracing::debug!(device = %self.intake.target.id, %error, "block: submission put off");
+                guest_log!(DEBUG, device = %self.intake.target.id, %error, "block: submission put off");
                 true
             }
             Err(error) => {
-                tracing::error!(device = %self.intake.target.id, %error, "block: io_uring_enter failed, queue stopped");
+                guest_log!(ERROR, device = %self.intake.target.id, %error, "block: io_uring_enter failed, queue stopped");
                 self.broken = true;
                 true
             }
@@ -240,7 +240,7 @@ impl UringWorker {
         }
         if self.pushed > 0 {
             // Only a ring the kernel no longer answers on gets here. It may still move bytes.
-            tracing::error!(device = %self.intake.target.id, requests = self.pushed, "block: requests in flight given up, their memory is kept");
+            guest_log!(ERROR, device = %self.intake.target.id, requests = self.pushed, "block: requests in flight given up, their memory is kept");
             std::mem::forget(std::mem::take(&mut self.slots));
             self.pushed = 0;
         }
@@ -269,7 +269,7 @@ impl MutEventSubscriber for UringWorker {
             .into_iter()
             .try_for_each(|events| ops.add(events))
         {
-            tracing::error!(device = %self.intake.target.id, ?error, "block: cannot watch the queue");
+            guest_log!(ERROR, device = %self.intake.target.id, ?error, "block: cannot watch the queue");
         }
         // Requests may have come while no worker looked.
         self.intake.queue.kick_self();

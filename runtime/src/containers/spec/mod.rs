@@ -1,12 +1,14 @@
 //! From the host's OCI spec to the guest's: what only makes sense on the host is taken out, loudly where a user could
 //! miss it.
 
+pub(super) mod bundle;
+
 use std::path::PathBuf;
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType, Process, Spec};
 use protocols::oci_convert::uncarried;
 
-use super::bundle::ContainerType;
+use bundle::ContainerType;
 
 /// What the guest's spec gets in place of the host's.
 #[derive(Debug, Clone, Default)]
