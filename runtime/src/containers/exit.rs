@@ -102,7 +102,7 @@ impl VirtContainerManager {
             // The guest keeps something; the host side must not.
             Err(error) => tracing::warn!(container = container.id, %error, "remove in the guest"),
         }
-        container.host.clone().remove().await;
+        container.host.cleanup().await;
         self.remove(&container.id);
         Ok(exit)
     }

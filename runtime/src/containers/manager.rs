@@ -136,7 +136,8 @@ impl Slot {
 #[async_trait]
 impl ContainerManager for VirtContainerManager {
     async fn create_container(&self, request: CreateContainerRequest, spec: Spec) -> Result<u32> {
-        self.create(request, spec).await
+        let prepared = self.prepare(request, spec).await?;
+        self.create_prepared(prepared).await
     }
 
     async fn pause_container(&self, container: &str) -> Result<()> {

@@ -19,9 +19,9 @@ use crate::types::{
 };
 
 pub use manager::VirtContainerManager;
-pub use spec::bundle::{ContainerType, container_type, dns, load_spec, netns};
+pub use spec::bundle::{ContainerType, container_type, load_spec};
 
-/// Kata's container manager. Errors have the kinds of containerd's shim contract: `NotFound` for an unknown id,
+/// Kata's container manager; `pid` and `need_shutdown_sandbox` are for the Sandbox API, which shares it. Errors have the kinds of containerd's shim contract: `NotFound` for an unknown id,
 /// `AlreadyExists` for a taken one, `FailedPrecondition` for a call in the wrong state.
 #[async_trait]
 pub trait ContainerManager: Send + Sync {

@@ -3,7 +3,9 @@
 //! KVM's cost depends on the order (design decision 3): all memslots, then the interrupt controllers, vCPUs, irqfds, and
 //! ioeventfds last.
 
+use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvm_bindings::kvm_cpuid_entry2;
@@ -103,6 +105,7 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         fds.push(vcpu);
     }
 
+    let lifecycle = Arc::new(Lifecycle::new());
     let mut origin = Origin::default();
     if config.memory.track_writes {
         let log = WriteLog::new(&memory, windows.layout(), Beneath::Zeros);
@@ -122,8 +125,9 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         acpi: plan.acpi,
         console,
         vcpus: config.vcpus,
+        lifecycle: lifecycle.clone(),
     };
-    let (machine, lifecycle) = parts.assemble()?;
+    let machine = parts.assemble()?;
     let input = machine.board.serial.clone().map_or(plan.input, Input::Serial);
     let mut built = Built {
         machine,
@@ -208,6 +212,8 @@ pub struct Parts {
     pub console: ConsoleLog,
     /// Processors of the configuration.
     pub vcpus: VcpuConfig,
+    /// The machine's state.
+    pub lifecycle: Arc<Lifecycle>,
 }
 
 impl Parts {
@@ -215,12 +221,11 @@ impl Parts {
     ///
     /// # Errors
     /// [`BuildError`].
-    pub fn assemble(self) -> Result<(Machine, Arc<Lifecycle>), BuildError> {
+    pub fn assemble(self) -> Result<Machine, BuildError> {
         let VcpuConfig { boot, max } = self.vcpus;
         let hotplug = Arc::new(CpuHotplug::new(self.shared.clone(), boot, max));
         let board = board(&self.vm, &self.acpi, self.registers, self.shared, &self.console)?;
         let (pio, mmio) = buses(&board, &hotplug)?;
-        let lifecycle = Arc::new(Lifecycle::new());
         let vcpus = Vcpus {
             threads: Vec::new(),
             spare: Vec::new(),
@@ -229,13 +234,13 @@ impl Parts {
                 max,
                 pio,
                 mmio,
-                lifecycle: lifecycle.clone(),
+                lifecycle: self.lifecycle,
             },
             hotplug,
         };
         let io = IoLoop::spawn("vmm-io")?;
         let memory = (self.memory, self.windows, self.origin);
-        Ok((Machine::new(self.vm, memory, board, vcpus, io), lifecycle))
+        Ok(Machine::new(self.vm, memory, board, vcpus, io))
     }
 }
 
@@ -415,6 +420,8 @@ pub struct Opener<'c> {
     pub input: Input,
     /// The host side of the vsock device.
     pub vsock: Option<VsockHandle>,
+    /// Open TAP queues, by id of the network device.
+    pub tap_fds: BTreeMap<String, Vec<OwnedFd>>,
 }
 
 impl<'c> Opener<'c> {
@@ -425,6 +432,7 @@ impl<'c> Opener<'c> {
             console: ConsoleLog::default(),
             input: Input::Off,
             vsock: None,
+            tap_fds: BTreeMap::new(),
         }
     }
 
@@ -460,6 +468,10 @@ impl<'c> Opener<'c> {
                 return Err(error(mem::DEVICE_ID)("comes with the memory".to_owned()));
             }
             (Content::Device(config), _) => devices::open(config).map_err(error(config.id()))?,
+            (Content::Adopted(config), _) => {
+                let fds = self.tap_fds.remove(config.id()).unwrap_or_default();
+                devices::adopt(config, fds).map_err(error(config.id()))?
+            }
         })
     }
 }

@@ -1,5 +1,7 @@
 //! From a device's configuration to the device.
 
+use std::os::fd::OwnedFd;
+
 use crate::config::{BalloonConfig, DeviceConfig};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::Balloon;
@@ -37,6 +39,20 @@ pub fn open(config: &DeviceConfig) -> Result<Opened, String> {
         }
     };
     Ok(Opened::Device(device))
+}
+
+/// As [`open`], for a device whose host side was handed over open: the queues of a TAP.
+///
+/// # Errors
+/// What is wrong, for an error that already names the device.
+pub fn adopt(config: &DeviceConfig, fds: Vec<OwnedFd>) -> Result<Opened, String> {
+    match config {
+        DeviceConfig::Net(config) => {
+            let net = Net::with_fds(config, fds).map_err(|e| e.to_string())?;
+            Ok(Opened::Device(Box::new(net)))
+        }
+        _ => Err("only network interfaces take open descriptors".to_owned()),
+    }
 }
 
 impl Opened {

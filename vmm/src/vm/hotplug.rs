@@ -20,8 +20,8 @@ impl Vm {
     /// [`HotplugError`]; the machine is as before.
     pub fn add_device(&self, config: DeviceConfig) -> Result<DeviceInfo, HotplugError> {
         config.validate()?;
-        self.plug(&config, || Ok((devices::open(&config)?, ())))
-            .map(|(info, ())| info)
+        let open = || Ok((devices::open(&config)?, ()));
+        self.plug(&config, Content::Device, open).map(|(info, ())| info)
     }
 
     /// As [`add_device`](Self::add_device), for a network interface: also gives a handle to change its link and limits,
@@ -36,7 +36,11 @@ impl Vm {
     ) -> Result<(DeviceInfo, NetHandle), HotplugError> {
         let device = DeviceConfig::Net(config.clone());
         device.validate()?;
-        self.plug(&device, || {
+        let content = match tap_fds.is_empty() {
+            true => Content::Device,
+            false => Content::Adopted,
+        };
+        self.plug(&device, content, || {
             let net = match tap_fds.is_empty() {
                 true => Net::new(&config),
                 false => Net::with_fds(&config, tap_fds),
@@ -51,6 +55,7 @@ impl Vm {
     fn plug<T>(
         &self,
         config: &DeviceConfig,
+        content: impl FnOnce(Box<DeviceConfig>) -> Content,
         open: impl FnOnce() -> Result<(Opened, T), String>,
     ) -> Result<(DeviceInfo, T), HotplugError> {
         let id = config.id().to_owned();
@@ -78,7 +83,7 @@ impl Vm {
                 source,
             };
             let info = machine
-                .plug(slot, Content::Device(Box::new(config.clone())), device)
+                .plug(slot, content(Box::new(config.clone())), device)
                 .map_err(|e| host_error(e.what, e.source))?;
             if let Err(error) = machine.board.ged.notify(Event::Slots) {
                 machine.unplug(slot);

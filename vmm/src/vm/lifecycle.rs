@@ -101,6 +101,11 @@ impl Lifecycle {
         }
     }
 
+    /// Why the machine ends or has ended.
+    pub fn ending(&self) -> Option<ExitReason> {
+        self.lock().ending.clone()
+    }
+
     /// Waits until somebody calls [`finish`](Self::finish).
     pub fn wait_ending(&self) -> ExitReason {
         let mut inner = self.lock();

@@ -62,6 +62,18 @@ pub enum Content {
     Mem,
     /// A device of the configuration, or one that was added.
     Device(Box<DeviceConfig>),
+    /// The same for a device whose host side was handed over open: it cannot be opened by name.
+    Adopted(Box<DeviceConfig>),
+}
+
+impl Content {
+    /// The device's configuration, if it has one of its own.
+    pub fn config(&self) -> Option<&DeviceConfig> {
+        match self {
+            Self::Device(config) | Self::Adopted(config) => Some(config),
+            Self::Console | Self::Vsock | Self::Mem => None,
+        }
+    }
 }
 
 /// The processors of a machine.

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::Spec;
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -62,39 +62,6 @@ pub fn container_type(spec: &Spec) -> ContainerType {
         Some("sandbox" | "podsandbox" | "pod_sandbox") => ContainerType::PodSandbox,
         Some("container" | "pod_container") => ContainerType::PodContainer,
         _ => ContainerType::SingleContainer,
-    }
-}
-
-/// Path of the network namespace the spec names.
-pub fn netns(spec: &Spec) -> Option<std::path::PathBuf> {
-    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
-    let network = namespaces
-        .iter()
-        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)?;
-    network.path().clone().filter(|path| !path.as_os_str().is_empty())
-}
-
-/// Lines of the file that is mounted on /etc/resolv.conf.
-pub fn dns(spec: &Spec) -> Vec<String> {
-    let mount = spec
-        .mounts()
-        .iter()
-        .flatten()
-        .find(|mount| mount.destination() == Path::new("/etc/resolv.conf"));
-    let Some(source) = mount.and_then(|mount| mount.source().as_ref()) else {
-        return Vec::new();
-    };
-    match fs::read_to_string(source) {
-        Ok(text) => text
-            .lines()
-            .map(str::trim)
-            .filter(|line| !line.is_empty() && !line.starts_with('#'))
-            .map(Into::into)
-            .collect(),
-        Err(error) => {
-            tracing::warn!(path = %source.display(), %error, "DNS configuration");
-            Vec::new()
-        }
     }
 }
 

@@ -21,6 +21,8 @@ pub mod rng;
 pub mod served_queue;
 pub mod slots;
 pub mod state;
+#[cfg(test)]
+pub mod test_allocations;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod test_resume;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -284,8 +286,8 @@ pub trait VirtioDevice: Any + Send {
     fn reset(&mut self);
 
     /// Stops the worker as [`reset`](Self::reset) does, but forgets nothing: requests already taken from a queue are
-    /// finished and returned, requests not taken stay in the rings, and connections, leases and positions are kept for
-    /// the next [`activate`](Self::activate). Returns where each queue given at activation stands; empty on an inactive
+    /// finished and returned (or begun anew by the next [`activate`](Self::activate), when that would take a time the
+    /// guest chooses), requests not taken stay in the rings, and connections, leases and positions are kept. Returns where each queue given at activation stands; empty on an inactive
     /// device.
     fn suspend(&mut self) -> Vec<QueuePosition>;
 

@@ -11,6 +11,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::chain::{Chain, ChainError};
 use super::state::QueuePosition;
 use super::{ActiveQueue, Interrupt, ring};
 use crate::memory::GuestMemory;
@@ -151,6 +152,15 @@ impl ServedQueue {
                 None
             }
         }
+    }
+
+    /// Reads the chain at descriptor `head`, which was taken before and not returned, into `chain`.
+    ///
+    /// # Errors
+    /// As [`Chain::parse`].
+    pub fn parse_head(&self, head: u16, chain: &mut Chain) -> Result<(), ChainError> {
+        let table = GuestAddress(self.queue.desc_table());
+        chain.parse_head(&self.memory, table, head, self.queue.size())
     }
 
     /// Returns a chain to the driver, with the number of bytes written into it.

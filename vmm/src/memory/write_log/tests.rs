@@ -233,7 +233,8 @@ impl Setup {
             }
             Kind::Paged => {
                 let watch = Watch::MissingAndWrites;
-                let started = Pager::start(&memory, &layout(), file.as_file(), watch).unwrap();
+                let started =
+                    Pager::start(&memory, &layout(), file.as_file(), watch, |_| unreachable!()).unwrap();
                 Beneath::Pager(pager.insert(started).userfaultfd().clone())
             }
         };
