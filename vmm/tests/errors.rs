@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use dragonball::Vm;
 use dragonball::config::{
-    BalloonConfig, BlockConfig, DeviceConfig, NetConfig, PmemConfig, RngConfig, VcpuConfig, VmConfig,
+    BalloonConfig, BlockConfig, CpuTemplate, DeviceConfig, NetConfig, PmemConfig, RngConfig, VcpuConfig,
+    VmConfig,
 };
 use guest::{Code, Scratch, config, elf};
 
