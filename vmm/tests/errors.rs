@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use dragonball::Vm;
 use dragonball::config::{
-    BalloonConfig, BlockConfig, DeviceConfig, NetConfig, PmemConfig, RngConfig, VcpuConfig, VmConfig,
+    BalloonConfig, BlockConfig, CpuTemplate, DeviceConfig, NetConfig, PmemConfig, RngConfig, VcpuConfig,
+    VmConfig,
 };
 use guest::{Code, Scratch, config, elf};
 
@@ -225,5 +226,13 @@ fn new_when_a_pmem_file_cannot_be_used_names_device_and_file() {
     assert!(
         message.contains("neither a regular file nor a block device"),
         "{message}"
+    );
+}
+
+#[test]
+fn new_when_nested_virtualization_meets_a_template_is_refused() {
+    assert_eq!(
+        error(|_, c| (c.cpu.nested, c.cpu.template) = (true, CpuTemplate::V3)),
+        "configuration: cpu: nested is true with template x86-64-v3: need template none"
     );
 }

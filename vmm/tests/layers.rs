@@ -38,7 +38,7 @@ const VIRTIO_FLOORS: [&str; 7] = [
     "queue",
     "worker",
     "config",
-    "image_lock",
+    "image",
 ];
 
 /// Modules `devices/virtio/mod.rs` also shows under a shorter name.

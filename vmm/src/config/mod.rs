@@ -17,6 +17,7 @@ pub use crate::devices::virtio::pmem::config::PmemConfig;
 pub use crate::devices::virtio::rng::config::RngConfig;
 pub use crate::devices::virtio::vsock::config::VsockConfig;
 pub use crate::rate_limiter::{BucketConfigError, RateLimiterConfig, TokenBucketConfig};
+pub use crate::vcpu::cpuid::{CpuConfig, CpuTemplate};
 pub use device::DeviceConfig;
 
 /// Smallest guest memory, in MiB.
@@ -33,6 +34,9 @@ pub struct VmConfig {
     pub id: String,
     /// Processors.
     pub vcpus: VcpuConfig,
+    /// What the processors can.
+    #[serde(default)]
+    pub cpu: CpuConfig,
     /// RAM.
     pub memory: MemoryConfig,
     /// What to boot.
@@ -116,6 +120,9 @@ pub enum ConfigError {
         /// Requested maximum.
         max: u8,
     },
+    /// A template cannot make the host's support for nested virtualization look like another's.
+    #[error("cpu: nested is true with template {0}: need template none")]
+    NestedTemplate(CpuTemplate),
     /// Memory below the minimum.
     #[error("memory: {0} MiB is below the minimum of {MIN_MEMORY_MIB} MiB")]
     Memory(u64),
@@ -156,6 +163,9 @@ impl VmConfig {
         let VcpuConfig { boot, max } = self.vcpus;
         if boot == 0 || boot > max || max > MAX_VCPUS {
             return Err(ConfigError::Vcpus { boot, max });
+        }
+        if self.cpu.nested && self.cpu.template != CpuTemplate::None {
+            return Err(ConfigError::NestedTemplate(self.cpu.template));
         }
         if self.memory.size_mib < MIN_MEMORY_MIB {
             return Err(ConfigError::Memory(self.memory.size_mib));

@@ -1,10 +1,10 @@
 //! Guest physical memory.
 //!
 //! RAM and the windows above it are mapped once, at boot, as one [`GuestMemory`] that every device holds. Windows cost
-//! nothing until they are touched, and the vCPUs see only the parts that are plugged ([`window`]). Devices can reach all
-//! of a window: descriptors may point into it (pages of a DAX file system are given to other devices), and a hostile guest
-//! can make devices fill parts that are not plugged. What that can cost the host is bounded by the configured sizes of the
-//! windows, as if all of it were plugged.
+//! nothing until they are touched, and the vCPUs see only the parts that are plugged ([`window`]). Descriptors may point into
+//! a window (pages of a DAX file system are given to other devices). Blocks of the window of virtio-mem that are not plugged
+//! are sealed ([`seal`]): neither vCPUs nor devices can make the host hold memory there. The window of virtio-pmem is bounded
+//! by its configured size.
 
 mod discard;
 pub mod image;
@@ -12,6 +12,7 @@ pub mod layout;
 mod memslots;
 pub mod page_set;
 pub mod pager;
+pub mod seal;
 pub mod userfaultfd;
 pub mod window;
 pub mod write_log;

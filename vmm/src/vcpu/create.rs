@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_MP_STATE_UNINITIALIZED, kvm_cpuid_entry2, kvm_mp_state};
+use kvm_bindings::{KVM_MP_STATE_UNINITIALIZED, kvm_mp_state};
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::bus::Bus;
 use crate::kvm::{IoctlError, ioctl_error};
 use crate::lifecycle::Lifecycle;
-use crate::vcpu::cpuid::{self, CpuidError};
+use crate::vcpu::cpuid::{self, CpuModel, CpuidError};
 use crate::vcpu::metrics::VcpuCounters;
 use crate::vcpu::regs::{self, RegsError};
 use crate::vcpu::run::Vcpu;
@@ -30,8 +30,8 @@ pub enum VcpuError {
 /// What all vCPUs of a machine have in common.
 #[derive(Debug)]
 pub struct VcpuContext {
-    /// CPUID before each vCPU's own topology.
-    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// What they can.
+    pub model: CpuModel,
     /// vCPUs that can exist.
     pub max: u8,
     /// Port I/O.
@@ -46,13 +46,16 @@ pub struct VcpuContext {
 ///
 /// # Errors
 /// [`VcpuError`]; KVM keeps the vCPU it may have created until the VM ends.
-pub fn create(vm: &VmFd, base: &[kvm_cpuid_entry2], index: u8, max: u8) -> Result<VcpuFd, VcpuError> {
+pub fn create(vm: &VmFd, model: &CpuModel, index: u8, max: u8) -> Result<VcpuFd, VcpuError> {
     let vcpu = vm
         .create_vcpu(u64::from(index))
         .map_err(ioctl_error("KVM_CREATE_VCPU"))?;
-    let cpuid = cpuid::for_vcpu(base, index, max)?;
+    let cpuid = cpuid::for_vcpu(&model.cpuid, index, max)?;
     vcpu.set_cpuid2(&cpuid).map_err(ioctl_error("KVM_SET_CPUID2"))?;
     regs::set_msrs(&vcpu, index)?;
+    if let Some(value) = model.arch_capabilities {
+        regs::set_arch_capabilities(&vcpu, index, value)?;
+    }
     Ok(vcpu)
 }
 

@@ -8,7 +8,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
@@ -39,8 +38,9 @@ use crate::memory::layout::MemoryLayout;
 use crate::memory::window::{Memslots, Windows};
 use crate::memory::write_log::{Beneath, WriteLog};
 use crate::memory::{self, GuestMemory, layout};
+use crate::vcpu::cpuid::{self, CpuModel};
 use crate::vcpu::create::{self, VcpuContext};
-use crate::vcpu::{cpuid, kick, regs};
+use crate::vcpu::{kick, regs};
 use crate::vm::acpi::Platform;
 use crate::vm::console::Input;
 use crate::vm::error::BuildError;
@@ -89,18 +89,21 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         Ok::<_, BuildError>((kvm?, contents?))
     })?;
-    let KvmParts { vm, cpuid, registers } = kvm;
+    let KvmParts { vm, model, registers } = kvm;
     let (shared, entry) = contents;
 
     let memslots: Arc<dyn Memslots> = vm.clone();
-    let windows = Windows::new(layout, &memory, &memslots);
+    let windows = Windows::new(layout, &memory, &memslots).map_err(|source| BuildError::Host {
+        what: "sealing hotpluggable memory",
+        source,
+    })?;
     // Files of pmem devices get their memslots here, before the irqchip exists.
     let (devices, mem) = connect(plan.devices, &config.memory, &windows)?;
     wiring::split_irqchip(&vm)?;
     let max = config.vcpus.max;
     let mut fds = Vec::new();
     for index in 0..config.vcpus.boot {
-        let vcpu = create::create(&vm, &cpuid, index, max)?;
+        let vcpu = create::create(&vm, &model, index, max)?;
         if index == 0 {
             regs::set_boot_state(&vcpu, &memory, entry)?;
         }
@@ -123,7 +126,7 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         windows,
         registers,
         shared,
-        cpuid,
+        model,
         platform: plan.platform,
         console,
         vcpus: config.vcpus,
@@ -152,7 +155,7 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
 /// KVM's machine with its memory, before there are interrupt controllers and vCPUs.
 struct KvmParts {
     vm: Arc<VmFd>,
-    cpuid: Vec<kvm_cpuid_entry2>,
+    model: CpuModel,
     registers: Arc<RegisterPages>,
 }
 
@@ -160,12 +163,12 @@ impl KvmParts {
     fn new(config: &VmConfig, guest_memory: &GuestMemory, layout: &MemoryLayout) -> Result<Self, BuildError> {
         let kvm = kvm::open()?;
         check_vcpu_limit(&kvm, config)?;
-        let cpuid = cpuid::supported(&kvm)?;
-        check_address_space(cpuid::physical_address_bits(&cpuid), layout)?;
+        let model = CpuModel::new(&kvm, config.cpu)?;
+        check_address_space(cpuid::physical_address_bits(&model.cpuid), layout)?;
         let vm = Arc::new(kvm::create_vm(&kvm)?);
         memory::set_memory(&vm, guest_memory, layout)?;
         let registers = wiring::set_registers(&vm)?;
-        Ok(Self { vm, cpuid, registers })
+        Ok(Self { vm, model, registers })
     }
 }
 
@@ -206,8 +209,8 @@ pub struct Parts {
     pub registers: Arc<RegisterPages>,
     /// What AML reads.
     pub shared: Arc<SharedPage>,
-    /// CPUID before each vCPU's own topology.
-    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// What the vCPUs can.
+    pub model: CpuModel,
     /// GSIs.
     pub platform: Platform,
     /// Where COM1's output goes.
@@ -238,7 +241,7 @@ impl Parts {
             threads: Vec::new(),
             spare: Vec::new(),
             context: VcpuContext {
-                cpuid: self.cpuid,
+                model: self.model,
                 max,
                 pio,
                 mmio,

@@ -134,7 +134,7 @@ impl Machine {
                 vcpu
             }
             None => {
-                let fd = create::create(&self.vm, &vcpus.context.cpuid, index, vcpus.context.max)
+                let fd = create::create(&self.vm, &vcpus.context.model, index, vcpus.context.max)
                     .map_err(|e| host(e.to_string()))?;
                 vcpus.context.connect(index, fd)
             }

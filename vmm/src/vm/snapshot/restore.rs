@@ -28,7 +28,8 @@ use crate::memory::userfaultfd::Watch;
 use crate::memory::window::{Memslots, Windows};
 use crate::memory::write_log::{Beneath, WriteLog};
 use crate::memory::{self, GuestMemory};
-use crate::vcpu::{cpuid, create};
+use crate::vcpu::cpuid::{self, CpuModel};
+use crate::vcpu::create;
 use crate::vm::build::{self, Built, Opener, Parts};
 use crate::vm::console::Input;
 use crate::vm::error::BuildError;
@@ -220,9 +221,9 @@ fn restore(dir: &Path, state: MachineState, options: &RestoreOptions) -> Result<
 
     let kvm = kvm::open().map_err(BuildError::from)?;
     build::check_vcpu_limit(&kvm, &state.config)?;
-    let here = cpuid::supported(&kvm).map_err(BuildError::from)?;
-    cpuid::check_compatible(&state.cpuid, &here).map_err(RestoreError::Cpu)?;
-    build::check_address_space(cpuid::physical_address_bits(&here), &layout)?;
+    let here = CpuModel::of_host(&kvm).map_err(BuildError::from)?;
+    state.cpu.check_compatible(state.config.cpu.template, &here)?;
+    build::check_address_space(cpuid::physical_address_bits(&here.cpuid), &layout)?;
     let vm = Arc::new(kvm::create_vm(&kvm).map_err(BuildError::from)?);
 
     let memory = Arc::new(memory::allocate(&layout).map_err(BuildError::from)?);
@@ -235,7 +236,10 @@ fn restore(dir: &Path, state: MachineState, options: &RestoreOptions) -> Result<
     memory::set_memory(&vm, &memory, &layout).map_err(BuildError::from)?;
     let registers = wiring::set_registers(&vm)?;
     let memslots: Arc<dyn Memslots> = vm.clone();
-    let windows = Windows::new(layout.clone(), &memory, &memslots);
+    let windows = Windows::new(layout.clone(), &memory, &memslots).map_err(|source| BuildError::Host {
+        what: "sealing hotpluggable memory",
+        source,
+    })?;
     wiring::split_irqchip(&vm).map_err(BuildError::from)?;
     let (vcpus, clock) = make_vcpus(&kvm, &vm, &state)?;
 
@@ -246,7 +250,7 @@ fn restore(dir: &Path, state: MachineState, options: &RestoreOptions) -> Result<
         windows,
         registers,
         shared: Arc::new(SharedPage::new(memory.clone())),
-        cpuid: state.cpuid.clone(),
+        model: state.cpu.clone(),
         platform: build::gsis(&state.config, state.slots.len())?,
         console: opener.console.clone(),
         vcpus: state.config.vcpus,
@@ -308,8 +312,8 @@ fn make_vcpus(
     let passed = kvm::realtime_ns().saturating_sub(realtime);
     let mut vcpus = Vec::new();
     for saved in &state.vcpus {
-        let fd = create::create(vm, &state.cpuid, saved.index, state.config.vcpus.max)
-            .map_err(BuildError::from)?;
+        let fd =
+            create::create(vm, &state.cpu, saved.index, state.config.vcpus.max).map_err(BuildError::from)?;
         saved.restore(&fd, passed)?;
         vcpus.push((saved.index, fd));
     }

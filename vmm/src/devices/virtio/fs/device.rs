@@ -241,6 +241,7 @@ impl VirtioDevice for Fs {
             ("write_bytes", read(&share.moved.write_bytes)),
             ("inodes", share.inodes.len() as u64),
             ("open_files", share.handles.len() as u64),
+            ("kept_descriptors", share.descriptors.len() as u64),
             ("mounts", share.root().mounts().len() as u64),
             ("throttled", lock(&self.service.limiter).throttled()),
         ]

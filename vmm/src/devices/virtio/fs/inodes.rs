@@ -132,11 +132,6 @@ impl Inode {
         self.births
     }
 
-    /// See [`Found::foreign`].
-    pub(super) fn foreign(&self) -> bool {
-        self.foreign
-    }
-
     /// References the guest holds.
     pub(super) fn lookups(&self) -> u64 {
         self.lookups.load(Ordering::Relaxed)

@@ -15,6 +15,7 @@
 //! |---|---|
 //! | `fs-<id>-0..n` | all queues, in parallel; own mount namespace with nothing in it, own umask, directory and capabilities |
 
+mod additions;
 mod capabilities;
 pub mod config;
 mod credentials;

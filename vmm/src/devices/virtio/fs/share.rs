@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{ATTR_SUBMOUNT, OpenOptions, stat64};
@@ -92,6 +92,13 @@ pub(super) struct Moved {
     pub(super) write_bytes: AtomicU64,
 }
 
+impl Moved {
+    pub(super) fn add_copied(&self, bytes: u64) {
+        self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.write_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
 /// Everything the guest sees, served by any number of threads.
 #[derive(Debug)]
 pub(super) struct Share {
@@ -107,6 +114,8 @@ pub(super) struct Share {
     /// Agreed on with the guest: it makes a mount of its own of each of the host's.
     submounts: AtomicBool,
     pub(super) moved: Moved,
+    /// Held while a file system is written back.
+    pub(super) syncing: Mutex<()>,
     /// `/proc/self/fd`, to open O_PATH descriptors again.
     pub(super) proc_fds: OwnedFd,
 }
@@ -135,6 +144,7 @@ impl Share {
             writeback: AtomicBool::new(false),
             submounts: AtomicBool::new(false),
             moved: Moved::default(),
+            syncing: Mutex::new(()),
             proc_fds,
         })
     }
@@ -229,7 +239,7 @@ impl Share {
     }
 
     /// What the guest is told of `inode`, to which it has been given a reference.
-    fn entry(&self, inode: &Inode, stat: &Stat, submount: bool) -> Entry {
+    pub(super) fn entry(&self, inode: &Inode, stat: &Stat, submount: bool) -> Entry {
         Entry {
             inode: inode.id(),
             generation: 0,

@@ -335,7 +335,7 @@ fn threads_live_in_an_empty_namespace() {
     assert!(count >= 3, "{count} threads in namespaces of their own");
 }
 
-fn mount(source: &str, target: &Path, kind: &str, flags: u64) {
+pub fn mount(source: &str, target: &Path, kind: &str, flags: u64) {
     let text = |text: &str| CString::new(text).unwrap();
     let (source, kind) = (text(source), text(kind));
     let target = CString::new(target.as_os_str().as_bytes()).unwrap();
@@ -353,7 +353,7 @@ fn mount(source: &str, target: &Path, kind: &str, flags: u64) {
 }
 
 /// Runs `test` on a thread with a mount namespace of its own, so that its mounts end with it.
-fn with_private_mounts(propagation: u64, test: impl FnOnce() + Send) {
+pub fn with_private_mounts(propagation: u64, test: impl FnOnce() + Send) {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             // SAFETY: takes no memory.
