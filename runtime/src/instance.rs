@@ -99,7 +99,7 @@ impl Backend {
         }
         let hypervisor_config = &file.config.hypervisor.dragonball;
         hypervisor_config.check_assets(&file.origins)?;
-        let paths = SandboxPaths::below(&self.root, &context.sandbox_id)?;
+        let paths = SandboxPaths::below(&self.root, &context.namespace, &context.sandbox_id)?;
         let netns = netns(spec);
         let cgroups_path = spec
             .linux()
@@ -121,7 +121,7 @@ impl Backend {
         let start = SandboxStart {
             hostname: spec.hostname().clone().unwrap_or_default(),
             dns: dns(spec),
-            shm_size: shm_size(spec),
+            shm_size: shm_size(spec, &context.sandbox_id),
             netns: netns.map(|path| path.display().to_string()),
             annotations: pod_annotations,
         };

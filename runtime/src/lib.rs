@@ -4,15 +4,18 @@
 //! crate in the types of [`types`]; no containerd wire type enters it.
 
 pub mod agent;
+mod bind;
 pub mod check;
 pub mod config;
 pub mod containers;
+pub mod cri;
 pub mod error;
 pub mod handler;
 pub mod hypervisor;
 mod instance;
 pub mod journal;
 mod mounts;
+mod overlay;
 pub mod paths;
 pub mod resource;
 pub mod sandbox;

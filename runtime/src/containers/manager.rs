@@ -12,10 +12,10 @@ use protocols::agent as wire;
 use protocols::oci_convert::{process_to_wire, resources_to_wire, spec_to_wire};
 use tokio::sync::mpsc;
 
-use super::bundle::container_type;
+use super::bundle::container_kind;
 use super::container::{Container, HostSide, KILLED};
 use super::process::{Phase, Process};
-use super::spec::{GuestSpec, amend, amend_process};
+use super::spec::{GuestSpec, amend, amend_process, amend_resources};
 use super::stdio::{Owner, ProcessIo};
 use super::{ContainerManager, stats};
 use crate::error::{Error, ErrorKind, Result};
@@ -165,7 +165,7 @@ impl VirtContainerManager {
         host: &HostSide,
     ) -> Result<Arc<Process>> {
         let id = &request.container_id;
-        let kind = container_type(&spec);
+        let kind = container_kind(&spec)?;
         let guest = GuestSpec {
             container: id.clone(),
             rootfs: host.rootfs.get_guest_rootfs_path(),
@@ -174,7 +174,7 @@ impl VirtContainerManager {
             terminal: request.stdio.terminal,
             disable_seccomp: self.sandbox.config().runtime.disable_guest_seccomp,
         };
-        for warning in amend(&mut spec, guest, kind) {
+        for warning in amend(&mut spec, guest, &kind)? {
             tracing::warn!(container = id, "{warning}");
         }
         let init = ContainerProcess {
@@ -474,12 +474,10 @@ impl ContainerManager for VirtContainerManager {
 
     async fn update_container(&self, container: &str, resources: &[u8]) -> Result<()> {
         let container = self.container(container)?;
-        let resources: LinuxResources = serde_json::from_slice(resources).map_err(|error| {
-            Error::new(
-                ErrorKind::InvalidArgument,
-                format!("resources of container {}: {error}", container.id),
-            )
-        })?;
+        let what = format!("resources of container {}", container.id);
+        let mut resources: LinuxResources = serde_json::from_slice(resources)
+            .map_err(|error| Error::new(ErrorKind::InvalidArgument, format!("{what}: {error}")))?;
+        amend_resources(&mut resources).map_err(|error| error.context(what))?;
         let request = wire::UpdateContainerRequest {
             container_id: container.id.clone(),
             resources: MessageField::some(resources_to_wire(&resources)),

@@ -17,8 +17,9 @@ use crate::types::{
     ContainerProcess, ContainerStats, CreateContainerRequest, ExecProcessRequest, ProcessExit, ProcessState,
 };
 
-pub use bundle::{ContainerType, container_type, dns, load_spec, netns};
+pub use bundle::{container_kind, dns, load_spec, netns};
 pub use manager::VirtContainerManager;
+pub use spec::check;
 
 /// Kata's container manager. Errors have the kinds of containerd's shim contract: `NotFound` for an unknown id,
 /// `AlreadyExists` for a taken one, `FailedPrecondition` for a call in the wrong state.

@@ -261,7 +261,7 @@ async fn guest_gets_share_rootfs_and_volumes() {
     let bench = bench(Boot::Silent);
     bench.create("c1", &["sleep"]).await.unwrap();
 
-    let share = bench.path("run/kata-containers/shared/sandboxes/c1/shared");
+    let share = bench.path("run/kata-containers/shared/sandboxes/test@c1/shared");
     assert_eq!(
         fs::read_to_string(share.join("passthrough/c1/rootfs/file")).unwrap(),
         "c1"
@@ -694,9 +694,17 @@ async fn cleanup_after_a_crash_removes_everything_twice_over() {
     let bench = bench(Boot::Announced);
     bench.create("c1", &["sleep"]).await.unwrap();
     assert_ne!(bench.leftovers(), Vec::<String>::new());
-    let paths = SandboxPaths::below(&bench.path("run"), "c1").unwrap();
+    let paths = SandboxPaths::below(&bench.path("run"), "test", "c1").unwrap();
 
-    // The shim is "dead": nothing of it is asked.
+    let before = bench.leftovers();
+    let error = cleanup_paths(&paths, &bench.path("c1")).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::AlreadyExists, "{error}");
+    assert_eq!(bench.leftovers(), before, "of a living shim nothing is touched");
+
+    // The shim is "dead": nothing of it is asked, and nobody holds the lock of the file that is found.
+    let copy = paths.state().join("copy");
+    fs::copy(paths.journal(), &copy).unwrap();
+    fs::rename(&copy, paths.journal()).unwrap();
     cleanup_paths(&paths, &bench.path("c1")).unwrap();
     cleanup_paths(&paths, &bench.path("c1")).unwrap();
 

@@ -1,10 +1,9 @@
 //! How big a VM is: once, from the pod's limits, before it starts.
 
-use std::collections::HashMap;
-
 use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::config::HypervisorConfig;
+use crate::cri;
 use crate::error::{Error, Result};
 
 /// Least memory of a VM sized by limits, MiB: kernel and agent must boot. The host gives it page by page.
@@ -20,30 +19,17 @@ pub struct InitialSizeManager {
 impl InitialSizeManager {
     /// Reads the limits: those of the pod as CRI annotates them, or those of the one container.
     pub fn new(spec: &Spec) -> Self {
-        let empty = HashMap::new();
-        let annotations = spec.annotations().as_ref().unwrap_or(&empty);
-        let number = |name: &str| -> Option<i64> {
-            annotations
-                .get(&format!("io.kubernetes.cri.sandbox-{name}"))
-                .and_then(|text| text.parse().ok())
-        };
-        let annotated = Self {
-            vcpus: vcpus(
-                number("cpu-quota"),
-                number("cpu-period").and_then(|period| u64::try_from(period).ok()),
-            ),
-            memory_mib: mib(number("memory")),
-        };
-        if annotations
-            .keys()
-            .any(|name| name.starts_with("io.kubernetes.cri.sandbox-"))
-        {
-            return annotated;
+        let pod = spec.annotations().as_ref().and_then(cri::pod_limits);
+        if let Some(pod) = pod {
+            return Self {
+                vcpus: vcpus(pod.cpu_quota, pod.cpu_period),
+                memory_mib: mib(pod.memory),
+            };
         }
         spec.linux()
             .as_ref()
             .and_then(|linux| linux.resources().as_ref())
-            .map_or(annotated, Self::of_resources)
+            .map_or_else(Self::default, Self::of_resources)
     }
 
     fn of_resources(resources: &LinuxResources) -> Self {
