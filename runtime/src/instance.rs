@@ -7,17 +7,29 @@ use oci_spec::runtime::Spec;
 use tokio::sync::{OnceCell, mpsc};
 
 use crate::agent::KataAgent;
-use crate::config::{self, annotations};
+use crate::config::{self, HypervisorConfig, TomlConfig, annotations};
 use crate::containers::{VirtContainerManager, dns, netns};
 use crate::error::Result;
-use crate::handler::{MakeHypervisor, ShimContext};
-use crate::hypervisor::make_dragonball;
+use crate::hypervisor::{Hypervisor, make_dragonball};
 use crate::paths::SandboxPaths;
 use crate::resource::cpu_mem::InitialSizeManager;
 use crate::resource::volume::shm_size;
 use crate::resource::{ResourceManager, SandboxResources};
 use crate::sandbox::{Sandbox, SandboxStart, VirtSandbox};
 use crate::types::{Event, RuntimeOptions};
+
+/// What the shim knows about itself.
+#[derive(Debug, Clone)]
+pub struct ShimContext {
+    /// Id of the sandbox this process serves.
+    pub sandbox_id: String,
+    /// containerd namespace.
+    pub namespace: String,
+    /// Bundle of the sandbox container.
+    pub bundle: PathBuf,
+    /// Verbose logs, guest console included.
+    pub debug: bool,
+}
 
 /// A sandbox and its containers.
 pub(crate) struct RuntimeInstance {
@@ -59,8 +71,12 @@ impl RuntimeInstance {
     }
 }
 
-/// Where sandboxes come from.
-pub(crate) struct Backend {
+/// How a VM is made; tests replace it.
+pub(crate) type MakeHypervisor =
+    dyn Fn(&HypervisorConfig, &TomlConfig, &SandboxPaths, bool) -> Arc<dyn Hypervisor> + Send + Sync;
+
+/// How a pod is put together, apart from what its spec and configuration say.
+pub(crate) struct Recipe {
     /// In place of `/run`.
     pub(crate) root: PathBuf,
     /// Makes the VM.
@@ -69,7 +85,7 @@ pub(crate) struct Backend {
     pub(crate) cgroups: bool,
 }
 
-impl Default for Backend {
+impl Default for Recipe {
     fn default() -> Self {
         Self {
             root: "/run".into(),
@@ -79,7 +95,7 @@ impl Default for Backend {
     }
 }
 
-impl Backend {
+impl Recipe {
     /// A sandbox as the first container's `spec` and `options` ask for, not started.
     pub(crate) fn sandbox(
         &self,

@@ -4,18 +4,17 @@
 //! crate in the types of [`types`]; no containerd wire type enters it.
 
 pub mod agent;
-mod bind;
 pub mod check;
 pub mod config;
 pub mod containers;
 pub mod cri;
 pub mod error;
 pub mod handler;
+pub mod host;
 pub mod hypervisor;
 mod instance;
-pub mod journal;
-mod mounts;
-mod overlay;
+#[cfg(test)]
+mod layers;
 pub mod paths;
 pub mod resource;
 pub mod sandbox;

@@ -112,67 +112,6 @@ pub struct ProcessState {
     pub exit: Option<ProcessExit>,
 }
 
-/// A request about tasks; see [`TaskResponse`] for the matching answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum TaskRequest {
-    /// → `Pid`
-    CreateContainer(CreateContainerRequest),
-    /// → `Pid`; starts init or an exec.
-    StartProcess(ContainerProcess),
-    /// → `Exit` (with pid); removes a stopped process.
-    DeleteProcess(ContainerProcess),
-    /// → `Done`
-    ExecProcess(ExecProcessRequest),
-    /// → `Done`
-    KillProcess {
-        /// Target.
-        process: ContainerProcess,
-        /// Signal number.
-        signal: u32,
-        /// All processes of the container.
-        all: bool,
-    },
-    /// → `Exit`; waits, before start and after exit too.
-    WaitProcess(ContainerProcess),
-    /// → `State`
-    StateProcess(ContainerProcess),
-    /// → `Done`
-    ResizeProcessPty {
-        /// Target.
-        process: ContainerProcess,
-        /// Columns.
-        width: u32,
-        /// Rows.
-        height: u32,
-    },
-    /// → `Done`; closes the process' stdin.
-    CloseProcessIo(ContainerProcess),
-    /// → `Done`
-    PauseContainer(String),
-    /// → `Done`
-    ResumeContainer(String),
-    /// → `Pids`
-    Pids(String),
-    /// → `Pid`
-    ConnectContainer(String),
-    /// → `Stats`
-    StatsContainer(String),
-    /// → `Done`; OCI LinuxResources as JSON.
-    UpdateContainer {
-        /// Container id.
-        container_id: String,
-        /// JSON of the runtime-spec's LinuxResources.
-        resources_json: Vec<u8>,
-    },
-    /// → `Shutdown(true)` when nothing is left and the shim may end.
-    ShutdownContainer {
-        /// Container id of the request.
-        container_id: String,
-        /// End even with containers left.
-        now: bool,
-    },
-}
-
 /// Figures of a container, cgroup v2 names.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ContainerStats {
@@ -188,30 +127,6 @@ pub struct ContainerStats {
     pub pids_current: u64,
     /// Process limit; 0 for none.
     pub pids_limit: u64,
-}
-
-/// Answer to a [`TaskRequest`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum TaskResponse {
-    /// Nothing to say.
-    Done,
-    /// A host pid.
-    Pid(u32),
-    /// Host pids.
-    Pids(Vec<u32>),
-    /// A process has ended.
-    Exit {
-        /// Host pid that stood for it.
-        pid: u32,
-        /// How it ended.
-        exit: ProcessExit,
-    },
-    /// State of a process.
-    State(ProcessState),
-    /// Figures.
-    Stats(ContainerStats),
-    /// Whether the shim may end now.
-    Shutdown(bool),
 }
 
 /// Something containerd must hear about, in this order per process.

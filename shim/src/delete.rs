@@ -14,7 +14,7 @@ use crate::address::Address;
 use crate::args::Args;
 use crate::bundle::Bundle;
 use crate::process::ShimProcess;
-use crate::{convert, logging, mounts, socket};
+use crate::{convert, logging, socket};
 
 /// Exit status of a container whose VM is gone: as if killed by signal 9.
 const KILLED: u32 = 137;
@@ -62,7 +62,7 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, DeleteError> {
         // A bundle that is half gone is still cleaned up as the sandbox it may have been.
         Ok(_) | Err(_) => delete_sandbox(args, &bundle, pid)?,
     }
-    if let Err(error) = mounts::unmount_below(&bundle.dir().join("rootfs")) {
+    if let Err(error) = runtime::host::mounts::unmount_below(&bundle.dir().join("rootfs")) {
         tracing::warn!(%error, "root filesystem");
     }
     let response = DeleteResponse {

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use runtime::handler::{RuntimeHandlerManager, ShimContext};
+use runtime::handler::{RuntimeHandlerManager, ShimContext, TaskHandler};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CoreSchedulingScope, UnshareFlags, create_core_scheduling_cookie, unshare_unsafe};
@@ -17,7 +17,6 @@ use tokio::time::timeout;
 use crate::args::Args;
 use crate::bundle::{Bundle, BundleError};
 use crate::forward::Publisher;
-use crate::handler::TaskHandler;
 use crate::idle::Activity;
 use crate::sandbox_service::SandboxService;
 use crate::signals::Termination;

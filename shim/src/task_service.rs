@@ -8,14 +8,13 @@ use containerd_shim_protos::api;
 use containerd_shim_protos::shim_async::Task;
 use protobuf::MessageField;
 use runtime::error::{Error, ErrorKind, Result};
-use runtime::types::{TaskRequest, TaskResponse};
+use runtime::handler::TaskHandler;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use ttrpc::asynchronous::TtrpcContext;
 
 use crate::convert::{self, process};
 use crate::grpc;
-use crate::handler::TaskHandler;
 use crate::idle::Activity;
 use crate::version;
 
@@ -80,34 +79,9 @@ impl TaskService {
         .await
     }
 
-    fn handle(&self, request: TaskRequest) -> impl Future<Output = Result<TaskResponse>> + Send + 'static {
-        let handler = Arc::clone(&self.handler);
-        async move { handler.handle_task(request).await }
-    }
-
-    async fn change_only(
-        &self,
-        name: &'static str,
-        task: String,
-        request: TaskRequest,
-    ) -> ttrpc::Result<api::Empty> {
-        self.change(name, task, self.handle(request)).await?;
-        Ok(api::Empty::new())
-    }
-}
-
-/// An answer that does not belong to the request: a defect of the runtime, which the client must not misread.
-fn mismatch<T>(response: &TaskResponse) -> Result<T> {
-    Err(Error::new(
-        ErrorKind::Internal,
-        format!("the runtime answered with {response:?}"),
-    ))
-}
-
-fn pid_of(response: TaskResponse) -> Result<u32> {
-    match response {
-        TaskResponse::Pid(pid) => Ok(pid),
-        other => mismatch(&other),
+    /// The runtime, for a future that outlives this call.
+    fn handler(&self) -> Arc<dyn TaskHandler> {
+        Arc::clone(&self.handler)
     }
 }
 
@@ -126,16 +100,16 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::CreateTaskRequest,
     ) -> ttrpc::Result<api::CreateTaskResponse> {
+        let (handler, activity) = (self.handler(), Arc::clone(&self.activity));
         let id = request.id.clone();
-        let (handler, activity) = (Arc::clone(&self.handler), Arc::clone(&self.activity));
-        let pid = self
-            .change("Create", id.clone(), async move {
-                let request = convert::create_request(request)?;
-                let pid = pid_of(handler.handle_task(TaskRequest::CreateContainer(request)).await?)?;
-                activity.created(&id);
-                Ok(pid)
-            })
-            .await?;
+        let name = id.clone();
+        let create = async move {
+            let request = convert::create_request(request)?;
+            let pid = handler.create_container(request).await?;
+            activity.created(&id);
+            Ok(pid)
+        };
+        let pid = self.change("Create", name, create).await?;
         Ok(api::CreateTaskResponse {
             pid,
             ..Default::default()
@@ -143,9 +117,10 @@ impl Task for TaskService {
     }
 
     async fn start(&self, _: &TtrpcContext, request: api::StartRequest) -> ttrpc::Result<api::StartResponse> {
-        let work = self.handle(TaskRequest::StartProcess(process(&request.id, &request.exec_id)));
+        let (handler, process) = (self.handler(), process(&request.id, &request.exec_id));
+        let start = async move { handler.start_process(&process).await };
         let name = target(&request.id, &request.exec_id);
-        let pid = self.change("Start", name, async { pid_of(work.await?) }).await?;
+        let pid = self.change("Start", name, start).await?;
         Ok(api::StartResponse {
             pid,
             ..Default::default()
@@ -157,23 +132,19 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::DeleteRequest,
     ) -> ttrpc::Result<api::DeleteResponse> {
-        let work = self.handle(TaskRequest::DeleteProcess(process(&request.id, &request.exec_id)));
+        let (handler, process) = (self.handler(), process(&request.id, &request.exec_id));
         let activity = Arc::clone(&self.activity);
         let name = target(&request.id, &request.exec_id);
-        let (pid, exit) = self
-            .change("Delete", name, async move {
-                let (pid, exit) = match work.await? {
-                    TaskResponse::Exit { pid, exit } => (pid, exit),
-                    other => return mismatch(&other),
-                };
-                if request.exec_id.is_empty() {
-                    activity.deleted(&request.id);
-                }
-                Ok((pid, exit))
-            })
-            .await?;
+        let delete = async move {
+            let exit = handler.delete_process(&process).await?;
+            if process.exec_id.is_empty() {
+                activity.deleted(&process.container_id);
+            }
+            Ok(exit)
+        };
+        let exit = self.change("Delete", name, delete).await?;
         Ok(api::DeleteResponse {
-            pid,
+            pid: std::process::id(),
             exit_status: exit.status,
             exited_at: MessageField::some(convert::timestamp(exit.at)),
             ..Default::default()
@@ -182,39 +153,26 @@ impl Task for TaskService {
 
     async fn exec(&self, _: &TtrpcContext, request: api::ExecProcessRequest) -> ttrpc::Result<api::Empty> {
         let name = target(&request.id, &request.exec_id);
-        let handler = Arc::clone(&self.handler);
-        self.change("Exec", name, async move {
-            let request = convert::exec_request(request)?;
-            handler.handle_task(TaskRequest::ExecProcess(request)).await
-        })
-        .await?;
+        let handler = self.handler();
+        let exec = async move { handler.exec_process(convert::exec_request(request)?).await };
+        self.change("Exec", name, exec).await?;
         Ok(api::Empty::new())
     }
 
     async fn kill(&self, _: &TtrpcContext, request: api::KillRequest) -> ttrpc::Result<api::Empty> {
-        let name = format!(
-            "{} signal {}",
-            target(&request.id, &request.exec_id),
-            request.signal
-        );
-        let kill = TaskRequest::KillProcess {
-            process: process(&request.id, &request.exec_id),
-            signal: request.signal,
-            all: request.all,
-        };
-        self.change_only("Kill", name, kill).await
+        let (handler, process) = (self.handler(), process(&request.id, &request.exec_id));
+        let (signal, all) = (request.signal, request.all);
+        let name = format!("{} signal {signal}", target(&request.id, &request.exec_id));
+        let kill = async move { handler.kill_process(&process, signal, all).await };
+        self.change("Kill", name, kill).await?;
+        Ok(api::Empty::new())
     }
 
     async fn wait(&self, _: &TtrpcContext, request: api::WaitRequest) -> ttrpc::Result<api::WaitResponse> {
-        let work = self.handle(TaskRequest::WaitProcess(process(&request.id, &request.exec_id)));
+        let process = process(&request.id, &request.exec_id);
         let name = target(&request.id, &request.exec_id);
         let exit = self
-            .query("Wait", name, async {
-                match work.await? {
-                    TaskResponse::Exit { exit, .. } => Ok(exit),
-                    other => mismatch(&other),
-                }
-            })
+            .query("Wait", name, self.handler.wait_process(&process))
             .await?;
         Ok(api::WaitResponse {
             exit_status: exit.status,
@@ -224,27 +182,16 @@ impl Task for TaskService {
     }
 
     async fn state(&self, _: &TtrpcContext, request: api::StateRequest) -> ttrpc::Result<api::StateResponse> {
-        let work = self.handle(TaskRequest::StateProcess(process(&request.id, &request.exec_id)));
+        let process = process(&request.id, &request.exec_id);
         let name = target(&request.id, &request.exec_id);
-        self.query("State", name, async {
-            match work.await? {
-                TaskResponse::State(state) => Ok(convert::state_response(state)),
-                other => mismatch(&other),
-            }
-        })
-        .await
+        self.query("State", name, self.handler.state_process(&process))
+            .await
+            .map(convert::state_response)
     }
 
     async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> ttrpc::Result<api::PidsResponse> {
-        let work = self.handle(TaskRequest::Pids(request.id.clone()));
-        let pids = self
-            .query("Pids", request.id, async {
-                match work.await? {
-                    TaskResponse::Pids(pids) => Ok(pids),
-                    other => mismatch(&other),
-                }
-            })
-            .await?;
+        let pids = self.handler.pids(&request.id);
+        let pids = self.query("Pids", request.id.clone(), pids).await?;
         let processes = pids
             .into_iter()
             .map(|pid| api::ProcessInfo {
@@ -259,21 +206,17 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: api::PauseRequest) -> ttrpc::Result<api::Empty> {
-        self.change_only(
-            "Pause",
-            request.id.clone(),
-            TaskRequest::PauseContainer(request.id),
-        )
-        .await
+        let (handler, id) = (self.handler(), request.id.clone());
+        let pause = async move { handler.pause_container(&id).await };
+        self.change("Pause", request.id, pause).await?;
+        Ok(api::Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: api::ResumeRequest) -> ttrpc::Result<api::Empty> {
-        self.change_only(
-            "Resume",
-            request.id.clone(),
-            TaskRequest::ResumeContainer(request.id),
-        )
-        .await
+        let (handler, id) = (self.handler(), request.id.clone());
+        let resume = async move { handler.resume_container(&id).await };
+        self.change("Resume", request.id, resume).await?;
+        Ok(api::Empty::new())
     }
 
     async fn checkpoint(
@@ -292,13 +235,12 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::ResizePtyRequest,
     ) -> ttrpc::Result<api::Empty> {
+        let (handler, process) = (self.handler(), process(&request.id, &request.exec_id));
+        let (width, height) = (request.width, request.height);
         let name = target(&request.id, &request.exec_id);
-        let resize = TaskRequest::ResizeProcessPty {
-            process: process(&request.id, &request.exec_id),
-            width: request.width,
-            height: request.height,
-        };
-        self.change_only("ResizePty", name, resize).await
+        let resize = async move { handler.resize_process_pty(&process, width, height).await };
+        self.change("ResizePty", name, resize).await?;
+        Ok(api::Empty::new())
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: api::CloseIORequest) -> ttrpc::Result<api::Empty> {
@@ -306,41 +248,27 @@ impl Task for TaskService {
             // stdin is the only stream a client can close.
             return Ok(api::Empty::new());
         }
+        let (handler, process) = (self.handler(), process(&request.id, &request.exec_id));
         let name = target(&request.id, &request.exec_id);
-        self.change_only(
-            "CloseIO",
-            name,
-            TaskRequest::CloseProcessIo(process(&request.id, &request.exec_id)),
-        )
-        .await
+        let close = async move { handler.close_process_io(&process).await };
+        self.change("CloseIO", name, close).await?;
+        Ok(api::Empty::new())
     }
 
     async fn update(&self, _: &TtrpcContext, request: api::UpdateTaskRequest) -> ttrpc::Result<api::Empty> {
-        let id = request.id.clone();
-        let handler = Arc::clone(&self.handler);
-        self.change("Update", id.clone(), async move {
-            let resources_json = convert::resources_json(request)?;
-            handler
-                .handle_task(TaskRequest::UpdateContainer {
-                    container_id: id,
-                    resources_json,
-                })
-                .await
-        })
-        .await?;
+        let (handler, id) = (self.handler(), request.id.clone());
+        let name = id.clone();
+        let update = async move {
+            let resources = convert::resources_json(request)?;
+            handler.update_container(&id, &resources).await
+        };
+        self.change("Update", name, update).await?;
         Ok(api::Empty::new())
     }
 
     async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> ttrpc::Result<api::StatsResponse> {
-        let work = self.handle(TaskRequest::StatsContainer(request.id.clone()));
-        let stats = self
-            .query("Stats", request.id, async {
-                match work.await? {
-                    TaskResponse::Stats(stats) => convert::stats(&stats),
-                    other => mismatch(&other),
-                }
-            })
-            .await?;
+        let stats = async { convert::stats(&self.handler.stats_container(&request.id).await?) };
+        let stats = self.query("Stats", request.id.clone(), stats).await?;
         Ok(api::StatsResponse {
             stats: MessageField::some(stats),
             ..Default::default()
@@ -352,17 +280,14 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::ConnectRequest,
     ) -> ttrpc::Result<api::ConnectResponse> {
-        let work = self.handle(TaskRequest::ConnectContainer(request.id.clone()));
-        let task_pid = self
-            .query("Connect", request.id, async {
-                match work.await {
-                    Ok(response) => pid_of(response),
-                    // containerd connects after its restart to see that the shim lives; the container may be gone.
-                    Err(error) if error.kind == ErrorKind::NotFound => Ok(0),
-                    Err(error) => Err(error),
-                }
-            })
-            .await?;
+        let connect = async {
+            match self.handler.connect_container(&request.id).await {
+                // containerd connects after its restart to see that the shim lives; the container may be gone.
+                Err(error) if error.kind == ErrorKind::NotFound => Ok(0),
+                connected => connected,
+            }
+        };
+        let task_pid = self.query("Connect", request.id.clone(), connect).await?;
         Ok(api::ConnectResponse {
             shim_pid: std::process::id(),
             task_pid,
@@ -372,18 +297,9 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: api::ShutdownRequest) -> ttrpc::Result<api::Empty> {
-        let work = self.handle(TaskRequest::ShutdownContainer {
-            container_id: request.id.clone(),
-            now: request.now,
-        });
-        let end = self
-            .change("Shutdown", request.id, async {
-                match work.await? {
-                    TaskResponse::Shutdown(end) => Ok(end),
-                    other => mismatch(&other),
-                }
-            })
-            .await;
+        let (handler, id, now) = (self.handler(), request.id.clone(), request.now);
+        let shutdown = async move { handler.shutdown_container(&id, now).await };
+        let end = self.change("Shutdown", request.id, shutdown).await;
         // Nobody will ask again: a runtime that cannot say must not keep an empty shim alive.
         if end
             .as_ref()

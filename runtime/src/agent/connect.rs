@@ -1,7 +1,8 @@
 //! From "the VM runs" to "the agent answers".
 //!
-//! Our agent announces itself: it connects to host port [`READY_PORT`] once its server listens. A stock kata-agent never
-//! does, so a connection attempt that the muxer repeats is under way from the start. Whichever comes first wins.
+//! Our agent announces itself: it connects to host port [`READY_PORT`](crate::hypervisor::READY_PORT) once its server
+//! listens. A stock kata-agent never does, so a connection attempt that the muxer repeats is under way from the start.
+//! Whichever comes first wins.
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;
@@ -12,14 +13,12 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{GuestListener, Hypervisor};
 
-/// Host port on which the agent announces that it serves.
-pub const READY_PORT: u32 = 1023;
 const READY_MESSAGE: &[u8] = b"ready\n";
 /// How often a waiting thread looks whether it is still wanted.
 const SLICE: Duration = Duration::from_millis(200);
 
 /// Waits until the agent on guest port `port` can be talked to and returns the connection. `listener` listens on
-/// [`READY_PORT`] since before the VM was started.
+/// [`READY_PORT`](crate::hypervisor::READY_PORT) since before the VM was started.
 ///
 /// # Errors
 /// `Unavailable` as soon as the VM has ended, `DeadlineExceeded` after `timeout`.

@@ -13,7 +13,7 @@ use protocols::{csi, health, types};
 use crate::config::AgentConfig;
 use crate::error::{Error, ErrorKind, Result};
 
-pub use connect::{READY_PORT, wait_ready};
+pub use connect::wait_ready;
 pub use kata::KataAgent;
 pub use logs::forward_logs;
 

@@ -31,6 +31,13 @@ impl HostSide {
             tracing::warn!(%error, "rootfs");
         }
     }
+
+    /// As [`Self::cleanup`], off the async threads.
+    pub(super) async fn remove(self: Arc<Self>) {
+        if let Err(error) = tokio::task::spawn_blocking(move || self.cleanup()).await {
+            tracing::warn!(%error, "cleanup of a container");
+        }
+    }
 }
 
 /// A container.

@@ -1,14 +1,15 @@
 //! Containers of a sandbox and their processes.
 
-mod bundle;
 mod container;
-mod first_output;
-mod logger;
+mod create;
+mod exec;
+mod exit;
+mod io;
 mod manager;
 mod process;
+mod signal;
 mod spec;
 mod stats;
-mod stdio;
 
 use async_trait::async_trait;
 
@@ -17,8 +18,8 @@ use crate::types::{
     ContainerProcess, ContainerStats, CreateContainerRequest, ExecProcessRequest, ProcessExit, ProcessState,
 };
 
-pub use bundle::{container_kind, dns, load_spec, netns};
 pub use manager::VirtContainerManager;
+pub use spec::bundle::{container_kind, dns, load_spec, netns};
 pub use spec::check;
 
 /// Kata's container manager. Errors have the kinds of containerd's shim contract: `NotFound` for an unknown id,

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use tokio::sync::{mpsc, watch};
 
-use super::stdio::ProcessIo;
+use super::io::ProcessIo;
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{ContainerProcess, Event, ProcessExit, ProcessStatus, Stdio};
 

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,7 @@ fn bench(boot: Boot) -> Bench {
         fs::write(folder.path().join(name), "x").unwrap();
     }
     let vm = Arc::new(FakeHypervisor::new(boot));
-    let backend = Backend {
+    let recipe = Recipe {
         root: folder.path().join("run"),
         make_hypervisor: {
             let vm = vm.clone();
@@ -41,7 +41,7 @@ fn bench(boot: Boot) -> Bench {
         bundle: folder.path().join("c1"),
         debug: false,
     };
-    let manager = RuntimeHandlerManager::with_backend(context, sender, backend);
+    let manager = RuntimeHandlerManager::with_recipe(context, sender, recipe);
     Bench {
         folder,
         manager,
@@ -76,13 +76,13 @@ impl Bench {
         bundle
     }
 
-    fn create_request(&self, id: &str, args: &[&str], stdio: Stdio) -> TaskRequest {
+    fn create_request(&self, id: &str, args: &[&str], stdio: Stdio) -> CreateContainerRequest {
         let body = format!(
             "[hypervisor.dragonball]\nkernel = {:?}\ninitrd = {:?}\n",
             self.path("vmlinux"),
             self.path("initrd")
         );
-        TaskRequest::CreateContainer(CreateContainerRequest {
+        CreateContainerRequest {
             container_id: id.into(),
             bundle: self.bundle(id, args),
             rootfs: Vec::new(),
@@ -91,66 +91,58 @@ impl Bench {
                 config_body: body.into_bytes(),
                 ..Default::default()
             },
-        })
+        }
     }
 
-    async fn call(&self, request: TaskRequest) -> Result<TaskResponse> {
-        tokio::time::timeout(LIMIT, self.manager.handle_task(request))
+    async fn create_with(&self, request: CreateContainerRequest) -> Result<u32> {
+        answer(self.manager.create_container(request)).await
+    }
+
+    async fn create(&self, id: &str, args: &[&str]) -> Result<u32> {
+        self.create_with(self.create_request(id, args, Stdio::default()))
             .await
-            .expect("no answer")
     }
 
-    async fn create(&self, id: &str, args: &[&str]) -> Result<TaskResponse> {
-        self.call(self.create_request(id, args, Stdio::default())).await
+    async fn start(&self, id: ContainerProcess) -> Result<u32> {
+        answer(self.manager.start_process(&id)).await
     }
 
-    async fn start(&self, id: ContainerProcess) -> Result<TaskResponse> {
-        self.call(TaskRequest::StartProcess(id)).await
-    }
-
-    async fn exec(&self, exec_id: &str, args: &[&str]) -> Result<TaskResponse> {
+    async fn exec(&self, exec_id: &str, args: &[&str]) -> Result<()> {
         let spec = serde_json::json!({"cwd": "/", "args": args, "user": {"uid": 0, "gid": 0}});
         let request = ExecProcessRequest {
             process: exec(exec_id),
             spec_json: spec.to_string().into_bytes(),
             stdio: Stdio::default(),
         };
-        self.call(TaskRequest::ExecProcess(request)).await
+        answer(self.manager.exec_process(request)).await
     }
 
     async fn wait(&self, id: ContainerProcess) -> u32 {
-        match self.call(TaskRequest::WaitProcess(id)).await.unwrap() {
-            TaskResponse::Exit { exit, .. } => exit.status,
-            other => panic!("{other:?}"),
-        }
+        answer(self.manager.wait_process(&id)).await.unwrap().status
     }
 
-    async fn delete(&self, id: ContainerProcess) -> Result<TaskResponse> {
-        self.call(TaskRequest::DeleteProcess(id)).await
+    async fn delete(&self, id: ContainerProcess) -> Result<u32> {
+        answer(self.manager.delete_process(&id))
+            .await
+            .map(|exit| exit.status)
     }
 
-    async fn kill(&self, id: ContainerProcess, signal: u32) -> Result<TaskResponse> {
-        self.call(TaskRequest::KillProcess {
-            process: id,
-            signal,
-            all: false,
-        })
-        .await
+    async fn kill(&self, id: ContainerProcess, signal: u32) -> Result<()> {
+        answer(self.manager.kill_process(&id, signal, false)).await
     }
 
     async fn status(&self, id: ContainerProcess) -> ProcessStatus {
-        match self.call(TaskRequest::StateProcess(id)).await.unwrap() {
-            TaskResponse::State(state) => state.status,
-            other => panic!("{other:?}"),
-        }
+        answer(self.manager.state_process(&id)).await.unwrap().status
+    }
+
+    async fn resize(&self, width: u32, height: u32) -> Result<()> {
+        answer(self.manager.resize_process_pty(&init("c1"), width, height)).await
     }
 
     async fn shutdown(&self) -> bool {
-        let request = TaskRequest::ShutdownContainer {
-            container_id: "c1".into(),
-            now: false,
-        };
-        matches!(self.call(request).await.unwrap(), TaskResponse::Shutdown(true))
+        answer(self.manager.shutdown_container("c1", false))
+            .await
+            .unwrap()
     }
 
     /// Events so far, shortened.
@@ -191,6 +183,10 @@ impl Bench {
     }
 }
 
+async fn answer<T>(call: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::time::timeout(LIMIT, call).await.expect("no answer")
+}
+
 fn init(id: &str) -> ContainerProcess {
     ContainerProcess {
         container_id: id.into(),
@@ -223,14 +219,12 @@ async fn container_runs_and_leaves_nothing_behind() {
     let mut bench = bench(Boot::Announced);
 
     let created = bench.create("c1", &["exit", "42"]).await.unwrap();
-    assert_eq!(created, TaskResponse::Pid(std::process::id()));
+    assert_eq!(created, std::process::id());
     assert_eq!(bench.status(init("c1")).await, ProcessStatus::Created);
     bench.start(init("c1")).await.unwrap();
     assert_eq!(bench.wait(init("c1")).await, 42);
     assert_eq!(bench.status(init("c1")).await, ProcessStatus::Stopped);
-    assert!(
-        matches!(bench.delete(init("c1")).await.unwrap(), TaskResponse::Exit { exit, .. } if exit.status == 42)
-    );
+    assert_eq!(bench.delete(init("c1")).await.unwrap(), 42);
     assert!(bench.shutdown().await);
 
     assert_eq!(
@@ -319,7 +313,7 @@ async fn streams_reach_the_client_and_end() {
     });
 
     bench
-        .call(bench.create_request("c1", &["cat"], stdio.clone()))
+        .create_with(bench.create_request("c1", &["cat"], stdio.clone()))
         .await
         .unwrap();
     bench.start(init("c1")).await.unwrap();
@@ -332,7 +326,7 @@ async fn streams_reach_the_client_and_end() {
         ProcessStatus::Running,
         "no end of stdin before CloseIO"
     );
-    bench.call(TaskRequest::CloseProcessIo(init("c1"))).await.unwrap();
+    answer(bench.manager.close_process_io(&init("c1"))).await.unwrap();
 
     assert_eq!(bench.wait(init("c1")).await, 0);
     assert_eq!(
@@ -357,7 +351,7 @@ async fn unread_output_delays_neither_exit_nor_kill() {
         ..Default::default()
     };
     bench
-        .call(bench.create_request("c1", &["sleep"], stdio))
+        .create_with(bench.create_request("c1", &["sleep"], stdio))
         .await
         .unwrap();
     bench.start(init("c1")).await.unwrap();
@@ -453,15 +447,9 @@ async fn wrong_calls_have_their_codes() {
         )
     );
     assert!(!bench.shutdown().await, "a container is left");
-    bench
-        .call(TaskRequest::PauseContainer("c1".into()))
-        .await
-        .unwrap();
+    answer(bench.manager.pause_container("c1")).await.unwrap();
     assert_eq!(bench.status(init("c1")).await, ProcessStatus::Paused);
-    bench
-        .call(TaskRequest::ResumeContainer("c1".into()))
-        .await
-        .unwrap();
+    answer(bench.manager.resume_container("c1")).await.unwrap();
     bench.kill(init("c1"), 9).await.unwrap();
     bench.wait(init("c1")).await;
     assert_eq!(
@@ -622,17 +610,11 @@ async fn boot_is_interrupted_by_shutdown() {
 #[tokio::test]
 async fn bad_bundles_and_mounts_are_named_and_leave_nothing() {
     let mut bench = bench(Boot::Announced);
-    let request = |bench: &Bench| match bench.create_request("c1", &["sleep"], Stdio::default()) {
-        TaskRequest::CreateContainer(request) => request,
-        other => panic!("{other:?}"),
-    };
+    let request = |bench: &Bench| bench.create_request("c1", &["sleep"], Stdio::default());
 
     let create = request(&bench);
     fs::remove_file(create.bundle.join("config.json")).unwrap();
-    let error = bench
-        .call(TaskRequest::CreateContainer(create))
-        .await
-        .unwrap_err();
+    let error = bench.create_with(create).await.unwrap_err();
     assert!(
         error.kind == ErrorKind::NotFound && error.message.contains("c1/config.json"),
         "{error}"
@@ -640,10 +622,7 @@ async fn bad_bundles_and_mounts_are_named_and_leave_nothing() {
 
     let create = request(&bench);
     fs::remove_dir_all(create.bundle.join("rootfs")).unwrap();
-    let error = bench
-        .call(TaskRequest::CreateContainer(create))
-        .await
-        .unwrap_err();
+    let error = bench.create_with(create).await.unwrap_err();
     assert!(
         error.kind == ErrorKind::NotFound && error.message.contains("c1/rootfs"),
         "{error}"
@@ -657,10 +636,7 @@ async fn bad_bundles_and_mounts_are_named_and_leave_nothing() {
         ..Default::default()
     }];
     create.rootfs[0].options = vec!["lowerdir=/nonexistent-lower".into()];
-    let error = bench
-        .call(TaskRequest::CreateContainer(create))
-        .await
-        .unwrap_err();
+    let error = bench.create_with(create).await.unwrap_err();
     assert!(
         error.message.contains("overlay") && error.message.contains("/nonexistent-lower"),
         "{error}"
@@ -668,10 +644,7 @@ async fn bad_bundles_and_mounts_are_named_and_leave_nothing() {
 
     let mut create = request(&bench);
     create.options.config_body = b"[hypervisor.dragonball]\nkernel = \"/nonexistent/vmlinux\"\n".to_vec();
-    let error = bench
-        .call(TaskRequest::CreateContainer(create))
-        .await
-        .unwrap_err();
+    let error = bench.create_with(create).await.unwrap_err();
     assert!(
         error.kind == ErrorKind::NotFound && error.message.contains("/nonexistent/vmlinux"),
         "{error}"
@@ -717,14 +690,9 @@ async fn cleanup_after_a_crash_removes_everything_twice_over() {
 async fn terminal_size_before_the_start_is_applied() {
     let bench = bench(Boot::Announced);
     bench.create("c1", &["sleep"]).await.unwrap();
-    let resize = |width, height| TaskRequest::ResizeProcessPty {
-        process: init("c1"),
-        width,
-        height,
-    };
-    bench.call(resize(80, 24)).await.unwrap();
+    bench.resize(80, 24).await.unwrap();
     bench.start(init("c1")).await.unwrap();
-    bench.call(resize(132, 50)).await.unwrap();
+    bench.resize(132, 50).await.unwrap();
 
     let calls = bench.vm.guest.calls.lock().unwrap().clone();
     let sizes: Vec<_> = calls

@@ -17,10 +17,9 @@ use dragonball::vm::{BuildError, ExitReason, HotplugError, KvmError, VmError};
 use tokio::sync::watch;
 
 use super::{
-    Attach, AttachDirection, BlockDevice, Capabilities, DeviceType, GuestListener, Hypervisor, ShareFsDevice,
-    VcpuThreadIds, VmExit, console,
+    Attach, AttachDirection, BlockDevice, Capabilities, DeviceType, GuestListener, Hypervisor, READY_PORT,
+    ShareFsDevice, VcpuThreadIds, VmExit, console,
 };
-use crate::agent::READY_PORT;
 use crate::config::{BootAsset, HypervisorConfig, TomlConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::paths::SandboxPaths;

@@ -20,6 +20,9 @@ use crate::error::{Error, Result};
 
 pub use dragonball::{Dragonball, make_dragonball};
 
+/// Host port on which the agent announces that it serves; the guest's command line names it.
+pub const READY_PORT: u32 = 1023;
+
 /// Why a VM ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VmExit {

@@ -16,8 +16,8 @@ use protocols::agent::Storage;
 
 use crate::config::HypervisorConfig;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::journal::{Journal, Undo};
 use crate::hypervisor::Hypervisor;
-use crate::journal::{Journal, Undo};
 use crate::paths::SandboxPaths;
 use crate::types::Mount;
 use cgroup::CgroupsResource;

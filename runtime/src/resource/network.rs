@@ -1,11 +1,12 @@
 //! Networks of a pod. Not provided in this release: the traits are here, the one implementation says so.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use async_trait::async_trait;
 use protocols::types::{ARPNeighbor, Interface, Route};
 
 use crate::error::{Error, Result};
+use crate::host::netns;
 use crate::hypervisor::Hypervisor;
 
 /// The network of a pod.
@@ -101,11 +102,7 @@ impl NoNetwork {
 impl Network for NoNetwork {
     async fn setup(&self, _hypervisor: &dyn Hypervisor) -> Result<()> {
         if let Some(netns) = self.netns.clone() {
-            // Entering a namespace changes the thread: use one that nobody else uses.
-            let path = netns.clone();
-            let found = std::thread::spawn(move || interfaces_in(&path))
-                .join()
-                .unwrap_or_default();
+            let found = netns::interfaces_in(&netns);
             if !found.is_empty() {
                 let interfaces = found.join(", ");
                 tracing::warn!(netns = %netns.display(), interfaces, "networking is not provided yet: the container has no network");
@@ -136,37 +133,5 @@ impl Network for NoNetwork {
 
     fn endpoints(&self) -> Vec<&dyn Endpoint> {
         Vec::new()
-    }
-}
-
-/// Names of the interfaces in `netns` besides the loopback. Changes the calling thread's namespace.
-fn interfaces_in(netns: &Path) -> Vec<String> {
-    let entered = std::fs::File::open(netns)
-        .and_then(|file| nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).map_err(Into::into));
-    if let Err(error) = entered {
-        tracing::warn!(netns = %netns.display(), %error, "network namespace");
-        return Vec::new();
-    }
-    // /sys shows the namespace it was mounted in; /proc/thread-self/net shows the thread's.
-    let text = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap_or_default();
-    parse_net_dev(&text)
-}
-
-fn parse_net_dev(text: &str) -> Vec<String> {
-    let names = text
-        .lines()
-        .filter_map(|line| line.split_once(':'))
-        .map(|(name, _)| name.trim().to_owned());
-    names.filter(|name| name != "lo").collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn net_dev_lists_interfaces_without_loopback() {
-        let text = "Inter-|   Receive\n face |bytes\n    lo: 1 2\n  eth0: 3 4\n";
-        assert_eq!(parse_net_dev(text), ["eth0"]);
     }
 }

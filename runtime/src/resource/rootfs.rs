@@ -10,8 +10,8 @@ use protocols::agent::Storage;
 
 use super::share_fs::ShareFsMount;
 use crate::error::{Error, ErrorKind, Result};
-use crate::journal::{Journal, Undo};
-use crate::mounts;
+use crate::host::journal::{Journal, Undo};
+use crate::host::mounts;
 use crate::types::Mount;
 
 /// A container's root filesystem.

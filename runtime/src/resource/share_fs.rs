@@ -9,12 +9,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use protocols::agent::Storage;
 
-use crate::bind::{Bind, bind, bind_to_itself};
 use crate::config::HypervisorConfig;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::bind::{Bind, bind, bind_to_itself};
+use crate::host::journal::{Journal, Undo};
+use crate::host::mounts;
 use crate::hypervisor::{DeviceType, Hypervisor, ShareFsDevice};
-use crate::journal::{Journal, Undo};
-use crate::mounts;
 use crate::paths::{GUEST_SHARE, SHARE_TAG, SandboxPaths, guest_passthrough};
 
 /// A way to share host files with a guest.

@@ -9,9 +9,9 @@ use oci_spec::runtime::{Mount as OciMount, Spec};
 use protocols::agent::Storage;
 
 use super::share_fs::ShareFsMount;
-use crate::bind::{Bind, Propagation, ReadOnly};
 use crate::error::{Error, ErrorKind, Result};
-use crate::mounts;
+use crate::host::bind::{Bind, Propagation, ReadOnly};
+use crate::host::mounts;
 use crate::paths::GUEST_SANDBOX;
 
 /// Default size of a pod's /dev/shm, bytes.
@@ -524,7 +524,7 @@ mod tests {
 
         let below = folder.path().join("below");
         fs::create_dir(&below).unwrap();
-        crate::bind::bind_to_itself(&below).unwrap();
+        crate::host::bind::bind_to_itself(&below).unwrap();
         assert_eq!(of(ReadOnly::Top, Propagation::Private), ["rbind"]);
         mounts::unmount(&below).unwrap();
 

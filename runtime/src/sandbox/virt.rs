@@ -10,10 +10,10 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::{Sandbox, SandboxState, SandboxStatus, monitor};
-use crate::agent::{Agent, READY_PORT, wait_ready};
+use crate::agent::{Agent, wait_ready};
 use crate::config::TomlConfig;
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::{Hypervisor, VmExit};
+use crate::hypervisor::{Hypervisor, READY_PORT, VmExit};
 use crate::resource::ResourceManager;
 use crate::timeline;
 use crate::types::Event;

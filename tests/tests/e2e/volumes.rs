@@ -6,7 +6,6 @@ use std::process::Command;
 
 use tests::Case;
 use tests::case::skipped_under_runc;
-use tests::command::eventually;
 
 /// Mounts of the test on the host; taken away with the value.
 struct HostMount(PathBuf);

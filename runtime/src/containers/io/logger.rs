@@ -9,7 +9,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::stdio::Owner;
+use super::Owner;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How long a logger may take to say that it is ready.

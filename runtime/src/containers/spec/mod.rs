@@ -1,6 +1,8 @@
 //! From the host's OCI spec to the guest's: what only makes sense on the host is taken out, loudly where a user could
 //! miss it.
 
+pub(super) mod bundle;
+
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Hooks, LinuxBlockIo, LinuxNamespaceType, LinuxResources, Process, Spec};

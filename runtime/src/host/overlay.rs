@@ -106,7 +106,7 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::mounts::{mount_request, remove_tree};
+    use crate::host::mounts::{mount_request, remove_tree};
     use crate::types::Mount;
 
     /// `count` layers with paths as long as containerd's, each with a file of its own, on a tmpfs: a layer on another
@@ -158,7 +158,7 @@ mod tests {
         fs::write(target.join("new"), "x").unwrap();
         assert!(folder.path().join("upper/new").exists());
         remove_tree(&target).unwrap();
-        crate::mounts::unmount_below(folder.path()).unwrap();
+        crate::host::mounts::unmount_below(folder.path()).unwrap();
     }
 
     #[test]

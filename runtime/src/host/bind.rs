@@ -11,7 +11,7 @@ use std::path::Path;
 use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
-use crate::mounts::{MountError, unmount};
+use super::mounts::{MountError, unmount};
 
 /// What of a bind mount is read-only.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -172,7 +172,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::mounts::{mount_request, remove_tree};
+    use crate::host::mounts::{mount_request, remove_tree};
     use crate::types::Mount;
 
     /// A folder with a tmpfs on `source/below`, both private, as the host may have them; and a free `target`.

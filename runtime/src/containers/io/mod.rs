@@ -7,6 +7,9 @@
 //! - outputs are opened for reading and writing, which never waits for a reader and never fails with EPIPE. The end
 //!   of the stream closes them, and the reader sees EOF after the last byte.
 
+mod first_output;
+mod logger;
+
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -15,7 +18,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{first_output, logger};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{Attach, AttachDirection, Hypervisor};
 use crate::types::Stdio;

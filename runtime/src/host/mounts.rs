@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use crate::overlay;
+use super::{mountinfo, overlay};
 use crate::types::Mount;
 
 /// A mount that did not work.
@@ -174,14 +174,16 @@ pub fn unmount(target: &Path) -> Result<(), MountError> {
     }
 }
 
-/// Detaches every mount on and below `folder`.
+/// Detaches every mount on and below `folder`, last mounted first. Fine when there is none, or no folder.
 ///
 /// # Errors
-/// [`MountError::Unmount`] for the first one that stays.
+/// [`MountError::Unmount`] for the first one that stays, after having tried the rest.
 pub fn unmount_below(folder: &Path) -> Result<(), MountError> {
-    let mut points = mounts_below(folder)?;
-    points.reverse();
-    points.iter().try_for_each(|point| unmount(point))
+    let mut result = Ok(());
+    for point in mounts_below(folder)?.iter().rev() {
+        result = result.and(unmount(point));
+    }
+    result
 }
 
 /// Whether anything is mounted below `folder`, itself not counted.
@@ -227,26 +229,10 @@ fn gone(path: &Path, result: io::Result<()>) -> Result<(), MountError> {
     }
 }
 
-/// Mount points on and below `folder`, in the order they were mounted.
 fn mounts_below(folder: &Path) -> Result<Vec<PathBuf>, MountError> {
-    let text = fs::read_to_string("/proc/self/mountinfo").map_err(MountError::MountInfo)?;
-    Ok(mount_points(&text)
-        .filter(|point| point.starts_with(folder))
-        .collect())
-}
-
-fn mount_points(mountinfo: &str) -> impl Iterator<Item = PathBuf> {
-    mountinfo
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(|field| PathBuf::from(unescape(field)))
-}
-
-/// mountinfo writes space, tab, newline and backslash as three octal digits.
-fn unescape(field: &str) -> String {
-    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
-        .iter()
-        .fold(field.to_owned(), |text, (code, plain)| text.replace(code, plain))
+    // The mount table has real paths. What cannot be resolved (a dead FUSE mount) is looked for as it is named.
+    let folder = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+    mountinfo::mounts_below(&folder).map_err(MountError::MountInfo)
 }
 
 /// Mount flags, propagation flags and the filesystem's own options of an fstab-like list.
@@ -309,7 +295,7 @@ fn parse_options(options: &[String]) -> (MsFlags, MsFlags, String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bind::{Bind, ReadOnly, bind};
+    use crate::host::bind::{Bind, ReadOnly, bind};
 
     #[test]
     fn options_split_into_flags_and_data() {
@@ -329,14 +315,6 @@ mod tests {
         assert_eq!(flags, MsFlags::MS_RDONLY | MsFlags::MS_BIND | MsFlags::MS_REC);
         assert_eq!(propagation, MsFlags::MS_SLAVE | MsFlags::MS_REC);
         assert_eq!(data, "lowerdir=/a:/b,index=off");
-    }
-
-    #[test]
-    fn mount_points_are_unescaped() {
-        let text =
-            "36 35 98:0 / /run/a\\040b rw shared:1 - ext4 /dev/x rw\n37 36 0:1 / /run/c rw - proc proc rw\n";
-        let points: Vec<_> = mount_points(text).collect();
-        assert_eq!(points, [PathBuf::from("/run/a b"), PathBuf::from("/run/c")]);
     }
 
     #[test]

@@ -16,8 +16,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::mounts;
-use crate::resource::cgroup;
+use super::{cgroup, mounts};
 
 /// One thing to undo.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -267,7 +266,7 @@ mod tests {
         journal.record(&Undo::RemoveTree(tree.clone())).unwrap();
         fs::create_dir_all(&target).unwrap();
         journal.record(&Undo::Unmount(target.clone())).unwrap();
-        crate::bind::bind(&source, &target, crate::bind::Bind::tree()).unwrap();
+        crate::host::bind::bind(&source, &target, crate::host::bind::Bind::tree()).unwrap();
 
         journal.replay().unwrap();
 

@@ -1,47 +1,39 @@
-//! The shim's entry into the runtime: one request in, one response out.
+//! The shim's entry into the runtime: the one sandbox of a process, and what may be asked of it.
 
+mod task;
 #[cfg(test)]
 mod tests;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use oci_spec::runtime::Spec;
 use tokio::sync::{mpsc, watch};
 
-use crate::config::{self, ConfigFile, HypervisorConfig};
+use crate::config::{self, ConfigFile};
 use crate::containers::{self, ContainerManager, container_kind, load_spec};
 use crate::cri::ContainerKind;
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::Hypervisor;
-use crate::instance::{Backend, RuntimeInstance};
-use crate::journal::{self, JournalError};
-use crate::mounts;
+use crate::host::journal::{self, JournalError};
+use crate::host::mounts;
+use crate::instance::{Recipe, RuntimeInstance};
 use crate::paths::SandboxPaths;
 use crate::resource::{rootfs, volume};
 use crate::sandbox::{Sandbox, VirtSandbox};
-use crate::types::{CreateContainerRequest, Event, RuntimeOptions, TaskRequest, TaskResponse};
+use crate::types::{CreateContainerRequest, Event, RuntimeOptions};
 
-/// Bound of [`RuntimeHandlerManager::shutdown`]; what is not done by then is left to `delete` and the journal.
-const SHUTDOWN: Duration = Duration::from_secs(15);
-
-/// What the shim knows about itself.
-#[derive(Debug, Clone)]
-pub struct ShimContext {
-    /// Id of the sandbox this process serves.
-    pub sandbox_id: String,
-    /// containerd namespace.
-    pub namespace: String,
-    /// Bundle of the sandbox container.
-    pub bundle: PathBuf,
-    /// Verbose logs, guest console included.
-    pub debug: bool,
-}
+pub use crate::instance::ShimContext;
+pub use task::TaskHandler;
 
 /// Owns the one runtime instance of a shim process and routes requests to it.
 pub struct RuntimeHandlerManager {
-    inner: Arc<Inner>,
+    context: ShimContext,
+    events: mpsc::UnboundedSender<Event>,
+    recipe: Recipe,
+    instance: watch::Sender<Instance>,
+    /// The sandbox while it boots, so that a shutdown can interrupt that.
+    booting: Mutex<Option<Arc<VirtSandbox>>>,
+    end: watch::Sender<bool>,
 }
 
 /// The runtime instance of this process.
@@ -58,80 +50,27 @@ enum Instance {
     Ended,
 }
 
-struct Inner {
-    context: ShimContext,
-    events: mpsc::UnboundedSender<Event>,
-    backend: Backend,
-    instance: watch::Sender<Instance>,
-    /// The sandbox while it boots, so that a shutdown can interrupt that.
-    booting: Mutex<Option<Arc<VirtSandbox>>>,
-    end: watch::Sender<bool>,
-}
-
 impl RuntimeHandlerManager {
     /// A manager without a sandbox; the first create makes one.
     pub fn new(context: ShimContext, events: mpsc::UnboundedSender<Event>) -> Self {
-        Self::with_backend(context, events, Backend::default())
+        Self::with_recipe(context, events, Recipe::default())
     }
 
-    pub(crate) fn with_backend(
+    pub(crate) fn with_recipe(
         context: ShimContext,
         events: mpsc::UnboundedSender<Event>,
-        backend: Backend,
+        recipe: Recipe,
     ) -> Self {
-        let inner = Inner {
+        Self {
             context,
             events,
-            backend,
+            recipe,
             instance: watch::Sender::new(Instance::None),
             booting: Mutex::default(),
             end: watch::Sender::new(false),
-        };
-        Self {
-            inner: Arc::new(inner),
         }
     }
 
-    /// Serves one request. It is carried out even when the caller goes away, except for waiting.
-    ///
-    /// # Errors
-    /// Kinds as in containerd's shim contract.
-    pub async fn handle_task(&self, request: TaskRequest) -> Result<TaskResponse> {
-        let inner = self.inner.clone();
-        if let TaskRequest::WaitProcess(process) = request {
-            let exit = inner.ready()?.containers.wait_process(&process).await?;
-            return Ok(TaskResponse::Exit {
-                pid: std::process::id(),
-                exit,
-            });
-        }
-        let served = tokio::spawn(async move { inner.serve(request).await });
-        served
-            .await
-            .unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("request: {error}"))))
-    }
-
-    /// Stops everything within a bounded time.
-    pub async fn shutdown(&self) {
-        if tokio::time::timeout(SHUTDOWN, self.inner.wind_down())
-            .await
-            .is_err()
-        {
-            tracing::error!(
-                sandbox = self.inner.context.sandbox_id,
-                "not everything has ended in {SHUTDOWN:?}"
-            );
-        }
-        self.inner.end.send_replace(true);
-    }
-
-    /// True once the sandbox has ended and nothing is left.
-    pub fn watch_end(&self) -> watch::Receiver<bool> {
-        self.inner.end.subscribe()
-    }
-}
-
-impl Inner {
     fn ready(&self) -> Result<Arc<RuntimeInstance>> {
         match &*self.instance.borrow() {
             Instance::Ready(instance) => Ok(instance.clone()),
@@ -139,79 +78,6 @@ impl Inner {
             _ => {
                 let message = format!("sandbox {} has no containers", self.context.sandbox_id);
                 Err(Error::new(ErrorKind::NotFound, message))
-            }
-        }
-    }
-
-    async fn serve(self: Arc<Self>, request: TaskRequest) -> Result<TaskResponse> {
-        let pid = std::process::id();
-        let request = match request {
-            TaskRequest::CreateContainer(request) => {
-                return self.create(request).await.map(TaskResponse::Pid);
-            }
-            TaskRequest::ShutdownContainer { container_id, now } => {
-                return self
-                    .shut_down(&container_id, now)
-                    .await
-                    .map(TaskResponse::Shutdown);
-            }
-            request => request,
-        };
-        let instance = self.ready()?;
-        let containers = &instance.containers;
-        let done = |()| TaskResponse::Done;
-        match request {
-            TaskRequest::StartProcess(process) => {
-                containers.start_process(&process).await.map(TaskResponse::Pid)
-            }
-            TaskRequest::DeleteProcess(process) => {
-                let exit = containers.delete_process(&process).await?;
-                if containers.is_sandbox_container(&process).await {
-                    // The VM goes with its container. Off the path of this answer; Shutdown waits for it.
-                    tokio::spawn(async move { instance.wind_down().await });
-                }
-                Ok(TaskResponse::Exit { pid, exit })
-            }
-            TaskRequest::ExecProcess(request) => containers.exec_process(request).await.map(done),
-            TaskRequest::KillProcess { process, signal, all } => {
-                containers.kill_process(&process, signal, all).await.map(done)
-            }
-            TaskRequest::WaitProcess(process) => {
-                let exit = containers.wait_process(&process).await?;
-                Ok(TaskResponse::Exit { pid, exit })
-            }
-            TaskRequest::StateProcess(process) => {
-                containers.state_process(&process).await.map(TaskResponse::State)
-            }
-            TaskRequest::ResizeProcessPty {
-                process,
-                width,
-                height,
-            } => containers
-                .resize_process_pty(&process, width, height)
-                .await
-                .map(done),
-            TaskRequest::CloseProcessIo(process) => containers.close_process_io(&process).await.map(done),
-            TaskRequest::PauseContainer(id) => containers.pause_container(&id).await.map(done),
-            TaskRequest::ResumeContainer(id) => containers.resume_container(&id).await.map(done),
-            TaskRequest::Pids(id) => containers
-                .connect_container(&id)
-                .await
-                .map(|pid| TaskResponse::Pids(vec![pid])),
-            TaskRequest::ConnectContainer(id) => {
-                containers.connect_container(&id).await.map(TaskResponse::Pid)
-            }
-            TaskRequest::StatsContainer(id) => containers.stats_container(&id).await.map(TaskResponse::Stats),
-            TaskRequest::UpdateContainer {
-                container_id,
-                resources_json,
-            } => containers
-                .update_container(&container_id, &resources_json)
-                .await
-                .map(done),
-            // Answered above.
-            TaskRequest::CreateContainer(_) | TaskRequest::ShutdownContainer { .. } => {
-                Err(Error::unsupported("RuntimeHandlerManager::handle_task"))
             }
         }
     }
@@ -289,7 +155,7 @@ impl Inner {
         }
         let sandbox =
             Arc::new(
-                self.backend
+                self.recipe
                     .sandbox(&self.context, &request.options, spec, self.events.clone())?,
             );
         *self.booting() = Some(sandbox.clone());
@@ -395,14 +261,10 @@ pub fn version() -> &'static str {
 }
 
 /// The configuration a create request with `options` would use, checked except for the files it names
-/// ([`HypervisorConfig::check_assets`]).
+/// ([`check_assets`](config::HypervisorConfig::check_assets)).
 ///
 /// # Errors
 /// `InvalidArgument` naming the file and key, `NotFound` for a file that was asked for by name.
 pub fn load_config(options: &RuntimeOptions) -> Result<ConfigFile> {
     Ok(config::load(options)?)
 }
-
-/// How a VM is made; tests replace it.
-pub(crate) type MakeHypervisor =
-    dyn Fn(&HypervisorConfig, &config::TomlConfig, &SandboxPaths, bool) -> Arc<dyn Hypervisor> + Send + Sync;

@@ -1,0 +1,134 @@
+//! How processes end: waiting for them in the guest, and removing them.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use protocols::agent as wire;
+
+use super::VirtContainerManager;
+use super::container::{Container, KILLED};
+use super::process::{Phase, Process};
+use super::signal::SIGKILL;
+use crate::error::{ErrorKind, Result};
+use crate::sandbox::{SandboxState, VirtSandbox};
+use crate::types::{Event, ProcessExit};
+
+/// How long a removal waits for output that nobody has read to its end.
+const DRAIN: Duration = Duration::from_secs(10);
+/// How long a created container that is deleted may take to die.
+const KILL: Duration = Duration::from_secs(10);
+/// How long the end of the VM may take to become known after the agent stopped answering.
+const VM_END: Duration = Duration::from_secs(10);
+/// Exit status when nothing better is known.
+pub(super) const UNKNOWN_STATUS: u32 = 255;
+
+impl VirtContainerManager {
+    /// Waits for a process in the guest, without a time limit, and publishes its exit.
+    pub(super) fn spawn_waiter(&self, container: Arc<Container>, process: Arc<Process>) {
+        let sandbox = self.sandbox.clone();
+        tokio::spawn(async move {
+            let request = wire::WaitProcessRequest {
+                container_id: container.id.clone(),
+                exec_id: process.id().exec_id.clone(),
+                ..Default::default()
+            };
+            let status = match sandbox.agent().wait_process(request).await {
+                // The agent reports 0 to 255.
+                Ok(response) => u32::from(response.status.unsigned_abs() as u8),
+                Err(error) => {
+                    if matches!(process.phase(), Phase::Stopped(_)) || vm_ended_soon(&sandbox).await {
+                        // The end of the VM is handled for all processes at once.
+                        return;
+                    }
+                    tracing::error!(%process, %error, "waiting failed, the VM still runs");
+                    UNKNOWN_STATUS
+                }
+            };
+            let exit = ProcessExit {
+                status,
+                at: SystemTime::now(),
+            };
+            if process.is_init() {
+                container.init_exited(exit).await;
+            } else {
+                process.exited(exit);
+            }
+        });
+    }
+
+    /// Removes a stopped process and publishes that; with init goes the container.
+    pub(super) async fn delete(
+        &self,
+        container: Arc<Container>,
+        process: Arc<Process>,
+    ) -> Result<ProcessExit> {
+        let id = process.id().clone();
+        let exit = if process.is_init() {
+            self.delete_container(container).await?
+        } else {
+            self.delete_exec(&container, &process).await?
+        };
+        self.publish(Event::TaskDelete {
+            process: id,
+            pid: std::process::id(),
+            exit,
+        });
+        Ok(exit)
+    }
+
+    async fn delete_container(&self, container: Arc<Container>) -> Result<ProcessExit> {
+        let init = container.init.clone();
+        match init.phase() {
+            Phase::Stopped(_) => {}
+            Phase::Created => {
+                self.kill_created(&container, SIGKILL).await;
+                if tokio::time::timeout(KILL, init.wait()).await.is_err() {
+                    container.killed();
+                }
+            }
+            Phase::Starting { .. } | Phase::Running | Phase::Paused => return Err(init.wrong_state("delete")),
+        }
+        let exit = init.wait().await?;
+        if let Some(io) = init.io() {
+            io.drain(DRAIN).await;
+        }
+        let remove = wire::RemoveContainerRequest {
+            container_id: container.id.clone(),
+            ..Default::default()
+        };
+        match self.sandbox.agent().remove_container(remove).await {
+            Ok(()) => {}
+            Err(error) if matches!(error.kind, ErrorKind::NotFound | ErrorKind::Unavailable) => {}
+            // The guest keeps something; the host side must not.
+            Err(error) => tracing::warn!(container = container.id, %error, "remove in the guest"),
+        }
+        container.host.clone().remove().await;
+        self.remove(&container.id);
+        Ok(exit)
+    }
+
+    async fn delete_exec(&self, container: &Container, process: &Process) -> Result<ProcessExit> {
+        let exit = match process.phase() {
+            Phase::Stopped(exit) => exit,
+            Phase::Created => ProcessExit {
+                status: KILLED,
+                at: SystemTime::now(),
+            },
+            Phase::Starting { .. } | Phase::Running | Phase::Paused => {
+                return Err(process.wrong_state("delete"));
+            }
+        };
+        process.exited(exit);
+        if let Some(io) = process.io() {
+            io.drain(DRAIN).await;
+        }
+        container.remove_exec(&process.id().exec_id);
+        Ok(exit)
+    }
+}
+
+async fn vm_ended_soon(sandbox: &VirtSandbox) -> bool {
+    let mut state = sandbox.watch_state();
+    let ended = state.wait_for(|state| matches!(state, SandboxState::Stopped(_)));
+    tokio::time::timeout(VM_END, ended).await.is_ok()
+}
