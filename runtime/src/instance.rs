@@ -1,5 +1,6 @@
 //! Putting a sandbox together: configuration, resources, VM, agent, containers.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -7,7 +8,7 @@ use oci_spec::runtime::Spec;
 use tokio::sync::{OnceCell, mpsc};
 
 use crate::agent::KataAgent;
-use crate::config::{self, HypervisorConfig, TomlConfig, annotations};
+use crate::config::{self, ConfigFile, HypervisorConfig, TomlConfig, annotations};
 use crate::containers::{VirtContainerManager, dns, netns};
 use crate::error::Result;
 use crate::hypervisor::{Hypervisor, make_dragonball};
@@ -29,6 +30,8 @@ pub struct ShimContext {
     pub bundle: PathBuf,
     /// Verbose logs, guest console included.
     pub debug: bool,
+    /// Makes the log verbose: the configuration, which may ask for it, is known later than the log.
+    pub log_verbosely: fn(),
 }
 
 /// A sandbox and its containers.
@@ -71,6 +74,24 @@ impl RuntimeInstance {
     }
 }
 
+/// The configuration of a pod: the file's, changed by annotations and limits, then checked.
+fn pod_config(
+    options: &RuntimeOptions,
+    spec: &Spec,
+    pod_annotations: &HashMap<String, String>,
+) -> Result<ConfigFile> {
+    let mut file = config::read(options)?;
+    let mut warnings = annotations::apply(&mut file, pod_annotations)?;
+    if file.config.runtime.static_sandbox_resource_mgmt {
+        warnings.extend(InitialSizeManager::new(spec).setup_config(&mut file));
+    }
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    file.config.validate(&file.origins)?;
+    Ok(file)
+}
+
 /// How a VM is made; tests replace it.
 pub(crate) type MakeHypervisor =
     dyn Fn(&HypervisorConfig, &TomlConfig, &SandboxPaths, bool) -> Arc<dyn Hypervisor> + Send + Sync;
@@ -104,14 +125,11 @@ impl Recipe {
         spec: &Spec,
         events: mpsc::UnboundedSender<Event>,
     ) -> Result<VirtSandbox> {
-        let mut file = config::load(options)?;
         let pod_annotations = spec.annotations().clone().unwrap_or_default();
-        for warning in annotations::apply(&mut file, &pod_annotations)? {
-            tracing::warn!("{warning}");
-        }
-        file.config.validate(&file.origins)?;
-        if file.config.runtime.static_sandbox_resource_mgmt {
-            InitialSizeManager::new(spec).setup_config(&mut file.config.hypervisor.dragonball);
+        let file = pod_config(options, spec, &pod_annotations)?;
+        let debug = context.debug || file.config.runtime.enable_debug;
+        if debug && !context.debug {
+            (context.log_verbosely)();
         }
         let hypervisor_config = &file.config.hypervisor.dragonball;
         hypervisor_config.check_assets(&file.origins)?;
@@ -131,7 +149,7 @@ impl Recipe {
             hypervisor_config,
             &resources,
         )?);
-        let hypervisor = (self.make_hypervisor)(hypervisor_config, &file.config, &paths, context.debug);
+        let hypervisor = (self.make_hypervisor)(hypervisor_config, &file.config, &paths, debug);
         let address = format!("hvsock://{}", paths.hvsock().display());
         let agent = Arc::new(KataAgent::new(file.config.agent.kata.clone(), address));
         let start = SandboxStart {

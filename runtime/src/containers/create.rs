@@ -31,21 +31,37 @@ impl VirtContainerManager {
         };
         timeline::mark("container created");
         let pid = std::process::id();
-        // Before anything can happen to it, so that no other event comes first.
-        self.publish(Event::TaskCreate {
+        let created = Event::TaskCreate {
             container_id: request.container_id,
             bundle: request.bundle,
             rootfs: request.rootfs,
             stdio: request.stdio,
             pid,
-        });
-        self.enter(container.clone());
+        };
+        if !self.enter(container.clone(), created) {
+            return Err(self.take_back(container).await);
+        }
         if matches!(*self.sandbox.watch_state().borrow(), SandboxState::Stopped(_)) {
             // The VM ended between the agent's answer and the entry in the map.
             container.killed();
         }
         self.spawn_waiter(container.clone(), container.init.clone());
         Ok(pid)
+    }
+
+    /// Removes a container that was deleted before it was there: its client has gone.
+    async fn take_back(&self, container: Arc<Container>) -> Error {
+        let id = &container.id;
+        if let Some(io) = container.init.io() {
+            io.close();
+        }
+        self.remove_in_guest(id).await;
+        container.host.clone().remove().await;
+        self.remove(id);
+        Error::new(
+            ErrorKind::FailedPrecondition,
+            format!("container {id} was deleted while it was created"),
+        )
     }
 
     async fn make(&self, request: &CreateContainerRequest, spec: Spec) -> Result<Arc<Container>> {
@@ -113,7 +129,7 @@ impl VirtContainerManager {
             exec_id: String::new(),
         };
         let init = Arc::new(Process::new(init, request.stdio.clone(), self.events()));
-        let io = self.open_io(&init)?;
+        let io = self.open_io(&init).await?;
         let create = wire::CreateContainerRequest {
             container_id: id.clone(),
             storages: host
@@ -144,12 +160,12 @@ impl VirtContainerManager {
         Ok(init)
     }
 
-    pub(super) fn open_io(&self, process: &Process) -> Result<Arc<ProcessIo>> {
+    pub(super) async fn open_io(&self, process: &Process) -> Result<Arc<ProcessIo>> {
         let port = self.sandbox.config().runtime.passfd_listener_port;
         let owner = Owner {
-            container: &process.id().container_id,
-            namespace: &self.namespace,
+            container: process.id().container_id.clone(),
+            namespace: self.namespace.clone(),
         };
-        ProcessIo::open(self.sandbox.hypervisor().clone(), process.stdio(), port, owner)
+        ProcessIo::open(self.sandbox.hypervisor().clone(), process.stdio(), port, owner).await
     }
 }

@@ -177,7 +177,7 @@ impl RuntimeHandlerManager {
         let current = self.instance.borrow().clone();
         if let Instance::Ready(instance) = current
             && !now
-            && !instance.containers.is_empty()
+            && instance.containers.has_wanted()
         {
             tracing::debug!(container_id, "shutdown: containers are left");
             return Ok(false);

@@ -1,5 +1,7 @@
 //! The whole runtime over a fake VM and agent: requests in, responses and events out.
 
+mod races;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -40,6 +42,7 @@ fn bench(boot: Boot) -> Bench {
         namespace: "test".into(),
         bundle: folder.path().join("c1"),
         debug: false,
+        log_verbosely: || {},
     };
     let manager = RuntimeHandlerManager::with_recipe(context, sender, recipe);
     Bench {
@@ -498,10 +501,20 @@ async fn many_clients_wait_before_start_and_after_exit() {
 async fn created_container_can_be_killed_and_deleted() {
     let mut bench = bench(Boot::Announced);
     bench.create("c1", &["sleep"]).await.unwrap();
+    for signal in [0, 10, 37] {
+        bench.kill(init("c1"), signal).await.unwrap();
+        assert_eq!(
+            bench.status(init("c1")).await,
+            ProcessStatus::Created,
+            "signal {signal}"
+        );
+    }
+    let error = bench.kill(init("c1"), 65).await.unwrap_err();
+    assert_eq!(error.kind, ErrorKind::InvalidArgument);
     bench.kill(init("c1"), 15).await.unwrap();
-    assert_eq!(bench.wait(init("c1")).await, 137);
+    assert_eq!(bench.wait(init("c1")).await, 143);
     bench.delete(init("c1")).await.unwrap();
-    assert_eq!(bench.events(), ["create c1", "exit c1 137", "delete c1 137"]);
+    assert_eq!(bench.events(), ["create c1", "exit c1 143", "delete c1 143"]);
     bench.manager.shutdown().await;
     assert_eq!(bench.leftovers(), Vec::<String>::new());
 }
