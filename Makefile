@@ -16,12 +16,15 @@ LOCKED := $(if $(filter true,$(CI)),--locked)
 BINARIES ?=
 TEST_ARGS ?=
 
-# Every step has a limit, in seconds, ten times what it takes on two cores.
-LIMIT_LINT ?= 1200
-LIMIT_UNIT ?= 1800
-LIMIT_BUILD ?= 2700
-LIMIT_E2E ?= 2700
-limit = timeout --kill-after=30
+# Every step has a limit, in seconds, ten times what it takes on two cores; a limit that strikes says how to raise it.
+export LIMIT_LINT ?= 3600
+export LIMIT_UNIT ?= 3600
+export LIMIT_BUILD ?= 10800
+export LIMIT_E2E ?= 7200
+export LIMIT_DEMO ?= 1800
+# $(call limit,NAME,WHAT) COMMAND...
+limit = tests/limit $(1) '$(2)'
+comma := ,
 
 INSTALL_PACKAGES = bash -c 'source tests/lab/lib.sh; need_packages "$$@"' make
 
@@ -41,11 +44,11 @@ test: ## everything: lint, unit and KVM tests, end-to-end tests
 .PHONY: lint
 lint: toolchain ## formatting and clippy
 	$(CARGO) fmt --all --check
-	$(limit) $(LIMIT_LINT) $(CARGO) clippy $(LOCKED) --workspace --all-targets --features tests/e2e,dragonball/e2e -- -D warnings
+	$(call limit,LIMIT_LINT,lints) $(CARGO) clippy $(LOCKED) --workspace --all-targets --features tests/e2e,dragonball/e2e -- -D warnings
 
 .PHONY: unit
 unit: setup ## unit tests, and KVM tests with tiny guests
-	$(limit) $(LIMIT_UNIT) $(CARGO) test $(LOCKED) --workspace
+	$(call limit,LIMIT_UNIT,unit and KVM tests) $(CARGO) test $(LOCKED) --workspace
 
 .PHONY: toolchain
 toolchain: # what the Rust compiler needs beside itself
@@ -58,66 +61,83 @@ setup: toolchain # what tests and demo need on the host
 
 .PHONY: kernel
 kernel: ## the guest kernel; prints its folder
-	@$(limit) $(LIMIT_BUILD) kernel-config/build.sh
+	@$(call limit,LIMIT_BUILD,guest kernel) kernel-config/build.sh
 
 .PHONY: image
 image: ## the guest image
-	$(limit) $(LIMIT_BUILD) tests/gather $(ARTIFACTS) image
+	$(call limit,LIMIT_BUILD,guest image) tests/gather $(ARTIFACTS) image
 
 .PHONY: artifacts
 artifacts: setup ## kernel, image, release binaries and test binaries in the installed layout
-	$(limit) $(LIMIT_BUILD) tests/gather $(ARTIFACTS)
+	$(call limit,LIMIT_BUILD,build of kernel$(comma) image$(comma) binaries and tests) tests/gather $(ARTIFACTS)
 
-.PHONY: e2e
-e2e: artifacts ## end-to-end tests: here where KVM runs Linux, in the lab elsewhere
+# Runs the end-to-end binaries: here where KVM runs Linux, in the lab elsewhere.
+define run_e2e
 	if $(KVM_RUNS_LINUX); then \
 	    for series in 1.7 2.1; do \
 	        folder=$$(tests/lab/containerd $$series | tail -n 1)/usr/bin; \
 	        export E2E_CONTAINERD_$${series/./_}=$$folder; \
 	    done; \
-	    $(limit) $(LIMIT_E2E) $(ARTIFACTS)/e2e/run-e2e here $(BINARIES) -- $(TEST_ARGS); \
+	    $(call limit,LIMIT_E2E,end-to-end tests) $(ARTIFACTS)/e2e/run-e2e here $(1) -- $(2); \
 	else \
-	    E2E_LINUX_GUESTS=0 $(limit) $(LIMIT_E2E) $(ARTIFACTS)/e2e/run-e2e here bad_input; \
-	    tests/lab/suite $(ARTIFACTS) $(LIMIT_E2E) $(BINARIES) -- $(TEST_ARGS); \
+	    tests/lab/suite $(ARTIFACTS) LIMIT_E2E $(1) -- $(2); \
 	fi
+endef
+
+.PHONY: e2e
+e2e: artifacts ## end-to-end tests: here where KVM runs Linux, in the lab elsewhere
+	$(KVM_RUNS_LINUX) || \
+	    E2E_LINUX_GUESTS=0 $(call limit,LIMIT_E2E,tests of bad input) $(ARTIFACTS)/e2e/run-e2e here bad_input
+	$(call run_e2e,$(BINARIES),$(TEST_ARGS))
+
+.PHONY: try
+try: setup ## after an edit, the end-to-end tests whose names hold TEST: make try TEST=hello [BINARIES=e2e]
+	@[ -n '$(TEST)' ] || { echo "which? make try TEST=part-of-a-name [BINARIES='linux e2e bad_input compat guests']" >&2; exit 2; }
+	$(call limit,LIMIT_BUILD,build of what was edited) tests/gather $(ARTIFACTS) kernel image binaries \
+	    $(if $(filter-out linux,$(or $(BINARIES),e2e)),tests) $(if $(filter linux,$(BINARIES)),vmm-tests) \
+	    $(if $(filter guests linux,$(BINARIES)),guests)
+	$(call run_e2e,$(or $(BINARIES),e2e),$(TEST))
 
 .PHONY: bench
 bench: toolchain ## set-up time here; boot, memory and throughput beside QEMU in the lab
-	$(limit) $(LIMIT_UNIT) $(CARGO) bench $(LOCKED) -p dragonball --bench setup
-	$(limit) $(LIMIT_E2E) tests/lab/bench
+	$(call limit,LIMIT_UNIT,set-up benchmark) $(CARGO) bench $(LOCKED) -p dragonball --bench setup
+	tests/lab/bench
 
 .PHONY: demo
 demo: setup ## one container in a microVM, with its timeline
-	$(limit) $(LIMIT_BUILD) tests/gather $(ARTIFACTS) kernel image binaries tests
+	$(call limit,LIMIT_BUILD,build of kernel$(comma) image and binaries) tests/gather $(ARTIFACTS) kernel image binaries demo
 	if $(KVM_RUNS_LINUX); then \
-	    $(limit) 300 $(ARTIFACTS)/e2e/run-e2e here demo; \
+	    $(call limit,LIMIT_DEMO,demo) $(ARTIFACTS)/e2e/run-e2e here demo; \
 	else \
 	    echo "KVM here cannot run Linux: running in the lab, an emulated machine 5 to 20 times slower than metal"; \
-	    tests/lab/run --artifacts $(ARTIFACTS) --timeout 600 -- /artifacts/e2e/run-e2e installed demo; \
+	    tests/lab/run --artifacts $(ARTIFACTS) --timeout LIMIT_DEMO -- /artifacts/e2e/run-e2e installed demo; \
 	fi
 
 FUZZ_SECONDS ?= 60
+# The target is built first.
+export LIMIT_FUZZ ?= $(shell echo $$(($(FUZZ_SECONDS) + $(LIMIT_BUILD))))
 FUZZ_TARGETS ?= $(basename $(notdir $(wildcard vmm/fuzz/fuzz_targets/*.rs)))
 
 .PHONY: fuzz
 fuzz: toolchain ## each fuzz target for FUZZ_SECONDS; not part of `make test`
 	@$(INSTALL_PACKAGES) g++
 	[ -x $(TARGET)/cargo-fuzz/bin/cargo-fuzz ] || \
-	    $(limit) $(LIMIT_BUILD) $(CARGO) install --root $(TARGET)/cargo-fuzz --locked cargo-fuzz
+	    $(call limit,LIMIT_BUILD,build of cargo-fuzz) $(CARGO) install --root $(TARGET)/cargo-fuzz --locked cargo-fuzz
 	# A guest may make a file as large as it likes: not larger than this, which is an error for it and not the end of us.
 	ulimit -f 262144; trap '' XFSZ; \
 	export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=$(TARGET)/fuzz PATH=$(TARGET)/cargo-fuzz/bin:$$PATH; \
 	for target in $(FUZZ_TARGETS); do \
 	    echo "fuzzing $$target for $(FUZZ_SECONDS) s"; \
 	    mkdir -p $(TARGET)/fuzz-corpus/$$target; \
-	    $(limit) $$(($(FUZZ_SECONDS) + $(LIMIT_BUILD))) cargo-fuzz run --fuzz-dir vmm/fuzz $$target \
+	    $(call limit,LIMIT_FUZZ,fuzzing of $$target) cargo-fuzz run --fuzz-dir vmm/fuzz $$target \
 	        $(TARGET)/fuzz-corpus/$$target vmm/fuzz/seeds/$$target -- \
 	        -max_total_time=$(FUZZ_SECONDS) -timeout=30 -rss_limit_mb=4096 -handle_xfsz=0 -print_final_stats=1; \
 	done
 
 .PHONY: install
 install: ## install under PREFIX, with its configuration in /etc
-	CARGO_PROFILE_RELEASE_LTO=fat CARGO_PROFILE_RELEASE_CODEGEN_UNITS=1 $(limit) $(LIMIT_BUILD) \
+	CARGO_PROFILE_RELEASE_LTO=fat CARGO_PROFILE_RELEASE_CODEGEN_UNITS=1 \
+	    $(call limit,LIMIT_BUILD,optimized build) \
 	    tests/gather $(ARTIFACTS) kernel image binaries
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(ARTIFACTS)/usr/local/bin/*
 	install -D -m 644 -t $(DESTDIR)/usr/share/kata-containers \

@@ -1,6 +1,5 @@
 //! Putting a sandbox together: configuration, resources, VM, agent, containers.
 
-use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -9,15 +8,13 @@ use tokio::sync::{OnceCell, mpsc};
 
 use crate::agent::KataAgent;
 use crate::config::{self, ConfigFile, HypervisorConfig, TomlConfig, annotations};
-use crate::containers::{VirtContainerManager, dns, netns};
+use crate::containers::VirtContainerManager;
 use crate::error::Result;
 use crate::hypervisor::{Hypervisor, make_dragonball};
 use crate::paths::SandboxPaths;
-use crate::resource::cpu_mem::InitialSizeManager;
-use crate::resource::volume::shm_size;
 use crate::resource::{ResourceManager, SandboxResources};
-use crate::sandbox::{Sandbox, SandboxStart, VirtSandbox};
-use crate::types::{Event, RuntimeOptions};
+use crate::sandbox::{Sandbox, SandboxConfig, VirtSandbox};
+use crate::types::{CreateContainerRequest, Event, RuntimeOptions};
 
 /// What the shim knows about itself.
 #[derive(Debug, Clone)]
@@ -63,6 +60,30 @@ impl RuntimeInstance {
         })
     }
 
+    /// Boots the sandbox and creates its first container: what the container needs on the host is made while the guest
+    /// boots. Returns the container's pid.
+    pub(crate) async fn boot_with(&self, request: CreateContainerRequest, spec: Spec) -> Result<u32> {
+        let (sandbox, containers) = (&self.sandbox, &self.containers);
+        sandbox.prepare().await?;
+        let prepare = async {
+            let prepared = containers.prepare(request, spec).await;
+            if prepared.is_err()
+                && let Err(error) = sandbox.stop().await
+            {
+                tracing::warn!(%error, "interrupting a boot");
+            }
+            prepared
+        };
+        // Both to their end: half a boot cannot be undone.
+        let (started, prepared) = tokio::join!(sandbox.start(), prepare);
+        let prepared = prepared?;
+        if let Err(error) = started {
+            containers.abandon(prepared).await;
+            return Err(error);
+        }
+        containers.create_prepared(prepared).await
+    }
+
     /// Stops the VM and removes everything on the host, once; later callers wait for the first one.
     pub(crate) async fn wind_down(&self) {
         let end = async {
@@ -75,15 +96,11 @@ impl RuntimeInstance {
 }
 
 /// The configuration of a pod: the file's, changed by annotations and limits, then checked.
-fn pod_config(
-    options: &RuntimeOptions,
-    spec: &Spec,
-    pod_annotations: &HashMap<String, String>,
-) -> Result<ConfigFile> {
+fn pod_config(options: &RuntimeOptions, pod: &SandboxConfig) -> Result<ConfigFile> {
     let mut file = config::read(options)?;
-    let mut warnings = annotations::apply(&mut file, pod_annotations)?;
+    let mut warnings = annotations::apply(&mut file, &pod.annotations)?;
     if file.config.runtime.static_sandbox_resource_mgmt {
-        warnings.extend(InitialSizeManager::new(spec).setup_config(&mut file));
+        warnings.extend(pod.size.setup_config(&mut file));
     }
     for warning in warnings {
         tracing::warn!("{warning}");
@@ -117,16 +134,15 @@ impl Default for Recipe {
 }
 
 impl Recipe {
-    /// A sandbox as the first container's `spec` and `options` ask for, not started.
+    /// A sandbox as `config` and the runtime class's `options` ask for, not started.
     pub(crate) fn sandbox(
         &self,
         context: &ShimContext,
         options: &RuntimeOptions,
-        spec: &Spec,
+        config: SandboxConfig,
         events: mpsc::UnboundedSender<Event>,
     ) -> Result<VirtSandbox> {
-        let pod_annotations = spec.annotations().clone().unwrap_or_default();
-        let file = pod_config(options, spec, &pod_annotations)?;
+        let file = pod_config(options, &config)?;
         let debug = context.debug || file.config.runtime.enable_debug;
         if debug && !context.debug {
             (context.log_verbosely)();
@@ -134,38 +150,21 @@ impl Recipe {
         let hypervisor_config = &file.config.hypervisor.dragonball;
         hypervisor_config.check_assets(&file.origins)?;
         let paths = SandboxPaths::below(&self.root, &context.namespace, &context.sandbox_id)?;
-        let netns = netns(spec);
-        let cgroups_path = spec
-            .linux()
-            .as_ref()
-            .and_then(|linux| linux.cgroups_path().clone());
+        let hypervisor = (self.make_hypervisor)(hypervisor_config, &file.config, &paths, debug);
         let use_cgroups = self.cgroups && file.config.runtime.sandbox_cgroup_only;
         let resources = SandboxResources {
-            cgroups_path: cgroups_path.filter(|_| use_cgroups),
-            netns: netns.clone(),
+            cgroups_path: config.cgroups_path.clone().filter(|_| use_cgroups),
+            netns: config.netns.clone(),
         };
-        let resources = Arc::new(ResourceManager::new(
-            paths.clone(),
-            hypervisor_config,
-            &resources,
-        )?);
-        let hypervisor = (self.make_hypervisor)(hypervisor_config, &file.config, &paths, debug);
         let address = format!("hvsock://{}", paths.hvsock().display());
+        let resources = ResourceManager::new(paths, hypervisor.clone(), hypervisor_config, &resources)?;
         let agent = Arc::new(KataAgent::new(file.config.agent.kata.clone(), address));
-        let start = SandboxStart {
-            hostname: spec.hostname().clone().unwrap_or_default(),
-            dns: dns(spec),
-            shm_size: shm_size(spec, &context.sandbox_id),
-            netns: netns.map(|path| path.display().to_string()),
-            annotations: pod_annotations,
-        };
         Ok(VirtSandbox::new(
-            &context.sandbox_id,
+            config,
             file.config,
-            start,
             hypervisor,
             agent,
-            resources,
+            Arc::new(resources),
             events,
         ))
     }

@@ -1,5 +1,6 @@
 //! Requests, responses and events between the shim and the runtime. No containerd wire types.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
@@ -60,6 +61,29 @@ pub struct CreateContainerRequest {
     pub stdio: Stdio,
     /// Options of the runtime class.
     pub options: RuntimeOptions,
+}
+
+/// Create a sandbox without a container (containerd's Sandbox API).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CreateSandboxRequest {
+    /// Sandbox id.
+    pub sandbox_id: String,
+    /// Host name.
+    pub hostname: String,
+    /// Lines of resolv.conf.
+    pub dns: Vec<String>,
+    /// Network namespace; empty for none.
+    pub netns: PathBuf,
+    /// Cgroup of the pod on the host; empty for none.
+    pub cgroup_parent: PathBuf,
+    /// Annotations of the pod.
+    pub annotations: HashMap<String, String>,
+    /// CPU time in each period, microseconds; 0 for no limit.
+    pub cpu_quota: i64,
+    /// The period, microseconds; 0 for the kernel's default.
+    pub cpu_period: u64,
+    /// Memory, bytes; 0 for no limit.
+    pub memory: i64,
 }
 
 /// Register another process; it runs after its StartProcess.

@@ -15,7 +15,6 @@ pub mod args;
 pub mod bootstrap;
 pub mod bundle;
 pub mod convert;
-pub mod ctl;
 pub mod delete;
 pub mod events;
 pub mod forward;

@@ -11,7 +11,6 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tracing::level_filters::LevelFilter;
-use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::{Registry, reload};
@@ -50,7 +49,7 @@ pub fn to_stderr(namespace: &str, sandbox: &str, debug: bool) {
 }
 
 /// Changes what is logged of the running process.
-static FILTER: OnceLock<reload::Handle<Targets, Registry>> = OnceLock::new();
+static FILTER: OnceLock<reload::Handle<LevelFilter, Registry>> = OnceLock::new();
 
 /// Logs as much as with `-debug` from now on.
 pub fn verbosely() {
@@ -59,17 +58,10 @@ pub fn verbosely() {
     }
 }
 
-fn make_verbose(filter: &reload::Handle<Targets, Registry>) {
-    if let Err(error) = filter.reload(targets(LevelFilter::DEBUG)) {
+fn make_verbose(filter: &reload::Handle<LevelFilter, Registry>) {
+    if let Err(error) = filter.reload(LevelFilter::DEBUG) {
         tracing::warn!(%error, "the log stays as it is");
     }
-}
-
-fn targets(level: LevelFilter) -> Targets {
-    Targets::new()
-        .with_default(level)
-        // Its "info" is a page of flags at every mount.
-        .with_target("fuse_backend_rs", LevelFilter::WARN)
 }
 
 fn install<W>(writer: W, namespace: &str, sandbox: &str, level: LevelFilter)
@@ -90,12 +82,12 @@ fn subscriber<W>(
     level: LevelFilter,
 ) -> (
     impl tracing::Subscriber + Send + Sync,
-    reload::Handle<Targets, Registry>,
+    reload::Handle<LevelFilter, Registry>,
 )
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
-    let (filter, handle) = reload::Layer::new(targets(level));
+    let (filter, handle) = reload::Layer::new(level);
     let layer = tracing_subscriber::fmt::layer()
         .with_ansi(false)
         .event_format(Logfmt {

@@ -134,7 +134,9 @@ fn watch(name: String, daemon: Weak<Containerd>, log_start: u64) -> Sender<()> {
                 .upgrade()
                 .map(|daemon| report(&daemon, log_start))
                 .unwrap_or_default();
-            say(&format!("==== {name} exceeded {limit:?}; giving up\n{report}"));
+            say(&format!(
+                "==== {name} did not end within {limit:?}, the limit E2E_TEST_TIMEOUT; giving up\n{report}"
+            ));
             std::process::exit(124);
         }
     });

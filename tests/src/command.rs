@@ -25,7 +25,9 @@ pub enum Error {
         source: std::io::Error,
     },
     /// The process was still running at its limit; it has been killed.
-    #[error("`{command}` did not finish within {limit:?}; it was killed\nstdout: {stdout}\nstderr: {stderr}")]
+    #[error(
+        "`{command}` did not finish within {limit:?} (E2E_TIMEOUT raises it); it was killed\nstdout: {stdout}\nstderr: {stderr}"
+    )]
     TimedOut {
         /// The command line.
         command: String,
@@ -47,7 +49,9 @@ pub enum Error {
         limit: Duration,
     },
     /// The awaited output did not appear.
-    #[error("`{command}` did not print {what} within {limit:?}\nstdout: {stdout}\nstderr: {stderr}")]
+    #[error(
+        "`{command}` did not print {what} within {limit:?} (E2E_TIMEOUT raises it)\nstdout: {stdout}\nstderr: {stderr}"
+    )]
     NoSuchOutput {
         /// The command line.
         command: String,
@@ -436,7 +440,7 @@ mod tests {
         );
         let text = error.unwrap_err().to_string();
         assert!(
-            text.contains("did not finish within 1s") && text.contains("started"),
+            text.contains("did not finish within 1s (E2E_TIMEOUT raises it)") && text.contains("started"),
             "{text}"
         );
     }

@@ -1,16 +1,18 @@
-//! What to show when a test fails: the logs of containerd and its shims, the guests' consoles, and
-//! what the shims' threads and VMs are doing.
+//! What to show when a test fails: the log of containerd and its shims, and what `kata-ctl diagnose` tells of the sandboxes.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
+use crate::command::run;
 use crate::containerd::Containerd;
 
 /// How much of each file is shown, in bytes.
 const SHOWN: u64 = 16 << 10;
+/// How long `kata-ctl diagnose` may take: it looks at each shim for a second.
+const DIAGNOSE_LIMIT: Duration = Duration::from_secs(60);
 
 /// The end of a file as text, but nothing before `from` bytes.
 pub fn tail_of(path: &Path, from: u64) -> String {
@@ -23,22 +25,6 @@ pub fn tail_of(path: &Path, from: u64) -> String {
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     };
     read().unwrap_or_else(|e| format!("({}: {e})", path.display()))
-}
-
-/// The files a pattern names; `*` stands for one whole path component.
-pub fn glob(pattern: &str) -> Vec<PathBuf> {
-    let mut found = vec![PathBuf::new()];
-    for part in Path::new(pattern).components() {
-        found = match part {
-            Component::Normal(name) if name == "*" => found.iter().flat_map(|dir| entries(dir)).collect(),
-            part => found
-                .iter()
-                .map(|path| path.join(part))
-                .filter(|path| path.exists())
-                .collect(),
-        };
-    }
-    found
 }
 
 /// The entries of a folder, sorted; none when it cannot be read.
@@ -66,78 +52,22 @@ pub fn report(daemon: &Containerd, log_start: u64) -> String {
         text.push_str(&format!("---- {title}\n{}\n", body.trim_end()));
     };
     section("containerd and shim log", &tail_of(&daemon.log(), log_start));
-    for console in glob(&daemon.settings.console_glob) {
-        section(
-            &format!("guest console {}", console.display()),
-            &tail_of(&console, 0),
-        );
-    }
+    section("kata-ctl diagnose", &diagnose(daemon));
     let processes = processes_mentioning(&format!("{}/", daemon.dir().display()));
     section("processes of this run", &processes.join("\n"));
-    for process in &processes {
-        let (pid, command) = process.split_once(' ').unwrap_or_default();
-        if command.contains(&daemon.settings.shim_name()) {
-            section(
-                &format!("threads and KVM counters of {pid}, twice"),
-                &activity(pid),
-            );
-        }
-    }
     text
 }
 
-/// What a shim's threads and its VM do: looked at twice, so that busy, waiting and stuck can be told apart.
-fn activity(pid: &str) -> String {
-    let first = snapshot(pid);
-    std::thread::sleep(Duration::from_secs(1));
-    let second = snapshot(pid);
-    let mut text = String::new();
-    for (name, now) in &second {
-        match first.get(name) {
-            Some(before) if before != now => text.push_str(&format!("{name}: {before} -> {now}\n")),
-            _ => text.push_str(&format!("{name}: {now}\n")),
-        }
+/// What the operator's tool says of every sandbox on this host.
+fn diagnose(daemon: &Containerd) -> String {
+    let mut tool = Command::new(daemon.settings.shim_dir.join("kata-ctl"));
+    if let Some(config) = &daemon.settings.config {
+        tool.arg("--config").arg(config);
     }
-    text
-}
-
-/// Per thread its state, CPU ticks and kernel stack; KVM's counters that are not zero.
-fn snapshot(pid: &str) -> BTreeMap<String, String> {
-    let text = |path: PathBuf| fs::read_to_string(path).unwrap_or_default();
-    let mut found = BTreeMap::new();
-    for task in entries(&Path::new("/proc").join(pid).join("task")) {
-        let name = format!("{} {}", text(task.join("comm")).trim_end(), file_name(&task));
-        let stat = text(task.join("stat"));
-        // Behind the name in brackets: state, ..., utime and stime as the 12th and 13th (proc(5)).
-        let fields = stat.rsplit(')').next().unwrap_or_default();
-        let fields = fields.split_whitespace().collect::<Vec<_>>();
-        let field = |index: usize| fields.get(index).copied().unwrap_or("?");
-        let stack = text(task.join("stack"));
-        let frames = stack.lines().filter_map(|line| line.split_whitespace().nth(1));
-        let frames = frames.take(6).collect::<Vec<_>>().join(" < ");
-        let state = format!("{} user {} system {} {frames}", field(0), field(11), field(12));
-        found.insert(name, state);
+    match run(tool.arg("diagnose"), DIAGNOSE_LIMIT) {
+        Ok(finished) => finished.out(),
+        Err(error) => error.to_string(),
     }
-    let vms = entries(Path::new("/sys/kernel/debug/kvm")).into_iter();
-    for vm in vms.filter(|vm| file_name(vm).split('-').next() == Some(pid)) {
-        let vcpus = entries(&vm).into_iter().filter(|path| path.is_dir());
-        for folder in vcpus.chain([vm.clone()]) {
-            for counter in entries(&folder).into_iter().filter(|path| path.is_file()) {
-                let value = text(counter.clone()).trim().to_owned();
-                if !value.is_empty() && value != "0" && !value.contains('\n') {
-                    found.insert(format!("{} {}", file_name(&folder), file_name(&counter)), value);
-                }
-            }
-        }
-    }
-    found
-}
-
-fn file_name(path: &Path) -> String {
-    path.file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned()
 }
 
 /// `pid command line` of each process whose command line holds `text`.
@@ -165,19 +95,6 @@ pub fn processes_mentioning(text: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn glob_when_component_is_star_lists_the_folder() {
-        let found = glob("/proc/*/cmdline");
-        assert!(found.contains(&PathBuf::from(format!("/proc/{}/cmdline", std::process::id()))));
-        assert!(glob("/nowhere/*/x").is_empty());
-    }
-
-    #[test]
-    fn activity_shows_every_thread() {
-        let text = activity(&std::process::id().to_string());
-        assert!(text.contains(": S ") || text.contains(": R "), "{text}");
-    }
 
     #[test]
     fn tail_of_when_file_is_missing_says_so() {

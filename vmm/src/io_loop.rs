@@ -5,11 +5,11 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use event_manager::{
-    EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -35,10 +35,16 @@ pub enum IoLoopError {
     Endpoint(String),
 }
 
+/// What others ask of the loop, carried out on its thread between two events.
+type Call = Box<dyn FnOnce(&mut EventManager<Worker>) + Send>;
+
 /// A handle to the loop; clones refer to the same thread.
 #[derive(Clone)]
 pub struct IoLoop {
-    endpoint: RemoteEndpoint<Worker>,
+    calls: mpsc::Sender<Call>,
+    /// Written for each call. The event manager has an endpoint of its own for this, whose eventfd every program inherits that
+    /// this process executes.
+    wake: Arc<EventFd>,
     stop: Arc<AtomicBool>,
     /// Set by the thread itself; nobody waits for it to start.
     thread_id: Arc<OnceLock<i32>>,
@@ -56,10 +62,22 @@ impl IoLoop {
     /// # Errors
     /// [`IoLoopError::Create`] or [`IoLoopError::Spawn`] when the kernel refuses epoll, eventfd or the thread.
     pub fn spawn(name: &str) -> Result<(Self, JoinHandle<()>), IoLoopError> {
-        let mut manager: EventManager<Worker> =
-            EventManager::new().map_err(|e| IoLoopError::Create(format!("{e:?}")))?;
+        let create_error = |error: &dyn std::fmt::Debug| IoLoopError::Create(format!("{error:?}"));
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|e| create_error(&e))?;
+        let wake = Arc::new(wake);
+        let mut manager: EventManager<Worker> = EventManager::new().map_err(|e| create_error(&e))?;
+        let waker = Arc::new(Mutex::new(Waker {
+            event: wake.clone(),
+            watched: Ok(()),
+        }));
+        manager.add_subscriber(waker.clone());
+        let watched = std::mem::replace(
+            &mut waker.lock().unwrap_or_else(PoisonError::into_inner).watched,
+            Ok(()),
+        );
+        watched.map_err(|e| create_error(&e))?;
+        let (calls, asked) = mpsc::channel::<Call>();
         let stop = Arc::new(AtomicBool::new(false));
-        let endpoint = manager.remote_endpoint();
         let ended = stop.clone();
         let thread_id = Arc::new(OnceLock::new());
         let own_id = thread_id.clone();
@@ -74,19 +92,43 @@ impl IoLoop {
                 own_id.get_or_init(|| unsafe { libc::gettid() });
                 while !ended.load(Ordering::Acquire) {
                     if let Err(error) = manager.run() {
-                        tracing::error!(?error, "I/O loop: epoll failed");
+                        guest_log!(ERROR, ?error, "I/O loop: epoll failed");
+                    }
+                    for call in asked.try_iter() {
+                        call(&mut manager);
                     }
                 }
             })
             .map_err(spawn_error)?;
         Ok((
             Self {
-                endpoint,
+                calls,
+                wake,
                 stop,
                 thread_id,
             },
             thread,
         ))
+    }
+
+    /// Carries `call` out on the loop's thread; `what` is for people.
+    fn call<T: Send + 'static>(
+        &self,
+        what: &str,
+        call: impl FnOnce(&mut EventManager<Worker>) -> T + Send + 'static,
+    ) -> Result<T, IoLoopError> {
+        let ended = || IoLoopError::Endpoint(format!("cannot {what}: the loop has ended"));
+        let (answer, answered) = mpsc::sync_channel(1);
+        let call = move |manager: &mut EventManager<Worker>| {
+            // Whoever asked waits.
+            let _ = answer.send(call(manager));
+        };
+        self.calls.send(Box::new(call)).map_err(|_| ended())?;
+        self.wake
+            .write(1)
+            .map_err(|e| IoLoopError::Endpoint(format!("cannot {what}: {e}")))?;
+        // A loop that ends drops the calls it has not answered.
+        answered.recv().map_err(|_| ended())
     }
 
     /// Kernel thread id of the loop; waits until its thread has started.
@@ -120,9 +162,7 @@ impl IoLoop {
     /// # Errors
     /// [`IoLoopError::Endpoint`] when the loop has ended.
     pub fn add(&self, worker: Worker) -> Result<SubscriberId, IoLoopError> {
-        self.endpoint
-            .call_blocking::<_, _, event_manager::Error>(move |manager| Ok(manager.add_subscriber(worker)))
-            .map_err(|e| IoLoopError::Endpoint(format!("cannot add a worker: {e:?}")))
+        self.call("add a worker", move |manager| manager.add_subscriber(worker))
     }
 
     /// Takes a worker back. When this returns the loop no longer calls it.
@@ -130,16 +170,34 @@ impl IoLoop {
     /// # Errors
     /// [`IoLoopError::Endpoint`] when the loop has ended or does not know `id`.
     pub fn remove(&self, id: SubscriberId) -> Result<Worker, IoLoopError> {
-        self.endpoint
-            .call_blocking(move |manager| manager.remove_subscriber(id))
+        self.call("remove a worker", move |manager| manager.remove_subscriber(id))?
             .map_err(|e| IoLoopError::Endpoint(format!("cannot remove a worker: {e:?}")))
     }
 
     /// Ends the thread after the event in hand. Idempotent.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Release);
-        // The kick wakes epoll_wait; if it fails the thread is already gone.
-        let _ = self.endpoint.kick();
+        if let Err(error) = self.wake.write(1) {
+            tracing::error!(%error, "I/O loop: cannot wake its thread");
+        }
+    }
+}
+
+/// Takes the loop out of epoll_wait.
+struct Waker {
+    event: Arc<EventFd>,
+    /// Whether the loop watches it.
+    watched: Result<(), event_manager::Error>,
+}
+
+impl MutEventSubscriber for Waker {
+    fn init(&mut self, ops: &mut EventOps) {
+        self.watched = ops.add(Events::new(&*self.event, EventSet::IN));
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        // Only this thread reads it.
+        let _ = self.event.read();
     }
 }
 
@@ -153,7 +211,7 @@ struct Probe {
 impl MutEventSubscriber for Probe {
     fn init(&mut self, ops: &mut EventOps) {
         if let Err(error) = ops.add(Events::new(&self.event, EventSet::IN)) {
-            tracing::error!(?error, "I/O loop: cannot watch the event of a drain");
+            guest_log!(ERROR, ?error, "I/O loop: cannot watch the event of a drain");
             // Nobody is to wait for an event that does not come.
             let _ = self.done.try_send(());
         }

@@ -6,6 +6,9 @@
 //! The machine is discovered through ACPI only (hardware-reduced, no PCI, no legacy devices); devices are virtio over
 //! mmio, declared in the DSDT, and can be added while the guest runs on unmodified kernels.
 
+#[macro_use]
+mod guest_log;
+
 mod acpi;
 mod boot;
 mod bus;

@@ -206,7 +206,7 @@ impl RateLimiter {
         };
         match timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &value) {
             Ok(_) => self.armed = Some(at),
-            Err(error) => tracing::error!(%error, "rate limiter: cannot arm the timer"),
+            Err(error) => guest_log!(ERROR, %error, "rate limiter: cannot arm the timer"),
         }
     }
 }

@@ -89,6 +89,36 @@ fn stop_when_the_guest_spins_ends_it() {
 }
 
 #[test]
+fn pause_and_stop_when_the_caller_had_blocked_all_signals_work() {
+    let scratch = Scratch::new();
+    let config = config(&scratch, &Code::default().print("spinning\n").spin());
+    // A thread of its own: the mask stays with it. Real-time signals are what asynchronous runtimes and shims block.
+    let thread = std::thread::spawn(move || {
+        // SAFETY: an empty set is a valid value for sigfillset to fill; pthread_sigmask reads it.
+        unsafe {
+            let mut all: libc::sigset_t = std::mem::zeroed();
+            libc::sigfillset(&raw mut all);
+            assert_eq!(
+                libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut()),
+                0
+            );
+        }
+        let vm = Vm::new(config).unwrap();
+        vm.start().unwrap();
+        wait_for(&vm, "spinning");
+        vm.pause().unwrap();
+        vm.resume().unwrap();
+        vm.stop().unwrap();
+    });
+    let end = std::time::Instant::now() + LONG;
+    while !thread.is_finished() {
+        assert!(std::time::Instant::now() < end, "vCPU threads cannot be kicked");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    thread.join().unwrap();
+}
+
+#[test]
 fn stop_when_the_guest_is_halted_ends_it() {
     let scratch = Scratch::new();
     let vm = Vm::new(config(&scratch, &Code::default().print("halting\n").halt())).unwrap();

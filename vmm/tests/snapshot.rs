@@ -3,12 +3,18 @@
 mod guest;
 
 use std::fs;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 use dragonball::Vm;
-use dragonball::config::{BlockConfig, DeviceConfig, VcpuConfig};
-use dragonball::vm::snapshot::{MemoryMode, RestoreError, RestoreOptions, SaveError, SaveKind, SaveReport};
+use dragonball::config::{BlockConfig, DeviceConfig, PmemConfig, VcpuConfig};
+use dragonball::memory::image::ReadError;
+use dragonball::vm::snapshot::{
+    InvalidState, MemoryMode, RestoreError, RestoreOptions, SaveError, SaveKind, SaveReport, StateFileError,
+    verify,
+};
 use dragonball::vm::{ExitReason, VmState};
 use guest::{Code, LONG, Scratch, config_with, wait_for};
 
@@ -184,6 +190,13 @@ fn restore_when_the_files_are_damaged_says_how() {
     };
     vm_error(&dir, state(&changed(good.len() / 3)), "damaged");
     vm_error(&dir, state(&changed(8)), "format version");
+    assert!(matches!(
+        Vm::restore(&dir, &RestoreOptions::default()),
+        Err(RestoreError::File(StateFileError::Invalid {
+            reason: InvalidState::Version { .. },
+            ..
+        }))
+    ));
     vm_error(
         &dir,
         |dir| fs::remove_file(dir.join("state")).unwrap(),
@@ -200,6 +213,201 @@ fn restore_when_the_files_are_damaged_says_how() {
         |dir| fs::remove_file(dir.join("memory")).unwrap(),
         "No such file",
     );
+}
+
+#[test]
+fn memory_file_when_damaged_is_found_by_eager_restores_and_by_verify() {
+    let scratch = Scratch::new();
+    let dir = saved(&scratch);
+    let difference = scratch.path().join("difference");
+    let vm = Vm::restore(&dir, &options(MemoryMode::CopyOnWrite)).unwrap();
+    vm.resume().unwrap();
+    vm.pause().unwrap();
+    let base = SaveKind::Difference { base: dir.clone() };
+    vm.save(&difference, &base).unwrap();
+    vm.stop().unwrap();
+    verify(&dir).unwrap();
+    verify(&difference).unwrap();
+    // Where the guest's code is: in the full save, and what the difference builds on.
+    let memory = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(dir.join("memory"))
+        .unwrap();
+    let mut byte = [0];
+    memory.read_exact_at(&mut byte, guest::LOAD).unwrap();
+    memory.write_all_at(&[byte[0] ^ 1], guest::LOAD).unwrap();
+    for dir in [&dir, &difference] {
+        for result in [
+            verify(dir).map(drop),
+            Vm::restore(dir, &options(MemoryMode::Eager)).map(drop),
+        ] {
+            assert!(
+                matches!(
+                    &result,
+                    Err(RestoreError::Memory { source: ReadError::Damaged { offset, .. }, .. })
+                        if *offset == guest::LOAD
+                ),
+                "{result:?}"
+            );
+        }
+    }
+    memory.write_all_at(&byte, guest::LOAD).unwrap();
+    verify(&difference).unwrap();
+    finish(&Vm::restore(&difference, &options(MemoryMode::Eager)).unwrap());
+}
+
+#[test]
+fn save_when_it_fails_leaves_the_one_before_and_no_scraps() {
+    let scratch = Scratch::new();
+    let dir = saved(&scratch);
+    let names = |dir: &Path| {
+        let mut names: Vec<_> = fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(&dir), ["memory", "state"]);
+    for name in ["memory", "state", "."] {
+        let mode = fs::metadata(dir.join(name)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0, "{name}: {mode:o}");
+    }
+    let vm = Vm::restore(&dir, &options(MemoryMode::Eager)).unwrap();
+    // Something that cannot be replaced by a file is where the state is written first.
+    fs::create_dir_all(dir.join("state.new/full")).unwrap();
+    assert!(matches!(
+        vm.save(&dir, &SaveKind::Full),
+        Err(SaveError::File(StateFileError::Io { .. }))
+    ));
+    assert_eq!(names(&dir), ["memory", "state", "state.new"]);
+    fs::remove_dir_all(dir.join("state.new")).unwrap();
+    verify(&dir).unwrap();
+    vm.save(&dir, &SaveKind::Full).unwrap();
+    assert_eq!(names(&dir), ["memory", "state"]);
+    finish(&vm);
+    finish(&Vm::restore(&dir, &options(MemoryMode::Eager)).unwrap());
+}
+
+/// Port and memory accesses of each round of [`accessing`].
+const ACCESSES: u64 = 4;
+const ROUNDS: u32 = 60_000;
+
+/// Writes and reads a port and an address where nothing is, [`ROUNDS`] times; then says so and spins.
+fn accessing() -> Code {
+    // mov ebx, ROUNDS
+    let code = Code::default()
+        .map_devices()
+        .raw(&[0xbb])
+        .raw(&ROUNDS.to_le_bytes());
+    let round = Code::default()
+        .out8(0x80, 1)
+        .in8(0x80)
+        .store32(0xd010_0000, 1)
+        .load32(0xd010_0000)
+        // dec ebx
+        .raw(&[0xff, 0xcb]);
+    let back = -(round.0.len() as i8 + 2);
+    // jnz
+    code.raw(&round.0).raw(&[0x75, back as u8]).print("done").spin()
+}
+
+#[test]
+fn accesses_when_machines_are_saved_between_them_happen_once() {
+    let scratch = Scratch::new();
+    let mut vm = Vm::new(config_with(&scratch, &accessing(), vec![])).unwrap();
+    vm.start().unwrap();
+    let counts = |vm: &Vm| {
+        let exits = &vm.metrics().vcpus[0];
+        [exits.pio_out, exits.pio_in, exits.mmio_write, exits.mmio_read]
+    };
+    let mut sum = [0; ACCESSES as usize];
+    let mut add = |counts: [u64; ACCESSES as usize]| {
+        for (sum, count) in sum.iter_mut().zip(counts) {
+            *sum += count;
+        }
+        sum
+    };
+    for generation in 0..12 {
+        let end = Instant::now() + LONG;
+        // Each at another kind of access, if not at random anyway.
+        while counts(&vm)[generation % counts(&vm).len()] < 50 + generation as u64 {
+            assert!(Instant::now() < end, "{:?}", counts(&vm));
+        }
+        vm.pause().unwrap();
+        let sum = add(counts(&vm));
+        assert!(sum[0] < u64::from(ROUNDS), "over before it was saved: {sum:?}");
+        let dir = scratch.path().join(format!("{generation}"));
+        vm.save(&dir, &SaveKind::Full).unwrap();
+        vm.stop().unwrap();
+        vm = Vm::restore(&dir, &options(MemoryMode::Eager)).unwrap();
+        vm.resume().unwrap();
+    }
+    wait_for(&vm, "done");
+    let [out, rest @ ..] = add(counts(&vm));
+    assert_eq!(
+        (out, rest),
+        (u64::from(ROUNDS) + 4, [u64::from(ROUNDS); 3]),
+        "port writes (with \"done\"), port reads, memory writes, memory reads"
+    );
+    vm.stop().unwrap();
+}
+
+/// Where the second 128 MiB of the pmem window of a small machine are: the window begins at 4 GiB.
+const SECOND_PMEM: u64 = (4 << 30) + (128 << 20);
+
+/// At input, prints the byte at [`SECOND_PMEM`].
+fn reading_pmem() -> Code {
+    // A page directory at 0x3_1000 for the fifth GiB, with one page of 2 MiB.
+    let entry = 0x3_1000 + (SECOND_PMEM >> 21 & 511) * 8;
+    Code::default()
+        .store32(entry, SECOND_PMEM as u32 | 0x83)
+        .store32(entry + 4, (SECOND_PMEM >> 32) as u32)
+        .store32(0xa000 + 4 * 8, 0x3_1003)
+        .print("ready\n")
+        .raw(&wait_for_input())
+        .load32(SECOND_PMEM)
+        .print_al()
+        .power_off()
+}
+
+#[test]
+fn pmem_when_another_was_removed_before_the_save_is_restored_where_it_was() {
+    let scratch = Scratch::new();
+    let pmem = |id: &str, mib: u64| {
+        let path = scratch.write(id, &[0xa5; 4096]);
+        fs::File::options()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .set_len(mib << 20)
+            .unwrap();
+        DeviceConfig::Pmem(PmemConfig {
+            id: id.to_owned(),
+            path,
+            read_only: true,
+        })
+    };
+    let mut config = config_with(&scratch, &reading_pmem(), vec![pmem("a", 128)]);
+    config.memory.pmem_window_mib = 512;
+    config.hotplug_slots = 1;
+    let vm = Vm::new(config).unwrap();
+    vm.start().unwrap();
+    wait_for(&vm, "ready");
+    vm.add_device(pmem("b", 256)).unwrap();
+    vm.remove_device("a").unwrap();
+    vm.pause().unwrap();
+    let dir = scratch.path().join("saved");
+    vm.save(&dir, &SaveKind::Full).unwrap();
+    vm.stop().unwrap();
+    for mode in MODES {
+        let vm = Vm::restore(&dir, &options(mode)).unwrap();
+        vm.resume().unwrap();
+        assert_eq!(vm.console_input(b"x"), 1);
+        assert_eq!(vm.wait_timeout(LONG), Some(ExitReason::PowerOff));
+        assert_eq!(vm.console().tail(9), ["a5"], "{mode:?}");
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use super::process::{Phase, Process};
 use crate::error::{Error, ErrorKind, Result};
+use crate::resource::ResourceManager;
 use crate::resource::rootfs::Rootfs;
 use crate::resource::volume::Volumes;
 use crate::types::{ContainerProcess, ProcessExit, ProcessState};
@@ -21,21 +22,16 @@ pub(super) const KILLED: u32 = 137;
 pub(super) struct HostSide {
     pub rootfs: Box<dyn Rootfs>,
     pub volumes: Volumes,
+    pub resources: Arc<ResourceManager>,
 }
 
 impl HostSide {
-    /// Takes it all away; what stays is logged and left to the journal. Blocks.
-    pub(super) fn cleanup(&self) {
-        self.volumes.cleanup();
-        if let Err(error) = self.rootfs.cleanup() {
+    /// Takes it all away; what stays is logged and left to the journal.
+    pub(super) async fn cleanup(&self) {
+        let devices = self.resources.devices();
+        self.volumes.cleanup(devices).await;
+        if let Err(error) = self.rootfs.cleanup(devices).await {
             tracing::warn!(%error, "rootfs");
-        }
-    }
-
-    /// As [`Self::cleanup`], off the async threads.
-    pub(super) async fn remove(self: Arc<Self>) {
-        if let Err(error) = tokio::task::spawn_blocking(move || self.cleanup()).await {
-            tracing::warn!(%error, "cleanup of a container");
         }
     }
 }
@@ -45,7 +41,7 @@ pub(super) struct Container {
     pub id: String,
     pub bundle: PathBuf,
     pub init: Arc<Process>,
-    pub host: Arc<HostSide>,
+    pub host: HostSide,
     execs: Mutex<HashMap<String, Arc<Process>>>,
 }
 
@@ -55,7 +51,7 @@ impl Container {
             id,
             bundle,
             init,
-            host: Arc::new(host),
+            host,
             execs: Mutex::default(),
         }
     }

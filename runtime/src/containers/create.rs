@@ -18,18 +18,70 @@ use crate::sandbox::SandboxState;
 use crate::timeline;
 use crate::types::{ContainerProcess, CreateContainerRequest, Event};
 
+/// A container that is ready on the host. Its id is taken: [`VirtContainerManager::create_prepared`] or
+/// [`VirtContainerManager::abandon`] has to follow.
+pub(crate) struct Prepared {
+    request: CreateContainerRequest,
+    host: HostSide,
+    /// All that the agent is told, but for the streams.
+    message: wire::CreateContainerRequest,
+}
+
 impl VirtContainerManager {
-    /// Creates a container, publishes it and watches its init. Returns the host pid that stands for it.
-    pub(super) async fn create(&self, request: CreateContainerRequest, spec: Spec) -> Result<u32> {
+    /// Does everything for a container that needs no guest: the VM may still boot.
+    ///
+    /// # Errors
+    /// `AlreadyExists` for a taken id; otherwise naming the mount that cannot be had. Nothing is left then.
+    pub(crate) async fn prepare(&self, request: CreateContainerRequest, spec: Spec) -> Result<Prepared> {
         self.reserve(&request.container_id)?;
-        let container = match self.make(&request, spec).await {
-            Ok(container) => container,
+        let spec = Arc::new(spec);
+        let host = match self.host_side(&request, &spec).await {
+            Ok(host) => host,
             Err(error) => {
                 self.remove(&request.container_id);
                 return Err(error);
             }
         };
+        match self.message(&request, Arc::unwrap_or_clone(spec), &host) {
+            Ok(message) => Ok(Prepared {
+                request,
+                host,
+                message,
+            }),
+            Err(error) => {
+                host.cleanup().await;
+                self.remove(&request.container_id);
+                Err(error.context(format!("container {}", request.container_id)))
+            }
+        }
+    }
+
+    /// Undoes [`Self::prepare`].
+    pub(crate) async fn abandon(&self, prepared: Prepared) {
+        prepared.host.cleanup().await;
+        self.remove(&prepared.request.container_id);
+    }
+
+    /// Creates the container in the guest, publishes it and watches its init. Returns the host pid that stands for it.
+    ///
+    /// # Errors
+    /// Those of the agent, and of streams that cannot be opened; nothing is left then.
+    pub(crate) async fn create_prepared(&self, prepared: Prepared) -> Result<u32> {
+        let init = match self
+            .create_in_guest(&prepared.request, prepared.message.clone())
+            .await
+        {
+            Ok(init) => init,
+            Err(error) => {
+                let id = prepared.request.container_id.clone();
+                self.abandon(prepared).await;
+                return Err(error.context(format!("create container {id}")));
+            }
+        };
         timeline::mark("container created");
+        let Prepared { request, host, .. } = prepared;
+        let id = request.container_id.clone();
+        let container = Arc::new(Container::new(id, request.bundle.clone(), init, host));
         let pid = std::process::id();
         let created = Event::TaskCreate {
             container_id: request.container_id,
@@ -56,7 +108,7 @@ impl VirtContainerManager {
             io.close();
         }
         self.remove_in_guest(id).await;
-        container.host.clone().remove().await;
+        container.host.cleanup().await;
         self.remove(id);
         Error::new(
             ErrorKind::FailedPrecondition,
@@ -64,53 +116,31 @@ impl VirtContainerManager {
         )
     }
 
-    async fn make(&self, request: &CreateContainerRequest, spec: Spec) -> Result<Arc<Container>> {
-        let id = request.container_id.clone();
-        let (spec, host) = self.host_side(request, spec).await?;
-        let result = self.create_in_guest(request, spec, &host).await;
-        let init = match result {
-            Ok(init) => init,
-            Err(error) => {
-                Arc::new(host).remove().await;
-                return Err(error.context(format!("create container {id}")));
-            }
-        };
-        Ok(Arc::new(Container::new(id, request.bundle.clone(), init, host)))
-    }
-
-    /// Rootfs and volumes: mounts, so off the async threads.
-    async fn host_side(&self, request: &CreateContainerRequest, spec: Spec) -> Result<(Spec, HostSide)> {
+    async fn host_side(&self, request: &CreateContainerRequest, spec: &Arc<Spec>) -> Result<HostSide> {
         let resources = self.sandbox.resources().clone();
-        let (id, bundle, mounts) = (
-            request.container_id.clone(),
-            request.bundle.clone(),
-            request.rootfs.clone(),
-        );
-        let prepared = tokio::task::spawn_blocking(move || {
-            let rootfs = resources.handle_rootfs(&id, &bundle, &mounts, &spec)?;
-            match resources.handle_volumes(&id, &spec) {
-                Ok(volumes) => Ok((spec, HostSide { rootfs, volumes })),
-                Err(error) => {
-                    HostSide {
-                        rootfs,
-                        volumes: Default::default(),
-                    }
-                    .cleanup();
-                    Err(error)
+        let (id, bundle) = (&request.container_id, &request.bundle);
+        let rootfs = resources.handle_rootfs(id, bundle, &request.rootfs, spec).await?;
+        match resources.handle_volumes(id, spec).await {
+            Ok(volumes) => Ok(HostSide {
+                rootfs,
+                volumes,
+                resources,
+            }),
+            Err(error) => {
+                if let Err(left) = rootfs.cleanup(resources.devices()).await {
+                    tracing::warn!(container = id, error = %left, "rootfs");
                 }
+                Err(error)
             }
-        });
-        prepared
-            .await
-            .unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("rootfs: {error}"))))
+        }
     }
 
-    async fn create_in_guest(
+    fn message(
         &self,
         request: &CreateContainerRequest,
         mut spec: Spec,
         host: &HostSide,
-    ) -> Result<Arc<Process>> {
+    ) -> Result<wire::CreateContainerRequest> {
         let id = &request.container_id;
         let kind = container_kind(&spec)?;
         let guest = GuestSpec {
@@ -124,35 +154,40 @@ impl VirtContainerManager {
         for warning in amend(&mut spec, guest, &kind)? {
             tracing::warn!(container = id, "{warning}");
         }
-        let init = ContainerProcess {
+        let rootfs = host.rootfs.get_storage().into_iter();
+        let device = host.rootfs.get_device().into_iter();
+        Ok(wire::CreateContainerRequest {
             container_id: id.clone(),
+            storages: rootfs.chain(host.volumes.storages()).collect(),
+            devices: device.chain(host.volumes.devices()).collect(),
+            OCI: MessageField::some(spec_to_wire(&spec)),
+            ..Default::default()
+        })
+    }
+
+    async fn create_in_guest(
+        &self,
+        request: &CreateContainerRequest,
+        mut message: wire::CreateContainerRequest,
+    ) -> Result<Arc<Process>> {
+        let init = ContainerProcess {
+            container_id: request.container_id.clone(),
             exec_id: String::new(),
         };
         let init = Arc::new(Process::new(init, request.stdio.clone(), self.events()));
         let io = self.open_io(&init).await?;
-        let create = wire::CreateContainerRequest {
-            container_id: id.clone(),
-            storages: host
-                .rootfs
-                .get_storage()
-                .into_iter()
-                .chain(host.volumes.storages())
-                .collect(),
-            OCI: MessageField::some(spec_to_wire(&spec)),
-            stdin_port: io.stdin_port,
-            stdout_port: io.stdout_port,
-            stderr_port: io.stderr_port,
-            ..Default::default()
-        };
-        if let Err(error) = self.sandbox.agent().create_container(create).await {
+        message.stdin_port = io.stdin_port;
+        message.stdout_port = io.stdout_port;
+        message.stderr_port = io.stderr_port;
+        if let Err(error) = self.sandbox.agent().create_container(message).await {
             io.close();
             // The agent may have got half way.
             let remove = wire::RemoveContainerRequest {
-                container_id: id.clone(),
+                container_id: request.container_id.clone(),
                 ..Default::default()
             };
             if let Err(undo) = self.sandbox.agent().remove_container(remove).await {
-                tracing::debug!(container = id, error = %undo, "after a failed create");
+                tracing::debug!(%init, error = %undo, "after a failed create");
             }
             return Err(error);
         }

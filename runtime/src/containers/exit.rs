@@ -95,7 +95,7 @@ impl VirtContainerManager {
             io.drain(DRAIN).await;
         }
         self.remove_in_guest(&container.id).await;
-        container.host.clone().remove().await;
+        container.host.cleanup().await;
         self.remove(&container.id);
         Ok(exit)
     }

@@ -129,7 +129,7 @@ impl VirtContainerManager {
     }
 
     /// Notes that a container which is being created will not be asked for.
-    fn abandon(&self, id: &str) {
+    fn disown(&self, id: &str) {
         if let Some(Slot::Creating { unwanted }) = self.containers().get_mut(id) {
             tracing::info!(container = id, "deleted while it is created");
             *unwanted = true;
@@ -164,7 +164,8 @@ impl Slot {
 #[async_trait]
 impl ContainerManager for VirtContainerManager {
     async fn create_container(&self, request: CreateContainerRequest, spec: Spec) -> Result<u32> {
-        self.create(request, spec).await
+        let prepared = self.prepare(request, spec).await?;
+        self.create_prepared(prepared).await
     }
 
     async fn pause_container(&self, container: &str) -> Result<()> {
@@ -214,7 +215,7 @@ impl ContainerManager for VirtContainerManager {
         // Not found, as runc's shim answers; what is on its way must not stay behind its client's back.
         let (container, process) = self.process(id).inspect_err(|_| {
             if id.exec_id.is_empty() {
-                self.abandon(&id.container_id);
+                self.disown(&id.container_id);
             }
         })?;
         self.delete(container, process).await

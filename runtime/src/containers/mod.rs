@@ -19,10 +19,10 @@ use crate::types::{
 };
 
 pub use manager::VirtContainerManager;
-pub use spec::bundle::{container_kind, dns, load_spec, netns};
+pub use spec::bundle::{container_kind, load_spec};
 pub use spec::check;
 
-/// Kata's container manager. Errors have the kinds of containerd's shim contract: `NotFound` for an unknown id,
+/// Kata's container manager; `pid` and `need_shutdown_sandbox` are for the Sandbox API, which shares it. Errors have the kinds of containerd's shim contract: `NotFound` for an unknown id,
 /// `AlreadyExists` for a taken one, `FailedPrecondition` for a call in the wrong state.
 #[async_trait]
 pub trait ContainerManager: Send + Sync {

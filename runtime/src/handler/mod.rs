@@ -19,7 +19,7 @@ use crate::host::mounts;
 use crate::instance::{Recipe, RuntimeInstance};
 use crate::paths::SandboxPaths;
 use crate::resource::{rootfs, volume};
-use crate::sandbox::{Sandbox, VirtSandbox};
+use crate::sandbox::{Sandbox, SandboxConfig, VirtSandbox};
 use crate::types::{CreateContainerRequest, Event, RuntimeOptions};
 
 pub use crate::instance::ShimContext;
@@ -90,35 +90,32 @@ impl RuntimeHandlerManager {
         volume::check(&self.context.sandbox_id, &request.container_id, &spec)?;
         containers::check(&spec)
             .map_err(|error| error.context(format!("container {}", request.container_id)))?;
-        let (instance, first) = self.instance(&request, &spec).await?;
-        let created = instance.containers.create_container(request, spec).await;
-        if created.is_err() && first {
-            // A VM without a container is of no use to anybody: containerd does not even know of it.
-            instance.wind_down().await;
-            self.instance.send_replace(Instance::None);
+        if let Some(instance) = self.existing().await? {
+            return instance.containers.create_container(request, spec).await;
         }
-        created
+        let created = self.create_with_sandbox(request, spec).await;
+        self.booting().take();
+        match created {
+            Ok((instance, pid)) => {
+                self.instance.send_replace(Instance::Ready(instance));
+                Ok(pid)
+            }
+            Err(error) => {
+                self.instance.send_replace(Instance::None);
+                Err(error)
+            }
+        }
     }
 
-    /// The runtime instance, and whether this request made it.
-    async fn instance(
-        &self,
-        request: &CreateContainerRequest,
-        spec: &Spec,
-    ) -> Result<(Arc<RuntimeInstance>, bool)> {
+    /// The runtime instance, once nobody is making it; `None` when it is the caller's turn to make one.
+    async fn existing(&self) -> Result<Option<Arc<RuntimeInstance>>> {
         let mut changes = self.instance.subscribe();
         loop {
             if self.enter_creating() {
-                let made = self.make_instance(request, spec).await;
-                self.booting().take();
-                self.instance.send_replace(match &made {
-                    Ok(instance) => Instance::Ready(instance.clone()),
-                    Err(_) => Instance::None,
-                });
-                return made.map(|instance| (instance, true));
+                return Ok(None);
             }
             match changes.borrow_and_update().clone() {
-                Instance::Ready(instance) => return Ok((instance, false)),
+                Instance::Ready(instance) => return Ok(Some(instance)),
                 Instance::Ended => {
                     let message = format!("sandbox {} has ended", self.context.sandbox_id);
                     return Err(Error::new(ErrorKind::FailedPrecondition, message));
@@ -141,31 +138,35 @@ impl RuntimeHandlerManager {
         })
     }
 
-    async fn make_instance(
+    /// A sandbox with its first container.
+    async fn create_with_sandbox(
         &self,
-        request: &CreateContainerRequest,
-        spec: &Spec,
-    ) -> Result<Arc<RuntimeInstance>> {
-        if matches!(container_kind(spec)?, ContainerKind::Member { .. }) {
+        request: CreateContainerRequest,
+        spec: Spec,
+    ) -> Result<(Arc<RuntimeInstance>, u32)> {
+        if matches!(container_kind(&spec)?, ContainerKind::Member { .. }) {
             let message = format!(
                 "container {}: its sandbox {} does not run",
                 request.container_id, self.context.sandbox_id
             );
             return Err(Error::new(ErrorKind::FailedPrecondition, message));
         }
-        let sandbox =
-            Arc::new(
-                self.recipe
-                    .sandbox(&self.context, &request.options, spec, self.events.clone())?,
-            );
+        let config = SandboxConfig::from_spec(&self.context.sandbox_id, &spec);
+        let events = self.events.clone();
+        let sandbox = self
+            .recipe
+            .sandbox(&self.context, &request.options, config, events)?;
+        let sandbox = Arc::new(sandbox);
         *self.booting() = Some(sandbox.clone());
-        if let Err(error) = sandbox.start().await {
-            if let Err(left) = sandbox.shutdown().await {
-                tracing::warn!(sandbox = self.context.sandbox_id, error = %left, "after a failed start");
+        let instance = RuntimeInstance::new(&self.context, sandbox, self.events.clone());
+        match instance.boot_with(request, spec).await {
+            Ok(pid) => Ok((instance, pid)),
+            Err(error) => {
+                // A VM without a container is of no use to anybody: containerd does not even know of it.
+                instance.wind_down().await;
+                Err(error)
             }
-            return Err(error);
         }
-        Ok(RuntimeInstance::new(&self.context, sandbox, self.events.clone()))
     }
 
     fn booting(&self) -> std::sync::MutexGuard<'_, Option<Arc<VirtSandbox>>> {

@@ -621,6 +621,45 @@ async fn boot_is_interrupted_by_shutdown() {
 }
 
 #[tokio::test]
+async fn container_is_prepared_while_its_guest_boots() {
+    let bench = Arc::new(bench(Boot::Hangs));
+    let creating = {
+        let bench = bench.clone();
+        tokio::spawn(async move { bench.create("c1", &["sleep"]).await })
+    };
+    let share = bench.path("run/kata-containers/shared/sandboxes/test@c1/shared/passthrough");
+    let begin = Instant::now();
+    while !share.join("c1/rootfs/file").exists() || !share.join("c1-00000001-data").exists() {
+        assert!(begin.elapsed() < LIMIT, "rootfs and volume wait for the guest");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(!creating.is_finished());
+
+    bench.manager.shutdown().await;
+    creating.await.unwrap().unwrap_err();
+    assert_eq!(bench.leftovers(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn bad_mount_interrupts_the_boot() {
+    let mut bench = bench(Boot::Hangs);
+    let mut create = bench.create_request("c1", &["sleep"], Stdio::default());
+    create.rootfs = vec![Mount {
+        fs_type: "overlay".into(),
+        source: "overlay".into(),
+        options: vec!["lowerdir=/nonexistent-lower".into()],
+        ..Default::default()
+    }];
+
+    let error = bench.create_with(create).await.unwrap_err();
+
+    assert!(error.message.contains("/nonexistent-lower"), "{error}");
+    assert_eq!(bench.leftovers(), Vec::<String>::new());
+    assert_eq!(bench.events(), Vec::<String>::new());
+    assert!(bench.shutdown().await);
+}
+
+#[tokio::test]
 async fn bad_bundles_and_mounts_are_named_and_leave_nothing() {
     let mut bench = bench(Boot::Announced);
     let request = |bench: &Bench| bench.create_request("c1", &["sleep"], Stdio::default());

@@ -11,3 +11,17 @@ pub mod mountinfo;
 pub mod mounts;
 pub mod netns;
 mod overlay;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Runs `call`, which may block, on a thread where it holds nobody up. It runs to its end even if the caller goes away.
+///
+/// # Errors
+/// Those of `call`; `Internal` naming `what` when it panics.
+pub async fn blocking<T: Send + 'static>(
+    what: &'static str,
+    call: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let result = tokio::task::spawn_blocking(call).await;
+    result.unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("{what}: {error}"))))
+}

@@ -22,6 +22,7 @@ use super::{
 };
 use crate::config::{BootAsset, HypervisorConfig, TomlConfig};
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::blocking;
 use crate::paths::SandboxPaths;
 
 /// The guest's context id; every sandbox has its own device, so all use the same.
@@ -459,15 +460,8 @@ impl Hypervisor for Dragonball {
 }
 
 /// Says at once what a boot would only say after many seconds, and then in a riddle: a KVM without hardware behind it
-/// cannot run Linux. Hosts whose processor has VT-x or AMD-V are not asked.
+/// cannot run Linux. Beside the hardware's own KVM module this is one look at /sys.
 fn check_host() -> Result<()> {
-    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    if cpuinfo
-        .split_whitespace()
-        .any(|flag| flag == "vmx" || flag == "svm")
-    {
-        return Ok(());
-    }
     match dragonball::probe::linux_capable() {
         Err(error @ ProbeError::Incapable(_)) => {
             Err(Error::new(ErrorKind::FailedPrecondition, error.to_string()))
@@ -503,14 +497,6 @@ impl GuestListener for Listener {
     fn accept(&mut self, timeout: Duration) -> Result<UnixStream> {
         self.0.accept_timeout(timeout).map_err(vsock_error)
     }
-}
-
-async fn blocking<T: Send + 'static>(
-    method: &'static str,
-    call: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    let result = tokio::task::spawn_blocking(call).await;
-    result.unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("{method}: {error}"))))
 }
 
 fn vm_exit(reason: ExitReason) -> VmExit {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -39,6 +39,7 @@ pub(crate) struct FakeHypervisor {
     pub(crate) devices: Mutex<Vec<DeviceType>>,
     exit: watch::Sender<Option<VmExit>>,
     next_port: AtomicU32,
+    refuses_devices: AtomicBool,
 }
 
 impl FakeHypervisor {
@@ -49,7 +50,22 @@ impl FakeHypervisor {
             devices: Mutex::default(),
             exit: watch::Sender::new(None),
             next_port: AtomicU32::new(1 << 30),
+            refuses_devices: AtomicBool::new(false),
         }
+    }
+
+    /// From now on, devices can neither be added nor removed; or they can again.
+    pub(crate) fn refuse_devices(&self, refuse: bool) {
+        self.refuses_devices.store(refuse, Ordering::Relaxed);
+    }
+
+    /// What happens before a device comes or goes: others get their turn, as while a real guest answers.
+    async fn change_devices(&self) -> Result<()> {
+        tokio::task::yield_now().await;
+        if self.refuses_devices.load(Ordering::Relaxed) {
+            return Err(Error::new(ErrorKind::ResourceExhausted, "no slot is free"));
+        }
+        Ok(())
     }
 
     /// Ends the VM.
@@ -126,11 +142,14 @@ impl Hypervisor for FakeHypervisor {
     }
 
     async fn add_device(&self, device: DeviceType) -> Result<DeviceType> {
+        self.change_devices().await?;
         self.devices.lock().unwrap().push(device.clone());
         Ok(device)
     }
 
-    async fn remove_device(&self, _id: &str) -> Result<()> {
+    async fn remove_device(&self, id: &str) -> Result<()> {
+        self.change_devices().await?;
+        self.devices.lock().unwrap().retain(|device| device.id() != id);
         Ok(())
     }
 

@@ -62,6 +62,16 @@ pub enum DeviceType {
     ShareFs(ShareFsDevice),
 }
 
+impl DeviceType {
+    /// Its id.
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Block(device) => &device.id,
+            Self::ShareFs(device) => &device.id,
+        }
+    }
+}
+
 /// A disk backed by a raw image or a block device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockDevice {
@@ -143,7 +153,12 @@ pub trait GuestListener: Send {
     fn accept(&mut self, timeout: Duration) -> Result<UnixStream>;
 }
 
-/// A virtual machine. Methods whose work belongs to a later release have a default that says so.
+/// A virtual machine, with Kata's methods and those of the in-process vsock.
+///
+/// Without a caller yet are `resize_vcpu`, `resize_memory`, `update_device`, `get_thread_ids` and the memory block size
+/// (VMs that grow and shrink with their containers, volumes that grow), `pause_vm`, `resume_vm`, `save_vm`, `save_state`
+/// and `disconnect` (templates), `check`, `get_pids`, `get_ns_path`, `get_jailer_root`, `get_agent_socket` and the metrics
+/// (management socket). Those whose work belongs to a later release have a default that says so.
 #[async_trait]
 pub trait Hypervisor: Send + Sync {
     /// Gives the VM its name and folders; devices may be added from now on.

@@ -1,14 +1,13 @@
 //! The pod's cgroup on the host: the whole shim, the VM included, runs in it (`sandbox_cgroup_only`).
 
-use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::cgroup;
 use crate::host::journal::{Journal, Undo};
 
-/// The host cgroups of a sandbox.
-#[derive(Debug)]
+/// The host cgroups of a sandbox; the journal removes them.
+#[derive(Debug, Clone)]
 pub struct CgroupsResource {
     folders: Vec<PathBuf>,
 }
@@ -44,25 +43,6 @@ impl CgroupsResource {
             }
         }
         Ok(())
-    }
-
-    /// Moves threads of the VM that are not in the cgroup: there are none, a process moves as a whole.
-    pub fn setup_after_start_vm(&self) {}
-
-    /// Changes the limits of the sandbox.
-    ///
-    /// # Errors
-    /// Always: limits of containers are applied in the guest.
-    pub fn update(&self) -> Result<()> {
-        Err(Error::unsupported("CgroupsResource::update"))
-    }
-
-    /// Leaves and removes the cgroup.
-    ///
-    /// # Errors
-    /// The first hierarchy that refuses.
-    pub fn delete(&self) -> io::Result<()> {
-        self.folders.iter().try_for_each(|folder| cgroup::remove(folder))
     }
 }
 

@@ -2,9 +2,8 @@
 
 use oci_spec::runtime::{LinuxResources, Spec};
 
-use crate::config::{ConfigFile, HypervisorConfig, Origin};
+use crate::config::{ConfigFile, Origin};
 use crate::cri;
-use crate::error::{Error, Result};
 
 /// Least memory of a VM sized by limits, MiB: kernel and agent must boot. The host gives it page by page.
 const MIN_SIZED_MIB: u64 = 256;
@@ -30,6 +29,14 @@ impl InitialSizeManager {
             .as_ref()
             .and_then(|linux| linux.resources().as_ref())
             .map_or_else(Self::default, Self::of_resources)
+    }
+
+    /// Limits as a CRI has them: microseconds of CPU time in each period, bytes of memory; 0 for none.
+    pub fn of_limits(cpu_quota: i64, cpu_period: u64, memory: i64) -> Self {
+        Self {
+            vcpus: vcpus(Some(cpu_quota), Some(cpu_period)),
+            memory_mib: mib(Some(memory)),
+        }
     }
 
     fn of_resources(resources: &LinuxResources) -> Self {
@@ -81,76 +88,6 @@ fn mib(bytes: Option<i64>) -> Option<u64> {
     // Runtimes write "no limit" as -1, 0 or a number near 2^63.
     let bytes = bytes.filter(|bytes| *bytes > 0 && *bytes < 1 << 50)?;
     u64::try_from(bytes).ok().map(|bytes| bytes.div_ceil(1 << 20))
-}
-
-/// vCPUs over a pod's life. Resizing belongs to a later release.
-#[derive(Debug)]
-pub struct CpuResource {
-    current: u32,
-}
-
-impl CpuResource {
-    /// Starts with what the VM boots with.
-    pub fn new(config: &HypervisorConfig) -> Self {
-        Self {
-            current: u32::from(config.boot_vcpus()),
-        }
-    }
-
-    /// Follows a change of a container's limits.
-    ///
-    /// # Errors
-    /// `Unimplemented`.
-    pub fn update_cpu_resources(&self) -> Result<()> {
-        Err(Error::unsupported("CpuResource::update_cpu_resources"))
-    }
-
-    /// vCPUs now.
-    pub fn current_vcpu(&self) -> u32 {
-        self.current
-    }
-}
-
-/// Memory over a pod's life. Resizing belongs to a later release.
-#[derive(Debug)]
-pub struct MemResource {
-    current_mib: u64,
-}
-
-impl MemResource {
-    /// Starts with what the VM boots with.
-    pub fn new(config: &HypervisorConfig) -> Self {
-        Self {
-            current_mib: config.default_memory,
-        }
-    }
-
-    /// Follows a change of a container's limits.
-    ///
-    /// # Errors
-    /// `Unimplemented`.
-    pub fn update_mem_resources(&self) -> Result<()> {
-        Err(Error::unsupported("MemResource::update_mem_resources"))
-    }
-
-    /// MiB now.
-    pub fn get_current_mb(&self) -> u64 {
-        self.current_mib
-    }
-}
-
-/// Swap of the guest. Belongs to a later release.
-#[derive(Debug, Default)]
-pub struct SwapResource;
-
-impl SwapResource {
-    /// Adds swap as big as the memory asks for.
-    ///
-    /// # Errors
-    /// `Unimplemented`.
-    pub fn update(&self) -> Result<()> {
-        Err(Error::unsupported("SwapResource::update"))
-    }
 }
 
 #[cfg(test)]

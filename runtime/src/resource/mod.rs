@@ -2,6 +2,7 @@
 
 pub mod cgroup;
 pub mod cpu_mem;
+pub mod device_manager;
 pub mod network;
 pub mod rootfs;
 pub mod share_fs;
@@ -16,11 +17,13 @@ use protocols::agent::Storage;
 
 use crate::config::HypervisorConfig;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::blocking;
 use crate::host::journal::{Journal, Undo};
 use crate::hypervisor::Hypervisor;
 use crate::paths::SandboxPaths;
 use crate::types::Mount;
 use cgroup::CgroupsResource;
+use device_manager::DeviceManager;
 use network::Network;
 use rootfs::{Rootfs, ShareFsRootfs};
 use share_fs::{InlineVirtioFs, ShareFs};
@@ -30,6 +33,7 @@ use volume::Volumes;
 pub struct ResourceManager {
     paths: SandboxPaths,
     journal: Arc<Journal>,
+    devices: DeviceManager,
     share_fs: Arc<dyn ShareFs>,
     cgroups: Option<CgroupsResource>,
     network: Box<dyn Network>,
@@ -49,7 +53,12 @@ impl ResourceManager {
     ///
     /// # Errors
     /// `AlreadyExists` when the sandbox's state folder is in use, otherwise what could not be created.
-    pub fn new(paths: SandboxPaths, config: &HypervisorConfig, resources: &SandboxResources) -> Result<Self> {
+    pub fn new(
+        paths: SandboxPaths,
+        hypervisor: Arc<dyn Hypervisor>,
+        config: &HypervisorConfig,
+        resources: &SandboxResources,
+    ) -> Result<Self> {
         let journal = Arc::new(open_journal(&paths)?);
         let share_fs = Arc::new(InlineVirtioFs::new(&paths, config, journal.clone()));
         let cgroups = resources
@@ -61,43 +70,39 @@ impl ResourceManager {
         Ok(Self {
             paths,
             journal,
+            devices: DeviceManager::new(hypervisor),
             share_fs,
             cgroups,
             network,
         })
     }
 
-    /// Paths of the sandbox.
-    pub fn paths(&self) -> &SandboxPaths {
-        &self.paths
+    /// The VM's devices.
+    pub fn devices(&self) -> &DeviceManager {
+        &self.devices
     }
 
-    /// The undo list.
-    pub fn journal(&self) -> &Arc<Journal> {
-        &self.journal
-    }
-
-    /// Cgroup, network and share: everything the VM is built with.
+    /// Cgroup, network and share, beside each other: everything the VM is built with.
     ///
     /// # Errors
     /// What could not be set up.
-    pub async fn prepare_before_start_vm(&self, hypervisor: &dyn Hypervisor) -> Result<()> {
-        if let Some(cgroups) = &self.cgroups {
-            cgroups.setup_before_start_vm(&self.journal)?;
-        }
-        self.network.setup(hypervisor).await?;
-        self.share_fs.setup_device_before_start_vm(hypervisor).await
+    pub async fn prepare_before_start_vm(&self) -> Result<()> {
+        let (cgroups, network, share) = tokio::join!(
+            self.join_cgroups(),
+            self.network.setup(&self.devices),
+            self.share_fs.setup_device_before_start_vm(&self.devices),
+        );
+        cgroups.and(network).and(share)
     }
 
-    /// What can only be done with a running VM.
-    ///
-    /// # Errors
-    /// What could not be set up.
-    pub async fn setup_after_start_vm(&self, hypervisor: &dyn Hypervisor) -> Result<()> {
-        if let Some(cgroups) = &self.cgroups {
-            cgroups.setup_after_start_vm();
-        }
-        self.share_fs.setup_device_after_start_vm(hypervisor).await
+    /// The memory that the guest will touch is charged to the pod, so this comes before the VM. The kernel moves a
+    /// process only after a grace period of RCU: it takes milliseconds in each hierarchy.
+    async fn join_cgroups(&self) -> Result<()> {
+        let Some(cgroups) = self.cgroups.clone() else {
+            return Ok(());
+        };
+        let journal = self.journal.clone();
+        blocking("cgroup", move || cgroups.setup_before_start_vm(&journal)).await
     }
 
     /// Storages of the sandbox, for CreateSandbox.
@@ -107,33 +112,34 @@ impl ResourceManager {
         storages
     }
 
-    /// Mounts a container's rootfs and shares it. Blocks.
+    /// Makes a container's rootfs reachable for the guest: mounts it and shares it.
     ///
     /// # Errors
     /// Naming the mount that failed, or the folder that is missing.
-    pub fn handle_rootfs(
+    pub async fn handle_rootfs(
         &self,
         container: &str,
         bundle: &Path,
         mounts: &[Mount],
-        spec: &Spec,
+        spec: &Arc<Spec>,
     ) -> Result<Box<dyn Rootfs>> {
-        let mount = self.share_fs.get_share_fs_mount();
-        ShareFsRootfs::new(mount, &self.journal, container, bundle, mounts, spec)
-            .map(|rootfs| Box::new(rootfs) as Box<dyn Rootfs>)
+        let (mount, journal) = (self.share_fs.get_share_fs_mount(), self.journal.clone());
+        let (container, bundle, mounts) = (container.to_owned(), bundle.to_owned(), mounts.to_owned());
+        let spec = spec.clone();
+        blocking("rootfs", move || {
+            ShareFsRootfs::new(mount, &journal, &container, &bundle, &mounts, &spec)
+                .map(|rootfs| Box::new(rootfs) as Box<dyn Rootfs>)
+        })
+        .await
     }
 
-    /// Shares what a container's mounts need from the host. Blocks.
+    /// Makes what a container's mounts need from the host reachable for the guest.
     ///
     /// # Errors
-    /// Naming the mount that is missing or not supported.
-    pub fn handle_volumes(&self, container: &str, spec: &Spec) -> Result<Volumes> {
-        Volumes::new(
-            self.share_fs.get_share_fs_mount(),
-            self.paths.id(),
-            container,
-            spec,
-        )
+    /// Naming the mount that is missing or not supported; nothing is left shared then.
+    pub async fn handle_volumes(&self, container: &str, spec: &Arc<Spec>) -> Result<Volumes> {
+        let share = self.share_fs.get_share_fs_mount();
+        Volumes::new(share, &self.devices, self.paths.id(), container, spec).await
     }
 
     /// Undoes everything, also what a caller forgot. Blocks. Idempotent.
@@ -149,7 +155,10 @@ impl ResourceManager {
 
     /// Figures of the host side, for the sandbox's status.
     pub fn info(&self) -> HashMap<String, String> {
-        HashMap::from([("state".to_owned(), self.paths.state().display().to_string())])
+        HashMap::from([
+            ("state".to_owned(), self.paths.state().display().to_string()),
+            ("devices".to_owned(), self.devices.attached().join(", ")),
+        ])
     }
 }
 

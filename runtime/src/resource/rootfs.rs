@@ -5,33 +5,37 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use oci_spec::runtime::Spec;
-use protocols::agent::Storage;
+use protocols::agent::{Device, Storage};
 
+use super::device_manager::DeviceManager;
 use super::share_fs::ShareFsMount;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::journal::{Journal, Undo};
-use crate::host::mounts;
+use crate::host::{blocking, mounts};
 use crate::types::Mount;
 
 /// A container's root filesystem.
+#[async_trait]
 pub trait Rootfs: Send + Sync {
     /// Its path in the guest.
     fn get_guest_rootfs_path(&self) -> String;
-    /// The mounts it is made of, for the spec.
-    fn get_rootfs_mount(&self) -> Vec<Mount>;
     /// What the agent has to mount for it; `None` for a folder of the share.
     fn get_storage(&self) -> Option<Storage>;
-    /// Takes it away from the guest and unmounts it. Blocks. Idempotent.
+    /// Takes it away from the guest and unmounts it. Idempotent.
     ///
     /// # Errors
     /// Naming the mount that stays.
-    fn cleanup(&self) -> Result<()>;
-    /// Id of the block device it is on; `None` for a folder of the share.
-    fn get_device_id(&self) -> Option<String>;
+    async fn cleanup(&self, devices: &DeviceManager) -> Result<()>;
+    /// The device it is on, for the agent; `None` for a folder of the share.
+    fn get_device(&self) -> Option<Device> {
+        None
+    }
 }
 
 /// A root filesystem below the virtio-fs share.
+#[derive(Clone)]
 pub struct ShareFsRootfs {
     mount: Arc<dyn ShareFsMount>,
     container: String,
@@ -64,7 +68,7 @@ impl ShareFsRootfs {
         match rootfs.set_up(journal, bundle, spec) {
             Ok(()) => Ok(rootfs),
             Err(error) => {
-                if let Err(undo) = rootfs.cleanup() {
+                if let Err(undo) = rootfs.unmount() {
                     tracing::warn!(error = %undo, container, "after a failed rootfs");
                 }
                 Err(error.context(format!("rootfs of container {container}")))
@@ -97,6 +101,14 @@ impl ShareFsRootfs {
         // Shared writable even for a read-only root: mount points may have to be made first. The guest remounts it.
         self.guest_path = self.mount.share_rootfs(&self.container, &folder)?;
         Ok(())
+    }
+
+    fn unmount(&self) -> Result<()> {
+        let unshared = self.mount.umount_rootfs(&self.container);
+        for target in &self.targets {
+            mounts::unmount(target)?;
+        }
+        unshared
     }
 }
 
@@ -158,28 +170,18 @@ fn make_folder(folder: &Path) -> Result<()> {
     })
 }
 
+#[async_trait]
 impl Rootfs for ShareFsRootfs {
     fn get_guest_rootfs_path(&self) -> String {
         self.guest_path.clone()
-    }
-
-    fn get_rootfs_mount(&self) -> Vec<Mount> {
-        self.mounts.clone()
     }
 
     fn get_storage(&self) -> Option<Storage> {
         None
     }
 
-    fn cleanup(&self) -> Result<()> {
-        let unshared = self.mount.umount_rootfs(&self.container);
-        for target in &self.targets {
-            mounts::unmount(target)?;
-        }
-        unshared
-    }
-
-    fn get_device_id(&self) -> Option<String> {
-        None
+    async fn cleanup(&self, _devices: &DeviceManager) -> Result<()> {
+        let rootfs = self.clone();
+        blocking("rootfs", move || rootfs.unmount()).await
     }
 }

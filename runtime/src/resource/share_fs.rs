@@ -9,12 +9,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use protocols::agent::Storage;
 
+use super::device_manager::DeviceManager;
 use crate::config::HypervisorConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::bind::{Bind, bind, bind_to_itself};
 use crate::host::journal::{Journal, Undo};
 use crate::host::mounts;
-use crate::hypervisor::{DeviceType, Hypervisor, ShareFsDevice};
+use crate::hypervisor::{DeviceType, ShareFsDevice};
 use crate::paths::{GUEST_SHARE, SHARE_TAG, SandboxPaths, guest_passthrough};
 
 /// A way to share host files with a guest.
@@ -23,13 +24,9 @@ pub trait ShareFs: Send + Sync {
     /// The mounts below the share.
     fn get_share_fs_mount(&self) -> Arc<dyn ShareFsMount>;
     /// Creates the shared folder and its device.
-    async fn setup_device_before_start_vm(&self, hypervisor: &dyn Hypervisor) -> Result<()>;
-    /// For shares whose server needs a running VM.
-    async fn setup_device_after_start_vm(&self, hypervisor: &dyn Hypervisor) -> Result<()>;
+    async fn setup_device_before_start_vm(&self, devices: &DeviceManager) -> Result<()>;
     /// What the agent mounts to see the share.
     fn get_storages(&self) -> Vec<Storage>;
-    /// Names shared at the moment.
-    fn mounted_info_set(&self) -> HashSet<String>;
     /// Stops serving.
     fn stop(&self);
 }
@@ -46,20 +43,6 @@ pub trait ShareFsMount: Send + Sync {
     /// # Errors
     /// Naming source and target.
     fn share_volume(&self, name: &str, source: &Path, how: Bind) -> Result<String>;
-    /// Makes a read-only volume writable.
-    ///
-    /// # Errors
-    /// `Unimplemented`.
-    fn upgrade_to_rw(&self, _name: &str) -> Result<()> {
-        Err(Error::unsupported("ShareFsMount::upgrade_to_rw"))
-    }
-    /// Makes a writable volume read-only.
-    ///
-    /// # Errors
-    /// `Unimplemented`.
-    fn downgrade_to_ro(&self, _name: &str) -> Result<()> {
-        Err(Error::unsupported("ShareFsMount::downgrade_to_ro"))
-    }
     /// Stops sharing a volume.
     ///
     /// # Errors
@@ -111,7 +94,7 @@ impl ShareFs for InlineVirtioFs {
         self.mount.clone()
     }
 
-    async fn setup_device_before_start_vm(&self, hypervisor: &dyn Hypervisor) -> Result<()> {
+    async fn setup_device_before_start_vm(&self, devices: &DeviceManager) -> Result<()> {
         let share = self.mount.paths.share();
         let failed = |error| Error::new(ErrorKind::Internal, format!("share {}: {error}", share.display()));
         fs::create_dir_all(share.join("passthrough")).map_err(failed)?;
@@ -120,14 +103,10 @@ impl ShareFs for InlineVirtioFs {
         self.mount.record(&Undo::Unmount(share.clone()))?;
         // The threads that serve the share look into this mount namespace: nothing has to be propagated to them.
         bind_to_itself(&share)?;
-        hypervisor
-            .add_device(DeviceType::ShareFs(self.device.clone()))
+        devices
+            .attach(DeviceType::ShareFs(self.device.clone()))
             .await
             .map(drop)
-    }
-
-    async fn setup_device_after_start_vm(&self, _hypervisor: &dyn Hypervisor) -> Result<()> {
-        Ok(())
     }
 
     fn get_storages(&self) -> Vec<Storage> {
@@ -139,14 +118,6 @@ impl ShareFs for InlineVirtioFs {
             mount_point: format!("{GUEST_SHARE}/"),
             ..Default::default()
         }]
-    }
-
-    fn mounted_info_set(&self) -> HashSet<String> {
-        self.mount
-            .shared
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
     }
 
     fn stop(&self) {

@@ -5,31 +5,36 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use oci_spec::runtime::{Mount as OciMount, Spec};
-use protocols::agent::Storage;
+use protocols::agent::{Device, Storage};
 
+use super::device_manager::DeviceManager;
 use super::share_fs::ShareFsMount;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::bind::{Bind, Propagation, ReadOnly};
-use crate::host::mounts;
+use crate::host::{blocking, mounts};
 use crate::paths::GUEST_SANDBOX;
 
 /// Default size of a pod's /dev/shm, bytes.
 pub const DEFAULT_SHM_SIZE: u64 = 64 << 20;
 
 /// A mount of a container.
+#[async_trait]
 pub trait Volume: Send + Sync {
     /// The mount as the guest's spec has it; `None` drops it.
     fn get_volume_mount(&self) -> Option<OciMount>;
     /// What the agent has to mount for it.
     fn get_storage(&self) -> Option<Storage>;
-    /// Id of the block device it is on.
-    fn get_device_id(&self) -> Option<String>;
-    /// Takes it away from the guest. Blocks. Idempotent.
+    /// The device it is or is on, for the agent.
+    fn get_device(&self) -> Option<Device> {
+        None
+    }
+    /// Takes it away from the guest. Idempotent.
     ///
     /// # Errors
     /// Naming the mount that stays.
-    fn cleanup(&self) -> Result<()>;
+    async fn cleanup(&self, devices: &DeviceManager) -> Result<()>;
 }
 
 /// All mounts of a container.
@@ -39,19 +44,32 @@ pub struct Volumes {
 }
 
 impl Volumes {
-    /// Sets up every mount of `spec`. Blocks.
+    /// Sets up every mount of `spec`.
     ///
     /// # Errors
-    /// Naming the mount that is missing or not supported; nothing is left shared then.
-    pub fn new(share: Arc<dyn ShareFsMount>, sandbox_id: &str, container: &str, spec: &Spec) -> Result<Self> {
+    /// Naming the mount that is missing or not supported; nothing is left shared or attached then.
+    pub async fn new(
+        share: Arc<dyn ShareFsMount>,
+        devices: &DeviceManager,
+        sandbox_id: &str,
+        container: &str,
+        spec: &Arc<Spec>,
+    ) -> Result<Self> {
+        let (looked_at, sandbox) = (spec.clone(), sandbox_id.to_owned());
+        let kinds = blocking("volumes", move || {
+            let mounts = looked_at.mounts().iter().flatten();
+            Ok(mounts.map(|mount| classify(mount, &sandbox)).collect::<Vec<_>>())
+        });
         let mut volumes = Self::default();
-        for (index, mount) in spec.mounts().iter().flatten().enumerate() {
-            let result =
-                classify(mount, sandbox_id).and_then(|kind| set_up(&share, container, index, mount, kind));
-            match result {
+        for (index, (mount, kind)) in spec.mounts().iter().flatten().zip(kinds.await?).enumerate() {
+            let volume = match kind {
+                Ok(kind) => set_up(&share, container, index, mount, kind).await,
+                Err(error) => Err(error),
+            };
+            match volume {
                 Ok(volume) => volumes.volumes.push(volume),
                 Err(error) => {
-                    volumes.cleanup();
+                    volumes.cleanup(devices).await;
                     return Err(named(error, mount, container));
                 }
             }
@@ -75,10 +93,18 @@ impl Volumes {
             .collect()
     }
 
-    /// Takes all of them away; what stays is logged and left to the journal. Blocks.
-    pub fn cleanup(&self) {
+    /// Devices the agent hands on to the container.
+    pub fn devices(&self) -> Vec<Device> {
+        self.volumes
+            .iter()
+            .filter_map(|volume| volume.get_device())
+            .collect()
+    }
+
+    /// Takes all of them away; what stays is logged and left to the journal.
+    pub async fn cleanup(&self, devices: &DeviceManager) {
         for volume in self.volumes.iter().rev() {
-            if let Err(error) = volume.cleanup() {
+            if let Err(error) = volume.cleanup(devices).await {
                 tracing::warn!(%error, "volume");
             }
         }
@@ -259,7 +285,7 @@ fn guest_options(options: &[String], source: &Path, how: Bind) -> Result<Vec<Str
     Ok(plain.collect())
 }
 
-fn set_up(
+async fn set_up(
     share: &Arc<dyn ShareFsMount>,
     container: &str,
     index: usize,
@@ -282,8 +308,15 @@ fn set_up(
                 .file_name()
                 .map_or("root".into(), |name| name.to_string_lossy());
             let name = format!("{container}-{index:08x}-{base}");
-            let options = guest_options(mount.options().as_deref().unwrap_or_default(), &source, how)?;
-            let guest_path = share.share_volume(&name, &source, how)?;
+            let options = mount.options().clone().unwrap_or_default();
+            let (options, guest_path) = {
+                let (share, name) = (share.clone(), name.clone());
+                blocking("share", move || {
+                    let options = guest_options(&options, &source, how)?;
+                    Ok((options, share.share_volume(&name, &source, how)?))
+                })
+                .await?
+            };
             let mut mount = mount.clone();
             mount.set_options(Some(options));
             mount.set_typ(Some("bind".into()));
@@ -301,6 +334,7 @@ struct GuestVolume {
     mount: OciMount,
 }
 
+#[async_trait]
 impl Volume for GuestVolume {
     fn get_volume_mount(&self) -> Option<OciMount> {
         Some(self.mount.clone())
@@ -308,10 +342,7 @@ impl Volume for GuestVolume {
     fn get_storage(&self) -> Option<Storage> {
         None
     }
-    fn get_device_id(&self) -> Option<String> {
-        None
-    }
-    fn cleanup(&self) -> Result<()> {
+    async fn cleanup(&self, _devices: &DeviceManager) -> Result<()> {
         Ok(())
     }
 }
@@ -322,6 +353,7 @@ struct ShareFsVolume {
     mount: OciMount,
 }
 
+#[async_trait]
 impl Volume for ShareFsVolume {
     fn get_volume_mount(&self) -> Option<OciMount> {
         Some(self.mount.clone())
@@ -329,11 +361,9 @@ impl Volume for ShareFsVolume {
     fn get_storage(&self) -> Option<Storage> {
         None
     }
-    fn get_device_id(&self) -> Option<String> {
-        None
-    }
-    fn cleanup(&self) -> Result<()> {
-        self.share.umount_volume(&self.name)
+    async fn cleanup(&self, _devices: &DeviceManager) -> Result<()> {
+        let (share, name) = (self.share.clone(), self.name.clone());
+        blocking("volume", move || share.umount_volume(&name)).await
     }
 }
 

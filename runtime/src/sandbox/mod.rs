@@ -1,5 +1,6 @@
 //! A pod: one VM, one agent, any number of containers.
 
+mod config;
 mod monitor;
 mod virt;
 
@@ -9,7 +10,8 @@ use crate::error::{Error, Result};
 use crate::hypervisor::VmExit;
 use crate::types::{ContainerProcess, ProcessExit};
 
-pub use virt::{SandboxStart, VirtSandbox};
+pub use config::SandboxConfig;
+pub use virt::VirtSandbox;
 
 /// Life of a sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,7 +41,10 @@ pub struct SandboxStatus {
     pub info: std::collections::HashMap<String, String>,
 }
 
-/// A pod. Methods whose work belongs to a later release have a default that says so.
+/// A pod, with Kata's methods. The task service calls `start`, `stop`, `wait` and `shutdown`. The others wait for their
+/// callers: `status` and `wait_process` for the Sandbox API, `rescan_network` and the iptables for pod networks,
+/// `direct_volume_*` for volumes, `start_template` for templates, metrics, policy and `agent_sock` for the management
+/// socket. Those whose work belongs to a later release have a default that says so.
 #[async_trait]
 pub trait Sandbox: Send + Sync {
     /// Boots the VM up to a working agent.

@@ -1,15 +1,14 @@
 //! The pod's lifecycle over a VM. State is published on a watch channel; no lock is held across a boot or an RPC.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use protocols::agent as wire;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OnceCell, mpsc, watch};
 use tokio::task::JoinSet;
 
-use super::{Sandbox, SandboxState, SandboxStatus, monitor};
+use super::{Sandbox, SandboxConfig, SandboxState, SandboxStatus, monitor};
 use crate::agent::{Agent, wait_ready};
 use crate::config::TomlConfig;
 use crate::error::{Error, ErrorKind, Result};
@@ -25,59 +24,64 @@ const GOODBYE: Duration = Duration::from_secs(2);
 /// Bound of the VM's own end.
 const STOP_VM: Duration = Duration::from_secs(10);
 
-/// What a sandbox is started with.
-#[derive(Debug, Clone, Default)]
-pub struct SandboxStart {
-    /// Host name of the guest.
-    pub hostname: String,
-    /// Lines of /etc/resolv.conf.
-    pub dns: Vec<String>,
-    /// Bytes of the pod's shared memory.
-    pub shm_size: u64,
-    /// Network namespace of the pod.
-    pub netns: Option<String>,
-    /// Annotations of the pod.
-    pub annotations: HashMap<String, String>,
-}
-
 /// A pod in a VM.
 pub struct VirtSandbox {
     id: String,
+    pod: SandboxConfig,
     config: TomlConfig,
-    start: SandboxStart,
     hypervisor: Arc<dyn Hypervisor>,
     agent: Arc<dyn Agent>,
     resources: Arc<ResourceManager>,
     state: watch::Sender<SandboxState>,
+    /// What the VM is built with is there.
+    prepared: OnceCell<()>,
     events: mpsc::UnboundedSender<Event>,
     /// Log forwarding, health checks: end with the sandbox.
     background: Mutex<JoinSet<()>>,
 }
 
 impl VirtSandbox {
-    /// A sandbox that has not been started.
+    /// A sandbox that has not been started: the pod that `pod` describes, on a node configured by `config`.
     pub fn new(
-        id: impl Into<String>,
+        pod: SandboxConfig,
         config: TomlConfig,
-        start: SandboxStart,
         hypervisor: Arc<dyn Hypervisor>,
         agent: Arc<dyn Agent>,
         resources: Arc<ResourceManager>,
         events: mpsc::UnboundedSender<Event>,
     ) -> Self {
-        let state = watch::Sender::new(SandboxState::Init);
-        let background = Mutex::default();
         Self {
-            id: id.into(),
+            id: pod.id.clone(),
+            pod,
             config,
-            start,
             hypervisor,
             agent,
             resources,
-            state,
+            state: watch::Sender::new(SandboxState::Init),
+            prepared: OnceCell::new(),
             events,
-            background,
+            background: Mutex::default(),
         }
+    }
+
+    /// Makes on the host what the VM is built with; [`Sandbox::start`] does it otherwise. Containers can be prepared from
+    /// now on.
+    ///
+    /// # Errors
+    /// What could not be set up.
+    pub async fn prepare(&self) -> Result<()> {
+        let prepare = async {
+            let netns = self.pod.netns.as_ref().map(|path| path.display().to_string());
+            self.hypervisor
+                .prepare_vm(&self.id, netns, &self.pod.annotations)
+                .await?;
+            self.resources.prepare_before_start_vm().await
+        };
+        self.prepared
+            .get_or_try_init(|| prepare)
+            .await
+            .copied()
+            .map_err(|error| error.context(format!("sandbox {}", self.id)))
     }
 
     /// Its VM.
@@ -117,7 +121,7 @@ impl VirtSandbox {
 
     async fn boot(&self) -> Result<()> {
         let begin = Instant::now();
-        self.set_up_vm().await?;
+        self.start_vm().await?;
         // Listening starts right after the vCPUs: a kernel needs far longer to its first process. Should an announcement
         // be missed all the same, the repeated connection attempt finds the agent.
         let listener = self.hypervisor.vsock_listen(READY_PORT)?;
@@ -139,19 +143,10 @@ impl VirtSandbox {
         };
         create.map_err(|error| self.boot_error("setting the sandbox up in the guest", begin, error))?;
         timeline::mark("agent ready");
-        self.resources
-            .setup_after_start_vm(self.hypervisor.as_ref())
-            .await
+        Ok(())
     }
 
-    async fn set_up_vm(&self) -> Result<()> {
-        let netns = self.start.netns.clone();
-        self.hypervisor
-            .prepare_vm(&self.id, netns, &self.start.annotations)
-            .await?;
-        self.resources
-            .prepare_before_start_vm(self.hypervisor.as_ref())
-            .await?;
+    async fn start_vm(&self) -> Result<()> {
         self.hypervisor.start_vm(START_VM).await?;
         timeline::mark("vm set-up");
         let (hypervisor, state, id) = (self.hypervisor.clone(), self.state.clone(), self.id.clone());
@@ -161,9 +156,9 @@ impl VirtSandbox {
 
     fn create_request(&self) -> wire::CreateSandboxRequest {
         wire::CreateSandboxRequest {
-            hostname: self.start.hostname.clone(),
-            dns: self.start.dns.clone(),
-            storages: self.resources.storages(self.start.shm_size),
+            hostname: self.pod.hostname.clone(),
+            dns: self.pod.dns.clone(),
+            storages: self.resources.storages(self.pod.shm_size),
             sandbox_id: self.id.clone(),
             kernel_modules: self
                 .config
@@ -228,9 +223,13 @@ fn kernel_module(line: &str) -> wire::KernelModule {
 #[async_trait]
 impl Sandbox for VirtSandbox {
     async fn start(&self) -> Result<()> {
+        self.prepare().await?;
         if !self.enter(&SandboxState::Init, SandboxState::Starting) {
-            let message = format!("sandbox {}: already started", self.id);
-            return Err(Error::new(ErrorKind::FailedPrecondition, message));
+            let (kind, what) = match *self.state.borrow() {
+                SandboxState::Stopped(_) => (ErrorKind::Unavailable, "stopped before it started"),
+                _ => (ErrorKind::FailedPrecondition, "already started"),
+            };
+            return Err(Error::new(kind, format!("sandbox {}: {what}", self.id)));
         }
         let result = self.boot().await;
         if let Err(error) = &result {

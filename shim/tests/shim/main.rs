@@ -2,7 +2,6 @@
 
 mod cli;
 mod containerd;
-mod ctl;
 mod delete;
 mod fake;
 mod harness;

@@ -129,7 +129,7 @@ impl SharedPage {
     fn write(&self, address: u64, bytes: &[u8]) {
         if let Err(error) = self.memory.write_slice(bytes, GuestAddress(address)) {
             // Every machine has memory there (config::MIN_MEMORY_MIB).
-            tracing::error!(address, %error, "shared page: not memory");
+            guest_log!(ERROR, address, %error, "shared page: not memory");
         }
     }
 }

@@ -162,7 +162,7 @@ impl CpuHotplug {
                 *cpu = Cpu::Absent;
                 self.publish(index, Cpu::Absent);
             }
-            _ => tracing::debug!(index, "CPU hotplug: ejected without a request"),
+            _ => guest_log!(DEBUG, index, "CPU hotplug: ejected without a request"),
         }
     }
 
@@ -179,7 +179,8 @@ impl CpuHotplug {
                 Cpu::Refused(status)
             }
             (cpu, ..) => {
-                tracing::debug!(
+                guest_log!(
+                    DEBUG,
                     index,
                     status,
                     event,
@@ -346,6 +347,21 @@ mod tests {
         hotplug.eject(0);
         let _ = hotplug.write(EJECT, &[0]);
         assert_eq!(hotplug.wait(&[0], far), [Cpu::Absent]);
+    }
+
+    #[test]
+    fn answers_when_they_flood_the_log_are_told_of_a_few_times() {
+        let hotplug = hotplug();
+        let messages = [
+            "CPU hotplug: ejected without a request",
+            "CPU hotplug: answer without a question",
+        ];
+        crate::guest_log::recorder::assert_limited(&messages, 300, || {
+            for _ in 0..300 {
+                let _ = hotplug.write(EJECT, &[1]);
+                report(&hotplug, 1, 1, SUCCESS);
+            }
+        });
     }
 
     #[test]

@@ -63,7 +63,7 @@ impl Ged {
         if self.pending.load(Ordering::SeqCst) != 0
             && let Err(error) = self.irqfd.write(1)
         {
-            tracing::error!(%error, "GED: cannot write the irqfd");
+            guest_log!(ERROR, %error, "GED: cannot write the irqfd");
         }
     }
 

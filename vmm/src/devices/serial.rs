@@ -21,6 +21,8 @@ pub const PORT: u16 = 0x3f8;
 pub const PORTS: u16 = 8;
 /// Line status of a UART whose output is always gone: transmitter empty and idle.
 const LSR_IDLE: u8 = 0x60;
+/// Interrupt identification: set while nothing is pending.
+const IIR_NONE: u8 = 1;
 /// Interrupt of COM1: the kernel's early console setup knows no other.
 pub const GSI: u32 = 4;
 
@@ -90,7 +92,7 @@ impl Uart {
         }
         match self.registers.enqueue_raw_bytes(&self.pending.peek(room)) {
             Ok(count) => self.pending.consume(count),
-            Err(error) => tracing::debug!(?error, "serial: input not delivered"),
+            Err(error) => guest_log!(DEBUG, ?error, "serial: input not delivered"),
         }
     }
 }
@@ -121,6 +123,15 @@ impl Serial {
         let count = uart.pending.push(bytes);
         uart.refill();
         count
+    }
+
+    /// Interrupts again if an interrupt is pending: an edge was lost while the pin was masked, and the UART raises no other
+    /// until the guest has looked.
+    pub fn repeat(&self) {
+        let pending = self.lock().registers.state().interrupt_identification & IIR_NONE == 0;
+        if pending && let Err(error) = self.irqfd.write(1) {
+            tracing::error!(%error, "serial: cannot write the irqfd");
+        }
     }
 
     /// The registers and the input the guest has not read. No vCPU may run.
@@ -206,7 +217,7 @@ impl BusDevice for Serial {
         // More than one byte is a string instruction: the same register again and again.
         for value in data {
             if let Err(error) = uart.registers.write(offset, *value) {
-                tracing::debug!(?error, "serial: write failed");
+                guest_log!(DEBUG, ?error, "serial: write failed");
             }
         }
         // Loopback mode may have ended.
@@ -326,6 +337,22 @@ mod tests {
         // And the next byte raises the next one.
         write(&new, 0, b'b');
         assert!(irqfd.read().unwrap() > 0);
+    }
+
+    #[test]
+    fn repeat_when_an_edge_was_lost_interrupts_until_the_guest_has_looked() {
+        let (serial, irqfd) = serial();
+        serial.repeat();
+        assert!(irqfd.read().is_err(), "nothing is pending");
+        write(&serial, 1, 1);
+        serial.input(b"x");
+        // The pin was masked: this edge went nowhere.
+        assert_eq!(irqfd.read().unwrap(), 1);
+        serial.repeat();
+        assert_eq!(irqfd.read().unwrap(), 1);
+        assert_eq!(read(&serial, 2) & 0xf, 4);
+        serial.repeat();
+        assert!(irqfd.read().is_err());
     }
 
     #[test]

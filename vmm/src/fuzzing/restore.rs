@@ -51,8 +51,9 @@ fn pmem(bytes: &[u8]) {
         path,
         read_only: false,
     };
-    let mut pmem = Pmem::new(PmemFile::open(&config).unwrap(), &windows).unwrap();
-    check(&mut pmem, bytes);
+    if let Ok(mut pmem) = Pmem::at_saved_place(PmemFile::open(&config).unwrap(), &windows, bytes) {
+        check(&mut pmem, bytes);
+    }
 }
 
 /// A device that accepts a state can save it, and runs.

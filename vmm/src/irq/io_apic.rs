@@ -130,7 +130,7 @@ impl IoApic {
                 };
                 let routes = registers.routes();
                 if let Err(error) = self.routing.set(&routes) {
-                    tracing::error!(pin, %error, "I/O APIC: KVM_SET_GSI_ROUTING failed, interrupts may be lost");
+                    guest_log!(ERROR, pin, %error, "I/O APIC: KVM_SET_GSI_ROUTING failed, interrupts may be lost");
                 }
                 let unmasked = registers
                     .entries

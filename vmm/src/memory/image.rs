@@ -2,13 +2,14 @@
 //!
 //! The file has the regions of the layout one after the other and is sparse: pages never touched, or full of zeros, are
 //! holes. A machine can read it ([`read`]), map it privately ([`map_private`]), or have it brought in by a pager
-//! ([`super::pager`]).
+//! ([`super::pager`]). Each [`CHUNK`] has a checksum: [`read`] compares it, [`verify`] does for a file that is to be mapped.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
+use crc32fast::Hasher;
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestAddress, GuestMemory as _};
 
@@ -17,6 +18,8 @@ use super::layout::{MemoryLayout, RegionKind};
 use super::page_set::PageSet;
 
 const PAGE: usize = 4096;
+/// Bytes of the file that have one checksum; regions are multiples of it.
+pub const CHUNK: u64 = 1 << 20;
 /// Flags of an entry of /proc/self/pagemap (Documentation/admin-guide/mm/pagemap.rst).
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
@@ -31,6 +34,117 @@ pub struct Extent {
     pub offset: u64,
     /// Bytes.
     pub len: u64,
+}
+
+/// What a file has, and how to tell that it still has it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Contents {
+    /// Where there is data.
+    pub extents: Vec<Extent>,
+    /// CRC-32 of the data in each [`CHUNK`] that has any, in order.
+    checksums: Vec<u32>,
+}
+
+impl Contents {
+    /// Bytes of data.
+    pub fn bytes(&self) -> u64 {
+        self.extents.iter().map(|extent| extent.len).sum()
+    }
+
+    /// Checks contents that come from a file: in order, in pages, inside the `size` bytes of memory, a checksum for each
+    /// chunk.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self, size: u64) -> Result<(), String> {
+        let (mut end, mut chunks, mut last) = (0, 0, None);
+        for extent in &self.extents {
+            let next = extent.offset.checked_add(extent.len).filter(|next| *next <= size);
+            let whole = extent.offset.is_multiple_of(PAGE as u64) && extent.len.is_multiple_of(PAGE as u64);
+            match next {
+                Some(next) if extent.offset >= end && whole && extent.len > 0 => end = next,
+                _ => return Err(format!("memory: {extent:?} of {size:#x} bytes")),
+            }
+            let (from, to) = (extent.offset / CHUNK, (end - 1) / CHUNK);
+            chunks += to - from + u64::from(last != Some(from));
+            last = Some(to);
+        }
+        match self.checksums.len() as u64 {
+            count if count == chunks => Ok(()),
+            count => Err(format!("memory: {count} checksums of {chunks} chunks")),
+        }
+    }
+
+    /// The extents cut at the borders of chunks.
+    fn pieces(&self) -> Vec<Extent> {
+        let mut pieces = Vec::with_capacity(self.extents.len() + self.checksums.len());
+        for Extent { mut offset, len } in self.extents.iter().copied() {
+            let end = offset + len;
+            while offset < end {
+                let next = end.min((offset / CHUNK + 1) * CHUNK);
+                pieces.push(Extent {
+                    offset,
+                    len: next - offset,
+                });
+                offset = next;
+            }
+        }
+        pieces
+    }
+
+    /// Calls `load` for the pieces of each chunk, to read them and to hash what was read, and compares the checksums. `load`
+    /// says no to a piece whose chunk is of no interest.
+    fn each_chunk(
+        &self,
+        mut load: impl FnMut(Extent, &mut Hasher) -> io::Result<bool>,
+    ) -> Result<(), ReadError> {
+        let pieces = self.pieces();
+        let chunks = pieces.chunk_by(|a, b| a.offset / CHUNK == b.offset / CHUNK);
+        'chunks: for (chunk, expected) in chunks.zip(&self.checksums) {
+            let mut hasher = Hasher::new();
+            for piece in chunk {
+                if !load(*piece, &mut hasher)? {
+                    continue 'chunks;
+                }
+            }
+            let found = hasher.finalize();
+            if found != *expected {
+                let first = chunk.first().map_or(0, |piece| piece.offset);
+                return Err(ReadError::Damaged {
+                    offset: first / CHUNK * CHUNK,
+                    found,
+                    expected: *expected,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A memory file cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The host refused.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// It has another content than was written.
+    #[error(
+        "the {CHUNK} bytes at offset {offset:#x} have checksum {found:#010x}, should be {expected:#010x}: damaged"
+    )]
+    Damaged {
+        /// Offset of the chunk in the file.
+        offset: u64,
+        /// Checksum of what is there.
+        found: u32,
+        /// Checksum of what was written.
+        expected: u32,
+    },
+    /// It has data where nothing was written.
+    #[error("data at offset {offset:#x}, where nothing was written: damaged")]
+    Stray {
+        /// Offset in the file.
+        offset: u64,
+    },
 }
 
 /// A region and its place in the file.
@@ -94,7 +208,7 @@ pub enum Pages<'f> {
 #[derive(Debug)]
 pub struct Written {
     /// What the file has.
-    pub extents: Vec<Extent>,
+    pub contents: Contents,
     /// Pages whose content was looked at.
     pub pages_read: u64,
 }
@@ -117,8 +231,9 @@ pub fn write(
         pages,
         base: vec![0; PAGE],
         run: None,
+        chunk: None,
         written: Written {
-            extents: Vec::new(),
+            contents: Contents::default(),
             pages_read: 0,
         },
     };
@@ -188,15 +303,20 @@ fn holds_data(
 
 /// Whether there is data at `offset` of a sparse file.
 fn in_extent(file: &File, offset: u64) -> io::Result<bool> {
+    Ok(next_data(file, offset)? == Some(offset))
+}
+
+/// Where the next data of a sparse file is, at `offset` or behind it.
+fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
     let offset = i64::try_from(offset).map_err(io::Error::other)?;
     // SAFETY: lseek takes no memory; nobody uses the position of this descriptor.
     let next = unsafe { libc::lseek64(file.as_raw_fd(), offset, libc::SEEK_DATA) };
-    if next >= 0 {
-        return Ok(next == offset);
+    if let Ok(next) = u64::try_from(next) {
+        return Ok(Some(next));
     }
     let error = io::Error::last_os_error();
     if error.raw_os_error() == Some(libc::ENXIO) {
-        return Ok(false);
+        return Ok(None);
     }
     Err(error)
 }
@@ -206,13 +326,12 @@ struct Writer<'f> {
     out: &'f File,
     pages: Pages<'f>,
     base: Vec<u8>,
-    /// Offset and first byte of the run in hand, whose pages follow each other in memory and in the file.
+    /// Offset and first byte of the run in hand, whose pages follow each other in memory and in one chunk of the file.
     run: Option<(u64, *const u8, usize)>,
+    /// The chunk in hand and the checksum of what was written of it.
+    chunk: Option<(u64, Hasher)>,
     written: Written,
 }
-
-/// Longest run written with one call.
-const MAX_RUN: usize = 1 << 20;
 
 impl Writer<'_> {
     fn page(&mut self, offset: u64, bytes: &[u8], kind: RegionKind) -> io::Result<()> {
@@ -232,7 +351,7 @@ impl Writer<'_> {
             Some((start, first, len))
                 if *start + *len as u64 == offset
                     && first.wrapping_add(*len) == bytes.as_ptr()
-                    && *len < MAX_RUN =>
+                    && !offset.is_multiple_of(CHUNK) =>
             {
                 *len += bytes.len();
             }
@@ -251,9 +370,19 @@ impl Writer<'_> {
         // SAFETY: the run consists of pages given to `page`, contiguous in one mapping that outlives the writer.
         let bytes = unsafe { std::slice::from_raw_parts(first, len) };
         self.out.write_all_at(bytes, offset)?;
-        match self.written.extents.last_mut() {
+        match &mut self.chunk {
+            Some((chunk, hasher)) if *chunk == offset / CHUNK => hasher.update(bytes),
+            _ => {
+                self.finish_chunk();
+                let mut hasher = Hasher::new();
+                hasher.update(bytes);
+                self.chunk = Some((offset / CHUNK, hasher));
+            }
+        }
+        let extents = &mut self.written.contents.extents;
+        match extents.last_mut() {
             Some(last) if last.offset + last.len == offset => last.len += len as u64,
-            _ => self.written.extents.push(Extent {
+            _ => extents.push(Extent {
                 offset,
                 len: len as u64,
             }),
@@ -261,58 +390,82 @@ impl Writer<'_> {
         Ok(())
     }
 
+    fn finish_chunk(&mut self) {
+        if let Some((_, hasher)) = self.chunk.take() {
+            self.written.contents.checksums.push(hasher.finalize());
+        }
+    }
+
     fn finish(mut self) -> io::Result<Written> {
         self.flush()?;
+        self.finish_chunk();
         Ok(self.written)
     }
 }
 
-/// Checks extents that come from a file: in order, in pages, inside the memory.
+/// Reads the `contents` of `file` into the regions for which `wanted` says so, and compares their checksums.
 ///
 /// # Errors
-/// What is wrong.
-pub fn check_extents(extents: &[Extent], size: u64) -> Result<(), String> {
-    let mut end = 0;
-    for extent in extents {
-        let next = extent.offset.checked_add(extent.len).filter(|next| *next <= size);
-        let whole = extent.offset.is_multiple_of(PAGE as u64) && extent.len.is_multiple_of(PAGE as u64);
-        match next {
-            Some(next) if extent.offset >= end && whole && extent.len > 0 => end = next,
-            _ => return Err(format!("memory: {extent:?} of {size:#x} bytes")),
-        }
-    }
-    Ok(())
-}
-
-/// Reads the extents of `file` into the regions for which `wanted` says so.
-///
-/// # Errors
-/// The file cannot be read, or is shorter than it should be.
+/// [`ReadError`]; a part is in memory then.
 pub fn read(
     memory: &GuestMemory,
     layout: &MemoryLayout,
     file: &File,
-    extents: &[Extent],
+    contents: &Contents,
     wanted: impl Fn(RegionKind) -> bool,
-) -> io::Result<()> {
-    for place in places(memory, layout)?
-        .into_iter()
-        .filter(|place| wanted(place.kind))
-    {
-        let end = place.offset + place.len as u64;
-        for extent in extents {
-            let (from, to) = (
-                extent.offset.max(place.offset),
-                (extent.offset + extent.len).min(end),
-            );
-            if from < to {
-                let start = (from - place.offset) as usize;
-                // SAFETY: the range is inside the region's mapping; no vCPU and no device runs yet.
-                let bytes =
-                    unsafe { std::slice::from_raw_parts_mut(place.host.add(start), (to - from) as usize) };
-                file.read_exact_at(bytes, from)?;
-            }
+) -> Result<(), ReadError> {
+    let places = places(memory, layout)?;
+    contents.each_chunk(|piece, hasher| {
+        let inside = |place: &&Place| piece.offset.wrapping_sub(place.offset) < place.len as u64;
+        let place = places.iter().find(inside).ok_or(io::ErrorKind::InvalidData)?;
+        if !wanted(place.kind) {
+            return Ok(false);
         }
+        let start = (piece.offset - place.offset) as usize;
+        let len = (piece.len as usize).min(place.len - start);
+        // SAFETY: the range is inside the region's mapping; no vCPU and no device runs yet.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(place.host.add(start), len) };
+        file.read_exact_at(bytes, piece.offset)?;
+        hasher.update(bytes);
+        Ok(true)
+    })
+}
+
+/// Reads the `contents` of `file` and compares their checksums. For a file that is mapped as it is (`whole`), also that there
+/// is nothing else in it.
+///
+/// # Errors
+/// [`ReadError`].
+pub fn verify(file: &File, contents: &Contents, whole: bool) -> Result<(), ReadError> {
+    let mut buffer = vec![0; CHUNK as usize];
+    contents.each_chunk(|piece, hasher| {
+        let bytes = buffer.get_mut(..piece.len as usize).unwrap_or_default();
+        file.read_exact_at(bytes, piece.offset)?;
+        hasher.update(bytes);
+        Ok(true)
+    })?;
+    if !whole {
+        return Ok(());
+    }
+    let end = Extent {
+        offset: file.metadata()?.len(),
+        len: 0,
+    };
+    let mut offset = 0;
+    for extent in contents.extents.iter().chain([&end]) {
+        while let Some(data) = next_data(file, offset)?.filter(|data| *data < extent.offset) {
+            // A file system without holes has zeros there.
+            let len = (extent.offset - data).min(CHUNK);
+            let bytes = buffer.get_mut(..len as usize).unwrap_or_default();
+            file.read_exact_at(bytes, data)?;
+            if let Some(at) = bytes.iter().position(|byte| *byte != 0) {
+                return Err(ReadError::Stray {
+                    offset: data + at as u64,
+                });
+            }
+            offset = data + len;
+        }
+        offset = extent.offset + extent.len;
     }
     Ok(())
 }
@@ -375,16 +528,16 @@ mod tests {
     fn read_when_written_gives_the_same_memory_and_the_file_is_sparse() {
         let (memory, layout) = filled();
         let file = TempFile::new().unwrap();
-        let extents = write(&memory, &layout, None, Pages::All, file.as_file())
+        let contents = write(&memory, &layout, None, Pages::All, file.as_file())
             .unwrap()
-            .extents;
-        let total: u64 = extents.iter().map(|e| e.len).sum();
-        assert_eq!(total, 4 * 4096);
+            .contents;
+        assert_eq!(contents.bytes(), 4 * 4096);
         assert_eq!(file.as_file().metadata().unwrap().len(), file_size(&layout));
-        check_extents(&extents, file_size(&layout)).unwrap();
+        contents.check(file_size(&layout)).unwrap();
+        verify(file.as_file(), &contents, true).unwrap();
 
         let other = allocate(&layout).unwrap();
-        read(&other, &layout, file.as_file(), &extents, all).unwrap();
+        read(&other, &layout, file.as_file(), &contents, all).unwrap();
         let mut bytes = [0; 5001];
         other.read_slice(&mut bytes, GuestAddress(0x10_0000)).unwrap();
         assert!(bytes[..5000].iter().all(|b| *b == 1) && bytes[5000] == 0);
@@ -404,20 +557,21 @@ mod tests {
 
         let full = TempFile::new().unwrap();
         let backing = Some(base.as_file());
-        let extents = write(&clone, &layout, backing, Pages::All, full.as_file())
+        let contents = write(&clone, &layout, backing, Pages::All, full.as_file())
             .unwrap()
-            .extents;
-        let total: u64 = extents.iter().map(|e| e.len).sum();
-        assert_eq!(total, 4 * 4096);
+            .contents;
+        assert_eq!(contents.bytes(), 4 * 4096);
 
         let diff = TempFile::new().unwrap();
         let changed = Pages::Changed {
             base: base.as_file(),
             among: None,
         };
-        let extents = write(&clone, &layout, backing, changed, diff.as_file())
+        let contents = write(&clone, &layout, backing, changed, diff.as_file())
             .unwrap()
-            .extents;
+            .contents;
+        verify(diff.as_file(), &contents, false).unwrap();
+        let extents = contents.extents;
         let offsets: Vec<_> = extents.iter().map(|e| (e.offset, e.len)).collect();
         assert_eq!(offsets, [(0x10_0000, 4096), (0x30_0000, 4096)]);
     }
@@ -450,20 +604,25 @@ mod tests {
         }];
         let base = TempFile::new().unwrap();
         let full = write(&memory, &layout, None, Pages::All, base.as_file()).unwrap();
-        assert_eq!(full.extents, expected);
+        assert_eq!(full.contents.extents, expected);
         let pages = Pages::Changed {
             base: base.as_file(),
             among: None,
         };
         let difference = TempFile::new().unwrap();
         let difference = write(&memory, &layout, None, pages, difference.as_file()).unwrap();
-        assert_eq!(difference.extents, expected);
+        assert_eq!(difference.contents.extents, expected);
     }
 
     #[test]
-    fn check_extents_when_out_of_order_or_range_says_which() {
+    fn contents_when_out_of_order_or_range_are_refused() {
         let extent = |offset, len| Extent { offset, len };
-        assert!(check_extents(&[extent(0, 4096), extent(8192, 4096)], 12288).is_ok());
+        let contents = |extents: Vec<Extent>, checksums| Contents {
+            extents,
+            checksums: vec![0; checksums],
+        };
+        let good = contents(vec![extent(0, 4096), extent(8192, 4096)], 1);
+        good.check(12288).unwrap();
         for bad in [
             vec![extent(0, 4095)],
             vec![extent(1, 4096)],
@@ -473,7 +632,61 @@ mod tests {
             vec![extent(4096, 4096), extent(0, 4096)],
             vec![extent(0, 8192), extent(4096, 4096)],
         ] {
-            assert!(check_extents(&bad, 12288).is_err(), "{bad:?}");
+            assert!(contents(bad.clone(), 1).check(12288).is_err(), "{bad:?}");
         }
+        // The first ends and the second begins in the same chunk.
+        let several = vec![extent(4096, 3 * CHUNK - 8192), extent(3 * CHUNK - 4096, 8192)];
+        for checksums in 0..8 {
+            let checked = contents(several.clone(), checksums).check(4 * CHUNK);
+            assert_eq!(checked.is_ok(), checksums == 4, "{checksums}: {checked:?}");
+        }
+        assert_eq!(contents(several, 4).pieces().len(), 5);
+    }
+
+    #[test]
+    fn file_when_any_page_is_damaged_is_found_by_reading_and_verifying() {
+        let layout = MemoryLayout::ram(64 << 20);
+        let memory = allocate(&layout).unwrap();
+        // A run over the border of two chunks, and one by itself.
+        memory
+            .write_slice(&[7; 8 * PAGE], GuestAddress(8 * CHUNK - 4 * PAGE as u64))
+            .unwrap();
+        memory.write_slice(&[9; PAGE], GuestAddress(20 * CHUNK)).unwrap();
+        let file = TempFile::new().unwrap();
+        let file = file.as_file();
+        let contents = write(&memory, &layout, None, Pages::All, file).unwrap().contents;
+        assert_eq!((contents.extents.len(), contents.checksums.len()), (2, 3));
+        let other = allocate(&layout).unwrap();
+        for (at, chunk) in [(8 * CHUNK - 1, 7), (8 * CHUNK, 8), (20 * CHUNK + 4095, 20)] {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 4], at).unwrap();
+            for result in [
+                verify(file, &contents, true),
+                read(&other, &layout, file, &contents, all),
+            ] {
+                assert!(
+                    matches!(result, Err(ReadError::Damaged { offset, .. }) if offset == chunk * CHUNK),
+                    "{result:?}"
+                );
+            }
+            file.write_all_at(&byte, at).unwrap();
+        }
+        verify(file, &contents, true).unwrap();
+        // Where nothing was written, only who maps the file would see it.
+        file.write_all_at(&[1], 40 * CHUNK + 77).unwrap();
+        verify(file, &contents, false).unwrap();
+        read(&other, &layout, file, &contents, all).unwrap();
+        assert!(matches!(
+            verify(file, &contents, true),
+            Err(ReadError::Stray { offset }) if offset == 40 * CHUNK + 77
+        ));
+        file.write_all_at(&[0], 40 * CHUNK + 77).unwrap();
+        verify(file, &contents, true).unwrap();
+        file.write_all_at(&[1], 64 * CHUNK - 1).unwrap();
+        assert!(matches!(
+            verify(file, &contents, true),
+            Err(ReadError::Stray { .. })
+        ));
     }
 }

@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::GuestMemory;
 use super::image::{self, Place};
@@ -53,7 +53,7 @@ impl Pager {
         for place in &places {
             uffd.register(place.host as u64, place.len as u64)?;
         }
-        let stop = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let stop = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let worker = Worker {
             uffd: uffd.clone(),
             source,
@@ -83,10 +83,10 @@ impl Pager {
 impl Drop for Pager {
     fn drop(&mut self) {
         if let Err(error) = self.stop.write(1) {
-            tracing::error!(%error, "pager: cannot wake the thread to stop it");
+            guest_log!(ERROR, %error, "pager: cannot wake the thread to stop it");
         }
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("pager: the thread panicked");
+            guest_log!(ERROR, "pager: the thread panicked");
         }
     }
 }
@@ -157,7 +157,7 @@ impl Worker {
                 if error.kind() == io::ErrorKind::Interrupted {
                     continue;
                 }
-                tracing::error!(%error, "pager: poll failed; untouched memory reads as zeros from now on");
+                guest_log!(ERROR, %error, "pager: poll failed; untouched memory reads as zeros from now on");
                 return;
             }
             if fds[0].revents != 0 {
@@ -168,7 +168,7 @@ impl Worker {
                 Ok(MESSAGE_BYTES) => self.serve(&message),
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => tracing::error!(%error, "pager: cannot read a fault"),
+                Err(error) => guest_log!(ERROR, %error, "pager: cannot read a fault"),
             }
         }
     }
@@ -193,7 +193,7 @@ impl Worker {
         let at = (address - start) / PAGE as u64 * PAGE as u64;
         if let Err(error) = self.copy(start + at, offset + at, PAGE as u64) {
             if error.raw_os_error() != Some(libc::EEXIST) {
-                tracing::error!(%error, address, "pager: cannot bring in a page");
+                guest_log!(ERROR, %error, address, "pager: cannot bring in a page");
             }
             // A thread may wait for a page somebody else brought in.
             self.uffd.wake(start + at, PAGE as u64);

@@ -172,7 +172,7 @@ impl Userfaultfd {
         let mut range = UffdioRange { start: address, len };
         // SAFETY: `range` is the structure the request takes.
         if let Err(error) = unsafe { self.ioctl(UFFDIO_WAKE, &raw mut range) } {
-            tracing::error!(%error, address, "userfaultfd: cannot wake who waits for a page");
+            guest_log!(ERROR, %error, address, "userfaultfd: cannot wake who waits for a page");
         }
     }
 

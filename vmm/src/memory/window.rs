@@ -100,6 +100,15 @@ pub enum Sharing {
     Private,
 }
 
+/// Where in a window a file goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FilePlace {
+    /// Where there is room.
+    FirstGap,
+    /// At this guest physical address, where a guest knows it.
+    Address(u64),
+}
+
 /// The windows of a machine.
 #[derive(Debug, Clone)]
 pub struct Windows {
@@ -264,35 +273,30 @@ impl Window {
         Ok(())
     }
 
-    /// Puts the first `file_size` bytes of `file` into the first gap of `size` bytes and plugs them; zeros follow up to
-    /// `size`. The file must not shrink while it is mapped: accesses behind its end would kill the process (SIGBUS).
+    /// Puts the first `file_size` bytes of `file` into `size` bytes at `place` and plugs them; zeros follow up to `size`. The
+    /// file must not shrink while it is mapped: accesses behind its end would kill the process (SIGBUS).
     ///
     /// # Errors
-    /// [`WindowError::Full`] or [`WindowError::Host`].
+    /// [`WindowError::Full`], [`WindowError::Range`] when the place is taken or not in the window, or [`WindowError::Host`].
     pub fn map_file(
         self: &Arc<Self>,
         file: &File,
-        file_size: u64,
-        size: u64,
-        sharing: Sharing,
-    ) -> Result<FileMapping, WindowError> {
-        let plugged = self.lock();
-        let offset = self.gap(&plugged, size).ok_or(WindowError::Full {
-            kind: self.region.kind,
-            size_mib: size.div_ceil(1 << 20),
-            window_mib: self.region.size >> 20,
-        })?;
-        self.map_file_at(plugged, offset, file, (file_size, size), sharing)
-    }
-
-    fn map_file_at(
-        self: &Arc<Self>,
-        mut plugged: MutexGuard<'_, BTreeMap<u64, u64>>,
-        offset: u64,
-        file: &File,
         (file_size, size): (u64, u64),
+        place: FilePlace,
         sharing: Sharing,
     ) -> Result<FileMapping, WindowError> {
+        let mut plugged = self.lock();
+        let offset = match place {
+            FilePlace::FirstGap => self.gap(&plugged, size).ok_or(WindowError::Full {
+                kind: self.region.kind,
+                size_mib: size.div_ceil(1 << 20),
+                window_mib: self.region.size >> 20,
+            })?,
+            FilePlace::Address(start) => {
+                let offset = start.checked_sub(self.region.start);
+                offset.ok_or_else(|| self.range_error(start, size))?
+            }
+        };
         self.check(&plugged, offset, size)?;
         if file_size > size {
             return Err(self.range_error(offset, file_size));
@@ -311,9 +315,7 @@ impl Window {
         Ok(FileMapping {
             window: self.clone(),
             offset,
-            file_size,
             size,
-            sharing,
         })
     }
 
@@ -407,7 +409,7 @@ impl Window {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         if let Err(error) = self.map(offset, size, flags, None) {
             // The file stays mapped where no vCPU sees it, until the machine ends.
-            tracing::error!(offset, size, %error, "memory: cannot empty a part of a window");
+            guest_log!(ERROR, offset, size, %error, "memory: cannot empty a part of a window");
         }
     }
 
@@ -433,9 +435,7 @@ impl Window {
 pub struct FileMapping {
     window: Arc<Window>,
     offset: u64,
-    file_size: u64,
     size: u64,
-    sharing: Sharing,
 }
 
 impl FileMapping {
@@ -448,19 +448,6 @@ impl FileMapping {
     pub fn size(&self) -> u64 {
         self.size
     }
-
-    /// A second mapping of the same `file` that starts at guest physical address `start`, which takes the place of this one
-    /// before the guest has seen it.
-    ///
-    /// # Errors
-    /// [`WindowError::Range`] when the place is taken or not in the window, or [`WindowError::Host`].
-    pub fn again_at(&self, file: &File, start: u64) -> Result<Self, WindowError> {
-        let window = &self.window;
-        let range = || window.range_error(start, self.size);
-        let offset = start.checked_sub(window.region.start).ok_or_else(range)?;
-        let sizes = (self.file_size, self.size);
-        window.map_file_at(window.lock(), offset, file, sizes, self.sharing)
-    }
 }
 
 impl Drop for FileMapping {
@@ -468,7 +455,7 @@ impl Drop for FileMapping {
         match self.window.unplug(self.offset) {
             Ok(()) => self.window.empty(self.offset, self.size),
             // The range stays taken: the vCPUs can still see the file there.
-            Err(error) => tracing::error!(%error, "memory: cannot unplug a file"),
+            Err(error) => guest_log!(ERROR, %error, "memory: cannot unplug a file"),
         }
     }
 }

@@ -68,6 +68,7 @@ impl VcpuFactory {
             mmio: self.mmio.clone(),
             lifecycle: self.lifecycle.clone(),
             counters: Arc::new(VcpuCounters::default()),
+            unfinished: false,
         }
     }
 }

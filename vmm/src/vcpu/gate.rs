@@ -104,13 +104,15 @@ impl Gate {
     }
 
     /// Called by a vCPU thread before each KVM_RUN; waits while the gate is closed. `leaving` is the thread's own order to
-    /// end.
-    pub fn pass(&self, leaving: &AtomicBool) -> Passage {
-        if leaving.load(Ordering::Acquire) {
-            return Passage::End;
-        }
-        if self.order.load(Ordering::Acquire) == Order::Run as u8 {
+    /// end. Unless the gate is open, `settle` runs before the thread counts as parked or leaves.
+    pub fn pass(&self, leaving: &AtomicBool, settle: impl FnOnce()) -> Passage {
+        let told = leaving.load(Ordering::Acquire);
+        if !told && self.order.load(Ordering::Acquire) == Order::Run as u8 {
             return Passage::Open;
+        }
+        settle();
+        if told {
+            return Passage::End;
         }
         let mut state = self.lock();
         let mut passage = Passage::Open;
@@ -157,7 +159,7 @@ mod tests {
             .map(|_| {
                 let (gate, rounds) = (gate.clone(), rounds.clone());
                 thread::spawn(move || {
-                    while gate.pass(&AtomicBool::new(false)) != Passage::End {
+                    while gate.pass(&AtomicBool::new(false), || ()) != Passage::End {
                         rounds.fetch_add(1, Ordering::SeqCst);
                         thread::yield_now();
                     }
@@ -193,12 +195,37 @@ mod tests {
             let gate = gate.clone();
             thread::spawn(move || {
                 let stay = AtomicBool::new(false);
-                (gate.pass(&stay), gate.pass(&stay))
+                (gate.pass(&stay, || ()), gate.pass(&stay, || ()))
             })
         };
         gate.wait_parked();
         gate.open();
         assert_eq!(thread.join().unwrap(), (Passage::Reopened, Passage::Open));
+    }
+
+    #[test]
+    fn pass_when_closed_settles_before_it_counts_as_parked() {
+        let gate = Arc::new(Gate::new(1));
+        let settled = Arc::new(AtomicBool::new(false));
+        let thread = {
+            let (gate, settled) = (gate.clone(), settled.clone());
+            thread::spawn(move || {
+                let settle = || {
+                    thread::sleep(std::time::Duration::from_millis(20));
+                    settled.store(true, Ordering::SeqCst);
+                };
+                gate.pass(&AtomicBool::new(false), settle);
+                // Open: nothing to settle.
+                gate.pass(&AtomicBool::new(false), || unreachable!());
+                let (mut left, leaving) = (false, AtomicBool::new(true));
+                gate.pass(&leaving, || left = true);
+                left
+            })
+        };
+        gate.wait_parked();
+        assert!(settled.load(Ordering::SeqCst));
+        gate.open();
+        assert!(thread.join().unwrap(), "a thread that leaves settles, too");
     }
 
     #[test]
@@ -208,7 +235,7 @@ mod tests {
         let leaving = Arc::new(AtomicBool::new(false));
         let thread = {
             let (gate, leaving) = (gate.clone(), leaving.clone());
-            thread::spawn(move || gate.pass(&leaving))
+            thread::spawn(move || gate.pass(&leaving, || ()))
         };
         while gate.lock().parked == 0 {
             thread::yield_now();

@@ -45,6 +45,14 @@ pub fn install_handler() -> io::Result<()> {
         .map_err(io::Error::from_raw_os_error)
 }
 
+/// Lets kicks reach the calling thread, whatever the thread that made it had blocked: a mask is inherited.
+///
+/// # Errors
+/// pthread_sigmask failed.
+pub fn unblock() -> io::Result<()> {
+    vmm_sys_util::signal::unblock_signal(signal()).map_err(|e| io::Error::other(e.to_string()))
+}
+
 /// While it lives, kicks reach the vCPU. Bound to the thread that made it.
 pub struct Registration {
     /// Keeps the type on its thread.

@@ -35,6 +35,8 @@ pub struct Vcpu {
     pub lifecycle: Arc<Lifecycle>,
     /// Exits.
     pub counters: Arc<VcpuCounters>,
+    /// A port or memory access was answered, and KVM has not finished its instruction.
+    pub unfinished: bool,
 }
 
 /// A running vCPU thread.
@@ -134,19 +136,43 @@ impl Vcpu {
 
     fn run(mut self, leaving: &AtomicBool) -> Self {
         let registration = kick::Registration::new(&mut self.fd);
+        let lifecycle = self.lifecycle.clone();
+        if let Err(error) = kick::unblock() {
+            let failure = format!(
+                "vCPU {}: cannot unblock the signal that stops it: {error}",
+                self.index
+            );
+            lifecycle.finish(ExitReason::Failure(failure));
+        }
         loop {
-            match self.lifecycle.gate().pass(leaving) {
+            match lifecycle.gate().pass(leaving, || self.finish_instruction()) {
                 Passage::Open => {}
                 Passage::Reopened => self.tell_kvmclock(),
                 Passage::End => break,
             }
-            if let ControlFlow::Break(reason) = self.run_once() {
-                tracing::info!(vcpu = self.index, %reason, "machine ends");
-                self.lifecycle.finish(reason);
-            }
+            self.step();
         }
         drop(registration);
         self
+    }
+
+    /// One KVM_RUN and what it came back for.
+    fn step(&mut self) {
+        if let ControlFlow::Break(reason) = self.run_once() {
+            tracing::info!(vcpu = self.index, %reason, "machine ends");
+            self.lifecycle.finish(reason);
+        }
+    }
+
+    /// Lets KVM finish the instruction whose port or memory access was answered last. Until it has, registers are those from
+    /// before the instruction, and a vCPU that gets them would execute it again (Documentation/virt/kvm/api.rst, KVM_RUN:
+    /// operations are complete only after KVM_RUN is called again; with `immediate_exit` it does nothing else).
+    fn finish_instruction(&mut self) {
+        // More than once for an instruction with several accesses: wide operands, strings.
+        while self.unfinished {
+            self.fd.set_kvm_immediate_exit(1);
+            self.step();
+        }
     }
 
     /// Tells the guest's watchdogs that it was not running. The guest may not use kvmclock (yet): EINVAL.
@@ -159,7 +185,12 @@ impl Vcpu {
     }
 
     fn run_once(&mut self) -> ControlFlow<ExitReason> {
-        let failure = match self.fd.run() {
+        let exit = self.fd.run();
+        self.unfinished = matches!(
+            exit,
+            Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..) | VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..))
+        );
+        let failure = match exit {
             Ok(VcpuExit::IoIn(port, data)) => {
                 VcpuCounters::count(&self.counters.pio_in);
                 self.pio.read(u64::from(port), data);

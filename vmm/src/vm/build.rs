@@ -41,7 +41,7 @@ use crate::vm::devices::{self, Opened};
 use crate::vm::error::BuildError;
 use crate::vm::kvm::{self, ioctl_error};
 use crate::vm::lifecycle::Lifecycle;
-use crate::vm::machine::{Board, Content, Machine, Vcpus};
+use crate::vm::machine::{Board, Content, Machine, Origin, Vcpus};
 
 /// A machine whose vCPU threads wait at the gate.
 pub struct Built {
@@ -103,9 +103,18 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         fds.push(vcpu);
     }
 
+    let mut origin = Origin::default();
+    if config.memory.track_writes {
+        let log = WriteLog::new(&memory, windows.layout(), Beneath::Zeros);
+        origin.log = Some(log.map_err(|source| BuildError::Host {
+            what: "log of writes",
+            source,
+        })?);
+    }
     let parts = Parts {
         vm,
         memory,
+        origin,
         windows,
         registers,
         shared,
@@ -114,15 +123,7 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         console,
         vcpus: config.vcpus,
     };
-    let (mut machine, lifecycle) = parts.assemble()?;
-    if config.memory.track_writes {
-        let layout = machine.windows.layout();
-        let log = WriteLog::new(&machine.memory, layout, Beneath::Zeros);
-        machine.origin.log = Some(log.map_err(|source| BuildError::Host {
-            what: "log of writes",
-            source,
-        })?);
-    }
+    let (machine, lifecycle) = parts.assemble()?;
     let input = machine.board.serial.clone().map_or(plan.input, Input::Serial);
     let mut built = Built {
         machine,
@@ -191,6 +192,8 @@ pub struct Parts {
     pub vm: Arc<VmFd>,
     /// Guest memory.
     pub memory: Arc<GuestMemory>,
+    /// Where its content comes from.
+    pub origin: Origin,
     /// Its windows.
     pub windows: Windows,
     /// What the guest reads of its virtio-mmio slots.
@@ -208,7 +211,7 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// Connects them; the last thing made is the I/O loop's thread.
+    /// Connects them. The last thing made is the I/O loop's thread: from then on [`Machine::shut_down`] must be called.
     ///
     /// # Errors
     /// [`BuildError`].
@@ -231,7 +234,7 @@ impl Parts {
             hotplug,
         };
         let io = IoLoop::spawn("vmm-io")?;
-        let memory = (self.memory, self.windows);
+        let memory = (self.memory, self.windows, self.origin);
         Ok((Machine::new(self.vm, memory, board, vcpus, io), lifecycle))
     }
 }
@@ -257,6 +260,7 @@ fn board(
         vm: vm.clone(),
         ged: (acpi.ged_gsi, ged.clone()),
         slots: (acpi.slot_gsis.first().copied().unwrap_or(u32::MAX), slots.clone()),
+        serial: serial.clone(),
     };
     Ok(Board {
         slots,

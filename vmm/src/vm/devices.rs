@@ -68,4 +68,19 @@ impl Opened {
             Self::Pmem(file) => Box::new(Pmem::new(file, windows).map_err(|e| e.to_string())?),
         })
     }
+
+    /// As [`connect`](Self::connect), for a device that gave `state` when it was saved: one that has a place in guest memory
+    /// is to be where it was.
+    ///
+    /// # Errors
+    /// What is wrong, for an error that already names the device.
+    pub fn connect_again(self, windows: &Windows, state: &[u8]) -> Result<Box<dyn VirtioDevice>, String> {
+        match self {
+            Self::Pmem(file) => {
+                let device = Pmem::at_saved_place(file, windows, state).map_err(|e| e.to_string())?;
+                Ok(Box::new(device))
+            }
+            other => other.connect(windows),
+        }
+    }
 }

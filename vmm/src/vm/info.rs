@@ -72,6 +72,8 @@ pub struct VmMetrics {
     pub vcpus: Vec<VcpuMetrics>,
     /// Devices, in slot order.
     pub devices: Vec<DeviceMetrics>,
+    /// Log lines the guests of the process caused that were not written: more than a few of a kind in a minute.
+    pub suppressed_log_lines: u64,
 }
 
 /// Counters of a device.

@@ -13,6 +13,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{GuestAddress, GuestMemory as _};
 
 use crate::devices::ged::Ged;
+use crate::devices::serial::{self, Serial};
 use crate::devices::virtio::registers::RegisterPages;
 use crate::devices::virtio::slots::{MAX_SLOTS, Slots};
 use crate::irq::io_apic::Routing;
@@ -149,6 +150,8 @@ pub struct Routes {
     pub ged: (u32, Arc<Ged>),
     /// GSI of the first slot, and the slots: their GSIs are consecutive.
     pub slots: (u32, Arc<Slots>),
+    /// COM1, if there is one.
+    pub serial: Option<Arc<Serial>>,
 }
 
 impl Routing for Routes {
@@ -162,6 +165,10 @@ impl Routing for Routes {
         let gsi = u32::from(pin);
         if gsi == self.ged.0 {
             self.ged.1.repeat();
+        } else if gsi == serial::GSI {
+            if let Some(serial) = &self.serial {
+                serial.repeat();
+            }
         } else if let Some(slot) = gsi.checked_sub(self.slots.0) {
             self.slots.1.repeat_interrupt(slot as usize);
         }

@@ -130,7 +130,7 @@ impl Machine {
     /// A machine without devices and vCPU threads.
     pub fn new(
         vm: Arc<VmFd>,
-        (memory, windows): (Arc<GuestMemory>, Windows),
+        (memory, windows, origin): (Arc<GuestMemory>, Windows, Origin),
         board: Board,
         vcpus: Vcpus,
         (io, io_thread): (IoLoop, JoinHandle<()>),
@@ -154,7 +154,7 @@ impl Machine {
             memory,
             io,
             io_thread,
-            origin: Origin::default(),
+            origin,
         }
     }
 
@@ -329,6 +329,7 @@ impl Machine {
                 .map(|vcpu| vcpu.counters.snapshot())
                 .collect(),
             devices: (0..self.board.slots.len()).filter_map(device).collect(),
+            suppressed_log_lines: crate::guest_log::suppressed(),
         }
     }
 

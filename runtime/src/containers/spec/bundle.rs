@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::Spec;
 
 use crate::cri::{self, ContainerKind};
 use crate::error::{Error, ErrorKind, Result};
@@ -49,39 +49,6 @@ pub fn container_kind(spec: &Spec) -> Result<ContainerKind> {
     let none = HashMap::new();
     cri::kind(spec.annotations().as_ref().unwrap_or(&none))
         .map_err(|error| Error::new(ErrorKind::InvalidArgument, format!("config.json: {error}")))
-}
-
-/// Path of the network namespace the spec names.
-pub fn netns(spec: &Spec) -> Option<std::path::PathBuf> {
-    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
-    let network = namespaces
-        .iter()
-        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)?;
-    network.path().clone().filter(|path| !path.as_os_str().is_empty())
-}
-
-/// Lines of the file that is mounted on /etc/resolv.conf.
-pub fn dns(spec: &Spec) -> Vec<String> {
-    let mount = spec
-        .mounts()
-        .iter()
-        .flatten()
-        .find(|mount| mount.destination() == Path::new("/etc/resolv.conf"));
-    let Some(source) = mount.and_then(|mount| mount.source().as_ref()) else {
-        return Vec::new();
-    };
-    match fs::read_to_string(source) {
-        Ok(text) => text
-            .lines()
-            .map(str::trim)
-            .filter(|line| !line.is_empty() && !line.starts_with('#'))
-            .map(Into::into)
-            .collect(),
-        Err(error) => {
-            tracing::warn!(path = %source.display(), %error, "DNS configuration");
-            Vec::new()
-        }
-    }
 }
 
 #[cfg(test)]

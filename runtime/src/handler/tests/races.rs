@@ -79,8 +79,9 @@ async fn shutdown_after_the_delete_of_a_container_that_is_being_created_ends_the
         );
         bench.shutdown().await
     };
-    let (created, ended) = tokio::join!(bench.create("c1", &["slow"]), meanwhile);
-    assert!(created.is_err() && ended);
+    // Whether the agent's answer or the end of its VM comes first is open.
+    let (_created, ended) = tokio::join!(bench.create("c1", &["slow"]), meanwhile);
+    assert!(ended);
     assert_eq!(bench.leftovers(), Vec::<String>::new());
 }
 

@@ -3,8 +3,13 @@
 //! The guest can put anything into its descriptor table, and can change it while it is being read. [`Chain::parse`]
 //! walks the table exactly once and keeps its own copy of every address and length; everything after works on the copy.
 
+mod walk;
+
 use virtio_queue::DescriptorChain;
+use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory as _, VolatileSlice};
+
+use walk::Walk;
 
 use crate::memory::GuestMemory;
 
@@ -97,30 +102,38 @@ impl Buffers {
             .map(|(address, len)| (address.raw_value(), *len))
     }
 
+    fn clear(&mut self) {
+        self.parts.clear();
+        self.len = 0;
+    }
+
     /// The bytes from `offset` on, at most `len` of them.
     pub fn sub(&self, offset: u64, len: u64) -> Self {
-        let mut skip = offset;
-        let mut left = len;
         let mut out = Self::default();
-        for &(address, part) in &self.parts {
-            let part = u64::from(part);
-            if skip >= part {
-                skip -= part;
-                continue;
-            }
-            let take = (part - skip).min(left);
-            // `parse` checked that the whole buffer is memory, so the address cannot overflow; `take` fits in a u32
-            // because it is at most the descriptor's length.
-            if let (Some(start), Ok(take32)) = (address.checked_add(skip), u32::try_from(take)) {
-                out.push(start, take32);
-            }
-            left -= take;
-            skip = 0;
-            if left == 0 {
-                break;
-            }
+        for (address, len) in self.range(offset, len) {
+            out.push(address, len);
         }
         out
+    }
+
+    /// Where the bytes from `offset` on are, at most `len` of them.
+    fn range(&self, offset: u64, len: u64) -> impl Iterator<Item = (GuestAddress, u32)> {
+        let mut skip = offset;
+        let mut left = len;
+        let parts = self.parts.iter().map_while(move |&(address, part)| {
+            if left == 0 {
+                return None;
+            }
+            let part = u64::from(part);
+            let skipped = skip.min(part);
+            skip -= skipped;
+            let take = (part - skipped).min(left);
+            left -= take;
+            // `parse` checked that the whole buffer is memory, so the address cannot overflow; `take` fits in a u32
+            // because it is at most the descriptor's length.
+            Some((address.checked_add(skipped)?, u32::try_from(take).ok()?))
+        });
+        parts.filter(|(_, len)| *len > 0)
     }
 
     /// Copies `data.len()` bytes at `offset` out of guest memory.
@@ -135,7 +148,7 @@ impl Buffers {
             len: self.len,
         };
         let mut rest = data;
-        for (address, len) in self.sub(offset, wanted as u64).parts {
+        for (address, len) in self.range(offset, wanted as u64) {
             let (now, later) = rest.split_at_mut_checked(len as usize).ok_or(error)?;
             memory.read_slice(now, address).map_err(|_| error)?;
             rest = later;
@@ -155,7 +168,7 @@ impl Buffers {
             len: self.len,
         };
         let mut rest = data;
-        for (address, len) in self.sub(offset, wanted as u64).parts {
+        for (address, len) in self.range(offset, wanted as u64) {
             let (now, later) = rest.split_at_checked(len as usize).ok_or(error)?;
             memory.write_slice(now, address).map_err(|_| error)?;
             rest = later;
@@ -185,8 +198,19 @@ impl Buffers {
     /// Appends the buffers as host memory to `out` until that has `limit` entries, without an allocation of its own.
     /// Returns the number of bytes appended. The entries are valid as long as `memory` is.
     pub fn iovecs(&self, memory: &GuestMemory, limit: usize, out: &mut Vec<libc::iovec>) -> u64 {
+        self.iovecs_of(memory, (0, u64::MAX), limit, out)
+    }
+
+    /// As [`iovecs`](Self::iovecs), for the bytes of `range` (offset and length) only.
+    pub fn iovecs_of(
+        &self,
+        memory: &GuestMemory,
+        range: (u64, u64),
+        limit: usize,
+        out: &mut Vec<libc::iovec>,
+    ) -> u64 {
         let mut covered = 0;
-        for &(address, len) in &self.parts {
+        for (address, len) in self.range(range.0, range.1) {
             for slice in memory.get_slices(address, len as usize) {
                 let Ok(slice) = slice else { return covered };
                 if out.len() >= limit {
@@ -201,10 +225,25 @@ impl Buffers {
         }
         covered
     }
+
+    /// Guest physical address of the last byte.
+    pub fn last(&self) -> Option<u64> {
+        let (address, len) = self.parts.last()?;
+        // Not empty, and checked to be memory.
+        address.raw_value().checked_add(u64::from(len.checked_sub(1)?))
+    }
 }
 
+/// Host memory in pieces, as system calls take it. Kept by a device for its next request, whatever its thread is.
+#[derive(Debug, Default)]
+pub struct Iovecs(pub Vec<libc::iovec>);
+
+// SAFETY: nothing is done with the addresses but to hand them to the kernel, and no thread owns what they point to. Who does
+// hand them over vouches for the memory.
+unsafe impl Send for Iovecs {}
+
 /// A descriptor chain, read from guest memory once and checked.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Chain {
     /// What the driver gives to the device.
     pub readable: Buffers,
@@ -222,16 +261,68 @@ impl Chain {
         chain: DescriptorChain<&GuestMemory>,
         limit: u16,
     ) -> Result<Self, ChainError> {
+        let mut out = Self::default();
+        out.parse_again(memory, chain, limit)?;
+        Ok(out)
+    }
+
+    /// As [`parse`](Self::parse), in the memory of a chain that is not needed any more; after an error nothing is in it.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse).
+    pub fn parse_again(
+        &mut self,
+        memory: &GuestMemory,
+        chain: DescriptorChain<&GuestMemory>,
+        limit: u16,
+    ) -> Result<(), ChainError> {
         let head = chain.head_index();
-        let limit = usize::from(limit);
-        let mut out = Self {
-            readable: Buffers::default(),
-            writable: Buffers::default(),
-        };
+        self.fill(memory, chain, head, limit)
+    }
+
+    /// As [`parse_again`](Self::parse_again), for the chain that starts at descriptor `head` of the table at `table`: one that
+    /// was taken from the avail ring before.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse).
+    pub fn parse_head(
+        &mut self,
+        memory: &GuestMemory,
+        table: GuestAddress,
+        head: u16,
+        limit: u16,
+    ) -> Result<(), ChainError> {
+        self.fill(memory, Walk::new(memory, table, limit, head), head, limit)
+    }
+
+    fn fill(
+        &mut self,
+        memory: &GuestMemory,
+        descriptors: impl Iterator<Item = Descriptor>,
+        head: u16,
+        limit: u16,
+    ) -> Result<(), ChainError> {
+        self.readable.clear();
+        self.writable.clear();
+        let result = self.take(memory, descriptors, head, usize::from(limit));
+        if result.is_err() {
+            self.readable.clear();
+            self.writable.clear();
+        }
+        result
+    }
+
+    fn take(
+        &mut self,
+        memory: &GuestMemory,
+        descriptors: impl Iterator<Item = Descriptor>,
+        head: u16,
+        limit: usize,
+    ) -> Result<(), ChainError> {
         let mut count = 0;
         let mut more = false;
         let mut writable_seen = false;
-        for descriptor in chain {
+        for descriptor in descriptors {
             if count == limit {
                 return Err(ChainError::TooLong { head, limit });
             }
@@ -245,14 +336,14 @@ impl Chain {
             }
             if descriptor.is_write_only() {
                 writable_seen = true;
-                out.writable.push(address, len);
+                self.writable.push(address, len);
             } else if writable_seen {
                 return Err(ChainError::Order {
                     head,
                     position: count,
                 });
             } else {
-                out.readable.push(address, len);
+                self.readable.push(address, len);
             }
             more = descriptor.has_next();
             count += 1;
@@ -262,7 +353,7 @@ impl Chain {
             // The iterator gives up on loops (after as many steps as the table has entries), on indices outside the
             // table and on bad indirect tables; in each case the last descriptor it gave still has NEXT set.
             (_, true) => Err(ChainError::Cut { head, count }),
-            _ => Ok(out),
+            _ => Ok(()),
         }
     }
 }

@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::virtio::registers::CONFIG;
 use crate::devices::virtio::state::{QueuePosition, StateError};
-use crate::devices::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+use crate::devices::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice, ring};
 use crate::io_loop::IoLoop;
 use crate::memory::GuestMemory;
 
@@ -227,7 +227,8 @@ impl MmioTransport {
             return;
         }
         let Ok(value) = <[u8; 4]>::try_from(data).map(u32::from_le_bytes) else {
-            tracing::debug!(
+            guest_log!(
+                DEBUG,
                 device = self.device.id(),
                 offset,
                 len = data.len(),
@@ -302,7 +303,7 @@ impl MmioTransport {
             && self.is_active()
             && let Err(error) = kick.write(1)
         {
-            tracing::warn!(device = self.device.id(), %error, "virtio-mmio: cannot write a kick");
+            guest_log!(WARN, device = self.device.id(), %error, "virtio-mmio: cannot write a kick");
         }
     }
 
@@ -314,7 +315,8 @@ impl MmioTransport {
         let old = self.status & !status::NEEDS_RESET;
         let added = value & !old & !status::NEEDS_RESET;
         if value & old != old {
-            tracing::warn!(
+            guest_log!(
+                WARN,
                 device = self.device.id(),
                 value,
                 old,
@@ -344,7 +346,8 @@ impl MmioTransport {
         let unknown = self.driver_features & !offered;
         let version_1 = self.driver_features & (1 << VIRTIO_F_VERSION_1) != 0;
         if unknown != 0 || !version_1 {
-            tracing::warn!(
+            guest_log!(
+                WARN,
                 device = self.device.id(),
                 features = format_args!("{:#x}", self.driver_features),
                 offered = format_args!("{offered:#x}"),
@@ -360,7 +363,8 @@ impl MmioTransport {
             .and_then(|activation| self.device.activate(activation).map_err(|e| e.to_string()));
         self.positions.clear();
         if let Err(reason) = &result {
-            tracing::error!(
+            guest_log!(
+                ERROR,
                 device = self.device.id(),
                 reason,
                 "virtio-mmio: device needs reset"
@@ -418,7 +422,7 @@ impl MmioTransport {
             .map_err(invalid)?;
         queue.set_event_idx(self.driver_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
         queue.set_ready(true);
-        if queue.is_valid(&*self.host.memory) {
+        if ring::is_in_memory(&queue, &self.host.memory) {
             Ok(queue)
         } else {
             Err(format!("{registers:x?} is not inside guest memory"))

@@ -16,10 +16,13 @@ pub mod net;
 pub mod pmem;
 pub mod queue_thread;
 pub mod registers;
+pub mod ring;
 pub mod rng;
 pub mod served_queue;
 pub mod slots;
 pub mod state;
+#[cfg(test)]
+pub mod test_allocations;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod test_resume;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -135,7 +138,7 @@ impl Interrupt {
 
     fn trigger(&self) {
         if let Err(error) = self.irqfd.write(1) {
-            tracing::error!(%error, "virtio: cannot write the irqfd");
+            guest_log!(ERROR, %error, "virtio: cannot write the irqfd");
         }
     }
 }
@@ -203,7 +206,7 @@ impl Running {
     pub fn stop(self, device: &str) {
         if let Err(error) = self.io.remove(self.worker) {
             // The loop has ended, so it calls nothing any more.
-            tracing::debug!(device, %error, "virtio: reset after the loop");
+            guest_log!(DEBUG, device, %error, "virtio: reset after the loop");
         }
     }
 }
@@ -283,8 +286,8 @@ pub trait VirtioDevice: Any + Send {
     fn reset(&mut self);
 
     /// Stops the worker as [`reset`](Self::reset) does, but forgets nothing: requests already taken from a queue are
-    /// finished and returned, requests not taken stay in the rings, and connections, leases and positions are kept for
-    /// the next [`activate`](Self::activate). Returns where each queue given at activation stands; empty on an inactive
+    /// finished and returned (or begun anew by the next [`activate`](Self::activate), when that would take a time the
+    /// guest chooses), requests not taken stay in the rings, and connections, leases and positions are kept. Returns where each queue given at activation stands; empty on an inactive
     /// device.
     fn suspend(&mut self) -> Vec<QueuePosition>;
 

@@ -45,11 +45,11 @@ impl<W: ThreadWorker> QueueThread<W> {
     pub fn stop(self, device: &str) -> Option<W> {
         if let Err(error) = self.stop.write(1) {
             // Counts 2⁶⁴ stops at least before it blocks.
-            tracing::error!(device, %error, "virtio: cannot stop a worker's thread");
+            guest_log!(ERROR, device, %error, "virtio: cannot stop a worker's thread");
         }
         let worker = self.thread.join().ok();
         if worker.is_none() {
-            tracing::error!(device, "virtio: the worker panicked");
+            guest_log!(ERROR, device, "virtio: the worker panicked");
         }
         worker
     }
@@ -77,7 +77,7 @@ fn run(worker: &mut impl ThreadWorker, stop: &EventFd) {
             if error.kind() == io::ErrorKind::Interrupted {
                 continue;
             }
-            tracing::error!(%error, "virtio: poll failed, a worker ends");
+            guest_log!(ERROR, %error, "virtio: poll failed, a worker ends");
             return;
         }
         let Some((stop, queues)) = fds.split_last() else {

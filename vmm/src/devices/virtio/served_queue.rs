@@ -11,8 +11,9 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::chain::{Chain, ChainError};
 use super::state::QueuePosition;
-use super::{ActiveQueue, Interrupt};
+use super::{ActiveQueue, Interrupt, ring};
 use crate::memory::GuestMemory;
 
 /// What a round of [`ServedQueue::serve`] left behind.
@@ -84,7 +85,7 @@ impl ServedQueue {
     /// Makes the kick's eventfd readable, to come back to the queue later.
     pub fn kick_self(&self) {
         if let Err(error) = self.kick.write(1) {
-            tracing::error!(device = %self.device, queue = self.index, %error, "virtio: cannot kick");
+            guest_log!(ERROR, device = %self.device, queue = self.index, %error, "virtio: cannot kick");
         }
     }
 
@@ -137,9 +138,8 @@ impl ServedQueue {
         if self.broken {
             return None;
         }
-        match self.queue.iter(memory) {
-            Ok(mut chains) => {
-                let chain = chains.next();
+        match ring::take(&mut self.queue, memory) {
+            Ok(chain) => {
                 if chain.is_none() && self.promised {
                     self.stop(&"avail index and ring disagree");
                 }
@@ -154,11 +154,20 @@ impl ServedQueue {
         }
     }
 
+    /// Reads the chain at descriptor `head`, which was taken before and not returned, into `chain`.
+    ///
+    /// # Errors
+    /// As [`Chain::parse`].
+    pub fn parse_head(&self, head: u16, chain: &mut Chain) -> Result<(), ChainError> {
+        let table = GuestAddress(self.queue.desc_table());
+        chain.parse_head(&self.memory, table, head, self.queue.size())
+    }
+
     /// Returns a chain to the driver, with the number of bytes written into it.
     pub fn complete(&mut self, head: u16, written: u32) {
-        if let Err(error) = self.queue.add_used(&*self.memory, head, written) {
+        if let Err(error) = ring::give_back(&mut self.queue, &self.memory, head, written) {
             // The head index came from the guest; there is no entry to return.
-            tracing::debug!(device = %self.device, queue = self.index, head, %error, "virtio: cannot return a chain");
+            guest_log!(DEBUG, device = %self.device, queue = self.index, head, %error, "virtio: cannot return a chain");
         }
         self.completed = true;
     }
@@ -200,7 +209,7 @@ impl ServedQueue {
     /// Asks the driver not to kick: the queue is being looked at anyway.
     pub fn suppress_kicks(&mut self) {
         if let Err(error) = self.queue.disable_notification(&*self.memory) {
-            tracing::debug!(device = %self.device, queue = self.index, %error, "virtio: cannot suppress kicks");
+            guest_log!(DEBUG, device = %self.device, queue = self.index, %error, "virtio: cannot suppress kicks");
         }
     }
 
@@ -285,7 +294,7 @@ impl ServedQueue {
     /// Gives the queue up until the driver resets the device. Going on would never end: every look finds "new" work.
     fn stop(&mut self, reason: &dyn std::fmt::Display) {
         self.broken = true;
-        tracing::warn!(device = %self.device, queue = self.index, %reason, "virtio: the driver broke a ring, queue stopped");
+        guest_log!(WARN, device = %self.device, queue = self.index, %reason, "virtio: the driver broke a ring, queue stopped");
     }
 }
 

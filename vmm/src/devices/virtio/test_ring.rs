@@ -492,3 +492,15 @@ pub fn survive_malformed_chains(ring: &mut TestRing) {
         assert_eq!(used.head, 0, "{what}");
     }
 }
+
+/// Floods a queue that is served in order: `rounds` times a head the queue does not have, then a chain that is a loop.
+#[cfg(test)]
+pub fn flood(ring: &mut TestRing, rounds: u16) {
+    for round in 0..rounds {
+        ring.offer(u16::MAX - round);
+        ring.descriptor(0, BUFFERS, 16, NEXT, 0);
+        ring.offer(0);
+        ring.kick();
+        ring.wait_used();
+    }
+}

@@ -78,7 +78,7 @@ proptest! {
                 Step::Map(size) => {
                     let first = (0..8).map(|unit| unit * WINDOW_ALIGN).find(|at| allowed(&plugged, *at, size));
                     let expected = first.filter(|_| !kvm_refuses);
-                    let mapping = window.map_file(&tempfile(), 1, size, Sharing::Private).ok();
+                    let mapping = window.map_file(&tempfile(), (1, size), FilePlace::FirstGap, Sharing::Private).ok();
                     prop_assert_eq!(mapping.as_ref().map(|mapping| mapping.start() - start), expected);
                     plugged.extend(mapping.as_ref().map(|mapping| (mapping.start() - start, size)));
                     mappings.extend(mapping);

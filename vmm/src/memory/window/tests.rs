@@ -69,7 +69,9 @@ fn is_ram_when_in_a_window_depends_on_what_is_plugged() {
     assert!(!windows.is_ram(start + MIB, 2 * WINDOW_ALIGN));
     assert!(!windows.is_ram(start + 2 * WINDOW_ALIGN, 1));
     let pmem = windows.pmem().unwrap();
-    let mapping = pmem.map_file(&file(b"x"), 1, 2 * MIB, Sharing::Private).unwrap();
+    let mapping = pmem
+        .map_file(&file(b"x"), (1, 2 * MIB), FilePlace::FirstGap, Sharing::Private)
+        .unwrap();
     assert!(!windows.is_ram(mapping.start(), 1));
 }
 
@@ -79,10 +81,20 @@ fn file_when_mapped_is_readable_padded_with_zeros_and_gone_after_drop() {
     let window = windows.pmem().unwrap();
     let content = vec![7; 5000];
     let first = window
-        .map_file(&file(&content), 5000, 2 * MIB, Sharing::Private)
+        .map_file(
+            &file(&content),
+            (5000, 2 * MIB),
+            FilePlace::FirstGap,
+            Sharing::Private,
+        )
         .unwrap();
     let second = window
-        .map_file(&file(b"second"), 6, 2 * MIB, Sharing::Shared)
+        .map_file(
+            &file(b"second"),
+            (6, 2 * MIB),
+            FilePlace::FirstGap,
+            Sharing::Shared,
+        )
         .unwrap();
     assert_eq!(second.start(), first.start() + WINDOW_ALIGN);
     let byte = |address| memory.read_obj::<u8>(GuestAddress(address)).unwrap();
@@ -94,7 +106,12 @@ fn file_when_mapped_is_readable_padded_with_zeros_and_gone_after_drop() {
     );
     assert_eq!(slots.set.lock().unwrap()[&PMEM_SLOTS].size, 2 * MIB);
     assert!(matches!(
-        window.map_file(&file(b"third"), 5, 2 * MIB, Sharing::Shared),
+        window.map_file(
+            &file(b"third"),
+            (5, 2 * MIB),
+            FilePlace::FirstGap,
+            Sharing::Shared
+        ),
         Err(WindowError::Full { .. })
     ));
     let start = first.start();
@@ -102,7 +119,12 @@ fn file_when_mapped_is_readable_padded_with_zeros_and_gone_after_drop() {
     assert_eq!(byte(start), 0);
     assert_eq!(slots.set.lock().unwrap().len(), 1);
     let third = window
-        .map_file(&file(b"third"), 5, 2 * MIB, Sharing::Shared)
+        .map_file(
+            &file(b"third"),
+            (5, 2 * MIB),
+            FilePlace::FirstGap,
+            Sharing::Shared,
+        )
         .unwrap();
     assert_eq!(third.start(), start);
 }
@@ -113,7 +135,9 @@ fn file_when_written_keeps_private_writes_out_and_lets_shared_ones_through() {
     let window = windows.pmem().unwrap();
     for (sharing, expected) in [(Sharing::Private, b'a'), (Sharing::Shared, b'b')] {
         let file = file(b"aaaa");
-        let mapping = window.map_file(&file, 4, 2 * MIB, sharing).unwrap();
+        let mapping = window
+            .map_file(&file, (4, 2 * MIB), FilePlace::FirstGap, sharing)
+            .unwrap();
         memory.write_obj(b'b', GuestAddress(mapping.start())).unwrap();
         let mut byte = [0];
         std::os::unix::fs::FileExt::read_at(&file, &mut byte, 0).unwrap();
@@ -126,7 +150,11 @@ fn file_when_kvm_refuses_leaves_the_window_empty() {
     let (windows, memory, slots) = windows(0, 128 * MIB);
     let window = windows.pmem().unwrap();
     slots.broken.store(true, Ordering::SeqCst);
-    assert!(window.map_file(&file(b"x"), 1, 2 * MIB, Sharing::Shared).is_err());
+    assert!(
+        window
+            .map_file(&file(b"x"), (1, 2 * MIB), FilePlace::FirstGap, Sharing::Shared)
+            .is_err()
+    );
     assert!(window.plugged().is_empty());
     let start = GuestAddress(window.region().start);
     assert_eq!(memory.read_obj::<u8>(start).unwrap(), 0);
@@ -136,7 +164,9 @@ fn file_when_kvm_refuses_leaves_the_window_empty() {
 fn close_when_files_are_mapped_leaves_their_memslots_to_the_vm() {
     let (windows, _memory, slots) = windows(0, 128 * MIB);
     let window = windows.pmem().unwrap();
-    let mapping = window.map_file(&file(b"x"), 1, 2 * MIB, Sharing::Shared).unwrap();
+    let mapping = window
+        .map_file(&file(b"x"), (1, 2 * MIB), FilePlace::FirstGap, Sharing::Shared)
+        .unwrap();
     windows.close();
     drop(mapping);
     assert_eq!(slots.set.lock().unwrap().len(), 1);

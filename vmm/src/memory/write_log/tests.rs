@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 use vmm_sys_util::tempfile::TempFile;
 
 use super::*;
-use crate::memory::image::{Extent, Pages};
+use crate::memory::image::{Contents, Pages};
 use crate::memory::pager::Pager;
 use crate::memory::{allocate, discard};
 
@@ -185,14 +185,14 @@ fn log_when_another_descriptor_watches_the_memory_is_refused() {
 }
 
 /// A save with the numbers 1.. in the pages of the tests, a run of zeros among them.
-fn source() -> TempFile {
+fn source() -> (TempFile, Contents) {
     let memory = allocate(&layout()).unwrap();
     for n in (0..600).filter(|n| n % 7 != 0) {
         memory.write_obj(n + 1, address(page(n))).unwrap();
     }
     let file = TempFile::new().unwrap();
-    image::write(&memory, &layout(), None, Pages::All, file.as_file()).unwrap();
-    file
+    let written = image::write(&memory, &layout(), None, Pages::All, file.as_file()).unwrap();
+    (file, written.contents)
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -216,16 +216,12 @@ struct Setup {
 impl Setup {
     fn new(kind: Kind) -> Self {
         let memory = Arc::new(allocate(&layout()).unwrap());
-        let file = source();
+        let (file, contents) = source();
         let mut pager = None;
         let beneath = match kind {
             Kind::Fresh => Beneath::Zeros,
             Kind::Eager => {
-                let whole = [Extent {
-                    offset: 0,
-                    len: image::file_size(&layout()),
-                }];
-                image::read(&memory, &layout(), file.as_file(), &whole, |kind| {
+                image::read(&memory, &layout(), file.as_file(), &contents, |kind| {
                     kind == RegionKind::Ram
                 })
                 .unwrap();
@@ -312,7 +308,7 @@ impl Setup {
     fn restored(&self, (written, file): &(image::Written, TempFile)) -> Vec<u8> {
         let clone = allocate(&layout()).unwrap();
         image::map_private(&clone, &layout(), &self.base.1).unwrap();
-        image::read(&clone, &layout(), file.as_file(), &written.extents, |kind| {
+        image::read(&clone, &layout(), file.as_file(), &written.contents, |kind| {
             kind != RegionKind::Pmem
         })
         .unwrap();
@@ -370,7 +366,7 @@ proptest! {
             setup.apply(step);
         }
         let [log, comparing] = setup.differences();
-        prop_assert_eq!(&log.0.extents, &comparing.0.extents);
+        prop_assert_eq!(&log.0.contents, &comparing.0.contents);
         let now = content(&setup.memory);
         prop_assert!(setup.restored(&log) == now, "by log");
         prop_assert!(setup.restored(&comparing) == now, "by comparing");
@@ -419,7 +415,7 @@ fn difference_when_pages_were_discarded_after_a_save_has_what_is_below_them() {
             setup.apply(&Step::Save);
             steps.iter().for_each(|step| setup.apply(step));
             let [log, comparing] = setup.differences();
-            assert_eq!(log.0.extents, comparing.0.extents, "{kind:?}: {steps:?}");
+            assert_eq!(log.0.contents, comparing.0.contents, "{kind:?}: {steps:?}");
             assert!(
                 setup.restored(&log) == content(&setup.memory),
                 "{kind:?}: {steps:?}"

@@ -12,34 +12,34 @@ use std::path::Path;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::StateFileError;
+use super::staged::Staged;
+use super::{InvalidState, StateFileError};
 
 const MAGIC: [u8; 8] = *b"DBALSNAP";
 /// Version of the format; a state of another version is refused. Count it up with every change of a saved type.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 const HEADER_BYTES: usize = 24;
 /// Largest state: what a file may make us allocate. Devices are bounded one by one.
 const MAX_BYTES: u64 = 512 << 20;
 
-/// Writes `state` to `path`, replacing what is there.
+/// Writes `state` to a file that is to be `path`, and waits until it is on disk.
 ///
 /// # Errors
 /// [`StateFileError`].
-pub fn write(path: &Path, state: &impl Serialize) -> Result<(), StateFileError> {
+pub(super) fn stage(path: &Path, state: &impl Serialize) -> Result<Staged, StateFileError> {
     let io = |source| StateFileError::Io {
         path: path.to_owned(),
         source,
     };
-    let invalid = |reason: String| StateFileError::Invalid {
+    let body = postcard::to_stdvec(state).map_err(|e| StateFileError::Invalid {
         path: path.to_owned(),
-        reason,
-    };
-    let body = postcard::to_stdvec(state).map_err(|e| invalid(e.to_string()))?;
-    let temporary = path.with_extension("new");
-    let mut file = File::create(&temporary).map_err(io)?;
-    file.write_all(&header(&body)).map_err(io)?;
-    file.write_all(&body).map_err(io)?;
-    std::fs::rename(&temporary, path).map_err(io)
+        reason: InvalidState::Content(e.to_string()),
+    })?;
+    let staged = Staged::create(path).map_err(io)?;
+    staged.file().write_all(&header(&body)).map_err(io)?;
+    staged.file().write_all(&body).map_err(io)?;
+    staged.sync().map_err(io)?;
+    Ok(staged)
 }
 
 /// The header of a file with the state `body`.
@@ -80,37 +80,36 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<T, StateFileError> {
 ///
 /// # Errors
 /// What is wrong.
-pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, InvalidState> {
     let Some((header, body)) = bytes.split_at_checked(HEADER_BYTES) else {
-        return Err(format!("{} bytes are no state file", bytes.len()));
+        return Err(InvalidState::NoState);
     };
     let word = |at: usize| -> u32 {
         let bytes = header.get(at..at + 4).and_then(|b| b.try_into().ok());
         bytes.map_or(0, u32::from_le_bytes)
     };
     if !header.starts_with(&MAGIC) {
-        return Err("this is no state file".to_owned());
+        return Err(InvalidState::NoState);
     }
-    if word(8) != VERSION {
-        return Err(format!("format version {}, this is version {VERSION}", word(8)));
+    let found = word(8);
+    if found != VERSION {
+        return Err(InvalidState::Version {
+            found,
+            supported: VERSION,
+        });
     }
-    let length = u64::from(word(16)) | u64::from(word(20)) << 32;
-    if length != body.len() as u64 {
-        return Err(format!(
-            "{} bytes of state, should be {length}: cut off?",
-            body.len()
-        ));
+    let (found, expected) = (body.len() as u64, u64::from(word(16)) | u64::from(word(20)) << 32);
+    if found != expected {
+        return Err(InvalidState::Length { found, expected });
     }
-    let (crc, expected) = (crc32fast::hash(body), word(12));
-    if crc != expected {
-        return Err(format!(
-            "checksum {crc:#010x}, should be {expected:#010x}: damaged"
-        ));
+    let (found, expected) = (crc32fast::hash(body), word(12));
+    if found != expected {
+        return Err(InvalidState::Checksum { found, expected });
     }
     match postcard::take_from_bytes(body) {
         Ok((state, [])) => Ok(state),
-        Ok((_, rest)) => Err(format!("{} bytes too many", rest.len())),
-        Err(error) => Err(error.to_string()),
+        Ok((_, rest)) => Err(InvalidState::Content(format!("{} bytes too many", rest.len()))),
+        Err(error) => Err(InvalidState::Content(error.to_string())),
     }
 }
 
@@ -125,7 +124,7 @@ mod tests {
         let dir = TempDir::new_with_prefix("/tmp/dragonball-state").unwrap();
         let path = dir.as_path().join("state");
         let state: Vec<u32> = (0..50).map(|n| n * 77_777).collect();
-        write(&path, &state).unwrap();
+        stage(&path, &state).unwrap().commit().unwrap();
         assert_eq!(read::<Vec<u32>>(&path).unwrap(), state);
         let bytes = std::fs::read(&path).unwrap();
         for len in 0..bytes.len() {
@@ -136,13 +135,20 @@ mod tests {
             damaged[bit / 8] ^= 1 << (bit % 8);
             assert!(parse::<Vec<u32>>(&damaged).is_err(), "bit {bit}");
         }
-        let mut newer = bytes.clone();
-        newer[8] += 1;
-        assert!(
-            parse::<Vec<u32>>(&newer)
-                .unwrap_err()
-                .contains("version 3, this is version 2")
-        );
+        // Of the version before, as that one wrote it.
+        let mut older = bytes.clone();
+        older[8] = 2;
+        std::fs::write(&path, &older).unwrap();
+        assert!(matches!(
+            read::<Vec<u32>>(&path),
+            Err(StateFileError::Invalid {
+                reason: InvalidState::Version {
+                    found: 2,
+                    supported: VERSION
+                },
+                ..
+            })
+        ));
         assert!(parse::<Vec<u32>>(&[&bytes[..], &[0]].concat()).is_err());
     }
 }

@@ -1,8 +1,9 @@
 //! Machines in files: `save` writes a paused machine to a folder, `restore` makes a machine of it, in this process or
 //! another, once or many times.
 //!
-//! The folder has two files: `state` (versioned, with a checksum) and `memory` (sparse). A full save stands for itself; a
-//! difference has only the pages that differ from a full save and needs that one to be restored.
+//! The folder has two files: `state` (versioned, with a checksum) and `memory` (sparse; its checksums are in the state). A
+//! full save stands for itself; a difference has only the pages that differ from a full save and needs that one to be
+//! restored. Both files are for their owner only: they have everything the guest knows.
 //!
 //! What differs between a machine and its clones: the generation id (see [`crate::devices::vmgenid`]), and the clocks,
 //! which go on as if the machine had been running. Connections of the vsock device are gone; the guest is told.
@@ -10,15 +11,19 @@
 mod file;
 mod restore;
 mod save;
+mod staged;
 mod state;
+mod verify;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 
 pub use save::SaveReport;
+pub use verify::verify;
 
 use crate::devices::virtio::state::StateError;
+use crate::memory::image::ReadError;
 use crate::vcpu::state::VcpuStateError;
 use crate::vm::VmState;
 use crate::vm::error::BuildError;
@@ -49,13 +54,14 @@ pub enum SaveKind {
 /// How the memory of a restored machine gets its content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum MemoryMode {
-    /// All of it is read before the machine exists. The files may change afterwards.
+    /// All of it is read, and its checksums compared, before the machine exists. The files may change afterwards.
     Eager,
     /// The file is mapped privately: pages come from the host's page cache, shared by all clones, and are copied when they
-    /// are written. The memory file must not change while the machine exists.
+    /// are written. The memory file must not change while the machine exists. Checksums are not looked at: [`verify`] does.
     #[default]
     CopyOnWrite,
-    /// A thread copies pages in when they are touched (userfaultfd). The memory file must not change until then.
+    /// A thread copies pages in when they are touched (userfaultfd). The memory file must not change until then. Checksums
+    /// are not looked at: [`verify`] does.
     Userfaultfd,
 }
 
@@ -100,14 +106,49 @@ pub enum StateFileError {
         /// Cause.
         source: io::Error,
     },
-    /// It is not a state of ours, or damaged.
+    /// It is not a state this library can read.
     #[error("{path}: {reason}")]
     Invalid {
         /// The file.
         path: PathBuf,
         /// What is wrong.
-        reason: String,
+        reason: InvalidState,
     },
+}
+
+/// Why the bytes of a file are no state.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidState {
+    /// It is something else.
+    #[error("this is no state file")]
+    NoState,
+    /// It was written by another version of this library.
+    #[error("format version {found}, this is version {supported}: save the machine again")]
+    Version {
+        /// Its version.
+        found: u32,
+        /// The only one that can be read.
+        supported: u32,
+    },
+    /// It has another length than was written.
+    #[error("{found} bytes of state, should be {expected}: cut off?")]
+    Length {
+        /// Bytes after the header.
+        found: u64,
+        /// What the header says.
+        expected: u64,
+    },
+    /// It has another content than was written.
+    #[error("checksum {found:#010x}, should be {expected:#010x}: damaged")]
+    Checksum {
+        /// Checksum of what is there.
+        found: u32,
+        /// What the header says.
+        expected: u32,
+    },
+    /// It cannot be decoded.
+    #[error("state: {0}")]
+    Content(String),
 }
 
 /// A machine cannot be saved. It is as before.
@@ -169,13 +210,13 @@ pub enum RestoreError {
     /// An override names something the machine does not have.
     #[error("override: {0}")]
     Override(String),
-    /// The memory file.
+    /// The memory file cannot be read, or is damaged.
     #[error("{path}: {source}")]
     Memory {
         /// The file.
         path: PathBuf,
         /// Cause.
-        source: io::Error,
+        source: ReadError,
     },
     /// A device does not accept its state.
     #[error(transparent)]

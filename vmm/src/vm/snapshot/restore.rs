@@ -17,7 +17,7 @@ use crate::devices::ged::Event;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::mem::{self, Mem, MemHandle};
 use crate::devices::vmgenid;
-use crate::memory::image::{self, Extent};
+use crate::memory::image::{self, Contents, ReadError};
 use crate::memory::layout::{MemoryLayout, RegionKind};
 use crate::memory::pager::Pager;
 use crate::memory::userfaultfd::Watch;
@@ -94,7 +94,7 @@ pub(super) fn check(state: &MachineState) -> Result<(), RestoreError> {
         }
     }
     let size = image::file_size(&layout(state));
-    image::check_extents(&state.memory.extents, size).map_err(RestoreError::Invalid)
+    state.memory.contents.check(size).map_err(RestoreError::Invalid)
 }
 
 fn devices(state: &MachineState) -> impl Iterator<Item = &DeviceConfig> {
@@ -105,7 +105,7 @@ fn devices(state: &MachineState) -> impl Iterator<Item = &DeviceConfig> {
     })
 }
 
-fn layout(state: &MachineState) -> MemoryLayout {
+pub(super) fn layout(state: &MachineState) -> MemoryLayout {
     let memory = &state.config.memory;
     MemoryLayout::with_windows(
         memory.size_mib << 20,
@@ -206,6 +206,7 @@ fn restore(dir: &Path, state: MachineState, mode: MemoryMode) -> Result<Built, R
     let parts = Parts {
         vm: vm.clone(),
         memory: memory.clone(),
+        origin,
         windows,
         registers,
         shared: Arc::new(SharedPage::new(memory.clone())),
@@ -215,7 +216,6 @@ fn restore(dir: &Path, state: MachineState, mode: MemoryMode) -> Result<Built, R
         vcpus: state.config.vcpus,
     };
     let (mut machine, lifecycle) = parts.assemble()?;
-    machine.origin = origin;
     let input = machine.board.serial.clone().map_or(opener.input, Input::Serial);
     let (console, vsock) = (opener.console, opener.vsock);
     let result = populate(&mut machine, opened, &state).and_then(|mem| {
@@ -277,7 +277,7 @@ fn populate(
     let mut handle = None;
     for (index, (slot, opened)) in state.slots.iter().zip(opened).enumerate() {
         if let Some(saved) = &slot.device {
-            let device = connect(machine, opened, &state.config, &mut handle)?;
+            let device = connect(machine, opened, &saved.state, &state.config, &mut handle)?;
             let id = device.id().to_owned();
             machine
                 .plug(index, saved.content.clone(), device)
@@ -300,12 +300,13 @@ fn populate(
 fn connect(
     machine: &Machine,
     opened: Option<Opened>,
+    state: &[u8],
     config: &VmConfig,
     handle: &mut Option<MemHandle>,
 ) -> Result<Box<dyn VirtioDevice>, BuildError> {
     if let Some(opened) = opened {
         let id = opened.id().to_owned();
-        let device = opened.connect(&machine.windows);
+        let device = opened.connect_again(&machine.windows, state);
         return device.map_err(|reason| BuildError::Device { id, reason });
     }
     let window = machine.windows.hotplug()?.clone();
@@ -344,17 +345,21 @@ fn set_board(machine: &Machine, state: &MachineState) -> Result<(), RestoreError
 }
 
 /// The memory files of a save: of itself and, below, of the save it is a difference against.
-struct Layers<'s> {
-    base: Option<(PathBuf, File, Vec<Extent>)>,
+pub(super) struct Layers<'s> {
+    base: Option<(PathBuf, File, Contents)>,
     /// Of the full save among them.
     lowest_id: [u8; 16],
     path: PathBuf,
     file: File,
-    extents: &'s [Extent],
+    contents: &'s Contents,
 }
 
 impl<'s> Layers<'s> {
-    fn open(dir: &Path, state: &'s MachineState, layout: &MemoryLayout) -> Result<Self, RestoreError> {
+    pub(super) fn open(
+        dir: &Path,
+        state: &'s MachineState,
+        layout: &MemoryLayout,
+    ) -> Result<Self, RestoreError> {
         let size = image::file_size(layout);
         let base = match &state.memory.base {
             None => None,
@@ -366,9 +371,9 @@ impl<'s> Layers<'s> {
                         base.dir.display()
                     )));
                 }
-                image::check_extents(&saved.memory.extents, size).map_err(RestoreError::Invalid)?;
+                saved.memory.contents.check(size).map_err(RestoreError::Invalid)?;
                 let (path, file) = open_memory(&base.dir, size)?;
-                Some((path, file, saved.memory.extents))
+                Some((path, file, saved.memory.contents))
             }
         };
         let (path, file) = open_memory(dir, size)?;
@@ -377,7 +382,7 @@ impl<'s> Layers<'s> {
             lowest_id: state.memory.base.as_ref().map_or(state.id, |base| base.id),
             path,
             file,
-            extents: &state.memory.extents,
+            contents: &state.memory.contents,
         })
     }
 
@@ -390,19 +395,20 @@ impl<'s> Layers<'s> {
         track_writes: bool,
     ) -> Result<Origin, RestoreError> {
         let lowest = self.base.as_ref();
-        let (path, file, extents) = match lowest {
-            Some((path, file, extents)) => (path, file, extents.as_slice()),
-            None => (&self.path, &self.file, self.extents),
+        let (path, file, contents) = match lowest {
+            Some((path, file, contents)) => (path, file, contents),
+            None => (&self.path, &self.file, self.contents),
         };
-        let error = |source| RestoreError::Memory {
+        let damaged = |source| RestoreError::Memory {
             path: path.clone(),
             source,
         };
+        let error = |source: io::Error| damaged(source.into());
         let not_pmem = |kind| kind != RegionKind::Pmem;
         let mut origin = Origin::default();
         let beneath = match mode {
             MemoryMode::Eager => {
-                image::read(memory, layout, file, extents, not_pmem).map_err(error)?;
+                image::read(memory, layout, file, contents, not_pmem).map_err(damaged)?;
                 Beneath::Zeros
             }
             MemoryMode::CopyOnWrite => {
@@ -422,7 +428,7 @@ impl<'s> Layers<'s> {
             origin.backing = Some(file.try_clone().map_err(error)?);
         }
         if lowest.is_some() {
-            let read = image::read(memory, layout, &self.file, self.extents, not_pmem);
+            let read = image::read(memory, layout, &self.file, self.contents, not_pmem);
             read.map_err(|source| self.error(source))?;
         }
         Ok(origin)
@@ -448,10 +454,22 @@ impl<'s> Layers<'s> {
     /// its base may be of a device that was removed, and there may be another one's file, not to be written, in its place.
     fn load_private(&self, memory: &GuestMemory, layout: &MemoryLayout) -> Result<(), RestoreError> {
         let pmem = |kind| kind == RegionKind::Pmem;
-        image::read(memory, layout, &self.file, self.extents, pmem).map_err(|source| self.error(source))
+        image::read(memory, layout, &self.file, self.contents, pmem).map_err(|source| self.error(source))
     }
 
-    fn error(&self, source: io::Error) -> RestoreError {
+    /// Reads all of it and compares checksums.
+    pub(super) fn verify(&self) -> Result<(), RestoreError> {
+        if let Some((path, file, contents)) = &self.base {
+            image::verify(file, contents, true).map_err(|source| RestoreError::Memory {
+                path: path.clone(),
+                source,
+            })?;
+        }
+        let whole = self.base.is_none();
+        image::verify(&self.file, self.contents, whole).map_err(|source| self.error(source))
+    }
+
+    fn error(&self, source: ReadError) -> RestoreError {
         RestoreError::Memory {
             path: self.path.clone(),
             source,
@@ -480,9 +498,9 @@ fn start_pager(
 /// Opens the memory file in `dir`, which must have `size` bytes: a shorter one would be a SIGBUS when it is mapped.
 fn open_memory(dir: &Path, size: u64) -> Result<(PathBuf, File), RestoreError> {
     let path = dir.join(MEMORY);
-    let error = |source| RestoreError::Memory {
+    let error = |source: io::Error| RestoreError::Memory {
         path: path.clone(),
-        source,
+        source: source.into(),
     };
     let file = File::open(&path).map_err(error)?;
     let len = file.metadata().map_err(error)?.len();

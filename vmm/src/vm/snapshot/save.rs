@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use kvm_bindings::KVM_CLOCK_REALTIME;
 
+use super::staged::{self, Staged};
 use super::state::{Base, ClockState, DeviceState, MachineState, MemoryState, SlotState};
 use super::{MEMORY, STATE, SaveError, SaveKind, file};
 use crate::devices::cpu_hotplug::Cpu;
@@ -31,11 +32,11 @@ pub struct SaveReport {
 }
 
 impl Vm {
-    /// Writes the machine to the folder `dir`, which is made if it does not exist; a save in it is replaced. The machine
-    /// stays paused and can go on.
+    /// Writes the machine to the folder `dir`, which is made if it does not exist, and waits until it is on disk. A save in
+    /// the folder is replaced, once the new one is complete. The machine stays paused and can go on.
     ///
     /// # Errors
-    /// [`SaveError`]. The folder may have an incomplete memory file, never an incomplete state file.
+    /// [`SaveError`]. The folder has the save it had before, or none if the host failed while they were exchanged.
     pub fn save(&self, dir: &Path, kind: &SaveKind) -> Result<SaveReport, SaveError> {
         let _operation = lock(&self.operation);
         let state = self.state();
@@ -44,18 +45,8 @@ impl Vm {
             return Err(SaveError::State(state));
         };
         let base = Opened::new(kind, dir, machine)?;
-        let io = |path: &Path| {
-            let path = path.to_owned();
-            move |source| SaveError::Io { path, source }
-        };
-        fs::create_dir_all(dir).map_err(io(dir))?;
-        let state_path = dir.join(STATE);
-        // From here to the rename at the end there is no save in the folder.
-        match fs::remove_file(&state_path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io(&state_path)(error)),
-            _ => {}
-        }
-        let result = self.save_parts(machine, dir, base, &state_path);
+        staged::make_folder(dir).map_err(io_error(dir))?;
+        let result = self.save_parts(machine, dir, base);
         // Whatever happened, the machine is to be usable.
         if let Err(reason) = machine.resume_devices() {
             self.lifecycle
@@ -66,13 +57,7 @@ impl Vm {
     }
 
     /// Devices first, because they may still interrupt; then vCPUs, then memory, which both have written to.
-    fn save_parts(
-        &self,
-        machine: &mut Machine,
-        dir: &Path,
-        base: Opened,
-        state_path: &Path,
-    ) -> Result<SaveReport, SaveError> {
+    fn save_parts(&self, machine: &mut Machine, dir: &Path, base: Opened) -> Result<SaveReport, SaveError> {
         let slots = machine.save_devices()?;
         let clock = machine.save_clock()?;
         let vcpus = self.save_vcpus(machine)?;
@@ -82,8 +67,7 @@ impl Vm {
             source,
         };
         // A new file: the old one may be another machine's memory.
-        let temporary = dir.join("memory.new");
-        let out = File::create(&temporary).map_err(memory_error)?;
+        let memory = Staged::create(&memory_path).map_err(memory_error)?;
         let among = match &base {
             Opened::Full => None,
             Opened::Difference { base, .. } => machine.written_since(base.id),
@@ -97,11 +81,11 @@ impl Vm {
         };
         let layout = machine.windows.layout();
         let backing = machine.origin.backing.as_ref();
-        let Written { extents, pages_read } =
-            image::write(&machine.memory, layout, backing, pages, &out).map_err(memory_error)?;
-        fs::rename(&temporary, &memory_path).map_err(memory_error)?;
+        let Written { contents, pages_read } =
+            image::write(&machine.memory, layout, backing, pages, memory.file()).map_err(memory_error)?;
+        memory.sync().map_err(memory_error)?;
         let report = SaveReport {
-            memory_bytes: extents.iter().map(|extent| extent.len).sum(),
+            memory_bytes: contents.bytes(),
             pages_read,
             by_log: among.is_some(),
         };
@@ -111,7 +95,7 @@ impl Vm {
             config: self.config.clone(),
             memory: MemoryState {
                 pmem_window: layout.window(RegionKind::Pmem).map_or(0, |region| region.size),
-                extents,
+                contents,
                 base,
             },
             clock,
@@ -123,7 +107,7 @@ impl Vm {
             serial: machine.board.serial.as_ref().map(|serial| serial.save_state()),
             slots,
         };
-        file::write(state_path, &state)?;
+        replace(dir, memory, &state)?;
         if state.memory.base.is_none() {
             machine.log_writes_since(state.id);
         }
@@ -156,6 +140,28 @@ impl Vm {
             }
         }
         Ok(Result::<_, _>::from_iter::<Vec<Result<VcpuState, _>>>(states)?)
+    }
+}
+
+/// Puts the save into its folder. Until all of it is on disk the one before stays; then there is none, for a moment.
+fn replace(dir: &Path, memory: Staged, state: &MachineState) -> Result<(), SaveError> {
+    let state_path = dir.join(STATE);
+    let state = file::stage(&state_path, state)?;
+    match fs::remove_file(&state_path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io_error(&state_path)(error)),
+        _ => {}
+    }
+    memory.commit().map_err(io_error(dir))?;
+    // No state is to be found beside another save's memory.
+    staged::sync_folder(dir).map_err(io_error(dir))?;
+    state.commit().map_err(io_error(dir))?;
+    staged::sync_folder(dir).map_err(io_error(dir))
+}
+
+fn io_error(path: &Path) -> impl Fn(io::Error) -> SaveError {
+    move |source| SaveError::Io {
+        path: path.to_owned(),
+        source,
     }
 }
 

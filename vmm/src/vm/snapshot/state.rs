@@ -9,7 +9,7 @@ use crate::config::VmConfig;
 use crate::devices::serial::SerialState;
 use crate::devices::virtio::mmio::TransportState;
 use crate::irq::io_apic::IoApicState;
-use crate::memory::image::Extent;
+use crate::memory::image::Contents;
 use crate::vcpu::state::VcpuState;
 use crate::vm::machine::Content;
 
@@ -46,7 +46,7 @@ pub struct MemoryState {
     /// Size of the window of virtio-pmem in bytes; the other regions follow from the configuration.
     pub pmem_window: u64,
     /// What the memory file has.
-    pub extents: Vec<Extent>,
+    pub contents: Contents,
     /// The full save this one is a difference against.
     pub base: Option<Base>,
 }

@@ -35,7 +35,7 @@ pub(super) fn release(memory: &GuestMemory, windows: &Windows, ranges: &[(u64, u
             Ok(()) => released.bytes += end - start,
             Err(error) => {
                 // E.g. a part of a huge page of hugetlbfs.
-                tracing::debug!(start, end, %error, "balloon: cannot free");
+                guest_log!(DEBUG, start, end, %error, "balloon: cannot free");
                 released.refused += 1;
             }
         }

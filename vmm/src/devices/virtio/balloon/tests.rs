@@ -5,9 +5,10 @@ use super::*;
 use crate::config::BalloonConfig;
 use crate::devices::virtio::test_resume::{activate_at, config};
 use crate::devices::virtio::test_ring::{
-    BUFFERS, Buf, MEMORY_SIZE, PATIENCE, TestGuest, TestRing, survive_malformed_chains,
+    BUFFERS, Buf, MEMORY_SIZE, PATIENCE, TestGuest, TestRing, flood, survive_malformed_chains,
 };
 use crate::devices::virtio::{CHAIN_FEATURES, INTERRUPT_CONFIG, VirtioDevice};
+use crate::guest_log::recorder::assert_limited;
 use crate::memory::window::Windows;
 use crate::memory::window::fake::{FakeMemslots, windows};
 
@@ -218,6 +219,7 @@ fn malformed_chains_are_returned_by_each_queue() {
     for ring in &mut rings {
         survive_malformed_chains(ring);
     }
+    assert_limited(&["balloon: chain dropped"], 300, || flood(&mut rings[0], 300));
     rings[0].set_avail_index(5000);
     rings[0].kick();
     rings[1].round_trip(&[Buf::Read(BUFFERS, 16)]);

@@ -170,7 +170,7 @@ fn take(
     let chain = match Chain::parse(memory, chain, limit) {
         Ok(chain) => chain,
         Err(error) => {
-            tracing::debug!(%error, "balloon: chain dropped");
+            guest_log!(DEBUG, %error, "balloon: chain dropped");
             counters.invalid.fetch_add(1, Ordering::Relaxed);
             return;
         }
@@ -236,7 +236,7 @@ fn receive(shared: &Shared, queue: &mut ServedQueue, held: &mut Option<u16>) -> 
                 }
             }
             Err(error) => {
-                tracing::debug!(%error, "balloon: statistics dropped");
+                guest_log!(DEBUG, %error, "balloon: statistics dropped");
                 shared.counters.invalid.fetch_add(1, Ordering::Relaxed);
                 queue.complete(head, 0);
             }

@@ -1,5 +1,6 @@
 //! Features, configuration space, activation and resize.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
@@ -11,8 +12,10 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::disk::{BlockError, Disk, SECTOR};
 use super::request::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS};
+use super::state::Unfinished;
 use super::target::Target;
 use super::throttle::{Throttle, ThrottleTimer};
+use super::worker::intake::Stopped;
 use super::worker::{Surroundings, Worker};
 use super::{ring, state};
 use crate::config::{BlockConfig, BlockEngine};
@@ -28,7 +31,7 @@ const WRITEBACK: u64 = 32;
 
 /// A disk cannot take its image's new size.
 #[derive(Debug, thiserror::Error)]
-pub enum ResizeMemoryError {
+pub enum ResizeDiskError {
     /// The size cannot be read.
     #[error("disk {id}: cannot read the size of its image: {source}")]
     Measure {
@@ -76,6 +79,8 @@ pub struct Block {
     /// `Auto`: io_uring, or else synchronous.
     engine: BlockEngine,
     queue_sizes: Vec<u16>,
+    /// What a suspended device has begun and not finished.
+    unfinished: Vec<Unfinished>,
     active: Option<Active>,
 }
 
@@ -100,6 +105,7 @@ impl Block {
             target: Arc::new(Target::new(config.id.clone(), disk, serial, throttle)),
             engine,
             queue_sizes: vec![config.queue_size; usize::from(config.queues)],
+            unfinished: Vec::new(),
             active: None,
         })
     }
@@ -109,23 +115,23 @@ impl Block {
     /// A disk in use only grows: its guest counts on every sector it has seen. Without a driver it takes any size.
     ///
     /// # Errors
-    /// [`ResizeMemoryError`]; the capacity is as before.
-    pub fn resize(&mut self) -> Result<u64, ResizeMemoryError> {
+    /// [`ResizeDiskError`]; the capacity is as before.
+    pub fn resize(&mut self) -> Result<u64, ResizeDiskError> {
         let disk = &self.target.disk;
         let id = || self.target.id.clone();
         let size = disk
             .measure()
-            .map_err(|source| ResizeMemoryError::Measure { id: id(), source })?;
+            .map_err(|source| ResizeDiskError::Measure { id: id(), source })?;
         let new = size - size % u64::from(disk.block_size());
         let old = disk.sectors() * SECTOR;
         if new == 0 {
-            return Err(ResizeMemoryError::Empty {
+            return Err(ResizeDiskError::Empty {
                 id: id(),
                 block_size: disk.block_size(),
             });
         }
         if new < old && self.active.is_some() {
-            return Err(ResizeMemoryError::Shrunk { id: id(), old, new });
+            return Err(ResizeDiskError::Shrunk { id: id(), old, new });
         }
         if new != old {
             disk.set_sectors(new / SECTOR);
@@ -190,7 +196,10 @@ impl Block {
             io: activation.io,
         };
         for queue in activation.queues {
-            match Worker::start(&around, queue, self.engine) {
+            let of_queue = |unfinished: &&Unfinished| usize::from(unfinished.queue) == queue.index;
+            let unfinished = self.unfinished.iter().find(of_queue);
+            let heads = unfinished.map_or_else(VecDeque::new, |unfinished| unfinished.heads.clone().into());
+            match Worker::start(&around, queue, heads, self.engine) {
                 Ok(worker) => active.workers.push(worker),
                 Err(error) => {
                     active.stop(&self.target.id);
@@ -212,7 +221,7 @@ impl Block {
 }
 
 impl Active {
-    fn stop(self, device: &str) -> Vec<QueuePosition> {
+    fn stop(self, device: &str) -> Vec<Stopped> {
         if let Some(timer) = self.timer {
             timer.stop(device, |_| ());
         }
@@ -285,25 +294,39 @@ impl VirtioDevice for Block {
             self.target.set_writeback(true);
         }
         self.active = Some(self.start(activation)?);
+        self.unfinished.clear();
         Ok(())
     }
 
     fn reset(&mut self) {
         self.suspend();
+        // The driver gives up what it has not seen come back.
+        self.unfinished.clear();
         self.target.set_writeback(true);
     }
 
     fn suspend(&mut self) -> Vec<QueuePosition> {
-        let active = self.active.take();
-        active.map_or_else(Vec::new, |active| active.stop(&self.target.id))
+        let Some(active) = self.active.take() else {
+            return Vec::new();
+        };
+        let stopped = active.stop(&self.target.id);
+        let unfinished = stopped.iter().filter(|queue| !queue.unfinished.is_empty());
+        self.unfinished = unfinished
+            .map(|queue| Unfinished {
+                queue: queue.position.index,
+                heads: queue.unfinished.clone(),
+            })
+            .collect();
+        stopped.into_iter().map(|queue| queue.position).collect()
     }
 
     fn save(&self) -> Result<Vec<u8>, StateError> {
-        state::save(&self.target)
+        state::save(&self.target, &self.unfinished)
     }
 
     fn restore(&mut self, bytes: &[u8]) -> Result<(), StateError> {
-        state::restore(&self.target, bytes)
+        self.unfinished = state::restore(&self.target, &self.queue_sizes, bytes)?;
+        Ok(())
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -9,6 +9,7 @@
 
 mod device;
 mod disk;
+mod ranges;
 mod request;
 mod ring;
 mod state;
@@ -19,5 +20,5 @@ mod tests;
 mod throttle;
 mod worker;
 
-pub use device::{Block, ResizeMemoryError};
+pub use device::{Block, ResizeDiskError};
 pub use disk::BlockError;

@@ -32,9 +32,12 @@ pub(super) fn available() -> Result<(), &'static str> {
         let result = probe();
         match &result {
             Ok(()) => {
-                tracing::info!("block: engine io_uring: the kernel has all operations and restrictions");
+                guest_log!(
+                    INFO,
+                    "block: engine io_uring: the kernel has all operations and restrictions"
+                );
             }
-            Err(reason) => tracing::info!(%reason, "block: engine sync: io_uring cannot be used"),
+            Err(reason) => guest_log!(INFO, %reason, "block: engine sync: io_uring cannot be used"),
         }
         result
     });
@@ -95,7 +98,7 @@ pub(super) fn choose(id: &str, engine: BlockEngine, in_memory: bool) -> Result<b
     match engine {
         BlockEngine::Sync => Ok(false),
         BlockEngine::Auto if in_memory => {
-            tracing::info!(device = %id, "block: engine sync: the image is in memory");
+            guest_log!(INFO, device = %id, "block: engine sync: the image is in memory");
             Ok(false)
         }
         BlockEngine::Auto => Ok(available().is_ok()),
@@ -116,6 +119,8 @@ pub(super) struct Full;
 pub(super) struct Ring {
     ring: IoUring,
     completed: EventFd,
+    /// The kernel still has operations.
+    abandoned: bool,
 }
 
 impl std::fmt::Debug for Ring {
@@ -135,7 +140,11 @@ impl Ring {
         ring.submitter().register_eventfd(completed.as_raw_fd())?;
         restrict(&ring, &disk.descriptors())
             .map_err(|(what, error)| io::Error::new(error.kind(), format!("{what}: {error}")))?;
-        Ok(Self { ring, completed })
+        Ok(Self {
+            ring,
+            completed,
+            abandoned: false,
+        })
     }
 
     /// Readable when operations may have completed.
@@ -170,6 +179,11 @@ impl Ring {
         }
     }
 
+    /// Nobody will take the completions of what the kernel still has.
+    pub(super) fn abandon(&mut self) {
+        self.abandoned = true;
+    }
+
     /// The next completion: token and result.
     pub(super) fn take(&mut self) -> Option<(u64, io::Result<u64>)> {
         let entry = self.ring.completion().next()?;
@@ -181,9 +195,13 @@ impl Ring {
 
 impl Drop for Ring {
     fn drop(&mut self) {
+        if self.abandoned {
+            // Linux before 6.13 waits for the operations when files are unregistered.
+            return;
+        }
         // The kernel takes a closed ring apart in the background. The image must not stay open, and locked, until then.
         if let Err(error) = self.ring.submitter().unregister_files() {
-            tracing::warn!(%error, "block: the image stays open until the kernel has freed the ring");
+            guest_log!(WARN, %error, "block: the image stays open until the kernel has freed the ring");
         }
     }
 }
@@ -207,9 +225,7 @@ fn entry(step: &Step) -> squeue::Entry {
         Step::Flush => opcode::Fsync::new(file(Route::Main))
             .flags(types::FsyncFlags::DATASYNC)
             .build(),
-        Step::Allocate {
-            mode, offset, len, ..
-        } => opcode::Fallocate::new(file(Route::Main), *len)
+        Step::Allocate { mode, offset, len } => opcode::Fallocate::new(file(Route::Main), *len)
             .offset(*offset)
             .mode(*mode)
             .build(),

@@ -1,5 +1,7 @@
 //! What a disk knows beyond its configuration, its queues and its image.
 
+use std::collections::HashSet;
+
 use serde::{Deserialize, Serialize};
 
 use super::disk::{Disk, SECTOR};
@@ -16,23 +18,42 @@ pub(super) struct BlockState {
     pub(super) writeback: bool,
     /// What is left in the rate limiter's buckets, if there is one.
     pub(super) limiter: Option<RateLimiterState>,
+    /// By queue.
+    pub(super) unfinished: Vec<Unfinished>,
+}
+
+/// Chains taken from a queue whose requests begin anew.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Unfinished {
+    /// Index of the queue.
+    pub(super) queue: u16,
+    /// Their head descriptors.
+    pub(super) heads: Vec<u16>,
 }
 
 /// The state of `target`.
-pub(super) fn save(target: &Target) -> Result<Vec<u8>, StateError> {
+pub(super) fn save(target: &Target, unfinished: &[Unfinished]) -> Result<Vec<u8>, StateError> {
     let state = BlockState {
         sectors: target.disk.sectors(),
         writeback: target.writeback(),
         limiter: target.throttle.as_ref().map(|throttle| throttle.state()),
+        unfinished: unfinished.to_vec(),
     };
     state::encode(&target.id, &state)
 }
 
 /// Puts what [`save`] gave into `target`, whose image was opened anew. An image that grew since keeps the saved capacity,
-/// which is what the guest counts on, until a resize tells it.
-pub(super) fn restore(target: &Target, bytes: &[u8]) -> Result<(), StateError> {
+/// which is what the guest counts on, until a resize tells it. `queue_sizes`: most entries of each queue. Returns what is
+/// unfinished.
+pub(super) fn restore(
+    target: &Target,
+    queue_sizes: &[u16],
+    bytes: &[u8],
+) -> Result<Vec<Unfinished>, StateError> {
     let state: BlockState = state::decode(&target.id, bytes)?;
-    check_capacity(&target.disk, state.sectors).map_err(|reason| StateError::Invalid {
+    let checked =
+        check_capacity(&target.disk, state.sectors).and_then(|()| check_unfinished(&state, queue_sizes));
+    checked.map_err(|reason| StateError::Invalid {
         device: target.id.clone(),
         reason,
     })?;
@@ -41,6 +62,20 @@ pub(super) fn restore(target: &Target, bytes: &[u8]) -> Result<(), StateError> {
     // Without a limiter in either there is nothing to carry over: the configuration decides.
     if let (Some(throttle), Some(limiter)) = (&target.throttle, &state.limiter) {
         throttle.restore(limiter);
+    }
+    Ok(state.unfinished)
+}
+
+/// Each queue once, each head once and in the queue.
+fn check_unfinished(state: &BlockState, queue_sizes: &[u16]) -> Result<(), String> {
+    let mut queues = HashSet::new();
+    for Unfinished { queue, heads } in &state.unfinished {
+        let size = queue_sizes.get(usize::from(*queue)).copied().unwrap_or(0);
+        let mut seen = HashSet::new();
+        let fits = |head: &u16| *head < size && seen.insert(*head);
+        if !queues.insert(queue) || !heads.iter().all(fits) {
+            return Err(format!("unfinished requests of queue {queue}"));
+        }
     }
     Ok(())
 }

@@ -1,17 +1,25 @@
 //! What a request asks of the host, in steps that either engine carries out one after the other.
+//!
+//! A step is short whatever the request is: who stops the worker waits for the steps in hand, not for the requests.
 
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use super::disk::{Disk, Route};
-use crate::devices::virtio::chain::{Buffers, OutOfBuffer};
+use crate::devices::virtio::chain::{Buffers, Iovecs, OutOfBuffer};
 use crate::memory::GuestMemory;
 
 /// Linux' UIO_MAXIOV.
 const MAX_SEGMENTS: usize = 1024;
+/// Bytes moved by one step, and the longest segment.
+pub(super) const MOVE_PER_STEP: u64 = 4 << 20;
 /// Bytes of zeroes written by one step, where the file system cannot make zeroes itself.
 pub(super) const ZEROES_PER_STEP: u64 = 1 << 20;
+/// Bytes made zero by one fallocate(2): a block device without such a command writes them.
+pub(super) const ALLOCATE_PER_STEP: u64 = 8 << 20;
+/// Bytes given back by one fallocate(2), which only changes the file system's own records.
+pub(super) const DISCARD_PER_STEP: u64 = 32 << 20;
 
 /// A page of zeroes, aligned for direct I/O.
 #[repr(align(4096))]
@@ -27,76 +35,130 @@ pub(super) enum Direction {
     Write,
 }
 
+/// Longest list kept for the next request: Linux' requests have as many segments as SEG_MAX says, 254 on a queue of 256.
+const KEPT_SEGMENTS: usize = 256;
+
+/// Cuts segments longer than [`MOVE_PER_STEP`]. Pieces begin at multiples of that in their segment, so what was aligned for
+/// direct I/O stays so.
+fn cut(segments: &mut Iovecs) {
+    let longest = MOVE_PER_STEP as usize;
+    if segments.0.iter().all(|segment| segment.iov_len <= longest) {
+        return;
+    }
+    for segment in std::mem::take(&mut segments.0) {
+        for at in (0..segment.iov_len).step_by(longest) {
+            segments.0.push(libc::iovec {
+                iov_base: segment.iov_base.cast::<u8>().wrapping_add(at).cast(),
+                iov_len: longest.min(segment.iov_len - at),
+            });
+        }
+    }
+}
+
 /// Bytes that move between the disk and memory, and how far they are.
 ///
 /// It owns what the kernel works on: until the last system call or completion for it is back, it must not be dropped.
 #[derive(Debug)]
 pub(super) struct Transfer {
     direction: Direction,
-    route: Route,
     /// Keeps the memory behind the segments mapped; `None` for the page of zeroes.
     _memory: Option<Arc<GuestMemory>>,
-    segments: Vec<libc::iovec>,
+    segments: Iovecs,
     /// The first segment not moved yet.
     first: usize,
     offset: u64,
     left: u64,
+    /// What is moved next: the number of segments, their bytes, and the file.
+    count: usize,
+    now: u64,
+    route: Route,
 }
 
-// SAFETY: the pointers are into guest memory that `_memory` keeps mapped, or to a static; neither belongs to a thread.
-unsafe impl Send for Transfer {}
-
 impl Transfer {
-    /// Moves `buffers`, which have at least one byte, from or to `offset`.
+    /// Moves `buffers`, which have at least one byte, from or to `offset`. `segments` is what an earlier request left.
     pub(super) fn new(
         disk: &Disk,
         direction: Direction,
         memory: &Arc<GuestMemory>,
-        buffers: &Buffers,
+        buffers: (&Buffers, (u64, u64)),
         offset: u64,
+        mut segments: Iovecs,
     ) -> Result<Self, OutOfBuffer> {
-        let segments: Vec<_> = buffers
-            .slices(memory)?
-            .iter()
-            .map(|slice| libc::iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                iov_len: slice.len(),
-            })
-            .collect();
-        Ok(Self {
+        let (buffers, range) = buffers;
+        segments.0.clear();
+        let left = buffers.iovecs_of(memory, range, usize::MAX, &mut segments.0);
+        if left != range.1 {
+            // `Chain::parse` excludes it.
+            return Err(OutOfBuffer {
+                offset: range.0,
+                wanted: usize::try_from(range.1).unwrap_or(usize::MAX),
+                len: buffers.len(),
+            });
+        }
+        cut(&mut segments);
+        Ok(Self::start(
+            disk,
             direction,
-            route: disk.route(&segments, offset),
-            _memory: Some(memory.clone()),
+            Some(memory.clone()),
             segments,
-            first: 0,
             offset,
-            left: buffers.len(),
-        })
+            left,
+        ))
     }
 
     /// Writes `len` zeroes, at most [`ZEROES_PER_STEP`].
-    fn zeroes(disk: &Disk, offset: u64, len: u64) -> Self {
+    pub(super) fn zeroes(disk: &Disk, offset: u64, len: u64, mut segments: Iovecs) -> Self {
         let page = ZERO_PAGE.0.len() as u64;
-        let mut left = len.min(ZEROES_PER_STEP);
-        let mut segments = Vec::new();
+        let len = len.min(ZEROES_PER_STEP);
+        let mut left = len;
+        segments.0.clear();
         while left > 0 {
             let now = left.min(page);
-            segments.push(libc::iovec {
+            segments.0.push(libc::iovec {
                 // The kernel only reads it.
                 iov_base: (&raw const ZERO_PAGE.0).cast_mut().cast(),
                 iov_len: now as usize,
             });
             left -= now;
         }
-        Self {
-            direction: Direction::Write,
-            route: disk.route(&segments, offset),
-            _memory: None,
+        Self::start(disk, Direction::Write, None, segments, offset, len)
+    }
+
+    fn start(
+        disk: &Disk,
+        direction: Direction,
+        memory: Option<Arc<GuestMemory>>,
+        segments: Iovecs,
+        offset: u64,
+        left: u64,
+    ) -> Self {
+        let mut transfer = Self {
+            direction,
+            _memory: memory,
             segments,
             first: 0,
             offset,
-            left: len.min(ZEROES_PER_STEP),
+            left,
+            count: 0,
+            now: 0,
+            route: Route::Main,
+        };
+        transfer.prepare(disk);
+        transfer
+    }
+
+    /// Chooses what is moved next: as many segments as one call takes, [`MOVE_PER_STEP`] bytes at most.
+    fn prepare(&mut self, disk: &Disk) {
+        (self.count, self.now) = (0, 0);
+        let rest = self.segments.0.get(self.first..).unwrap_or_default();
+        for segment in rest.iter().take(MAX_SEGMENTS) {
+            let with = self.now + segment.iov_len as u64;
+            if self.count > 0 && with > MOVE_PER_STEP {
+                break;
+            }
+            (self.count, self.now) = (self.count + 1, with);
         }
+        self.route = disk.route(self.segments(), self.offset);
     }
 
     /// Which way.
@@ -109,15 +171,20 @@ impl Transfer {
         self.route
     }
 
-    /// The segments to move next, at most [`MAX_SEGMENTS`].
+    /// The segments to move next, at most [`MAX_SEGMENTS`] and at least one.
     pub(super) fn segments(&self) -> &[libc::iovec] {
-        let rest = self.segments.get(self.first..).unwrap_or_default();
-        rest.get(..MAX_SEGMENTS).unwrap_or(rest)
+        let rest = self.segments.0.get(self.first..).unwrap_or_default();
+        rest.get(..self.count).unwrap_or(rest)
     }
 
     /// Where on the disk they go, in bytes.
     pub(super) fn offset(&self) -> u64 {
         self.offset
+    }
+
+    /// Their bytes, at most [`MOVE_PER_STEP`].
+    pub(super) fn now(&self) -> u64 {
+        self.now
     }
 
     /// Bytes not moved yet.
@@ -130,10 +197,10 @@ impl Transfer {
         let mut bytes = bytes.min(self.left);
         self.left -= bytes;
         self.offset += bytes;
-        while let Some(segment) = self.segments.get_mut(self.first) {
+        while let Some(segment) = self.segments.0.get_mut(self.first) {
             let len = segment.iov_len as u64;
             if bytes < len {
-                // Below a usize length.
+                // Below a usize length. A short transfer may end anywhere.
                 segment.iov_base = segment.iov_base.cast::<u8>().wrapping_add(bytes as usize).cast();
                 segment.iov_len -= bytes as usize;
                 break;
@@ -142,23 +209,22 @@ impl Transfer {
             self.first += 1;
         }
         if self.left > 0 {
-            // A short transfer may end anywhere.
-            self.route = disk.route(self.segments.get(self.first..).unwrap_or_default(), self.offset);
+            self.prepare(disk);
         }
         self.left == 0
     }
+
+    /// Its list, for the next request.
+    pub(super) fn into_segments(self) -> Iovecs {
+        let mut segments = self.segments;
+        segments.0.clear();
+        // One that grew beyond what is usual is given back.
+        segments.0.shrink_to(KEPT_SEGMENTS);
+        segments
+    }
 }
 
-/// What to do when a file system cannot do a fallocate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Otherwise {
-    /// Nothing: it was a hint.
-    Ignore,
-    /// Write zeroes.
-    WriteZeroes,
-}
-
-/// One system call, or io_uring operation.
+/// One system call, or io_uring operation, that takes a short time.
 #[derive(Debug)]
 pub(super) enum Step {
     /// Move bytes.
@@ -166,12 +232,7 @@ pub(super) enum Step {
     /// Make everything completed so far durable.
     Flush,
     /// fallocate(2).
-    Allocate {
-        mode: i32,
-        offset: u64,
-        len: u64,
-        otherwise: Otherwise,
-    },
+    Allocate { mode: i32, offset: u64, len: u64 },
 }
 
 /// What comes after a step.
@@ -181,8 +242,8 @@ pub(super) enum Next {
     Done,
     /// The same step again, for what is left.
     Again,
-    /// Zeroes from here on: first the given step, then the rest of the range.
-    Zeroes { step: Step, rest: (u64, u64) },
+    /// The file system cannot do it.
+    Unsupported,
     /// The request has failed.
     Failed(io::Error),
 }
@@ -190,13 +251,9 @@ pub(super) enum Next {
 impl Step {
     /// Gives the space of a range back; it reads as zeroes or as before.
     pub(super) fn discard(offset: u64, len: u64) -> Self {
-        Self::Allocate {
-            mode: libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-            offset,
-            len,
-            // A hint (5.2.6): a file system without holes may ignore it.
-            otherwise: Otherwise::Ignore,
-        }
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let len = len.min(DISCARD_PER_STEP);
+        Self::Allocate { mode, offset, len }
     }
 
     /// Makes a range read as zeroes; with `unmap` its space may be given back.
@@ -209,16 +266,8 @@ impl Step {
         Self::Allocate {
             mode: how | libc::FALLOC_FL_KEEP_SIZE,
             offset,
-            len,
-            otherwise: Otherwise::WriteZeroes,
+            len: len.min(ALLOCATE_PER_STEP),
         }
-    }
-
-    /// Writes the first zeroes of a range; the rest of the range is the second value.
-    pub(super) fn zeroes(disk: &Disk, offset: u64, len: u64) -> (Self, (u64, u64)) {
-        let transfer = Transfer::zeroes(disk, offset, len);
-        let now = transfer.left();
-        (Self::Move(transfer), (offset + now, len - now))
     }
 
     /// What a result of this step means.
@@ -235,23 +284,19 @@ impl Step {
                     Next::Again
                 }
             }
-            (
-                Self::Allocate {
-                    otherwise,
-                    offset,
-                    len,
-                    ..
-                },
-                Err(error),
-            ) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => match otherwise {
-                Otherwise::Ignore => Next::Done,
-                Otherwise::WriteZeroes => {
-                    let (step, rest) = Self::zeroes(disk, *offset, *len);
-                    Next::Zeroes { step, rest }
-                }
-            },
+            (Self::Allocate { .. }, Err(error)) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                Next::Unsupported
+            }
             (_, Ok(_)) => Next::Done,
             (_, Err(error)) => Next::Failed(error),
+        }
+    }
+
+    /// Bytes of guest memory or of zeroes it moves.
+    pub(super) fn bytes_moved(&self) -> u64 {
+        match self {
+            Self::Move(transfer) => transfer.now(),
+            Self::Flush | Self::Allocate { .. } => 0,
         }
     }
 
@@ -260,9 +305,7 @@ impl Step {
         match self {
             Self::Move(transfer) => move_bytes(disk, transfer),
             Self::Flush => disk.file(Route::Main).sync_data().map(|()| 0),
-            Self::Allocate {
-                mode, offset, len, ..
-            } => fallocate(disk, *mode, *offset, *len).map(|()| 0),
+            Self::Allocate { mode, offset, len } => fallocate(disk, *mode, *offset, *len).map(|()| 0),
         }
     }
 }

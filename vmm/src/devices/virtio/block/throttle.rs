@@ -77,7 +77,7 @@ impl ThrottleTimer {
         inner.limiter.on_timer();
         for doorbell in inner.waiting.drain(..) {
             if let Err(error) = doorbell.write(1) {
-                tracing::error!(%error, "block: cannot wake a queue that waits for the rate limiter");
+                guest_log!(ERROR, %error, "block: cannot wake a queue that waits for the rate limiter");
             }
         }
     }
@@ -86,7 +86,7 @@ impl ThrottleTimer {
 impl MutEventSubscriber for ThrottleTimer {
     fn init(&mut self, ops: &mut EventOps) {
         if let Err(error) = ops.add(Events::new_raw(self.timer, EventSet::IN)) {
-            tracing::error!(?error, "block: cannot watch the rate limiter's timer");
+            guest_log!(ERROR, ?error, "block: cannot watch the rate limiter's timer");
         }
         // Who was told to wait while nobody watched asks again.
         self.ring();

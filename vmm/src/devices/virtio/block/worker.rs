@@ -4,16 +4,16 @@ pub(super) mod intake;
 pub(super) mod sync;
 pub(super) mod uring;
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
 use super::target::Target;
 use crate::config::BlockEngine;
-use crate::devices::virtio::state::QueuePosition;
 use crate::devices::virtio::{ActivateError, ActiveQueue, Interrupt, OnLoop};
 use crate::io_loop::IoLoop;
 use crate::memory::GuestMemory;
-use intake::Intake;
+use intake::{Intake, Stopped};
 use sync::SyncWorker;
 use uring::UringWorker;
 
@@ -36,10 +36,11 @@ pub(super) enum Worker {
 }
 
 impl Worker {
-    /// Starts serving `queue`. `engine`: what the disk was made with; `Auto` is io_uring as long as a ring can be had.
+    /// Starts serving `queue`, with the chains of its last worker that are `unfinished`. `engine`: what the disk was made with; `Auto` is io_uring as long as a ring can be had.
     pub(super) fn start(
         around: &Surroundings,
         queue: ActiveQueue,
+        unfinished: VecDeque<u16>,
         engine: BlockEngine,
     ) -> Result<Self, ActivateError> {
         let target = &around.target;
@@ -51,7 +52,7 @@ impl Worker {
             }
         };
         let index = queue.index;
-        let intake = Intake::new(around, queue);
+        let intake = Intake::new(around, queue, unfinished);
         if engine != BlockEngine::Sync {
             match UringWorker::resources(&intake) {
                 Ok(resources) => {
@@ -60,7 +61,7 @@ impl Worker {
                 }
                 // It was there when the disk was made; out of file descriptors or locked memory.
                 Err(error) if engine == BlockEngine::Auto => {
-                    tracing::warn!(device = %target.id, queue = index, %error, "block: no ring to be had, queue served synchronously");
+                    guest_log!(WARN, device = %target.id, queue = index, %error, "block: no ring to be had, queue served synchronously");
                 }
                 Err(error) => return Err(failed("cannot make an io_uring")(error)),
             }
@@ -69,10 +70,11 @@ impl Worker {
         Ok(Self::Sync(worker))
     }
 
-    /// Finishes what was taken from the queue and takes nothing more. Says where the queue stands.
-    pub(super) fn stop(self, device: &str) -> Option<QueuePosition> {
+    /// Waits for what the host's kernel has in hand, which is short whatever the requests are, and begins nothing more. Says
+    /// where the queue stands.
+    pub(super) fn stop(self, device: &str) -> Option<Stopped> {
         match self {
-            Self::Uring(worker) => worker.stop(device, UringWorker::finish),
+            Self::Uring(worker) => Some(worker.stop(device, UringWorker::finish)),
             Self::Sync(worker) => worker.stop(device),
         }
     }

@@ -51,7 +51,14 @@ impl Descriptor {
 fn parse(guest: &TestGuest, ring: &TestRing) -> Result<(Parts, Parts), ChainError> {
     let mut queue = ring.active().queue;
     let chain = queue.iter(&*guest.memory).unwrap().next().unwrap();
-    let chain = Chain::parse(&guest.memory, chain, SIZE)?;
+    let head = chain.head_index();
+    let parsed = Chain::parse(&guest.memory, chain, SIZE);
+    // The same chain by its head, in the memory of another.
+    let mut again = Chain::default();
+    let _ = again.parse_head(&guest.memory, GuestAddress(RINGS), 0, SIZE);
+    let result = again.parse_head(&guest.memory, GuestAddress(RINGS), head, SIZE);
+    assert_eq!(result.map(|()| again), parsed);
+    let chain = parsed?;
     let sum = |parts: &Parts| parts.iter().map(|part| u64::from(part.1)).sum::<u64>();
     let (readable, writable): (Parts, Parts) =
         (chain.readable.parts().collect(), chain.writable.parts().collect());

@@ -119,7 +119,7 @@ impl State {
         let (taken, result) = sink.write(bytes);
         self.dropped += (bytes.len() - taken) as u64;
         if let Err(error) = result {
-            tracing::debug!(%error, "console: sink is gone");
+            guest_log!(DEBUG, %error, "console: sink is gone");
             self.sink = None;
         }
     }

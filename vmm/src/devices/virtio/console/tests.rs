@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use super::{Console, ConsoleInput, ConsoleLog, INPUT_CAPACITY};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::test_ring::{
-    BUFFERS, Buf, PATIENCE, TestGuest, TestRing, survive_malformed_chains,
+    BUFFERS, Buf, PATIENCE, TestGuest, TestRing, flood, survive_malformed_chains,
 };
+use crate::guest_log::recorder::assert_limited;
 
 fn pipe() -> (std::fs::File, OwnedFd) {
     let mut fds = [0; 2];
@@ -166,6 +167,7 @@ fn malformed_chains_are_returned() {
     let mut console = Console::new(log.clone()).unwrap().0;
     let mut rings = guest.activate(&mut console, 16, false);
     survive_malformed_chains(&mut rings[1]);
+    assert_limited(&["console: chain dropped"], 300, || flood(&mut rings[1], 300));
     guest.write(BUFFERS, b"alive");
     rings[1].round_trip(&[Buf::Read(BUFFERS, 5)]);
     assert!(log.tail(1)[0].ends_with("alive"));

@@ -107,14 +107,14 @@ impl ConsoleWorker {
         let buffer = match Chain::parse(memory, chain, self.receive.size()) {
             Ok(chain) => chain.writable,
             Err(error) => {
-                tracing::debug!(%error, "console: receive buffer dropped");
+                guest_log!(DEBUG, %error, "console: receive buffer dropped");
                 return 0;
             }
         };
         let mut pending = self.input.pending();
         let bytes = pending.peek(usize::try_from(buffer.len()).unwrap_or(usize::MAX));
         if let Err(error) = buffer.write(memory, 0, &bytes) {
-            tracing::debug!(%error, "console: input not delivered");
+            guest_log!(DEBUG, %error, "console: input not delivered");
             return 0;
         }
         pending.consume(bytes.len());
@@ -135,7 +135,7 @@ impl MutEventSubscriber for ConsoleWorker {
         ];
         for (fd, data) in watched {
             if let Err(error) = ops.add(Events::with_data(fd, data, EventSet::IN)) {
-                tracing::error!(?error, "console: cannot watch a queue");
+                guest_log!(ERROR, ?error, "console: cannot watch a queue");
             }
         }
         // What the driver offered before a suspend, or another process was told of, comes without a kick.
@@ -162,7 +162,7 @@ fn transmit(
     let chain = match Chain::parse(memory, chain, limit) {
         Ok(chain) => chain,
         Err(error) => {
-            tracing::debug!(%error, "console: chain dropped");
+            guest_log!(DEBUG, %error, "console: chain dropped");
             return 0;
         }
     };
@@ -175,7 +175,7 @@ fn transmit(
             break;
         };
         if let Err(error) = chain.readable.read(memory, offset, piece) {
-            tracing::debug!(%error, "console: output lost");
+            guest_log!(DEBUG, %error, "console: output lost");
             break;
         }
         log.write(piece);

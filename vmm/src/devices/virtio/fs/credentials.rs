@@ -85,7 +85,7 @@ impl Drop for KillPrivileges {
 fn restore() {
     for result in [set_fsuid(0), set_fsgid(0)] {
         if let Err(error) = result {
-            tracing::error!(%error, "fs: cannot become root again");
+            guest_log!(ERROR, %error, "fs: cannot become root again");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The requests of the guest (fuse_backend_rs calls these, one per FUSE message).
+//! The requests of the guest (`server` calls these, one per FUSE message).
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -17,8 +17,9 @@ use fuse_backend_rs::api::filesystem::{
 };
 
 use super::credentials::{KillPrivileges, Owner};
-use super::inodes::{Handle, Inode};
+use super::inodes::Inode;
 use super::mounts::Root;
+use super::open_files::Handle;
 use super::share::Share;
 use super::sys::{self, errno, xattr};
 
@@ -68,6 +69,7 @@ impl FileSystem for Share {
             false => FsOptions::empty(),
         };
         self.set_writeback(capable.contains(FsOptions::WRITEBACK_CACHE) && self.options.writeback);
+        self.set_submounts(capable.contains(FsOptions::SUBMOUNTS));
         Ok(writeback
             | FsOptions::ASYNC_READ
             | FsOptions::ATOMIC_O_TRUNC
@@ -78,6 +80,7 @@ impl FileSystem for Share {
             | FsOptions::ASYNC_DIO
             | FsOptions::PARALLEL_DIROPS
             | FsOptions::HANDLE_KILLPRIV_V2
+            | FsOptions::SUBMOUNTS
             | FsOptions::MAX_PAGES)
     }
 
@@ -93,11 +96,11 @@ impl FileSystem for Share {
             };
             return self.mount_entry(&mount.ok_or_else(|| errno(libc::ENOENT))?);
         }
-        self.find(&*self.inodes.get(parent)?, name)
+        self.find(&self.inodes.get(parent)?, name)
     }
 
     fn forget(&self, _ctx: &Context, inode: u64, count: u64) {
-        self.inodes.forget(inode, count);
+        self.forget_inode(inode, count);
     }
 
     fn getattr(&self, _ctx: &Context, inode: u64, handle: Option<u64>) -> io::Result<(stat64, Duration)> {
@@ -107,7 +110,7 @@ impl FileSystem for Share {
             return Ok((names.attributes(), Duration::ZERO));
         }
         let handle = self.handle(handle, inode)?;
-        self.attributes(&*self.inodes.get(inode)?, handle.as_deref())
+        self.attributes(&self.inodes.get(inode)?, handle.as_deref())
     }
 
     fn setattr(
@@ -122,12 +125,16 @@ impl FileSystem for Share {
         let inode = self.inodes.get(inode)?;
         inode.check_writable()?;
         if valid.contains(SetattrValid::MODE) {
-            sys::chmod(self.proc_fds.as_fd(), inode.fd(), attr.st_mode)?;
+            sys::chmod(self.proc_fds.as_fd(), self.fd(&inode)?.as_fd(), attr.st_mode)?;
         }
         if valid.intersects(SetattrValid::UID | SetattrValid::GID) {
             let or_keep = |flag, id| if valid.contains(flag) { id } else { u32::MAX };
             let uid = or_keep(SetattrValid::UID, attr.st_uid);
-            sys::chown(inode.fd(), uid, or_keep(SetattrValid::GID, attr.st_gid))?;
+            sys::chown(
+                self.fd(&inode)?.as_fd(),
+                uid,
+                or_keep(SetattrValid::GID, attr.st_gid),
+            )?;
         }
         if valid.contains(SetattrValid::SIZE) {
             let size = u64::try_from(attr.st_size).map_err(|_| errno(libc::EINVAL))?;
@@ -142,23 +149,24 @@ impl FileSystem for Share {
             }
         }
         if let Some(times) = set_times(&attr, valid) {
-            sys::utimes(self.proc_fds.as_fd(), inode.fd(), &times)?;
+            sys::utimes(self.proc_fds.as_fd(), self.fd(&inode)?.as_fd(), &times)?;
         }
         self.attributes(&inode, handle.as_deref())
     }
 
     fn readlink(&self, _ctx: &Context, inode: u64) -> io::Result<Vec<u8>> {
-        sys::readlink(self.inodes.get(inode)?.fd())
+        sys::readlink(self.fd(&self.inodes.get(inode)?)?.as_fd())
     }
 
     fn symlink(&self, ctx: &Context, target: &CStr, parent: u64, name: &CStr) -> io::Result<Entry> {
         let parent = self.inodes.get(parent)?;
         parent.check_writable()?;
+        let directory = self.fd(&parent)?;
         {
             let _owner = Owner::become_owner(ctx.uid, ctx.gid)?;
-            sys::symlink(target, parent.fd(), name)?;
+            sys::symlink(target, directory.as_fd(), name)?;
         }
-        self.find(&parent, name)
+        self.find_below(&parent, directory.as_fd(), name)
     }
 
     fn mknod(
@@ -172,33 +180,35 @@ impl FileSystem for Share {
     ) -> io::Result<Entry> {
         let parent = self.inodes.get(parent)?;
         parent.check_writable()?;
+        let directory = self.fd(&parent)?;
         {
             let _owner = Owner::become_owner(ctx.uid, ctx.gid)?;
-            sys::mknod(parent.fd(), name, mode & !(umask & 0o777), device)?;
+            sys::mknod(directory.as_fd(), name, mode & !(umask & 0o777), device)?;
         }
-        self.find(&parent, name)
+        self.find_below(&parent, directory.as_fd(), name)
     }
 
     fn mkdir(&self, ctx: &Context, parent: u64, name: &CStr, mode: u32, umask: u32) -> io::Result<Entry> {
         let parent = self.inodes.get(parent)?;
         parent.check_writable()?;
+        let directory = self.fd(&parent)?;
         {
             let _owner = Owner::become_owner(ctx.uid, ctx.gid)?;
-            sys::mkdir(parent.fd(), name, mode & !(umask & 0o777))?;
+            sys::mkdir(directory.as_fd(), name, mode & !(umask & 0o777))?;
         }
-        self.find(&parent, name)
+        self.find_below(&parent, directory.as_fd(), name)
     }
 
     fn unlink(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
         let parent = self.inodes.get(parent)?;
         parent.check_writable()?;
-        sys::unlink(parent.fd(), name, 0)
+        self.remove(&parent, name, 0)
     }
 
     fn rmdir(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
         let parent = self.inodes.get(parent)?;
         parent.check_writable()?;
-        sys::unlink(parent.fd(), name, libc::AT_REMOVEDIR)
+        self.remove(&parent, name, libc::AT_REMOVEDIR)
     }
 
     fn rename(
@@ -212,14 +222,23 @@ impl FileSystem for Share {
     ) -> io::Result<()> {
         let (from, to) = (self.inodes.get(from)?, self.inodes.get(to)?);
         check_pair(&from, &to)?;
-        sys::rename(from.fd(), old, to.fd(), new, flags)
+        let (from_fd, to_fd) = (self.fd(&from)?, self.fd(&to)?);
+        let (moved, replaced) = sys::rename(from_fd.as_fd(), old, to_fd.as_fd(), new, flags)?;
+        match replaced {
+            Some(stat) if flags & libc::RENAME_EXCHANGE != 0 => self.inodes.moved(&stat, &from, old),
+            Some(stat) => self.inodes.deleted(&stat, &to),
+            None => {}
+        }
+        self.inodes.moved(&moved, &to, new);
+        Ok(())
     }
 
     fn link(&self, _ctx: &Context, inode: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
         let (inode, parent) = (self.inodes.get(inode)?, self.inodes.get(parent)?);
         check_pair(&inode, &parent)?;
-        sys::link(inode.fd(), parent.fd(), name)?;
-        self.find(&parent, name)
+        let directory = self.fd(&parent)?;
+        sys::link(self.fd(&inode)?.as_fd(), directory.as_fd(), name)?;
+        self.find_below(&parent, directory.as_fd(), name)
     }
 
     fn open(
@@ -231,8 +250,9 @@ impl FileSystem for Share {
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
         let kill_privileges = fuse_flags & FOPEN_IN_KILL_SUIDGID != 0;
         let known = self.inodes.get(inode)?;
+        let ticket = self.descriptors.ticket()?;
         let file = self.open_file(&known, flags, kill_privileges)?;
-        let handle = self.handles.add(inode, known.mount(), file)?;
+        let handle = self.add_handle(&known, file, ticket)?;
         Ok((Some(handle), self.policy.file, None))
     }
 
@@ -247,29 +267,38 @@ impl FileSystem for Share {
         let flags = args.flags.cast_signed();
         let mode = args.mode & !(args.umask & 0o777);
         parent.check_writable()?;
+        let (directory, ticket) = (self.fd(&parent)?, self.descriptors.ticket()?);
         let created = {
             let _owner = Owner::become_owner(ctx.uid, ctx.gid)?;
             let exclusive = libc::O_CREAT | libc::O_EXCL;
-            sys::open_child(parent.fd(), name, self.open_flags(flags) | exclusive, mode)
+            sys::open_child(directory.as_fd(), name, self.open_flags(flags) | exclusive, mode)
         };
-        let (entry, file) = match created {
+        let (entry, created) = match created {
             Ok(fd) => {
-                let path = self.proc_path(&fd)?;
-                (self.entry(path, parent.mount())?, Ok(File::from(fd)))
+                let stat = sys::stat(fd.as_fd())?;
+                (
+                    self.child(&parent, directory.as_fd(), name, &stat)?,
+                    Some(File::from(fd)),
+                )
             }
             Err(error) if error.raw_os_error() == Some(libc::EEXIST) && flags & libc::O_EXCL == 0 => {
-                let entry = self.find(&parent, name)?;
-                let kill_privileges = args.fuse_flags & FOPEN_IN_KILL_SUIDGID != 0;
-                let inode = self.inodes.get(entry.inode)?;
-                (entry, self.open_file(&inode, args.flags, kill_privileges))
+                (self.find_below(&parent, directory.as_fd(), name)?, None)
             }
             Err(error) => return Err(error),
         };
-        match file.and_then(|file| self.handles.add(entry.inode, parent.mount(), file)) {
+        let opened = self.inodes.get(entry.inode).and_then(|inode| {
+            let kill_privileges = args.fuse_flags & FOPEN_IN_KILL_SUIDGID != 0;
+            let file = match created {
+                Some(file) => file,
+                None => self.open_file(&inode, args.flags, kill_privileges)?,
+            };
+            self.add_handle(&inode, file, ticket)
+        });
+        match opened {
             Ok(handle) => Ok((entry, Some(handle), self.policy.file, None)),
             Err(error) => {
                 // The guest does not learn of the entry, so it will not forget it either.
-                self.inodes.forget(entry.inode, 1);
+                self.forget_inode(entry.inode, 1);
                 Err(error)
             }
         }
@@ -334,7 +363,7 @@ impl FileSystem for Share {
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
-        sys::fallocate(self.handles.get(handle, inode)?.fd(), mode, offset, length)
+        sys::fallocate(self.handles.get(handle, inode)?.as_fd(), mode, offset, length)
     }
 
     fn release(
@@ -357,17 +386,17 @@ impl FileSystem for Share {
             (none.f_bsize, none.f_frsize, none.f_namemax) = (4096, 4096, 255);
             return Ok(none);
         }
-        sys::statfs(self.inodes.get(inode)?.fd())
+        sys::statfs(self.fd(&self.inodes.get(inode)?)?.as_fd())
     }
 
     fn setxattr(&self, _ctx: &Context, inode: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
         let inode = self.xattr_inode(inode)?;
         inode.check_writable()?;
-        xattr::set(inode.fd(), name, value, flags)
+        xattr::set(self.fd(&inode)?.as_fd(), name, value, flags)
     }
 
     fn getxattr(&self, _ctx: &Context, inode: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
-        let (len, value) = xattr::get(self.xattr_inode(inode)?.fd(), name, size)?;
+        let (len, value) = xattr::get(self.fd(&self.xattr_inode(inode)?)?.as_fd(), name, size)?;
         Ok(match size {
             0 => GetxattrReply::Count(u32::try_from(len).unwrap_or(u32::MAX)),
             _ => GetxattrReply::Value(value),
@@ -375,7 +404,7 @@ impl FileSystem for Share {
     }
 
     fn listxattr(&self, _ctx: &Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
-        let (len, names) = xattr::list(self.xattr_inode(inode)?.fd(), size)?;
+        let (len, names) = xattr::list(self.fd(&self.xattr_inode(inode)?)?.as_fd(), size)?;
         Ok(match size {
             0 => ListxattrReply::Count(u32::try_from(len).unwrap_or(u32::MAX)),
             _ => ListxattrReply::Names(names),
@@ -385,7 +414,7 @@ impl FileSystem for Share {
     fn removexattr(&self, _ctx: &Context, inode: u64, name: &CStr) -> io::Result<()> {
         let inode = self.xattr_inode(inode)?;
         inode.check_writable()?;
-        xattr::remove(inode.fd(), name)
+        xattr::remove(self.fd(&inode)?.as_fd(), name)
     }
 
     fn opendir(&self, _ctx: &Context, inode: u64, _flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {
@@ -393,11 +422,12 @@ impl FileSystem for Share {
             return Ok((None, OpenOptions::empty()));
         }
         let directory = self.inodes.get(inode)?;
-        if directory.file_type() != libc::S_IFDIR {
+        if !directory.is_directory() {
             return Err(errno(libc::ENOTDIR));
         }
+        let ticket = self.descriptors.ticket()?;
         let file = self.reopen(&directory, libc::O_RDONLY | libc::O_DIRECTORY)?;
-        let handle = self.handles.add(inode, directory.mount(), file)?;
+        let handle = self.add_handle(&directory, file, ticket)?;
         Ok((Some(handle), self.policy.directory))
     }
 
@@ -406,7 +436,7 @@ impl FileSystem for Share {
         _ctx: &Context,
         inode: u64,
         handle: u64,
-        size: u32,
+        _size: u32,
         offset: u64,
         add_entry: &mut dyn FnMut(DirEntry) -> io::Result<usize>,
     ) -> io::Result<()> {
@@ -414,7 +444,7 @@ impl FileSystem for Share {
             return self.read_names(offset, &mut |entry, _| Ok(add_entry(entry)? > 0));
         }
         let handle = self.handles.get(handle, inode)?;
-        self.read_directory(&handle, size, offset, &mut |entry, _| Ok(add_entry(entry)? > 0))
+        self.read_directory(&handle, offset, &mut |entry, _| Ok(add_entry(entry)? > 0))
     }
 
     fn readdirplus(
@@ -422,14 +452,14 @@ impl FileSystem for Share {
         _ctx: &Context,
         inode: u64,
         handle: u64,
-        size: u32,
+        _size: u32,
         offset: u64,
         add_entry: &mut dyn FnMut(DirEntry, Entry) -> io::Result<usize>,
     ) -> io::Result<()> {
         let mut add = |entry: DirEntry, found: Entry| {
             let added = add_entry(entry, found);
             if !matches!(added, Ok(1..)) {
-                self.inodes.forget(found.inode, 1);
+                self.forget_inode(found.inode, 1);
             }
             Ok(added? > 0)
         };
@@ -441,12 +471,11 @@ impl FileSystem for Share {
         }
         let handle = self.handles.get(handle, inode)?;
         let directory = self.inodes.get(inode)?;
-        // An entry with attributes takes five times the room of one without; what does not fit was looked up in vain.
-        let host_size = (size / 4).max(1024).min(size);
-        self.read_directory(&handle, host_size, offset, &mut |entry, name| {
+        self.read_directory(&handle, offset, &mut |entry, name| {
             // Inode 0, no attributes, no reference: for `.` and `..`, and for what is gone since the host listed it or
             // cannot be held. The guest asks for those by name.
-            add(entry, self.find(&directory, name).unwrap_or_default())
+            let found = self.find_below(&directory, handle.as_fd(), name);
+            add(entry, found.unwrap_or_default())
         })
     }
 
@@ -470,13 +499,23 @@ impl FileSystem for Share {
         if !matches!(whence, libc::SEEK_DATA | libc::SEEK_HOLE) {
             return Err(errno(libc::EINVAL));
         }
+        // The position of a directory belongs to its listing.
+        if self.inodes.get(inode)?.is_directory() {
+            return Err(errno(libc::EINVAL));
+        }
         let handle = self.handles.get(handle, inode)?;
-        let _position = handle.position.lock().unwrap_or_else(PoisonError::into_inner);
-        sys::lseek(handle.fd(), offset, whence)
+        let _position = handle.listing.lock().unwrap_or_else(PoisonError::into_inner);
+        sys::lseek(handle.as_fd(), offset, whence)
     }
 }
 
 impl Share {
+    fn remove(&self, parent: &Arc<Inode>, name: &CStr, flags: i32) -> io::Result<()> {
+        let victim = sys::unlink(self.fd(parent)?.as_fd(), name, flags)?;
+        self.inodes.deleted(&victim, parent);
+        Ok(())
+    }
+
     /// The inode of a request about extended attributes.
     ///
     /// # Errors

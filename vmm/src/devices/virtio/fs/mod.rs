@@ -1,8 +1,10 @@
 //! virtio-fs (virtio 1.2, section 5.11): a host directory in the guest, FUSE requests over virtqueues.
 //!
-//! fuse-backend-rs decodes the messages ([`Server`](fuse_backend_rs::api::server::Server), its virtio-fs transport);
-//! the file system behind it is ours, `share::Share`. The crate's own `PassthroughFs` (0.14) is not used because the
-//! share is served inside the process that also holds KVM, the containerd socket and the agent's streams:
+//! Messages (`message`), operations (`server`) and the file system behind them (`share::Share`) are ours, over the types
+//! of fuse-backend-rs. The share is served inside the process that also holds KVM, the containerd socket and the agent's
+//! streams, and the crate's `Server` and `PassthroughFs` (0.14) trust their client more than that allows:
+//! - `Server` reads a request's header from memory the guest can still change, allocates what it says (IOCTL: up to
+//!   4 GiB), logs whole requests, and makes an enum of any number below 50;
 //! - an error of F_SETFL in its `read` and `write` closes a descriptor that the handle table still owns, and a guest
 //!   can cause that (open with O_PATH, then read), i.e. read and write whatever the number is used for next;
 //! - `..` is resolved, symbolic links are followed when a create request carries O_PATH;
@@ -14,13 +16,18 @@
 //! | `fs-<id>-0..n` | all queues, in parallel; own mount namespace with nothing in it, own umask and directory |
 
 mod credentials;
+mod descriptors;
 mod device;
 mod directory;
 mod filesystem;
 mod handle;
 mod inodes;
 mod jail;
+mod message;
 mod mounts;
+mod open_files;
+mod reach;
+mod server;
 mod share;
 mod state;
 mod sys;

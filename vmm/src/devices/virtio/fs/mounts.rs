@@ -11,6 +11,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use fuse_backend_rs::abi::fuse_abi::stat64;
 use fuse_backend_rs::api::filesystem::ROOT_ID;
 
+use super::sys;
+
 /// Most directories in one device.
 pub(super) const MAX_MOUNTS: usize = 1024;
 /// The mount that is the root of the device.
@@ -30,6 +32,8 @@ pub(super) struct Mount {
     pub(super) path: PathBuf,
     /// The guest may not change anything, whatever it asks for.
     pub(super) read_only: bool,
+    /// See [`Found::births`](super::inodes::Found::births).
+    pub(super) births: bool,
     root: OwnedFd,
     closed: AtomicBool,
 }
@@ -41,6 +45,7 @@ impl Mount {
             name,
             path,
             read_only,
+            births: !sys::changes_births(root.as_fd()).unwrap_or(true),
             root,
             closed: AtomicBool::new(false),
         }

@@ -1,35 +1,36 @@
 //! The shared directories as one FUSE file system: what it holds, and who may hold what.
 //!
-//! Confinement: every inode is an O_PATH descriptor, every request names at most one component below one, and no link
-//! is followed on the host ([`sys::open_child`]). Links are the guest's to resolve, inside its own tree. So there is no
-//! path to race with, and a directory moved out of the share by the host takes nothing but itself along. An inode
-//! belongs to the share it was reached through; requests that name two inodes must name two of the same share.
+//! Confinement: every request names at most one component below a directory, reached component by component from the
+//! share's own descriptor (`reach`), and no link is followed on the host ([`sys::open_child`]). Links are the guest's to
+//! resolve, inside its own tree. So there is no path to race with, and a directory moved out of the share by the host
+//! takes nothing but itself along. An inode belongs to the share it was reached through; requests that name two inodes
+//! must name two of the same share.
 
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
-use fuse_backend_rs::abi::fuse_abi::{OpenOptions, stat64};
+use fuse_backend_rs::abi::fuse_abi::{ATTR_SUBMOUNT, OpenOptions, stat64};
 use fuse_backend_rs::api::filesystem::{DirEntry, Entry, ROOT_ID};
 
 use super::credentials::KillPrivileges;
-use super::directory::Dirents;
-use super::inodes::{FdBudget, Handle, Handles, Inode, Inodes};
+use super::descriptors::{Descriptors, FdBudget, FdTicket};
+use super::directory::ReadAhead;
+use super::inodes::{Found, Inode, Inodes, Place};
 use super::mounts::{MAX_MOUNTS, Mount, Root};
-use super::sys::{self, errno};
+use super::open_files::{Handle, Handles};
+use super::sys::{self, Stat, errno};
 use crate::config::FsCache;
 
 /// Flags of open(2) the guest may choose. O_DIRECT is not among them (the guest's buffers and offsets need not be
 /// aligned, and the host's page cache is wanted), neither is anything that changes what is opened (O_PATH, O_TMPFILE).
 pub(super) const OPEN_FLAGS: i32 =
     libc::O_ACCMODE | libc::O_APPEND | libc::O_NONBLOCK | libc::O_DSYNC | libc::O_SYNC | libc::O_NOATIME;
-/// Directory entries read from the host at a time.
-const DIRENT_BUFFER: u32 = 32 << 10;
 
 /// How long the guest may believe what it knows, and what it may keep.
 #[derive(Debug, Clone, Copy)]
@@ -96,10 +97,14 @@ pub(super) struct Share {
     root: RwLock<Root>,
     pub(super) inodes: Inodes,
     pub(super) handles: Handles,
+    pub(super) descriptors: Descriptors,
+    read_ahead: ReadAhead,
     pub(super) policy: Policy,
     pub(super) options: Options,
     /// Agreed on with the guest: it may read through any handle, and appends by itself.
     writeback: AtomicBool,
+    /// Agreed on with the guest: it makes a mount of its own of each of the host's.
+    submounts: AtomicBool,
     pub(super) moved: Moved,
     /// `/proc/self/fd`, to open O_PATH descriptors again.
     pub(super) proc_fds: OwnedFd,
@@ -109,20 +114,21 @@ impl Share {
     /// `proc_fds` is an O_PATH descriptor of `/proc/self/fd`; the guest can make the share hold at most `fd_limit`
     /// descriptors.
     pub(super) fn new(root: Root, proc_fds: OwnedFd, options: Options, fd_limit: usize) -> io::Result<Self> {
-        let budget = FdBudget::new(fd_limit);
-        let inodes = Inodes::new(budget.clone());
+        let inodes = Inodes::new();
         if let Root::Directory(mount) = &root {
-            let fd = mount.root().try_clone_to_owned()?;
-            let stat = sys::stat(fd.as_fd())?;
-            inodes.insert(ROOT_ID, 1, fd, &stat, mount)?;
+            let stat = sys::stat(mount.root())?;
+            inodes.insert(ROOT_ID, 1, found_share(&stat, mount))?;
         }
         Ok(Self {
             root: RwLock::new(root),
             inodes,
-            handles: Handles::new(budget),
+            handles: Handles::default(),
+            descriptors: Descriptors::new(FdBudget::new(fd_limit)),
+            read_ahead: ReadAhead::default(),
             policy: Policy::new(options.cache),
             options,
             writeback: AtomicBool::new(false),
+            submounts: AtomicBool::new(false),
             moved: Moved::default(),
             proc_fds,
         })
@@ -174,7 +180,9 @@ impl Share {
             Ok(()) => {
                 names.remove(name);
                 drop(root);
-                self.inodes.remove_mount(&mount);
+                for id in self.inodes.remove_mount(&mount) {
+                    self.descriptors.forget(id);
+                }
                 Ok(())
             }
             Err(_) if lazy => {
@@ -189,7 +197,17 @@ impl Share {
     pub(super) fn forget_guest(&self) {
         self.handles.clear();
         self.inodes.clear();
+        self.descriptors.clear();
         self.set_writeback(false);
+        self.set_submounts(false);
+    }
+
+    pub(super) fn set_submounts(&self, on: bool) {
+        self.submounts.store(on, Ordering::SeqCst);
+    }
+
+    pub(super) fn submounts(&self) -> bool {
+        self.submounts.load(Ordering::SeqCst)
     }
 
     pub(super) fn set_writeback(&self, on: bool) {
@@ -205,34 +223,72 @@ impl Share {
         &self.proc_fds
     }
 
-    /// The entry of the file behind `fd`, with one reference more for the guest.
-    pub(super) fn entry(&self, fd: OwnedFd, mount: &Arc<Mount>) -> io::Result<Entry> {
-        let stat = sys::stat(fd.as_fd())?;
-        Ok(Entry {
-            inode: self.inodes.remember(fd, &stat, mount)?,
+    /// What the guest is told of `inode`, to which it has been given a reference.
+    fn entry(&self, inode: &Inode, stat: &Stat, submount: bool) -> Entry {
+        Entry {
+            inode: inode.id(),
             generation: 0,
-            attr: stat.attr,
-            attr_flags: 0,
+            attr: inode.shown(stat.attr),
+            attr_flags: if submount && self.submounts() {
+                ATTR_SUBMOUNT
+            } else {
+                0
+            },
             attr_timeout: self.policy.timeout,
             entry_timeout: self.policy.timeout,
-        })
+        }
     }
 
-    pub(super) fn find(&self, parent: &Inode, name: &CStr) -> io::Result<Entry> {
-        let fd = sys::open_child(parent.fd(), name, libc::O_PATH, 0)?;
-        self.entry(fd, parent.mount())
+    /// The entry of `name` in `parent`, whose descriptor is `directory`, with one reference more for the guest. `stat`
+    /// is what the name was found to be.
+    pub(super) fn child(
+        &self,
+        parent: &Inode,
+        directory: BorrowedFd,
+        name: &CStr,
+        stat: &Stat,
+    ) -> io::Result<Entry> {
+        let inode = self.remember(parent, directory, name, stat)?;
+        let submount = inode.is_directory() && inode.host_mount() != parent.host_mount();
+        Ok(self.entry(&inode, stat, submount))
+    }
+
+    /// As [`Self::child`], for whatever has the name.
+    pub(super) fn find_below(&self, parent: &Inode, directory: BorrowedFd, name: &CStr) -> io::Result<Entry> {
+        let stat = sys::stat_child(directory, name)?;
+        self.child(parent, directory, name, &stat)
+    }
+
+    pub(super) fn find(&self, parent: &Arc<Inode>, name: &CStr) -> io::Result<Entry> {
+        self.find_below(parent, self.fd(parent)?.as_fd(), name)
     }
 
     /// The entry of the root directory of `mount`. Its name is asked for each time, so that the guest notices when it is
     /// unmounted or is another directory.
     pub(super) fn mount_entry(&self, mount: &Arc<Mount>) -> io::Result<Entry> {
-        let mut entry = self.entry(mount.root().try_clone_to_owned()?, mount)?;
+        let stat = sys::stat(mount.root())?;
+        let inode = self.inodes.remember(found_share(&stat, mount))?;
+        let mut entry = self.entry(&inode, &stat, true);
         entry.entry_timeout = Duration::ZERO;
         Ok(entry)
     }
 
-    pub(super) fn reopen(&self, inode: &Inode, flags: i32) -> io::Result<File> {
-        sys::reopen(self.proc_fds.as_fd(), inode.fd(), flags)
+    /// The guest gives references to an inode back.
+    pub(super) fn forget_inode(&self, id: u64, count: u64) {
+        if self.inodes.forget(id, count) {
+            self.descriptors.forget(id);
+        }
+    }
+
+    /// Opens a known file with other flags.
+    pub(super) fn reopen(&self, inode: &Arc<Inode>, flags: i32) -> io::Result<File> {
+        sys::reopen(self.proc_fds.as_fd(), self.fd(inode)?.as_fd(), flags)
+    }
+
+    /// A handle of `inode` for `file`, which is open for the guest.
+    pub(super) fn add_handle(&self, inode: &Inode, file: File, ticket: FdTicket) -> io::Result<u64> {
+        let handle = Handle::new(inode.id(), inode.mount(), file, ticket);
+        self.handles.add(handle)
     }
 
     /// The flags to open a file with when the guest asks for `flags`.
@@ -249,7 +305,12 @@ impl Share {
     }
 
     /// Opens a regular file. Devices, FIFOs and sockets are the guest's own: opening one here would reach the host's.
-    pub(super) fn open_file(&self, inode: &Inode, flags: u32, kill_privileges: bool) -> io::Result<File> {
+    pub(super) fn open_file(
+        &self,
+        inode: &Arc<Inode>,
+        flags: u32,
+        kill_privileges: bool,
+    ) -> io::Result<File> {
         let flags = flags.cast_signed();
         match inode.file_type() {
             libc::S_IFREG => {}
@@ -272,49 +333,37 @@ impl Share {
 
     pub(super) fn attributes(
         &self,
-        inode: &Inode,
+        inode: &Arc<Inode>,
         handle: Option<&Handle>,
     ) -> io::Result<(stat64, Duration)> {
-        let fd = handle.map_or_else(|| inode.fd(), Handle::fd);
-        Ok((sys::stat(fd)?.attr, self.policy.timeout))
+        let stat = match handle {
+            Some(handle) => sys::stat(handle.as_fd())?,
+            None => self.stat(inode)?,
+        };
+        Ok((inode.shown(stat.attr), self.policy.timeout))
     }
 
     pub(super) fn handle(&self, handle: Option<u64>, inode: u64) -> io::Result<Option<Arc<Handle>>> {
         handle.map(|handle| self.handles.get(handle, inode)).transpose()
     }
 
-    /// Gives the directory's entries from `offset` on to `add` until it wants no more, or `size` bytes' worth is read.
-    /// `add` says whether it took the entry.
+    /// Gives the directory's entries from `offset` on to `add`, which says whether it took the entry.
     pub(super) fn read_directory(
         &self,
         handle: &Handle,
-        size: u32,
         offset: u64,
         add: &mut dyn FnMut(DirEntry, &CStr) -> io::Result<bool>,
     ) -> io::Result<()> {
-        let mut buffer = vec![0; size.min(DIRENT_BUFFER) as usize];
-        let len = {
-            let _position = handle.position.lock().unwrap_or_else(PoisonError::into_inner);
-            sys::lseek(handle.fd(), offset, libc::SEEK_SET)?;
-            sys::getdents(handle.fd(), &mut buffer)?
-        };
-        buffer.truncate(len);
-        for (taken, dirent) in Dirents(&buffer).enumerate() {
+        let mut listing = handle.listing.lock().unwrap_or_else(PoisonError::into_inner);
+        listing.read(handle.as_fd(), offset, &self.read_ahead, |dirent| {
             let entry = DirEntry {
                 ino: dirent.inode,
                 offset: dirent.offset,
                 type_: dirent.file_type.into(),
                 name: dirent.name.to_bytes(),
             };
-            match add(entry, dirent.name) {
-                Ok(true) => {}
-                Ok(false) => break,
-                // Entries already taken must reach the guest, which counts their references.
-                Err(error) if taken == 0 => return Err(error),
-                Err(_) => break,
-            }
-        }
-        Ok(())
+            add(entry, dirent.name)
+        })
     }
 
     /// Gives the root's own listing after `offset` to `add`, with the mount of each name.
@@ -343,9 +392,15 @@ impl Share {
     pub(super) fn is_names(&self, inode: u64) -> bool {
         inode == ROOT_ID && matches!(&*self.root(), Root::Names(_))
     }
+}
 
-    /// An O_PATH descriptor of the file `fd` has open.
-    pub(super) fn proc_path(&self, fd: &OwnedFd) -> io::Result<OwnedFd> {
-        Ok(sys::reopen(self.proc_fds.as_fd(), fd.as_fd(), libc::O_PATH)?.into())
+/// The directory of `mount` itself.
+fn found_share<'a>(stat: &'a Stat, mount: &'a Arc<Mount>) -> Found<'a> {
+    Found {
+        stat,
+        mount,
+        births: mount.births,
+        foreign: false,
+        place: Place::Share,
     }
 }

@@ -1,6 +1,6 @@
 //! What the guest holds, in a form that another process can take up.
 //!
-//! Descriptors cannot be saved, so an inode is saved as its path below its share and as what identifies the file, and is
+//! An inode is saved as its path below its share and as what identifies the file, and is
 //! looked up again in the same confined way as the guest would. It must be the same file: the guest goes on with its
 //! cached pages and open files. What cannot be found again is refused by name, when it is saved as far as possible:
 //!
@@ -22,8 +22,9 @@ use fuse_backend_rs::api::filesystem::ROOT_ID;
 use serde::{Deserialize, Serialize};
 
 use super::device::open_directory;
-use super::inodes::Inode;
+use super::inodes::{Found, Inode, Place};
 use super::mounts::{MAX_MOUNTS, Mount, Names, ROOT_MOUNT, Root};
+use super::open_files::Handle;
 use super::share::{OPEN_FLAGS, Share};
 use super::sys::{self, Stat};
 use crate::config::{FsCache, FsConfig, FsRoot, SharedDir, check_share_name};
@@ -41,6 +42,7 @@ pub(super) struct FsState {
 struct ShareState {
     /// Agreed on with the guest.
     writeback: bool,
+    submounts: bool,
     mounts: Vec<MountState>,
     last_mount: u64,
     inodes: Vec<InodeState>,
@@ -179,13 +181,13 @@ pub(super) fn save(device: &str, share: &Share, limiter: RateLimiterState) -> Re
     let (known, last_inode) = share.inodes.all();
     let mut inodes = Vec::new();
     for mount in &mounts {
-        let of_mount = known.iter().filter(|(_, _, inode)| inode.mount().id == mount.id);
+        let of_mount = known.iter().filter(|inode| inode.mount().id == mount.id);
         inodes.extend(save_inodes(share, mount, of_mount, &open).map_err(unsupported)?);
     }
     let gone = known
         .iter()
-        .find(|(_, _, inode)| mounts.iter().all(|m| m.id != inode.mount().id));
-    if let Some((_, _, inode)) = gone {
+        .find(|inode| mounts.iter().all(|m| m.id != inode.mount().id));
+    if let Some(inode) = gone {
         let mount = inode.mount();
         return Err(unsupported(format!(
             "{:?} was unmounted while files of it were open and the guest still holds some of them: close them first",
@@ -193,7 +195,7 @@ pub(super) fn save(device: &str, share: &Share, limiter: RateLimiterState) -> Re
         )));
     }
     let handles = handles.iter().map(|(id, handle)| {
-        let flags = sys::open_flags(handle.fd())? & (OPEN_FLAGS | libc::O_DIRECTORY);
+        let flags = sys::open_flags(handle.as_fd())? & (OPEN_FLAGS | libc::O_DIRECTORY);
         Ok(HandleState {
             id: *id,
             inode: handle.inode(),
@@ -213,6 +215,7 @@ pub(super) fn save(device: &str, share: &Share, limiter: RateLimiterState) -> Re
         limiter,
         share: ShareState {
             writeback: share.writeback(),
+            submounts: share.submounts(),
             mounts: mounts.collect(),
             last_mount,
             inodes,
@@ -223,40 +226,55 @@ pub(super) fn save(device: &str, share: &Share, limiter: RateLimiterState) -> Re
     })
 }
 
+/// Where `inode` is as seen from the root of the worker threads: what the kernel says of a descriptor, else its names.
+fn path_of(share: &Share, root: &[u8], inode: &Arc<Inode>) -> io::Result<Vec<u8>> {
+    if let Some(fd) = share.fd_at_hand(inode) {
+        return sys::path_of(share.proc_fds.as_fd(), fd.as_fd());
+    }
+    Ok(match share.path(inode)? {
+        path if path.is_empty() => root.to_vec(),
+        path => [root.strip_suffix(b"/").unwrap_or(root), b"/", &path].concat(),
+    })
+}
+
 fn save_inodes<'a>(
     share: &Share,
     mount: &Mount,
-    inodes: impl Iterator<Item = &'a (u64, u64, Arc<Inode>)>,
+    inodes: impl Iterator<Item = &'a Arc<Inode>>,
     open: &HashMap<u64, usize>,
 ) -> Result<Vec<InodeState>, String> {
-    let proc_fds = share.proc_fds.as_fd();
-    let root = sys::path_of(proc_fds, mount.root()).map_err(|e| format!("{:?}: {e}", mount.path))?;
+    let failed = |error: io::Error| format!("{:?}: {error}", mount.path);
+    let root = sys::path_of(share.proc_fds.as_fd(), mount.root()).map_err(failed)?;
     let mut paths = Vec::new();
-    for (id, lookups, inode) in inodes {
-        let path = sys::path_of(proc_fds, inode.fd()).map_err(|e| format!("{:?}: {e}", mount.path))?;
-        paths.push((path, *id, *lookups, inode));
+    for inode in inodes {
+        match path_of(share, &root, inode) {
+            Ok(path) => paths.push((path, inode)),
+            // Nothing leads to it any more; it is not open.
+            Err(error) if error.raw_os_error() == Some(libc::ESTALE) => {}
+            Err(error) => return Err(failed(error)),
+        }
     }
     paths.sort_by(|a, b| a.0.cmp(&b.0));
     let mut walk = Walk::new(mount.root());
     let mut saved = Vec::new();
-    for (path, id, lookups, inode) in paths {
-        // The path is what the kernel says; whether it leads to the inode is tried.
-        let (identity, stat) = Identity::of(inode.fd()).map_err(|e| format!("{}: {e}", lossy(&path)))?;
-        let found = below(&root, &path).filter(|path| {
-            walk.open(path)
-                .and_then(|fd| sys::stat(fd.as_fd()))
-                .is_ok_and(|found| same(&found, &stat))
+    for (path, inode) in paths {
+        // The path is what the kernel or the guest says; whether it leads to the inode is tried.
+        let found = below(&root, &path).and_then(|below| {
+            let fd = walk.open(below).ok()?;
+            let (identity, stat) = Identity::of(fd.as_fd()).ok()?;
+            inode.check(&stat).ok()?;
+            Some((below.to_vec(), identity))
         });
-        match (found, open.get(&id)) {
-            (Some(path), _) => saved.push(InodeState {
-                id,
-                lookups,
+        match (found, open.get(&inode.id())) {
+            (Some((path, identity)), _) => saved.push(InodeState {
+                id: inode.id(),
+                lookups: inode.lookups(),
                 mount: mount.id,
-                path: path.to_vec(),
+                path,
                 identity,
             }),
             (None, None) => {
-                tracing::debug!(path = %lossy(&path), "fs: the guest knows a file without a name, left out");
+                guest_log!(DEBUG, path = %lossy(&path), "fs: the guest knows a file without a name, left out");
             }
             (None, Some(count)) => {
                 return Err(format!(
@@ -267,11 +285,6 @@ fn save_inodes<'a>(
         }
     }
     Ok(saved)
-}
-
-fn same(one: &Stat, other: &Stat) -> bool {
-    let file = |stat: &Stat| (stat.attr.st_dev, stat.attr.st_ino, stat.mount);
-    file(one) == file(other)
 }
 
 fn lossy(path: &[u8]) -> String {
@@ -298,13 +311,23 @@ pub(super) fn restore(config: &FsConfig, share: &Share, state: FsState) -> Resul
     let state = state.share;
     let mounts = restore_mounts(config, share, &state).map_err(invalid)?;
     let content_matters = content_matters(config.cache, state.writeback);
-    restore_inodes(share, &mounts, state.inodes, content_matters).map_err(invalid)?;
-    for handle in &state.handles {
-        restore_handle(share, handle).map_err(invalid)?;
+    let mut handles: HashMap<u64, Vec<HandleState>> = HashMap::new();
+    for handle in state.handles {
+        handles.entry(handle.inode).or_default().push(handle);
+    }
+    restore_inodes(share, &mounts, state.inodes, &mut handles, content_matters).map_err(invalid)?;
+    // Of the root, which has not been saved; any other one is of an inode that is missing.
+    for handle in handles.values().flatten() {
+        let failed =
+            |e: io::Error| invalid(format!("open file {} of inode {}: {e}", handle.id, handle.inode));
+        let inode = share.inodes.get(handle.inode).map_err(failed)?;
+        let fd = share.fd(&inode).map_err(failed)?;
+        restore_handle(share, &inode, fd.as_fd(), handle).map_err(failed)?;
     }
     share.inodes.set_last_id(state.last_inode);
     share.handles.set_last_id(state.last_handle);
     share.set_writeback(state.writeback);
+    share.set_submounts(state.submounts);
     Ok(())
 }
 
@@ -353,59 +376,98 @@ fn restore_inodes(
     share: &Share,
     mounts: &Mounts,
     mut inodes: Vec<InodeState>,
+    handles: &mut HashMap<u64, Vec<HandleState>>,
     content_matters: bool,
 ) -> Result<(), String> {
     // Sorted again: the file is not trusted, and the walk is quick only for neighbours.
     inodes.sort_by(|a, b| (a.mount, &a.path).cmp(&(b.mount, &b.path)));
     let mut walk: Option<(u64, Walk)> = None;
-    for inode in &inodes {
+    // Directories come before what is in them.
+    let mut places: HashMap<(u64, &[u8]), Arc<Inode>> = HashMap::new();
+    if let Ok(root) = share.inodes.get(ROOT_ID) {
+        places.insert((ROOT_MOUNT, b""), root);
+    }
+    for state in &inodes {
         let missing = || {
             format!(
                 "inode {} is of share {}, which there is not",
-                inode.id, inode.mount
+                state.id, state.mount
             )
         };
-        let mount = mounts.get(&inode.mount).ok_or_else(missing)?;
-        if inode.id <= ROOT_ID || inode.lookups == 0 {
-            return Err(format!("inode {} with {} references", inode.id, inode.lookups));
+        let mount = mounts.get(&state.mount).ok_or_else(missing)?;
+        if state.id <= ROOT_ID || state.lookups == 0 {
+            return Err(format!("inode {} with {} references", state.id, state.lookups));
         }
-        if walk.as_ref().is_none_or(|(of, _)| *of != inode.mount) {
-            walk = Some((inode.mount, Walk::new(mount.root())));
+        if walk.as_ref().is_none_or(|(of, _)| *of != state.mount) {
+            walk = Some((state.mount, Walk::new(mount.root())));
         }
-        let path = shown(mount, &inode.path);
+        let path = shown(mount, &state.path);
         let failed = |e: io::Error| format!("{path:?}: {e}: the guest knows this file and needs it");
         let Some((_, walk)) = &mut walk else { continue };
-        let fd = walk.open(&inode.path).map_err(failed)?;
+        let fd = walk.open(&state.path).map_err(failed)?;
         let (identity, stat) = Identity::of(fd.as_fd()).map_err(failed)?;
-        if let Some(what) = inode.identity.difference(&identity, content_matters) {
+        if let Some(what) = state.identity.difference(&identity, content_matters) {
             return Err(format!(
                 "{path:?} is {what}: the guest knows it as it was when the state was saved"
             ));
         }
-        share
+        let (directory, name) = split(&state.path);
+        let parent = places.get(&(state.mount, directory));
+        let crossed = parent.is_some_and(|parent| parent.host_mount() != stat.mount);
+        let found = Found {
+            stat: &stat,
+            mount,
+            births: !sys::changes_births(fd.as_fd()).map_err(failed)?,
+            foreign: crossed && stat.attr.st_mode & libc::S_IFMT != libc::S_IFDIR,
+            place: place(&state.path, parent, name),
+        };
+        let inode = share
             .inodes
-            .insert(inode.id, inode.lookups, fd, &stat, mount)
+            .insert(state.id, state.lookups, found)
             .map_err(failed)?;
+        for handle in handles.remove(&state.id).iter().flatten() {
+            restore_handle(share, &inode, fd.as_fd(), handle).map_err(failed)?;
+        }
+        places.insert((state.mount, &state.path), inode);
     }
     Ok(())
 }
 
-fn restore_handle(share: &Share, handle: &HandleState) -> Result<(), String> {
-    let failed = |e: io::Error| format!("open file {} of inode {}: {e}", handle.id, handle.inode);
-    let inode = share.inodes.get(handle.inode).map_err(failed)?;
+/// The directory and the last name of a path.
+fn split(path: &[u8]) -> (&[u8], &[u8]) {
+    match path.iter().rposition(|byte| *byte == b'/') {
+        Some(at) => (
+            path.get(..at).unwrap_or_default(),
+            path.get(at + 1..).unwrap_or_default(),
+        ),
+        None => (b"", path),
+    }
+}
+
+fn place(path: &[u8], parent: Option<&Arc<Inode>>, name: &[u8]) -> Place {
+    match (path, parent, CString::new(name)) {
+        ([], ..) => Place::Share,
+        (_, Some(parent), Ok(name)) => Place::Name {
+            parent: parent.id(),
+            name,
+        },
+        _ => Place::Unknown,
+    }
+}
+
+fn restore_handle(share: &Share, inode: &Inode, fd: BorrowedFd, handle: &HandleState) -> io::Result<()> {
     let flags = match inode.file_type() {
         libc::S_IFDIR => libc::O_RDONLY | libc::O_DIRECTORY,
         libc::S_IFREG => handle.flags & OPEN_FLAGS,
-        _ => return Err(failed(io::ErrorKind::InvalidInput.into())),
+        _ => return Err(io::ErrorKind::InvalidInput.into()),
     };
     if flags & libc::O_ACCMODE != libc::O_RDONLY {
-        inode.check_writable().map_err(failed)?;
+        inode.check_writable()?;
     }
-    let file = share.reopen(&inode, flags).map_err(failed)?;
-    share
-        .handles
-        .insert(handle.id, handle.inode, inode.mount(), file)
-        .map_err(failed)
+    let ticket = share.descriptors.ticket()?;
+    let file = sys::reopen(share.proc_fds.as_fd(), fd, flags)?;
+    let file = Handle::new(inode.id(), inode.mount(), file, ticket);
+    share.handles.insert(handle.id, file)
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use fuse_backend_rs::abi::fuse_abi::{stat64, statvfs64};
 
 /// What `statx` says about a file, in one call.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Stat {
     /// The attributes.
     pub(super) attr: stat64,
@@ -86,18 +86,21 @@ pub(super) fn reopen(proc_fds: BorrowedFd, fd: BorrowedFd, flags: i32) -> io::Re
 }
 
 pub(super) fn stat(fd: BorrowedFd) -> io::Result<Stat> {
+    statx(fd, c"", libc::AT_EMPTY_PATH).map(|(stat, _)| stat)
+}
+
+/// What `name` in `dir` is, without opening it. Leaves `dir` no more than [`open_child`] does.
+pub(super) fn stat_child(dir: BorrowedFd, name: &CStr) -> io::Result<Stat> {
+    let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
+    statx(dir, check_name(name)?, flags).map(|(stat, _)| stat)
+}
+
+/// With STATX_ATTR_*.
+fn statx(dir: BorrowedFd, name: &CStr, flags: i32) -> io::Result<(Stat, u64)> {
     let mut out = MaybeUninit::<libc::statx>::zeroed();
     let mask = libc::STATX_BASIC_STATS | libc::STATX_BTIME | libc::STATX_MNT_ID;
-    // SAFETY: the path is a constant, `out` has room for the answer.
-    check(unsafe {
-        libc::statx(
-            fd.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            mask,
-            out.as_mut_ptr(),
-        )
-    })?;
+    // SAFETY: `name` is valid during the call, `out` has room for the answer.
+    check(unsafe { libc::statx(dir.as_raw_fd(), name.as_ptr(), flags, mask, out.as_mut_ptr()) })?;
     // SAFETY: the kernel filled it, and zero is valid for every field anyway.
     let x = unsafe { out.assume_init() };
     // SAFETY: zero is valid for every field.
@@ -115,11 +118,28 @@ pub(super) fn stat(fd: BorrowedFd) -> io::Result<Stat> {
     (attr.st_atime, attr.st_atime_nsec) = (x.stx_atime.tv_sec, x.stx_atime.tv_nsec.into());
     (attr.st_mtime, attr.st_mtime_nsec) = (x.stx_mtime.tv_sec, x.stx_mtime.tv_nsec.into());
     (attr.st_ctime, attr.st_ctime_nsec) = (x.stx_ctime.tv_sec, x.stx_ctime.tv_nsec.into());
-    Ok(Stat {
+    let stat = Stat {
         attr,
         birth: (x.stx_mask & libc::STATX_BTIME != 0).then_some((x.stx_btime.tv_sec, x.stx_btime.tv_nsec)),
         mount: x.stx_mnt_id,
-    })
+    };
+    Ok((stat, x.stx_attributes))
+}
+
+/// Whether the file system gives a file another time of birth while it is the same file: overlayfs does when it copies a
+/// file up.
+pub(super) fn changes_births(fd: BorrowedFd) -> io::Result<bool> {
+    let mut out = MaybeUninit::<libc::statfs64>::zeroed();
+    // SAFETY: `out` has room for the answer.
+    check(unsafe { libc::fstatfs64(fd.as_raw_fd(), out.as_mut_ptr()) })?;
+    // SAFETY: the kernel filled it, and zero is valid for every field anyway.
+    Ok(unsafe { out.assume_init() }.f_type == libc::OVERLAYFS_SUPER_MAGIC)
+}
+
+/// Writes the whole file system back that `fd`, which is not O_PATH, is in.
+pub(super) fn syncfs(fd: BorrowedFd) -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    check(unsafe { libc::syncfs(fd.as_raw_fd()) })
 }
 
 /// Largest handle there is (MAX_HANDLE_SZ).
@@ -205,45 +225,43 @@ pub(super) fn link(file: BorrowedFd, dir: BorrowedFd, name: &CStr) -> io::Result
     check(unsafe { libc::linkat(old, c"".as_ptr(), new, name.as_ptr(), libc::AT_EMPTY_PATH) })
 }
 
-/// EBUSY when `name` is where the host mounted something. The kernel itself protects mount points of the caller's mount
-/// namespace only, and takes mounts of others away together with their directory. The threads of the share have a
-/// namespace of their own.
-fn refuse_mount_point(dir: BorrowedFd, name: &CStr) -> io::Result<()> {
-    let mut out = MaybeUninit::<libc::statx>::zeroed();
+/// What `name` is; EBUSY when it is where the host mounted something. The kernel itself protects mount points of the
+/// caller's mount namespace only, and takes mounts of others away together with their directory. The threads of the
+/// share have a namespace of their own.
+fn refuse_mount_point(dir: BorrowedFd, name: &CStr) -> io::Result<Stat> {
     let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
-    // SAFETY: `name` is valid during the call, `out` has room for the answer.
-    check(unsafe {
-        libc::statx(
-            dir.as_raw_fd(),
-            name.as_ptr(),
-            flags,
-            libc::STATX_TYPE,
-            out.as_mut_ptr(),
-        )
-    })?;
-    // SAFETY: the kernel filled it, and zero is valid for every field anyway.
-    let attributes = unsafe { out.assume_init() }.stx_attributes;
+    let (stat, attributes) = statx(dir, name, flags)?;
     if attributes & libc::STATX_ATTR_MOUNT_ROOT as u64 == 0 {
-        Ok(())
+        Ok(stat)
     } else {
         Err(errno(libc::EBUSY))
     }
 }
 
-pub(super) fn unlink(dir: BorrowedFd, name: &CStr, flags: i32) -> io::Result<()> {
+/// Returns what was removed.
+pub(super) fn unlink(dir: BorrowedFd, name: &CStr, flags: i32) -> io::Result<Stat> {
     let name = check_name(name)?;
-    refuse_mount_point(dir, name)?;
+    let victim = refuse_mount_point(dir, name)?;
     // SAFETY: `name` is valid during the call.
-    check(unsafe { libc::unlinkat(dir.as_raw_fd(), name.as_ptr(), flags) })
+    check(unsafe { libc::unlinkat(dir.as_raw_fd(), name.as_ptr(), flags) })?;
+    Ok(victim)
 }
 
-pub(super) fn rename(from: BorrowedFd, old: &CStr, to: BorrowedFd, new: &CStr, flags: u32) -> io::Result<()> {
+/// Returns what had the old name and what had the new one.
+pub(super) fn rename(
+    from: BorrowedFd,
+    old: &CStr,
+    to: BorrowedFd,
+    new: &CStr,
+    flags: u32,
+) -> io::Result<(Stat, Option<Stat>)> {
     let (old, new) = (check_name(old)?, check_name(new)?);
-    refuse_mount_point(from, old)?;
-    match refuse_mount_point(to, new) {
-        Err(error) if error.raw_os_error() != Some(libc::ENOENT) => return Err(error),
-        _ => {}
-    }
+    let moved = refuse_mount_point(from, old)?;
+    let replaced = match refuse_mount_point(to, new) {
+        Ok(stat) => Some(stat),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => None,
+        Err(error) => return Err(error),
+    };
     // SAFETY: both strings are valid during the call.
     check(unsafe {
         libc::renameat2(
@@ -253,7 +271,8 @@ pub(super) fn rename(from: BorrowedFd, old: &CStr, to: BorrowedFd, new: &CStr, f
             new.as_ptr(),
             flags,
         )
-    })
+    })?;
+    Ok((moved, replaced))
 }
 
 pub(super) fn readlink(fd: BorrowedFd) -> io::Result<Vec<u8>> {

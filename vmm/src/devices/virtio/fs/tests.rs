@@ -1,5 +1,6 @@
 //! A FUSE client over the fake ring: what a malicious or ordinary guest kernel can send.
 
+mod bounds;
 mod client;
 mod confinement;
 mod files;

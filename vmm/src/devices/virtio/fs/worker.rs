@@ -11,14 +11,15 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
-use fuse_backend_rs::api::server::Server;
-use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use virtio_queue::DescriptorChain;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::jail;
+use super::message::MAX_DESCRIPTORS;
+use super::server::Served;
 use super::share::Share;
+use super::{jail, server};
+use crate::devices::virtio::chain::Chain;
 use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
@@ -35,7 +36,6 @@ type Thread = JoinHandle<()>;
 /// What outlives the threads, from one activation to the next.
 pub(super) struct Service {
     pub(super) share: Arc<Share>,
-    server: Server<Arc<Share>>,
     pub(super) limiter: Mutex<RateLimiter>,
     pub(super) requests: AtomicU64,
     pub(super) malformed: AtomicU64,
@@ -43,10 +43,8 @@ pub(super) struct Service {
 
 impl Service {
     pub(super) fn new(share: Share, limiter: RateLimiter) -> Self {
-        let share = Arc::new(share);
         Self {
-            server: Server::new(share.clone()),
-            share,
+            share: Arc::new(share),
             limiter: Mutex::new(limiter),
             requests: AtomicU64::new(0),
             malformed: AtomicU64::new(0),
@@ -98,7 +96,7 @@ impl FsWorkers {
         queues: Vec<ServedQueue>,
         memory: Arc<GuestMemory>,
     ) -> io::Result<Self> {
-        let stop = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let stop = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let epoll = Epoll::new()?;
         // Level-triggered and never read: every thread sees it.
         epoll.ctl(
@@ -149,11 +147,11 @@ impl FsWorkers {
     pub(super) fn stop(self) -> Vec<QueuePosition> {
         self.pool.stopping.store(true, Ordering::SeqCst);
         if let Err(error) = self.stop.write(1) {
-            tracing::error!(%error, "fs: cannot wake the workers to stop them");
+            guest_log!(ERROR, %error, "fs: cannot wake the workers to stop them");
         }
         for thread in self.threads {
             if thread.join().is_err() {
-                tracing::error!("fs: a worker panicked");
+                guest_log!(ERROR, "fs: a worker panicked");
             }
         }
         self.pool
@@ -193,7 +191,7 @@ impl Pool {
                 Ok(_) => self.serve(usize::try_from(events[0].data()).unwrap_or(usize::MAX)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    tracing::error!(device = %self.id, %error, "fs: epoll failed, worker ends");
+                    guest_log!(ERROR, device = %self.id, %error, "fs: epoll failed, worker ends");
                     return;
                 }
             }
@@ -256,31 +254,20 @@ impl Pool {
     fn handle(&self, chain: DescriptorChain<&GuestMemory>) -> (u64, u32) {
         self.service.requests.fetch_add(1, Ordering::Relaxed);
         let malformed = || self.service.malformed.fetch_add(1, Ordering::Relaxed);
-        let reader = match Reader::from_descriptor_chain(&*self.memory, chain.clone()) {
-            Ok(reader) => reader,
+        let chain = match Chain::parse(&self.memory, chain, MAX_DESCRIPTORS) {
+            Ok(chain) => chain,
             Err(error) => {
-                tracing::debug!(device = %self.id, ?error, "fs: unreadable request");
+                guest_log!(DEBUG, device = %self.id, %error, "fs: chain dropped");
                 malformed();
                 return (0, 0);
             }
         };
-        let writer = match VirtioFsWriter::new(&*self.memory, chain) {
-            Ok(writer) => Writer::VirtioFs(writer),
-            Err(error) => {
-                tracing::debug!(device = %self.id, ?error, "fs: no room for an answer");
-                malformed();
-                return (0, 0);
-            }
-        };
-        let read = reader.available_bytes() as u64;
-        match self.service.server.handle_message(reader, writer, None, None) {
-            Ok(written) => (read, u32::try_from(written).unwrap_or(u32::MAX)),
-            Err(error) => {
-                tracing::debug!(device = %self.id, %error, "fs: malformed request");
-                malformed();
-                (read, 0)
-            }
+        let Served { written, error } = server::serve(&self.service.share, &self.memory, &chain);
+        if let Some(error) = error {
+            guest_log!(DEBUG, device = %self.id, %error, "fs: malformed request");
+            malformed();
         }
+        (chain.readable.len(), written)
     }
 }
 

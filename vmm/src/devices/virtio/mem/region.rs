@@ -172,7 +172,7 @@ impl Region {
                 Response::Ack
             }
             Err(error) => {
-                tracing::warn!(%error, "mem: cannot plug memory, the driver tries again");
+                guest_log!(WARN, %error, "mem: cannot plug memory, the driver tries again");
                 Response::Busy
             }
         }
@@ -222,14 +222,14 @@ impl Region {
         let (offset, len) = (range.start * BLOCK_SIZE, (range.end - range.start) * BLOCK_SIZE);
         if let Err(error) = self.window.discard(offset, len) {
             // The guest gave it up; it stays resident until it is plugged and unplugged again.
-            tracing::warn!(%error, "mem: unplugged memory is not freed");
+            guest_log!(WARN, %error, "mem: unplugged memory is not freed");
         }
     }
 
     fn hide_chunk(&self, offset: u64) {
         if let Err(error) = self.window.unplug(offset) {
             // It stays visible, which costs nothing, and is found plugged the next time.
-            tracing::warn!(%error, "mem: memslot not removed");
+            guest_log!(WARN, %error, "mem: memslot not removed");
         }
     }
 }

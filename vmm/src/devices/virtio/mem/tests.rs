@@ -6,9 +6,10 @@ use super::device::UNPLUGGED_INACCESSIBLE;
 use super::*;
 use crate::devices::virtio::test_resume::{activate_at, config};
 use crate::devices::virtio::test_ring::{
-    BUFFERS, Buf, PATIENCE, TestGuest, TestRing, survive_malformed_chains,
+    BUFFERS, Buf, PATIENCE, TestGuest, TestRing, flood, survive_malformed_chains,
 };
 use crate::devices::virtio::{CHAIN_FEATURES, INTERRUPT_CONFIG, VirtioDevice};
+use crate::guest_log::recorder::assert_limited;
 use crate::memory::layout::WINDOW_ALIGN;
 use crate::memory::window::Windows;
 use crate::memory::window::fake::{FakeMemslots, windows};
@@ -198,6 +199,7 @@ fn unplug_when_the_last_block_of_a_chunk_goes_hides_it_and_frees_memory() {
 fn chains_when_malformed_or_too_short_are_returned_without_effect() {
     let mut driver = Driver::new();
     survive_malformed_chains(&mut driver.rings[0]);
+    assert_limited(&["mem: chain dropped"], 300, || flood(&mut driver.rings[0], 300));
     driver.target(8 * MIB);
     for (readable, writable) in [(24, 9), (23, 10), (0, 10), (24, 0)] {
         let mut request = [0; 24];

@@ -107,7 +107,7 @@ fn answer(
             return 0;
         }
         Err(error) => {
-            tracing::debug!(%error, "mem: chain dropped");
+            guest_log!(DEBUG, %error, "mem: chain dropped");
             counters.invalid.fetch_add(1, Ordering::Relaxed);
             return 0;
         }
@@ -122,7 +122,7 @@ fn answer(
         }),
         None => Response::Error,
     };
-    tracing::debug!(?request, ?response, "mem");
+    guest_log!(DEBUG, ?request, ?response, "mem");
     let counter = match response {
         Response::Ack | Response::State(_) => &counters.acknowledged,
         Response::Nack | Response::Busy => &counters.refused,

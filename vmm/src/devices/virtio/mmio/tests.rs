@@ -6,6 +6,7 @@ use super::*;
 use crate::devices::virtio::ActivateError;
 use crate::devices::virtio::registers::Registers;
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
+use crate::guest_log::recorder::assert_limited;
 use crate::memory::allocate;
 use crate::memory::layout::MemoryLayout;
 
@@ -385,4 +386,60 @@ fn restore_when_the_state_is_impossible_is_refused() {
         assert!(matches!(result, Err(StateError::Invalid { .. })), "{what}");
     }
     assert!(Driver::new().transport.restore(good, &[1]).is_err());
+}
+
+#[test]
+fn writes_when_they_flood_the_log_are_told_of_a_few_times() {
+    let mut driver = Driver::new();
+    let messages = [
+        "virtio-mmio: register width ignored",
+        "virtio-mmio: driver cleared status bits, ignored",
+        "virtio-mmio: features refused",
+        "virtio-mmio: device needs reset",
+    ];
+    assert_limited(&messages, 300, || {
+        for _ in 0..300 {
+            driver.transport.write(STATUS, &[1, 2, 3]);
+            driver.write(STATUS, 0);
+            driver.write(STATUS, 3);
+            driver.write(STATUS, 2);
+            driver.features(0);
+            driver.write(STATUS, 11);
+            driver.features(OFFERED);
+            driver.write(STATUS, 11);
+            // A ring of which only the last entries are missing.
+            driver.write(0x30, 0);
+            driver.write(0x38, 16);
+            driver.write(0x80, (64 << 20) - 16);
+            driver.write(0x44, 1);
+            driver.write(STATUS, 15);
+        }
+    });
+}
+
+#[test]
+fn ring_when_it_ends_with_memory_is_accepted() {
+    let end = 64 << 20;
+    // The last address each part of a queue of 16 may have.
+    for (register, last, step) in [(0x80, end - 256, 16), (0x90, end - 38, 2), (0xa0, end - 136, 4)] {
+        for (address, accepted) in [(last, true), (last + step, false)] {
+            let mut driver = Driver::new();
+            driver.write(STATUS, 1);
+            driver.write(STATUS, 3);
+            driver.features(OFFERED);
+            driver.write(STATUS, 11);
+            driver.write(0x30, 0);
+            driver.write(0x38, 16);
+            for (register, usual) in [(0x80, 0x1000), (0x90, 0x2000), (0xa0, 0x3000)] {
+                driver.write(register, usual);
+            }
+            driver.write(register, address);
+            driver.write(0x44, 1);
+            assert_eq!(
+                driver.write(STATUS, 15) & 0x40 == 0,
+                accepted,
+                "{register:#x}: {address:#x}"
+            );
+        }
+    }
 }

@@ -7,48 +7,54 @@ use virtio_queue::DescriptorChain;
 
 use super::counters::Counters;
 use crate::devices::virtio::chain::Chain;
+use crate::devices::virtio::served_queue::ServedQueue;
 use crate::memory::GuestMemory;
 
 /// Commands per turn.
 pub(super) const BUDGET: usize = 4;
 
-/// Serves one command: `set_pairs` puts a number of queue pairs in force that was checked against `max_pairs`, and says
-/// whether it worked. Returns the bytes written.
-pub(super) fn serve(
-    memory: &GuestMemory,
-    chain: DescriptorChain<&GuestMemory>,
-    limit: u16,
-    max_pairs: usize,
-    counters: &Counters,
-    mut set_pairs: impl FnMut(usize) -> bool,
-) -> u32 {
-    let chain = match Chain::parse(memory, chain, limit) {
-        Ok(chain) => chain,
-        Err(error) => {
-            tracing::debug!(%error, "net: control chain dropped");
+/// A command taken from the queue.
+#[derive(Debug)]
+pub(super) struct Command {
+    head: u16,
+    /// `None`: it cannot even be answered.
+    chain: Option<Chain>,
+    /// The number of queue pairs it asks for; `None` for anything else.
+    pub(super) pairs: Option<usize>,
+}
+
+impl Command {
+    /// Reads a command. `limit` is the queue's size.
+    pub(super) fn read(memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>, limit: u16) -> Self {
+        let head = chain.head_index();
+        let chain = match Chain::parse(memory, chain, limit) {
+            // Nowhere to put the answer, so nothing is done either.
+            Ok(chain) => (!chain.writable.is_empty()).then_some(chain),
+            Err(error) => {
+                guest_log!(DEBUG, %error, "net: control chain dropped");
+                None
+            }
+        };
+        let pairs = chain.as_ref().and_then(|chain| pairs_wanted(memory, chain));
+        Self { head, chain, pairs }
+    }
+
+    /// Says whether it worked, and counts it. The driver hears of it at the queue's next `notify`.
+    pub(super) fn answer(self, queue: &mut ServedQueue, done: bool, counters: &Counters) {
+        let ack = if done { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
+        if done {
+            counters.control_commands.add(1);
+        } else {
             counters.control_errors.add(1);
-            return 0;
         }
-    };
-    if chain.writable.is_empty() {
-        // Nowhere to put the answer, so nothing is done either.
-        counters.control_errors.add(1);
-        return 0;
-    }
-    let done = pairs_wanted(memory, &chain)
-        .is_some_and(|pairs| (1..=max_pairs).contains(&pairs) && set_pairs(pairs));
-    let ack = if done { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
-    if done {
-        counters.control_commands.add(1);
-    } else {
-        counters.control_errors.add(1);
-    }
-    match chain.writable.write(memory, 0, &[ack as u8]) {
-        Ok(()) => 1,
-        Err(error) => {
-            tracing::debug!(%error, "net: answer to a command lost");
-            0
-        }
+        let written = self.chain.is_some_and(|chain| {
+            let written = chain.writable.write(queue.memory(), 0, &[ack as u8]);
+            if let Err(error) = &written {
+                guest_log!(DEBUG, %error, "net: answer to a command lost");
+            }
+            written.is_ok()
+        });
+        queue.complete(self.head, u32::from(written));
     }
 }
 

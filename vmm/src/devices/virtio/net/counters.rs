@@ -39,6 +39,8 @@ pub(super) struct Counters {
     pub(super) tx_throttled: Counter,
     pub(super) control_commands: Counter,
     pub(super) control_errors: Counter,
+    /// Times a command had to wait for the limit of changes of the TAP.
+    pub(super) control_throttled: Counter,
 }
 
 impl Counters {
@@ -59,6 +61,7 @@ impl Counters {
             ("tx_throttled", self.tx_throttled.get()),
             ("control_commands", self.control_commands.get()),
             ("control_errors", self.control_errors.get()),
+            ("control_throttled", self.control_throttled.get()),
         ]
     }
 }

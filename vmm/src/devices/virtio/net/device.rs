@@ -18,6 +18,7 @@ use super::counters::Counters;
 use super::handle::{LimitConfigs, NetHandle, Shared, lock};
 use super::rx::RxQueue;
 use super::state::NetState;
+use super::switch;
 use super::tap::{self, Backend, Tap, TapError};
 use super::tx::TxQueue;
 use super::worker::{Limiters, NetWorker, Pair, usual_frame};
@@ -43,8 +44,8 @@ pub enum NetError {
         /// Cause.
         source: TapError,
     },
-    /// An eventfd.
-    #[error("network {id}: eventfd: {source}")]
+    /// An eventfd or timer.
+    #[error("network {id}: eventfd or timerfd: {source}")]
     EventFd {
         /// Device id.
         id: String,
@@ -101,10 +102,11 @@ impl Net {
         if backends.len() > 1 {
             queue_sizes.push(CONTROL_QUEUE_SIZE);
         }
-        let changed = EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| NetError::EventFd {
+        let host_error = |source| NetError::EventFd {
             id: config.id.clone(),
             source,
-        })?;
+        };
+        let eventfd = || EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host_error);
         let shared = Arc::new(Shared {
             id: config.id.clone(),
             counters: Counters::default(),
@@ -114,7 +116,9 @@ impl Net {
                 rx: config.rx_rate_limiter,
                 tx: config.tx_rate_limiter,
             }),
-            changed,
+            changed: eventfd()?,
+            changes: Mutex::new(RateLimiter::new(&switch::LIMIT).map_err(host_error)?),
+            switched: eventfd()?,
         });
         Ok(Self {
             shared,
@@ -291,7 +295,7 @@ impl VirtioDevice for Net {
             let tx = activation.take_queue(&device, tx)?;
             let rx = RxQueue::new(serve(rx, &activation), has(VIRTIO_NET_F_MRG_RXBUF), want);
             let queue = serve(tx, &activation);
-            pairs.push(Pair::new(backend.clone(), rx, TxQueue { queue }));
+            pairs.push(Pair::new(backend.clone(), rx, TxQueue::new(queue)));
         }
         let idle = activation
             .queues
@@ -300,14 +304,8 @@ impl VirtioDevice for Net {
             .collect();
 
         let active = usize::from(self.state.pairs).clamp(1, pairs.len());
-        for (index, backend) in self.backends.iter().enumerate() {
-            if index == 0 {
-                let result = backend.set_offload(offload(features));
-                result.map_err(self.host_error("TUNSETOFFLOAD"))?;
-            }
-            let result = backend.set_enabled(index < active);
-            result.map_err(self.host_error("TUNSETQUEUE"))?;
-        }
+        switch::set_up(&self.shared, &self.backends, offload(features), active)
+            .map_err(|(what, source)| self.host_error(what)(source))?;
         let limiters = self.limiters().map_err(self.host_error("timerfd"))?;
         let worker = NetWorker::new(pairs, active, control, idle, limiters, self.shared.clone());
         self.running = Some(OnLoop::start(activation.io, worker)?);

@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::counters::Counters;
 use crate::config::{ConfigError, RateLimiterConfig};
 use crate::devices::virtio::Interrupt;
+use crate::rate_limiter::RateLimiter;
 
 /// Offset of `status` in `struct virtio_net_config` (5.1.4).
 const STATUS: usize = 6;
@@ -31,6 +32,10 @@ pub(super) struct Shared {
     pub(super) limits: Mutex<LimitConfigs>,
     /// Tells the worker that `limits` changed.
     pub(super) changed: EventFd,
+    /// Limits the changes of the TAP the guest asks for.
+    pub(super) changes: Mutex<RateLimiter>,
+    /// Tells the worker that such a change is done.
+    pub(super) switched: EventFd,
 }
 
 impl Shared {

@@ -18,6 +18,7 @@ mod rx;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod socket;
 mod state;
+mod switch;
 mod tap;
 #[cfg(test)]
 mod tests;

@@ -3,7 +3,8 @@
 //! The length of a frame shows only when it has been read. So a read gets as many buffers as the driver has, up to the
 //! largest frame, and behind them a scratch area of ours: what overflows into it (the driver is short of buffers) is
 //! copied when the driver offers more, and no frame is lost for want of them. Chains taken and not used are
-//! held for the next frame, in the order of the ring, so that a suspend can put them back.
+//! held for the next frame, in the order of the ring, so that a suspend can put them back; where they are in host memory is
+//! found out once.
 
 use std::collections::VecDeque;
 use std::io;
@@ -13,7 +14,7 @@ use virtio_queue::DescriptorChain;
 use super::counters::Counters;
 use super::tap::{Backend, read_frame};
 use super::{BUDGET, FRAME_MAX, HEADER, MAX_SEGMENTS, NUM_BUFFERS};
-use crate::devices::virtio::chain::{Buffers, Chain};
+use crate::devices::virtio::chain::{Buffers, Chain, Iovecs};
 use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
@@ -42,6 +43,75 @@ pub(super) enum RxWait {
 struct Held {
     head: u16,
     buffers: Option<Buffers>,
+    /// How many entries of [`Pieces`] are its.
+    pieces: usize,
+}
+
+/// The held chains' buffers in host memory, in order.
+#[derive(Debug, Default)]
+struct Pieces {
+    list: Iovecs,
+    /// Entries before are of chains that were returned.
+    first: usize,
+}
+
+impl Pieces {
+    /// Adds `buffers`, and says how many entries that took.
+    fn push(&mut self, memory: &GuestMemory, buffers: &Buffers) -> usize {
+        let before = self.list.0.len();
+        buffers.iovecs(memory, usize::MAX, &mut self.list.0);
+        self.list.0.len() - before
+    }
+
+    /// Takes out the first `count`.
+    fn pop(&mut self, count: usize) {
+        self.first += count;
+        // Moved down only when at most as many are left as were taken out since the last time.
+        if self.first * 2 >= self.list.0.len() {
+            self.list.0.drain(..self.first.min(self.list.0.len()));
+            self.first = 0;
+        }
+    }
+
+    fn clear(&mut self) {
+        self.list.0.clear();
+        self.first = 0;
+    }
+
+    /// Number of entries.
+    fn len(&self) -> usize {
+        self.list.0.len() - self.first
+    }
+
+    /// Bytes of the first `count`.
+    fn bytes(&self, count: usize) -> u64 {
+        let pieces = self.list.0.iter().skip(self.first).take(count);
+        pieces.map(|piece| piece.iov_len as u64).sum()
+    }
+
+    /// Calls `read` with the first `count` and `last` behind them.
+    fn with<T>(&mut self, count: usize, last: libc::iovec, read: impl FnOnce(&[libc::iovec]) -> T) -> T {
+        let list = &mut self.list.0;
+        let end = self.first + count;
+        // `last` takes the place of an entry that is not wanted now.
+        let wanted = match list.get_mut(end) {
+            Some(place) => Some(std::mem::replace(place, last)),
+            None => {
+                list.push(last);
+                None
+            }
+        };
+        let result = read(list.get(self.first..=end).unwrap_or_default());
+        match wanted {
+            Some(wanted) => {
+                if let Some(place) = list.get_mut(end) {
+                    *place = wanted;
+                }
+            }
+            None => list.truncate(end),
+        }
+        result
+    }
 }
 
 /// A frame longer than the buffers there were: bytes up to `written` are in the held chains, the rest is here.
@@ -73,8 +143,13 @@ enum Short {
 pub(super) struct RxQueue {
     queue: ServedQueue,
     held: VecDeque<Held>,
+    pieces: Pieces,
     /// Bytes of the usable chains in `held`.
     capacity: u64,
+    /// The chain in hand, lists of buffers and of returned chains: kept for their memory.
+    chain: Chain,
+    spare: Vec<Buffers>,
+    used: Vec<(u16, u32)>,
     spilled: Option<Spilled>,
     /// A frame may take several chains (VIRTIO_NET_F_MRG_RXBUF).
     merge: bool,
@@ -88,7 +163,11 @@ impl RxQueue {
         Self {
             queue,
             held: VecDeque::new(),
+            pieces: Pieces::default(),
             capacity: 0,
+            chain: Chain::default(),
+            spare: Vec::new(),
+            used: Vec::new(),
             spilled: None,
             merge,
             want,
@@ -107,6 +186,7 @@ impl RxQueue {
         }
         self.queue.put_back(self.held.len());
         self.held.clear();
+        self.pieces.clear();
         self.capacity = 0;
         self.queue.position()
     }
@@ -134,7 +214,6 @@ impl RxQueue {
         counters: &Counters,
     ) -> RxWait {
         let memory = self.queue.memory().clone();
-        let mut segments = Vec::new();
         let mut chains_left = CHAIN_BUDGET;
         for _ in 0..BUDGET {
             let needed = self.spilled.as_ref().map_or(1, Spilled::len);
@@ -159,13 +238,21 @@ impl RxQueue {
                 counters.rx_throttled.add(1);
                 return RxWait::Tokens;
             }
-            let covered = self.segments(&memory, scratch, &mut segments);
+            let (count, covered) = self.room();
+            let beyond = spill_room(scratch, covered);
             // SAFETY: the segments are guest memory, mapped while `memory` lives, and `scratch`.
-            let len = match unsafe { read_frame(backend, &segments) } {
+            let read = |segments: &[libc::iovec]| unsafe { read_frame(backend, segments) };
+            let len = match self.pieces.with(count, beyond, read) {
                 Ok(len) if len >= HEADER => len,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return RxWait::Frame,
+                Err(error) if error.raw_os_error() == Some(libc::EFAULT) => {
+                    // The driver has unplugged the memory of its buffers (virtio-mem). The frame is gone, too.
+                    self.give_up_held(counters);
+                    counters.rx_errors.add(1);
+                    continue;
+                }
                 other => {
-                    tracing::warn!(result = ?other, "net: the TAP is gone, nothing is received any more");
+                    guest_log!(WARN, result = ?other, "net: the TAP is gone, nothing is received any more");
                     counters.rx_errors.add(1);
                     return RxWait::Gone;
                 }
@@ -198,9 +285,7 @@ impl RxQueue {
                     break;
                 };
                 *chains_left -= 1;
-                let held = parse(memory, chain, self.queue.size());
-                self.capacity += held.buffers.as_ref().map_or(0, Buffers::len);
-                self.held.push_back(held);
+                self.take(memory, chain);
             }
             if self.capacity >= needed {
                 return Ok(());
@@ -224,24 +309,52 @@ impl RxQueue {
         self.held.back().is_some_and(|held| held.buffers.is_none())
     }
 
-    /// Host memory for the next frame: held chains, then `scratch`. Returns the bytes that are in chains.
-    fn segments(&self, memory: &GuestMemory, scratch: &mut [u8], out: &mut Vec<libc::iovec>) -> u64 {
-        out.clear();
-        let mut covered = 0;
-        for buffers in self.held.iter().map_while(|held| held.buffers.as_ref()) {
-            let now = buffers.iovecs(memory, MAX_SEGMENTS - 1, out);
-            covered += now;
-            if !self.merge || now < buffers.len() || covered > FRAME_MAX as u64 {
-                break;
+    /// Takes a chain apart and holds it. Without room for the header it is of no use (5.1.6.3.2).
+    fn take(&mut self, memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>) {
+        let head = chain.head_index();
+        let parsed = self.chain.parse_again(memory, chain, self.queue.size());
+        let usable = match parsed {
+            Ok(()) => self.chain.writable.len() >= HEADER as u64,
+            Err(error) => {
+                guest_log!(DEBUG, %error, "net: receive chain dropped");
+                false
             }
+        };
+        let mut held = Held {
+            head,
+            buffers: None,
+            pieces: 0,
+        };
+        if usable {
+            let spare = self.spare.pop().unwrap_or_default();
+            let buffers = std::mem::replace(&mut self.chain.writable, spare);
+            held.pieces = self.pieces.push(memory, &buffers);
+            self.capacity += buffers.len();
+            held.buffers = Some(buffers);
         }
-        // One byte more than the largest frame, so that a larger one shows.
-        let room = scratch.len().saturating_sub(covered as usize).max(1);
-        out.push(libc::iovec {
-            iov_base: scratch.as_mut_ptr().cast(),
-            iov_len: room.min(scratch.len()),
-        });
-        covered
+        self.held.push_back(held);
+    }
+
+    /// How many of the pieces the next frame can have, and their bytes: all, or those of the first chain; as many as one
+    /// system call takes with one more. An unusable chain can only be the last that is held.
+    fn room(&self) -> (usize, u64) {
+        let first = self.held.front();
+        let (wanted, bytes) = match self.merge {
+            true => (self.pieces.len(), self.capacity),
+            false => (
+                first.map_or(0, |held| held.pieces),
+                first
+                    .and_then(|held| held.buffers.as_ref())
+                    .map_or(0, Buffers::len),
+            ),
+        };
+        let count = wanted.min(MAX_SEGMENTS - 1);
+        let covered = if count == wanted {
+            bytes
+        } else {
+            self.pieces.bytes(count)
+        };
+        (count, covered)
     }
 
     /// A frame of `len` bytes was read, `covered` of which had room in the chains.
@@ -256,7 +369,7 @@ impl RxQueue {
         let first = self.held.front().and_then(|held| held.buffers.as_ref());
         let fits = self.merge || first.is_some_and(|buffers| len as u64 <= buffers.len());
         if len > FRAME_MAX || !fits {
-            tracing::debug!(len, "net: frame larger than the driver's buffers, dropped");
+            guest_log!(DEBUG, len, "net: frame larger than the driver's buffers, dropped");
             counters.rx_dropped.add(1);
             return;
         }
@@ -283,7 +396,7 @@ impl RxQueue {
             let room = usize::try_from(buffers.len() - skip).unwrap_or(usize::MAX);
             let (now, later) = rest.split_at(room.min(rest.len()));
             if let Err(error) = buffers.write(memory, skip, now) {
-                tracing::debug!(%error, "net: a part of a frame is lost");
+                guest_log!(DEBUG, %error, "net: a part of a frame is lost");
             }
             (rest, skip) = (later, 0);
         }
@@ -296,20 +409,26 @@ impl RxQueue {
         if self.spilled.take().is_some() {
             counters.rx_dropped.add(1);
         }
+        self.give_up_held(counters);
+    }
+
+    /// Returns all held chains, empty.
+    fn give_up_held(&mut self, counters: &Counters) {
         for held in self.held.drain(..) {
             if held.buffers.is_none() {
                 counters.rx_errors.add(1);
             }
             self.queue.complete(held.head, 0);
         }
+        self.pieces.clear();
         self.capacity = 0;
     }
 
     /// Returns the chains that hold the frame of `len` bytes, all at once.
     fn finish(&mut self, memory: &GuestMemory, len: u64, counters: &Counters) {
-        let mut used = Vec::new();
+        self.used.clear();
         let mut first = None;
-        let mut left = len;
+        let (mut left, mut pieces) = (len, 0);
         while left > 0
             && let Some(held) = self.held.pop_front_if(|held| held.buffers.is_some())
         {
@@ -317,40 +436,36 @@ impl RxQueue {
             let now = left.min(buffers.len());
             self.capacity -= buffers.len();
             left -= now;
+            pieces += held.pieces;
             // At most FRAME_MAX.
-            used.push((held.head, now as u32));
-            first.get_or_insert(buffers);
+            self.used.push((held.head, now as u32));
+            match first {
+                None => first = Some(buffers),
+                Some(_) => self.spare.push(buffers),
+            }
         }
+        self.pieces.pop(pieces);
         // 1 without VIRTIO_NET_F_MRG_RXBUF (5.1.6.4.1); a chain has at least HEADER bytes.
-        let count = u16::try_from(used.len()).unwrap_or(u16::MAX).to_le_bytes();
-        if let Some(first) = first
-            && let Err(error) = first.write(memory, NUM_BUFFERS, &count)
-        {
-            tracing::debug!(%error, "net: num_buffers is lost");
+        let count = u16::try_from(self.used.len()).unwrap_or(u16::MAX).to_le_bytes();
+        if let Some(first) = first {
+            if let Err(error) = first.write(memory, NUM_BUFFERS, &count) {
+                guest_log!(DEBUG, %error, "net: num_buffers is lost");
+            }
+            self.spare.push(first);
         }
-        self.queue.complete_together(&used);
+        self.queue.complete_together(&self.used);
         counters.rx_frames.add(1);
         counters.rx_bytes.add(len.saturating_sub(HEADER as u64));
     }
 }
 
-/// Takes a chain apart. Without room for the header it is of no use (5.1.6.3.2).
-fn parse(memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>, limit: u16) -> Held {
-    let head = chain.head_index();
-    let buffers = match Chain::parse(memory, chain, limit) {
-        Ok(chain) if chain.writable.len() >= HEADER as u64 => Some(chain.writable),
-        Ok(chain) => {
-            tracing::debug!(
-                head,
-                bytes = chain.writable.len(),
-                "net: receive buffer too small"
-            );
-            None
-        }
-        Err(error) => {
-            tracing::debug!(%error, "net: receive chain dropped");
-            None
-        }
-    };
-    Held { head, buffers }
+/// The part of `scratch` for what `covered` bytes of buffers do not hold: one byte more than the largest frame, so that a
+/// larger one shows.
+fn spill_room(scratch: &mut [u8], covered: u64) -> libc::iovec {
+    let covered = usize::try_from(covered).unwrap_or(usize::MAX);
+    let room = scratch.len().saturating_sub(covered).max(1);
+    libc::iovec {
+        iov_base: scratch.as_mut_ptr().cast(),
+        iov_len: room.min(scratch.len()),
+    }
 }

@@ -1,7 +1,7 @@
 //! An interface whose TAP is a socket: each message is a frame with its header, and a test has the other end.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -23,6 +23,10 @@ pub struct Socket {
     pub enabled: AtomicBool,
     /// Refuse to be enabled.
     pub refuse: AtomicBool,
+    /// Changes asked for.
+    pub changes: AtomicU32,
+    /// Changes of `enabled` wait while this is set, as for RTNL.
+    pub held: AtomicBool,
 }
 
 impl AsRawFd for Socket {
@@ -33,11 +37,27 @@ impl AsRawFd for Socket {
 
 impl Backend for Socket {
     fn set_offload(&self, offload: u32) -> io::Result<()> {
+        self.changes.fetch_add(1, Ordering::SeqCst);
         self.offload.store(offload, Ordering::SeqCst);
         Ok(())
     }
 
+    fn offload(&self) -> Option<u32> {
+        Some(self.offload.load(Ordering::SeqCst)).filter(|offload| *offload != u32::MAX)
+    }
+
+    fn enabled(&self) -> bool {
+        self.enabled.load(Ordering::SeqCst)
+    }
+
     fn set_enabled(&self, enabled: bool) -> io::Result<()> {
+        if self.enabled() == enabled {
+            return Ok(());
+        }
+        self.changes.fetch_add(1, Ordering::SeqCst);
+        while self.held.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
         if self.refuse.load(Ordering::SeqCst) && enabled {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
@@ -49,6 +69,12 @@ impl Backend for Socket {
 /// The other end.
 #[derive(Debug)]
 pub struct Wire(OwnedFd);
+
+impl AsFd for Wire {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
 
 impl Wire {
     /// Sends a frame to the guest; false when the "TAP" is full.
@@ -98,6 +124,8 @@ pub fn wire(bytes: usize) -> (Arc<Socket>, Wire) {
         offload: AtomicU32::new(u32::MAX),
         enabled: AtomicBool::new(true),
         refuse: AtomicBool::new(false),
+        changes: AtomicU32::new(0),
+        held: AtomicBool::new(false),
     };
     (Arc::new(socket), Wire(theirs))
 }

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::HEADER;
 use crate::config::TapConfig;
@@ -91,11 +91,17 @@ pub enum TapError {
 
 /// The host side of one queue pair: a file descriptor that gives and takes one frame, with its header, per call.
 pub(super) trait Backend: AsRawFd + Debug + Send + Sync {
-    /// What the guest can take, in `TUN_F_…` bits.
+    /// What the guest can take, in `TUN_F_…` bits. Waits for the kernel's RTNL lock.
     fn set_offload(&self, offload: u32) -> io::Result<()>;
+
+    /// What was set last; `None` before that.
+    fn offload(&self) -> Option<u32>;
 
     /// Whether frames may arrive here. Waits for the kernel's RTNL lock, but only when something changes.
     fn set_enabled(&self, enabled: bool) -> io::Result<()>;
+
+    /// What was set last.
+    fn enabled(&self) -> bool;
 }
 
 /// One queue of a TAP.
@@ -103,7 +109,11 @@ pub(super) trait Backend: AsRawFd + Debug + Send + Sync {
 pub(super) struct Tap {
     fd: OwnedFd,
     enabled: AtomicBool,
+    offload: AtomicU32,
 }
+
+/// Of no `TUN_F_…` bits: nothing was set yet.
+const NO_OFFLOAD: u32 = u32::MAX;
 
 #[cfg(test)]
 impl Tap {
@@ -128,7 +138,17 @@ impl Backend for Tap {
                 libc::TUNSETOFFLOAD,
                 libc::c_ulong::from(offload),
             )
-        })
+        })?;
+        self.offload.store(offload, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn offload(&self) -> Option<u32> {
+        Some(self.offload.load(Ordering::Relaxed)).filter(|offload| *offload != NO_OFFLOAD)
+    }
+
+    fn enabled(&self) -> bool {
+        self.enabled.load(Ordering::Relaxed)
     }
 
     fn set_enabled(&self, enabled: bool) -> io::Result<()> {
@@ -293,6 +313,7 @@ fn prepare(name: &str, fd: OwnedFd) -> Result<Tap, TapError> {
     let tap = Tap {
         fd,
         enabled: AtomicBool::new(true),
+        offload: AtomicU32::new(NO_OFFLOAD),
     };
     // Another guest may have used it before.
     tap.set_offload(0)

@@ -5,7 +5,7 @@ use std::io;
 use super::counters::Counters;
 use super::tap::{Backend, write_frame};
 use super::{BUDGET, FRAME_MAX, HEADER, MAX_SEGMENTS};
-use crate::devices::virtio::chain::{Buffers, Chain};
+use crate::devices::virtio::chain::{Buffers, Chain, Iovecs};
 use crate::devices::virtio::served_queue::ServedQueue;
 use crate::memory::GuestMemory;
 use crate::rate_limiter::RateLimiter;
@@ -27,9 +27,20 @@ pub(super) enum TxWait {
 #[derive(Debug)]
 pub(super) struct TxQueue {
     pub(super) queue: ServedQueue,
+    /// The chain in hand and where it is in host memory; kept for their memory.
+    chain: Chain,
+    segments: Iovecs,
 }
 
 impl TxQueue {
+    pub(super) fn new(queue: ServedQueue) -> Self {
+        Self {
+            queue,
+            chain: Chain::default(),
+            segments: Iovecs::default(),
+        }
+    }
+
     /// Sends what the driver offers, up to the turn's budget. Kicks are on only when it returns [`TxWait::Kick`]: in the
     /// other cases something else brings the worker back.
     pub(super) fn serve(
@@ -40,7 +51,6 @@ impl TxQueue {
     ) -> TxWait {
         let memory = self.queue.memory().clone();
         let limit = self.queue.size();
-        let mut segments = Vec::new();
         let mut left = BUDGET;
         let wait = loop {
             self.queue.suppress_kicks();
@@ -56,34 +66,37 @@ impl TxQueue {
                     break;
                 }
                 left -= 1;
-                match Chain::parse(&memory, chain, limit) {
-                    Ok(chain) if frame_len(&chain.readable).is_some() => {
-                        match send(&memory, &chain.readable, backend, &mut segments) {
-                            Ok(()) => {
-                                let bytes = chain.readable.len().saturating_sub(HEADER as u64);
-                                limiter.charge(bytes, 1);
-                                counters.tx_frames.add(1);
-                                counters.tx_bytes.add(bytes);
-                            }
-                            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                                self.queue.put_back(1);
-                                counters.tx_blocked.add(1);
-                                stopped = Some(TxWait::Space);
-                                break;
-                            }
-                            Err(error) => {
-                                tracing::debug!(%error, "net: the TAP refused a frame");
-                                counters.tx_errors.add(1);
-                            }
-                        }
-                    }
-                    Ok(chain) => {
-                        tracing::debug!(bytes = chain.readable.len(), "net: chain is no frame, dropped");
+                let frame = match self.chain.parse_again(&memory, chain, limit) {
+                    Ok(()) => &self.chain.readable,
+                    Err(error) => {
+                        guest_log!(DEBUG, %error, "net: transmit chain dropped");
                         counters.tx_malformed.add(1);
+                        self.queue.complete(head, 0);
+                        continue;
+                    }
+                };
+                if frame_len(frame).is_none() {
+                    guest_log!(DEBUG, bytes = frame.len(), "net: chain is no frame, dropped");
+                    counters.tx_malformed.add(1);
+                    self.queue.complete(head, 0);
+                    continue;
+                }
+                match send(&memory, frame, backend, &mut self.segments.0) {
+                    Ok(()) => {
+                        let bytes = frame.len().saturating_sub(HEADER as u64);
+                        limiter.charge(bytes, 1);
+                        counters.tx_frames.add(1);
+                        counters.tx_bytes.add(bytes);
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        self.queue.put_back(1);
+                        counters.tx_blocked.add(1);
+                        stopped = Some(TxWait::Space);
+                        break;
                     }
                     Err(error) => {
-                        tracing::debug!(%error, "net: transmit chain dropped");
-                        counters.tx_malformed.add(1);
+                        guest_log!(DEBUG, %error, "net: the TAP refused a frame");
+                        counters.tx_errors.add(1);
                     }
                 }
                 self.queue.complete(head, 0);

@@ -6,6 +6,8 @@
 //!   between is seen.
 //! - A transmit queue waits for a kick, or for space in the TAP (EPOLLOUT; the chain is back in the ring), or for the rate
 //!   limiter (timer).
+//! - The control queue waits for a kick, or for the end of a change of the TAP (eventfd), or for the limit of such changes
+//!   (timer; the command is back in the ring).
 //! - A queue whose turn is over kicks itself.
 
 use std::os::fd::AsRawFd;
@@ -13,14 +15,15 @@ use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
-use super::control;
+use super::control::{self, Command};
 use super::handle::{Shared, lock};
 use super::rx::{RxQueue, RxWait};
 use super::state::Limits;
+use super::switch::{self, Switch};
 use super::tap::Backend;
 use super::tx::{TxQueue, TxWait};
 use super::{FRAME_MAX, HEADER};
-use crate::devices::virtio::served_queue::{Served, ServedQueue};
+use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::QueuePosition;
 use crate::rate_limiter::RateLimiter;
 
@@ -33,7 +36,9 @@ mod token {
     pub const RX_TIMER: u32 = 4;
     pub const TX_TIMER: u32 = 5;
     pub const CHANGED: u32 = 6;
-    pub const KINDS: u32 = 7;
+    pub const SWITCHED: u32 = 7;
+    pub const SWITCH_TIMER: u32 = 8;
+    pub const KINDS: u32 = 9;
 
     pub fn of(kind: u32, pair: usize) -> u32 {
         // At most 8 pairs.
@@ -95,6 +100,8 @@ pub(super) struct NetWorker {
     /// Pairs in use, from the first.
     active: usize,
     control: Option<ServedQueue>,
+    /// A change of the number of pairs that is under way; no other command is served meanwhile.
+    switch: Option<Switch>,
     /// Queues the driver set up and does not use.
     idle: Vec<QueuePosition>,
     limiters: Limiters,
@@ -117,6 +124,7 @@ impl NetWorker {
             pairs,
             active,
             control,
+            switch: None,
             idle,
             limiters,
             shared,
@@ -127,6 +135,7 @@ impl NetWorker {
 
     /// Ends the work, off the loop: chains taken and not used go back to their rings.
     pub(super) fn stop(&mut self) -> Remains {
+        self.finish_switch();
         let mut positions = self.idle.clone();
         for pair in &mut self.pairs {
             positions.push(pair.rx.stop(&self.shared.counters));
@@ -186,6 +195,7 @@ impl NetWorker {
             pairs,
             active,
             control: Some(queue),
+            switch,
             shared,
             ..
         } = self
@@ -193,21 +203,63 @@ impl NetWorker {
             return;
         };
         queue.take_kick();
-        let limit = queue.size();
-        let before = *active;
-        let served = queue.serve(control::BUDGET, |memory, chain| {
-            let max_pairs = pairs.len();
-            control::serve(memory, chain, limit, max_pairs, &shared.counters, |wanted| {
-                switch_pairs(&shared.id, pairs, wanted, active)
-            })
-        });
-        if served == Served::More {
+        queue.suppress_kicks();
+        let memory = queue.memory().clone();
+        for _ in 0..control::BUDGET {
+            if switch.is_some() {
+                break;
+            }
+            let Some(chain) = queue.pop(&memory) else {
+                if queue.enable_kicks() {
+                    queue.suppress_kicks();
+                    continue;
+                }
+                queue.notify();
+                return;
+            };
+            let command = Command::read(&memory, chain, queue.size());
+            match command.pairs.filter(|wanted| (1..=pairs.len()).contains(wanted)) {
+                Some(wanted) if wanted != *active => {
+                    if !lock(&shared.changes).consume(0, 1) {
+                        queue.put_back(1);
+                        shared.counters.control_throttled.add(1);
+                        queue.notify();
+                        return;
+                    }
+                    let backends = pairs.iter().map(|pair| pair.backend.clone()).collect();
+                    match Switch::start(shared, backends, (*active, wanted), command) {
+                        Ok(started) => *switch = Some(started),
+                        Err(command) => command.answer(queue, false, &shared.counters),
+                    }
+                }
+                known => command.answer(queue, known.is_some(), &shared.counters),
+            }
+        }
+        queue.notify();
+        if switch.is_none() {
             queue.kick_self();
         }
+    }
+
+    /// Waits for the change of the number of pairs that is under way, if any, and answers the driver.
+    fn finish_switch(&mut self) {
+        let Some(switch) = self.switch.take() else {
+            return;
+        };
+        // Nothing to read means the end was not waited for.
+        let _ = self.shared.switched.read();
+        let (command, switched) = switch.finish();
+        let before = self.active;
+        self.active = switched.unwrap_or(before);
         // Their queues may hold work from before.
-        for pair in pairs.iter().take(*active).skip(before) {
+        for pair in self.pairs.iter().take(self.active).skip(before) {
             pair.rx.queue().kick_self();
             pair.tx.queue.kick_self();
+        }
+        if let Some(queue) = &mut self.control {
+            command.answer(queue, switched.is_some(), &self.shared.counters);
+            queue.notify();
+            queue.kick_self();
         }
     }
 
@@ -235,7 +287,7 @@ impl NetWorker {
             && let Some(pair) = self.pairs.get_mut(index)
             && pair.watched.is_some()
         {
-            tracing::warn!(device = %self.shared.id, pair = index, "net: the TAP is gone");
+            guest_log!(WARN, device = %self.shared.id, pair = index, "net: the TAP is gone");
             pair.rx_wait = RxWait::Gone;
             unwatch(&self.shared.id, pair, ops);
         }
@@ -269,7 +321,7 @@ impl NetWorker {
             match ops.modify(Events::with_data_raw(fd, token::of(token::TAP, index), interest)) {
                 Ok(()) => pair.watched = Some(interest),
                 Err(error) => {
-                    tracing::error!(device = %self.shared.id, ?error, "net: cannot watch the TAP");
+                    guest_log!(ERROR, device = %self.shared.id, ?error, "net: cannot watch the TAP");
                 }
             }
         }
@@ -285,34 +337,11 @@ fn unwatch(device: &str, pair: &mut Pair, ops: &mut EventOps) {
             EventSet::empty(),
         ))
     {
-        tracing::error!(device, ?error, "net: cannot stop watching the TAP");
+        guest_log!(ERROR, device, ?error, "net: cannot stop watching the TAP");
     }
     if pair.tx_wait == TxWait::Space {
         // What waits for space would wait for ever: it is refused now.
         pair.tx.queue.kick_self();
-    }
-}
-
-/// Lets frames arrive at the first `wanted` queues of the TAP only. When the host refuses, all is as before.
-fn switch_pairs(device: &str, pairs: &[Pair], wanted: usize, active: &mut usize) -> bool {
-    let switch = |count: usize| {
-        // New ones first: there is never none.
-        let (on, off) = pairs.split_at(count.min(pairs.len()));
-        on.iter().try_for_each(|pair| pair.backend.set_enabled(true))?;
-        off.iter().try_for_each(|pair| pair.backend.set_enabled(false))
-    };
-    match switch(wanted) {
-        Ok(()) => {
-            *active = wanted;
-            true
-        }
-        Err(error) => {
-            tracing::warn!(device, wanted, %error, "net: cannot switch queues of the TAP");
-            if let Err(error) = switch(*active) {
-                tracing::error!(device, active, %error, "net: nor switch them back");
-            }
-            false
-        }
     }
 }
 
@@ -321,7 +350,7 @@ impl MutEventSubscriber for NetWorker {
         let mut watch = |fd, token, set| {
             let result = ops.add(Events::with_data_raw(fd, token, set));
             if let Err(error) = &result {
-                tracing::error!(device = %self.shared.id, token, ?error, "net: cannot watch");
+                guest_log!(ERROR, device = %self.shared.id, token, ?error, "net: cannot watch");
             }
             result.is_ok()
         };
@@ -352,6 +381,12 @@ impl MutEventSubscriber for NetWorker {
         watch(self.limiters.rx.as_raw_fd(), token::RX_TIMER, EventSet::IN);
         watch(self.limiters.tx.as_raw_fd(), token::TX_TIMER, EventSet::IN);
         watch(self.shared.changed.as_raw_fd(), token::CHANGED, EventSet::IN);
+        watch(self.shared.switched.as_raw_fd(), token::SWITCHED, EventSet::IN);
+        watch(
+            switch::timer(&self.shared.changes),
+            token::SWITCH_TIMER,
+            EventSet::IN,
+        );
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
@@ -379,6 +414,15 @@ impl MutEventSubscriber for NetWorker {
             token::TX_TIMER => {
                 self.limiters.tx.on_timer();
                 self.retry(|pair| pair.tx_wait == TxWait::Tokens, Self::serve_tx);
+            }
+            token::SWITCHED => {
+                // The end of a change that was waited for comes with nothing to do.
+                let _ = self.shared.switched.read();
+                self.finish_switch();
+            }
+            token::SWITCH_TIMER => {
+                lock(&self.shared.changes).on_timer();
+                self.serve_control();
             }
             _ => self.apply_limits(),
         }

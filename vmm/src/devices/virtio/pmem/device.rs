@@ -12,7 +12,7 @@ use crate::devices::virtio::queue_thread::QueueThread;
 use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::{QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};
-use crate::memory::window::{FileMapping, Windows};
+use crate::memory::window::{FileMapping, FilePlace, Windows};
 
 const QUEUE_SIZES: [u16; 1] = [64];
 
@@ -34,8 +34,22 @@ impl Pmem {
     /// # Errors
     /// [`PmemError::Window`].
     pub fn new(file: PmemFile, windows: &Windows) -> Result<Self, PmemError> {
+        Self::at(file, windows, FilePlace::FirstGap)
+    }
+
+    /// Puts `file` where the device was that gave `state` (see [`VirtioDevice::save`]): the guest knows the address. Mapped
+    /// anywhere else first, it could be in the way of itself or of another device.
+    ///
+    /// # Errors
+    /// [`PmemError::State`], [`PmemError::Window`].
+    pub fn at_saved_place(file: PmemFile, windows: &Windows, state: &[u8]) -> Result<Self, PmemError> {
+        let start = state::saved_start(file.id(), file.device_size(), state)?;
+        Self::at(file, windows, FilePlace::Address(start))
+    }
+
+    fn at(file: PmemFile, windows: &Windows, place: FilePlace) -> Result<Self, PmemError> {
         let id = file.id().to_owned();
-        let (mapping, file, read_only) = file.map(windows)?;
+        let (mapping, file, read_only) = file.map(windows, place)?;
         Ok(Self {
             id,
             mapping,
@@ -98,17 +112,16 @@ impl VirtioDevice for Pmem {
         state::save(&self.id, &self.mapping)
     }
 
-    /// The guest knows the address: a file that was hotplugged into another place is moved there.
+    /// The device is where it was from the beginning ([`Pmem::at_saved_place`]).
     fn restore(&mut self, bytes: &[u8]) -> Result<(), StateError> {
-        let start = state::restore(&self.id, &self.mapping, bytes)?;
-        if start != self.mapping.start() {
-            let moved = self.mapping.again_at(&self.file, start);
-            self.mapping = moved.map_err(|error| StateError::Invalid {
-                device: self.id.clone(),
-                reason: error.to_string(),
-            })?;
+        let start = state::saved_start(&self.id, self.mapping.size(), bytes)?;
+        if start == self.mapping.start() {
+            return Ok(());
         }
-        Ok(())
+        Err(StateError::Invalid {
+            device: self.id.clone(),
+            reason: format!("saved at {start:#x}, is at {:#x}", self.mapping.start()),
+        })
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

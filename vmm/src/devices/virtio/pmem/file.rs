@@ -7,8 +7,9 @@ use std::path::PathBuf;
 
 use crate::config::PmemConfig;
 use crate::devices::virtio::image_lock;
+use crate::devices::virtio::state::StateError;
 use crate::memory::layout::WINDOW_ALIGN;
-use crate::memory::window::{FileMapping, Sharing, WindowError, Windows};
+use crate::memory::window::{FileMapping, FilePlace, Sharing, WindowError, Windows};
 
 /// What sizes are rounded up to: Linux maps persistent memory in subsections (include/linux/mmzone.h, SUBSECTION_SIZE).
 pub(super) const ALIGN: u64 = 2 << 20;
@@ -56,6 +57,9 @@ pub enum PmemError {
         /// The file.
         path: PathBuf,
     },
+    /// It is not the file of a saved device.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// It does not fit into guest memory.
     #[error("pmem {id}: {source}")]
     Window {
@@ -125,18 +129,27 @@ impl PmemFile {
         self.size.next_multiple_of(WINDOW_ALIGN)
     }
 
+    /// Size of the device, in bytes.
+    pub(super) fn device_size(&self) -> u64 {
+        self.size.next_multiple_of(ALIGN)
+    }
+
     /// Maps it into the window. Returns the mapping, the file and whether the guest's writes stay out of it.
-    pub(super) fn map(self, windows: &Windows) -> Result<(FileMapping, File, bool), PmemError> {
+    pub(super) fn map(
+        self,
+        windows: &Windows,
+        place: FilePlace,
+    ) -> Result<(FileMapping, File, bool), PmemError> {
         let read_only = self.config.read_only;
         let sharing = if read_only {
             Sharing::Private
         } else {
             Sharing::Shared
         };
-        let size = self.size.next_multiple_of(ALIGN);
+        let sizes = (self.size, self.device_size());
         let mapping = windows
             .pmem()
-            .and_then(|window| window.map_file(&self.file, self.size, size, sharing));
+            .and_then(|window| window.map_file(&self.file, sizes, place, sharing));
         let mapping = mapping.map_err(|source| PmemError::Window {
             id: self.config.id,
             source,

@@ -27,17 +27,17 @@ pub(super) fn save(device: &str, mapping: &FileMapping) -> Result<Vec<u8>, State
     state::encode(device, &state)
 }
 
-/// Where the saved device was, whose file must have had the size of `mapping`.
+/// Where the saved device was, which must have had `wanted` bytes.
 ///
 /// # Errors
 /// [`StateError::Invalid`].
-pub(super) fn restore(device: &str, mapping: &FileMapping, bytes: &[u8]) -> Result<u64, StateError> {
+pub(super) fn saved_start(device: &str, wanted: u64, bytes: &[u8]) -> Result<u64, StateError> {
     let PmemState { start, size } = state::decode(device, bytes)?;
-    if size == mapping.size() {
+    if size == wanted {
         return Ok(start);
     }
     Err(StateError::Invalid {
         device: device.to_owned(),
-        reason: format!("{size:#x} bytes, the file has {:#x} now", mapping.size()),
+        reason: format!("{size:#x} bytes, the file has {wanted:#x} now"),
     })
 }

@@ -6,8 +6,9 @@ use super::file::ALIGN;
 use super::*;
 use crate::config::PmemConfig;
 use crate::devices::virtio::test_resume::{activate_at, config};
-use crate::devices::virtio::test_ring::{BUFFERS, Buf, TestGuest, TestRing, survive_malformed_chains};
+use crate::devices::virtio::test_ring::{BUFFERS, Buf, TestGuest, TestRing, flood, survive_malformed_chains};
 use crate::devices::virtio::{CHAIN_FEATURES, VirtioDevice};
+use crate::guest_log::recorder::assert_limited;
 use crate::memory::GuestMemory;
 use crate::memory::window::Windows;
 use crate::memory::window::fake::windows;
@@ -112,6 +113,7 @@ fn request_when_unknown_or_malformed_is_an_error() {
     let mut ring = start(&guest, &mut device);
     assert_eq!(request(&guest, &mut ring, 1), 1);
     survive_malformed_chains(&mut ring);
+    assert_limited(&["pmem: chain dropped"], 300, || flood(&mut ring, 300));
     for chain in [
         [Buf::Read(BUFFERS, 4), Buf::Write(BUFFERS + 8, 3)],
         [Buf::Read(BUFFERS, 4), Buf::Read(BUFFERS + 8, 4)],
@@ -187,16 +189,25 @@ fn suspend_when_flushes_wait_serves_them_after_the_next_activation() {
     assert_eq!(ring.wait_used().len, 4);
 }
 
+/// As a restore makes the device.
+fn open_again(host: &Host, read_only: bool, saved: &[u8]) -> Result<Pmem, PmemError> {
+    let file = PmemFile::open(&host.config(read_only))?;
+    let mut device = Pmem::at_saved_place(file, &host.windows, saved)?;
+    device.restore(saved)?;
+    Ok(device)
+}
+
 #[test]
-fn restore_when_the_file_was_elsewhere_moves_it_there() {
+fn restore_when_other_devices_were_removed_maps_each_where_it_was() {
     let host = host(b"x");
+    host.file.as_file().set_len(100 * MIB).unwrap();
     let first = host.open(true).unwrap();
+    // Larger than what is free before it, smaller than both.
+    host.file.as_file().set_len(250 * MIB).unwrap();
     let second = host.open(true).unwrap();
     let (saved, place) = (second.save().unwrap(), address(&second));
     drop((first, second));
-    let mut restored = host.open(true).unwrap();
-    assert_ne!(address(&restored), place);
-    restored.restore(&saved).unwrap();
+    let restored = open_again(&host, true, &saved).unwrap();
     assert_eq!(address(&restored), place);
     assert_eq!(host.windows.pmem().unwrap().plugged().len(), 1);
     let byte: u8 = host.memory.read_obj(GuestAddress(place.0)).unwrap();
@@ -207,16 +218,22 @@ fn restore_when_the_file_was_elsewhere_moves_it_there() {
 fn restore_when_the_place_is_taken_or_the_size_differs_is_refused() {
     let host = host(b"x");
     let first = host.open(true).unwrap();
-    let mut second = host.open(true).unwrap();
     let saved = first.save().unwrap();
-    assert!(second.restore(&saved).is_err());
+    assert!(matches!(
+        open_again(&host, true, &saved),
+        Err(PmemError::Window { .. })
+    ));
+    let mut second = host.open(true).unwrap();
+    assert!(second.restore(&saved).is_err(), "it is elsewhere");
     for start in [0, address(&second).0 + 4096, u64::MAX] {
         let bytes = postcard::to_stdvec(&(start, ALIGN)).unwrap();
-        assert!(second.restore(&bytes).is_err(), "{start:#x}");
+        let error = open_again(&host, true, &bytes).unwrap_err();
+        assert!(matches!(error, PmemError::Window { .. }), "{start:#x}: {error}");
     }
     drop((first, second));
     host.file.as_file().set_len(ALIGN + 1).unwrap();
-    let mut grown = host.open(true).unwrap();
-    assert!(grown.restore(&saved).is_err());
-    assert!(grown.restore(&[]).is_err());
+    for bytes in [&saved[..], &[]] {
+        assert!(matches!(open_again(&host, true, bytes), Err(PmemError::State(_))));
+    }
+    assert!(host.windows.pmem().unwrap().plugged().is_empty());
 }

@@ -96,7 +96,7 @@ fn answer(
             return 0;
         }
         Err(error) => {
-            tracing::debug!(%error, "pmem: chain dropped");
+            guest_log!(DEBUG, %error, "pmem: chain dropped");
             counters.invalid.fetch_add(1, Ordering::Relaxed);
             return 0;
         }
@@ -121,7 +121,7 @@ fn flush(file: Option<&File>, counters: &Counters) -> u32 {
     match file.map(File::sync_data) {
         None | Some(Ok(())) => 0,
         Some(Err(error)) => {
-            tracing::warn!(%error, "pmem: flush failed");
+            guest_log!(WARN, %error, "pmem: flush failed");
             counters.errors.fetch_add(1, Ordering::Relaxed);
             FAILED
         }

@@ -2,8 +2,9 @@ use super::Rng;
 use crate::config::RngConfig;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::test_ring::{
-    BUFFERS, Buf, INDIRECT, NEXT, TestGuest, WRITE, survive_malformed_chains,
+    BUFFERS, Buf, INDIRECT, NEXT, TestGuest, WRITE, flood, survive_malformed_chains,
 };
+use crate::guest_log::recorder::assert_limited;
 
 fn rng() -> Rng {
     Rng::new(&RngConfig { id: "rng0".into() }).unwrap()
@@ -94,5 +95,30 @@ fn head_when_outside_the_table_is_skipped() {
     rings[0].offer(16);
     rings[0].offer(0xffff);
     assert_eq!(rings[0].round_trip(&[Buf::Write(BUFFERS, 16)]).len, 16);
+    rng.reset();
+}
+
+#[test]
+fn chains_when_they_flood_the_log_are_told_of_a_few_times() {
+    let guest = TestGuest::new();
+    let mut rng = rng();
+    let mut rings = guest.activate(&mut rng, 16, true);
+    assert_limited(
+        &["rng: chain dropped", "virtio: cannot return a chain"],
+        300,
+        || {
+            flood(&mut rings[0], 300);
+        },
+    );
+    // A ring that is broken again and again.
+    assert_limited(&["virtio: the driver broke a ring"], 25, || {
+        for _ in 0..50 {
+            rng.reset();
+            rings = guest.activate(&mut rng, 16, true);
+            rings[0].set_avail_index(5000);
+            rings[0].kick();
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+    });
     rng.reset();
 }

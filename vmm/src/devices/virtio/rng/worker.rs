@@ -45,7 +45,7 @@ impl RngWorker {
 impl MutEventSubscriber for RngWorker {
     fn init(&mut self, ops: &mut EventOps) {
         if let Err(error) = ops.add(Events::new(&**self.queue.kick(), EventSet::IN)) {
-            tracing::error!(?error, "rng: cannot watch the request queue");
+            guest_log!(ERROR, ?error, "rng: cannot watch the request queue");
         }
     }
 
@@ -67,7 +67,7 @@ fn fill(memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>, limit: u16) 
     let slices = match Chain::parse(memory, chain, limit) {
         Ok(chain) => chain.writable.sub(0, MAX_REQUEST_BYTES).slices(memory),
         Err(error) => {
-            tracing::debug!(%error, "rng: chain dropped");
+            guest_log!(DEBUG, %error, "rng: chain dropped");
             return 0;
         }
     };
@@ -76,7 +76,7 @@ fn fill(memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>, limit: u16) 
         match fill_slice(&slice) {
             Ok(()) => filled += slice.len(),
             Err(error) => {
-                tracing::warn!(%error, "rng: getrandom failed");
+                guest_log!(WARN, %error, "rng: getrandom failed");
                 break;
             }
         }

@@ -619,7 +619,7 @@ impl Connection {
         if let Some(host) = &mut self.host
             && let Err(error) = host.wait_for_output(epoll, self.id, reads, wait)
         {
-            tracing::warn!(%error, "vsock: cannot wait for room on the host side");
+            guest_log!(WARN, %error, "vsock: cannot wait for room on the host side");
         }
     }
 }

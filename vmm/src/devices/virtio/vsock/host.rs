@@ -142,7 +142,7 @@ impl HostFd {
                 self.fd.as_raw_fd(),
                 EpollEvent::default(),
             ) {
-                tracing::warn!(%error, "vsock: cannot remove a descriptor from epoll");
+                guest_log!(WARN, %error, "vsock: cannot remove a descriptor from epoll");
             }
         }
     }
@@ -169,7 +169,7 @@ impl HostFd {
                 // A socket whose peer closed with unread data, and a terminal whose other side closed.
                 Some(libc::ECONNRESET | libc::EIO) => return ReadOutcome::End { hung_up: true },
                 _ => {
-                    tracing::warn!(%error, "vsock: reading the host side failed, treated as its end");
+                    guest_log!(WARN, %error, "vsock: reading the host side failed, treated as its end");
                     return ReadOutcome::End { hung_up: true };
                 }
             }
@@ -185,7 +185,7 @@ impl HostFd {
         let state = match rustix::event::poll(&mut poll, Some(&Timespec::default())) {
             Ok(_) => poll.iter().map(PollFd::revents).collect(),
             Err(error) => {
-                tracing::warn!(%error, "vsock: poll of the host side failed, treated as hung up");
+                guest_log!(WARN, %error, "vsock: poll of the host side failed, treated as hung up");
                 PollFlags::HUP
             }
         };
@@ -239,7 +239,7 @@ impl HostFd {
                 _ => {
                     // Once: the guest decides how often this happens, e.g. with output for a full disk.
                     if !std::mem::replace(&mut self.warned, true) {
-                        tracing::warn!(%error, "vsock: writing the host side failed, bytes are dropped");
+                        guest_log!(WARN, %error, "vsock: writing the host side failed, bytes are dropped");
                     }
                     return WriteOutcome::Broken;
                 }
@@ -264,7 +264,7 @@ impl HostFd {
         }
         if let Err(error) = rustix::net::shutdown(&self.fd, how) {
             // ENOTCONN: the peer is gone already.
-            tracing::debug!(%error, "vsock: shutdown of the host side");
+            guest_log!(DEBUG, %error, "vsock: shutdown of the host side");
         }
         true
     }

@@ -176,7 +176,8 @@ impl Muxer {
         {
             // Once: a guest could make this happen all the time.
             if !std::mem::replace(&mut self.warned_of_loss, true) {
-                tracing::warn!(
+                guest_log!(
+                    WARN,
                     "vsock: table full, dropping the last bytes of connections whose readers do not read"
                 );
             }
@@ -406,7 +407,7 @@ impl Muxer {
     }
 
     fn refuse(&mut self, header: &Header, why: &dyn std::fmt::Display) {
-        tracing::debug!(port = header.dst_port, %why, "vsock: refusing a connection of the guest");
+        guest_log!(DEBUG, port = header.dst_port, %why, "vsock: refusing a connection of the guest");
         self.shared.counters.refused.inc();
         self.resets.push_back(header.refusal());
     }
@@ -467,7 +468,7 @@ impl Muxer {
         };
         match result {
             Ok(()) => self.timer_armed = next,
-            Err(error) => tracing::error!(%error, "vsock: cannot set the timer"),
+            Err(error) => guest_log!(ERROR, %error, "vsock: cannot set the timer"),
         }
     }
 

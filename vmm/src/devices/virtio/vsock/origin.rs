@@ -116,7 +116,7 @@ impl Origin {
             Self::Caller(caller) => {
                 let _ = caller.reply.try_send(Err(VsockError::Connect { port, source }));
             }
-            _ => tracing::warn!(port, %source, "vsock: cannot use the host descriptor"),
+            _ => guest_log!(WARN, port, %source, "vsock: cannot use the host descriptor"),
         }
     }
 
@@ -124,7 +124,7 @@ impl Origin {
     pub(super) fn gave_up(&self, pair: Option<PortPair>) {
         if let (Self::Attached { progress, .. }, Some(pair)) = (self, pair) {
             let phase = progress.phase();
-            tracing::warn!(port = pair.peer, host_port = pair.local, %phase, "vsock: attached descriptor not connected in time");
+            guest_log!(WARN, port = pair.peer, host_port = pair.local, %phase, "vsock: attached descriptor not connected in time");
         }
     }
 }

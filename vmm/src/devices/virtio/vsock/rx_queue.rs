@@ -5,6 +5,8 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use super::host::ReadOutcome;
 use super::metrics::Counters;
 use super::packet::{HEADER_LEN, Header, Pieces, RxBuffer};
+use super::worker::take;
+use crate::devices::virtio::ring;
 use crate::memory::GuestMemory;
 
 /// Most bytes one connection sends before the next one's turn.
@@ -49,12 +51,12 @@ impl<'m> RxQueue<'m> {
     pub(super) fn take(&mut self) -> Option<RxBuffer<'m>> {
         // A driver that posts malformed buffers as fast as they come back must not keep the loop here.
         for _ in 0..self.queue.size() {
-            let chain = self.queue.pop_descriptor_chain(self.memory)?;
+            let chain = take(self.queue, self.memory, "rx")?;
             let head = chain.head_index();
             match RxBuffer::parse(self.memory, chain) {
                 Ok(buffer) => return Some(buffer),
                 Err(error) => {
-                    tracing::debug!(%error, "vsock: malformed rx buffer");
+                    guest_log!(DEBUG, %error, "vsock: malformed rx buffer");
                     self.counters.malformed.inc();
                     self.give_used(head, 0);
                 }
@@ -73,7 +75,7 @@ impl<'m> RxQueue<'m> {
         let mut room = first.body.len();
         row.push(first);
         while room < limit && row.len() < TURN_BUFFERS {
-            let Some(chain) = self.queue.pop_descriptor_chain(self.memory) else {
+            let Some(chain) = take(self.queue, self.memory, "rx") else {
                 break;
             };
             match RxBuffer::parse(self.memory, chain) {
@@ -134,8 +136,8 @@ impl<'m> RxQueue<'m> {
     fn give_used(&mut self, head: u16, len: usize) {
         self.used += 1;
         let len = u32::try_from(len).unwrap_or(u32::MAX);
-        if let Err(error) = self.queue.add_used(self.memory, head, len) {
-            tracing::debug!(%error, head, "vsock: cannot return an rx buffer");
+        if let Err(error) = ring::give_back(self.queue, self.memory, head, len) {
+            guest_log!(DEBUG, %error, head, "vsock: cannot return an rx buffer");
         }
     }
 }

@@ -14,8 +14,10 @@ use virtio_queue::{DescriptorChain, Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::worker::take;
 use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::chain::Chain;
+use crate::devices::virtio::ring;
 use crate::memory::GuestMemory;
 
 /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, as `struct virtio_vsock_event` carries it.
@@ -67,20 +69,20 @@ impl EventQueue {
         for _ in 0..2 * u32::from(self.queue.size()) {
             // Before the event is in the ring: what is offered after it is the answer.
             let avail = self.avail_index(memory);
-            let Some(chain) = self.queue.pop_descriptor_chain(memory) else {
+            let Some(chain) = take(&mut self.queue, memory, "event") else {
                 match self.queue.enable_notification(memory) {
                     Ok(true) => continue,
                     Ok(false) => return TransportReset::ToSend,
                     Err(error) => {
-                        tracing::debug!(%error, "vsock: the driver broke the event queue");
+                        guest_log!(DEBUG, %error, "vsock: the driver broke the event queue");
                         return TransportReset::ToSend;
                     }
                 }
             };
             let head = chain.head_index();
             let written = write_event(memory, chain, self.queue.size());
-            if let Err(error) = self.queue.add_used(memory, head, written) {
-                tracing::debug!(%error, head, "vsock: cannot return an event buffer");
+            if let Err(error) = ring::give_back(&mut self.queue, memory, head, written) {
+                guest_log!(DEBUG, %error, head, "vsock: cannot return an event buffer");
             }
             // Always: there is at most one of these in the life of a process.
             interrupt.signal_used();
@@ -100,7 +102,7 @@ impl EventQueue {
         if self.queue.event_idx_enabled()
             && let Err(error) = memory.store(sent_at.to_le(), GuestAddress(avail_event), Ordering::Relaxed)
         {
-            tracing::debug!(%error, "vsock: cannot ask for kicks of the event queue");
+            guest_log!(DEBUG, %error, "vsock: cannot ask for kicks of the event queue");
         }
         fence(Ordering::SeqCst);
         match self.avail_index(memory) {
@@ -126,7 +128,7 @@ fn write_event(memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>, limit
     match written {
         Ok(()) => TRANSPORT_RESET.len() as u32,
         Err(error) => {
-            tracing::debug!(error, "vsock: unusable event buffer");
+            guest_log!(DEBUG, error, "vsock: unusable event buffer");
             0
         }
     }

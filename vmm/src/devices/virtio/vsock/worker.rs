@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueT};
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -16,9 +16,9 @@ use super::muxer::{Filled, Muxer, TOKEN_QUEUES};
 use super::packet::TxPacket;
 use super::rx_queue::RxQueue;
 use super::transport_reset::{EventQueue, TransportReset};
-use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::served_queue::queue_position;
 use crate::devices::virtio::state::QueuePosition;
+use crate::devices::virtio::{Interrupt, ring};
 use crate::memory::GuestMemory;
 
 /// Packets of each queue between two looks at the other one; each such batch is at most one interrupt.
@@ -89,7 +89,7 @@ impl Worker {
         // Asked for only while packets wait for buffers. Without EVENT_IDX this writes guest memory, which validated
         // queues allow.
         if let Err(error) = transport.rx.disable_notification(&*transport.memory) {
-            tracing::debug!(%error, "vsock: rx queue");
+            guest_log!(DEBUG, %error, "vsock: rx queue");
         }
         self.transport = Some(transport);
         // Runs what was asked for before the driver was up.
@@ -135,7 +135,10 @@ impl Worker {
             self.muxer.shared().counters.transport_resets.inc();
         }
         if !before.is_settled() && self.reset.is_settled() {
-            tracing::info!("vsock: the guest has closed its connections of before the restore");
+            guest_log!(
+                INFO,
+                "vsock: the guest has closed its connections of before the restore"
+            );
             self.muxer.set_guest_stale(false);
         }
     }
@@ -148,7 +151,7 @@ impl Worker {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    tracing::error!(%error, "vsock: epoll failed");
+                    guest_log!(ERROR, %error, "vsock: epoll failed");
                     return;
                 }
             };
@@ -204,19 +207,19 @@ fn drain(muxer: &mut Muxer, transport: &mut Transport, budget: usize) -> usize {
     let memory = &*transport.memory;
     let mut taken = 0;
     while taken < budget && !muxer.is_congested() {
-        let Some(chain) = transport.tx.pop_descriptor_chain(memory) else {
+        let Some(chain) = take(&mut transport.tx, memory, "tx") else {
             break;
         };
         let head = chain.head_index();
         match TxPacket::parse(memory, chain) {
             Ok(packet) => muxer.on_packet(packet),
             Err((error, header)) => {
-                tracing::debug!(%error, "vsock: malformed tx packet");
+                guest_log!(DEBUG, %error, "vsock: malformed tx packet");
                 muxer.on_malformed(header);
             }
         }
-        if let Err(error) = transport.tx.add_used(memory, head, 0) {
-            tracing::debug!(%error, head, "vsock: cannot return a tx buffer");
+        if let Err(error) = ring::give_back(&mut transport.tx, memory, head, 0) {
+            guest_log!(DEBUG, %error, head, "vsock: cannot return a tx buffer");
         }
         taken += 1;
     }
@@ -242,13 +245,25 @@ fn fill(muxer: &mut Muxer, transport: &mut Transport, budget: usize) -> (Filled,
     (filled, used)
 }
 
+/// The next chain of queue `name`. A ring that the driver broke looks empty: the device's other rings go on.
+pub(super) fn take<'m>(
+    queue: &mut Queue,
+    memory: &'m GuestMemory,
+    name: &'static str,
+) -> Option<DescriptorChain<&'m GuestMemory>> {
+    ring::take(queue, memory).unwrap_or_else(|error| {
+        guest_log!(WARN, queue = name, %error, "vsock: the driver broke a ring");
+        None
+    })
+}
+
 /// One interrupt for a batch, if the driver wants one.
 fn notify(queue: &mut Queue, memory: &GuestMemory, interrupt: &Interrupt) {
     match queue.needs_notification(memory) {
         Ok(false) => {}
         Ok(true) => interrupt.signal_used(),
         Err(error) => {
-            tracing::debug!(%error, "vsock: cannot tell whether the driver wants an interrupt");
+            guest_log!(DEBUG, %error, "vsock: cannot tell whether the driver wants an interrupt");
             interrupt.signal_used();
         }
     }
@@ -259,7 +274,7 @@ fn look_again(transport: &mut Transport, filled: Filled, congested: bool) -> boo
     let memory = &*transport.memory;
     let enable = |queue: &mut Queue| {
         queue.enable_notification(memory).unwrap_or_else(|error| {
-            tracing::debug!(%error, "vsock: cannot ask for notifications");
+            guest_log!(DEBUG, %error, "vsock: cannot ask for notifications");
             false
         })
     };
@@ -275,7 +290,7 @@ fn unwatch(muxer: &Muxer, kicks: &[&EventFd]) {
                 .epoll()
                 .ctl(ControlOperation::Delete, kick.as_raw_fd(), EpollEvent::default())
         {
-            tracing::warn!(%error, "vsock: cannot remove a kick descriptor from epoll");
+            guest_log!(WARN, %error, "vsock: cannot remove a kick descriptor from epoll");
         }
     }
 }
@@ -287,7 +302,11 @@ impl MutEventSubscriber for Worker {
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
         if let Err(error) = ops.add(Events::new(self.muxer.epoll(), EventSet::IN)) {
-            tracing::error!(?error, "vsock: the I/O loop does not take the device's epoll");
+            guest_log!(
+                ERROR,
+                ?error,
+                "vsock: the I/O loop does not take the device's epoll"
+            );
         }
     }
 }

@@ -10,8 +10,9 @@ use virtio_bindings::virtio_blk::{
 use super::*;
 use crate::config::{RateLimiterConfig, TokenBucketConfig};
 use crate::devices::virtio::INTERRUPT_CONFIG;
-use crate::devices::virtio::block::ResizeMemoryError;
-use crate::devices::virtio::state::StateError;
+use crate::devices::virtio::block::ResizeDiskError;
+use crate::devices::virtio::block::state::{BlockState, Unfinished};
+use crate::devices::virtio::state::{self, StateError};
 use crate::devices::virtio::test_ring::{INDIRECT, NEXT, PATIENCE, RINGS, WRITE, survive_malformed_chains};
 
 on_each_engine![
@@ -24,7 +25,7 @@ on_each_engine![
     queues_when_several_are_served_all,
     queues_when_only_some_are_ready_are_served,
     request_when_over_the_limit_waits_for_its_turn,
-    suspend_when_the_limiter_holds_a_request_finishes_it,
+    suspend_when_the_limiter_holds_a_request_puts_it_back,
     requests_when_more_than_the_queue_holds_are_all_answered,
     resize_when_the_image_grew_tells_the_guest,
     resize_when_the_image_shrank_depends_on_the_driver,
@@ -89,10 +90,7 @@ fn suspend_when_requests_are_outstanding_loses_none(engine: BlockEngine) {
         // What the driver offered meanwhile is found without a kick, also without one the old worker did not get to.
         let _ = f.rings[0].kick.read();
         f.offer(0, 20, VIRTIO_BLK_T_IN, 20 * 512 + round, LEN);
-        assert_eq!(
-            positions[0].next_avail, positions[0].next_used,
-            "taken and not returned"
-        );
+        assert_eq!(taken_and_not_returned(&positions), unfinished(&f.block));
         f.activate_at(&positions, 0);
         collect(&mut f, 0, 21);
         for slot in 0..21 {
@@ -107,6 +105,17 @@ fn suspend_when_requests_are_outstanding_loses_none(engine: BlockEngine) {
     }
     assert_eq!(f.counter("read_requests"), 210);
     assert_eq!(f.counter("read_bytes"), 210 * u64::from(LEN));
+}
+
+/// Requests the device has begun and will begin anew.
+fn unfinished(block: &Block) -> usize {
+    let state: BlockState = state::decode("d", &block.save().unwrap()).unwrap();
+    state.unfinished.iter().map(|queue| queue.heads.len()).sum()
+}
+
+fn taken_and_not_returned(positions: &[QueuePosition]) -> usize {
+    let of_queue = |at: &QueuePosition| usize::from(at.next_avail.wrapping_sub(at.next_used));
+    positions.iter().map(of_queue).sum()
 }
 
 fn restore_when_in_a_new_device_goes_on_where_the_old_one_stood(engine: BlockEngine) {
@@ -192,8 +201,33 @@ fn restore_when_bytes_are_invalid_is_refused(engine: BlockEngine) {
     ] {
         assert!(restored(engine, bytes, 8 << 20).is_err(), "{bytes:?}");
     }
-    // Zero sectors.
-    assert!(restored(engine, &[0, 1, 0], 8 << 20).is_err());
+    let state = |sectors, unfinished: &[(u16, &[u16])]| {
+        let unfinished = unfinished.iter().map(|(queue, heads)| Unfinished {
+            queue: *queue,
+            heads: heads.to_vec(),
+        });
+        let state = BlockState {
+            sectors,
+            writeback: true,
+            limiter: None,
+            unfinished: unfinished.collect(),
+        };
+        postcard::to_stdvec(&state).unwrap()
+    };
+    assert!(restored(engine, &state(8, &[(0, &[0, 255])]), 8 << 20).is_ok());
+    for (sectors, unfinished) in [
+        (0, &[][..]),
+        (8, &[(0, &[256][..])]),
+        (8, &[(1, &[0][..])]),
+        (8, &[(0, &[3, 4, 3][..])]),
+        (8, &[(0, &[3][..]), (0, &[4][..])]),
+    ] {
+        let state = state(sectors, unfinished);
+        assert!(
+            restored(engine, &state, 8 << 20).is_err(),
+            "{sectors} {unfinished:?}"
+        );
+    }
 }
 
 fn queues_when_several_are_served_all(engine: BlockEngine) {
@@ -274,7 +308,7 @@ fn request_when_over_the_limit_waits_for_its_turn(engine: BlockEngine) {
     assert!(f.counter("throttled") > 0);
 }
 
-fn suspend_when_the_limiter_holds_a_request_finishes_it(engine: BlockEngine) {
+fn suspend_when_the_limiter_holds_a_request_puts_it_back(engine: BlockEngine) {
     // One token in 15 minutes.
     let mut f = limited(engine, 3_600_000);
     for slot in 0..10 {
@@ -288,14 +322,14 @@ fn suspend_when_the_limiter_holds_a_request_finishes_it(engine: BlockEngine) {
         std::thread::sleep(Duration::from_millis(1));
     }
     let positions = f.block.suspend();
-    assert_eq!((positions[0].next_avail, positions[0].next_used), (5, 5));
-    assert_eq!((f.outcome(4), f.outcome(5)), (OK, 0xee));
+    assert_eq!((positions[0].next_avail, positions[0].next_used), (4, 4));
+    assert_eq!((f.outcome(3), f.outcome(4)), (OK, 0xee));
     // What is left of the bucket is saved with the rest.
     let state = f.block.save().unwrap();
     f.block.restore(&state).unwrap();
     f.activate_at(&positions, 0);
     let held = f.block.suspend();
-    assert!(held[0].next_avail <= 6, "{held:?}");
+    assert!(held[0].next_avail <= 5, "{held:?}");
 }
 
 fn requests_when_more_than_the_queue_holds_are_all_answered(engine: BlockEngine) {
@@ -358,7 +392,7 @@ fn resize_when_the_image_shrank_depends_on_the_driver(engine: BlockEngine) {
     set_image_len(&f, 4 << 20);
     let error = f.block.resize().unwrap_err();
     assert!(
-        matches!(error, ResizeMemoryError::Shrunk { old, new, .. } if (old, new) == (8 << 20, 4 << 20)),
+        matches!(error, ResizeDiskError::Shrunk { old, new, .. } if (old, new) == (8 << 20, 4 << 20)),
         "{error}"
     );
     assert_eq!(capacity(&f.block), 8 << 20);
@@ -366,7 +400,7 @@ fn resize_when_the_image_shrank_depends_on_the_driver(engine: BlockEngine) {
     assert_eq!(f.block.resize().unwrap(), 4 << 20);
     assert_eq!(capacity(&f.block), 4 << 20);
     set_image_len(&f, 100);
-    assert!(matches!(f.block.resize(), Err(ResizeMemoryError::Empty { .. })));
+    assert!(matches!(f.block.resize(), Err(ResizeDiskError::Empty { .. })));
     assert_eq!(capacity(&f.block), 4 << 20);
 }
 

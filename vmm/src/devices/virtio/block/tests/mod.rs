@@ -1,8 +1,10 @@
 //! The device against the fake guest.
 
+mod allocations;
 mod direct;
 mod engines;
 mod lifecycle;
+mod ranges;
 mod requests;
 
 use std::fs::File;
@@ -64,6 +66,16 @@ fn pattern(sector: u64) -> u8 {
     (sector % 251) as u8 + 1
 }
 
+/// A range of a DISCARD or WRITE_ZEROES.
+fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+    [
+        &sector.to_le_bytes()[..],
+        &sectors.to_le_bytes(),
+        &flags.to_le_bytes(),
+    ]
+    .concat()
+}
+
 fn config(path: &Path, read_only: bool) -> BlockConfig {
     BlockConfig {
         read_only,
@@ -86,6 +98,20 @@ impl Fixture {
             config.engine = engine;
             config.read_only = read_only;
         })
+    }
+
+    /// On a copy of the image in memory, on a file system that has holes but no FALLOC_FL_ZERO_RANGE: tmpfs.
+    fn on_tmpfs(engine: BlockEngine, change: impl FnOnce(&mut BlockConfig)) -> (Self, TempDir) {
+        let dir = TempDir::new_with_prefix("/dev/shm/dragonball-blk").unwrap();
+        let path = dir.as_path().join("image");
+        let mut f = Self::with(|config| {
+            std::fs::copy(&config.path, &path).unwrap();
+            config.path.clone_from(&path);
+            config.engine = engine;
+            change(config);
+        });
+        f.path = path;
+        (f, dir)
     }
 
     /// On the configuration `change` makes; the driver accepts no feature but those of rings.

@@ -10,7 +10,10 @@ use virtio_bindings::virtio_blk::{
 
 use super::*;
 use crate::devices::virtio::block::BlockError;
-use crate::devices::virtio::test_ring::{INDIRECT, MEMORY_SIZE, NEXT, Used, WRITE, survive_malformed_chains};
+use crate::devices::virtio::test_ring::{
+    INDIRECT, MEMORY_SIZE, NEXT, Used, WRITE, flood, survive_malformed_chains,
+};
+use crate::guest_log::recorder::assert_limited;
 
 on_each_engine![
     read_when_scattered_fills_every_buffer,
@@ -183,15 +186,6 @@ fn serial_is_the_start_of_the_id(engine: BlockEngine) {
     );
 }
 
-fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
-    [
-        &sector.to_le_bytes()[..],
-        &sectors.to_le_bytes(),
-        &flags.to_le_bytes(),
-    ]
-    .concat()
-}
-
 fn discard_and_write_zeroes_zero_their_ranges_only(engine: BlockEngine) {
     let mut f = Fixture::new(engine, false);
     for (kind, flags, sector) in [
@@ -213,15 +207,7 @@ fn discard_and_write_zeroes_zero_their_ranges_only(engine: BlockEngine) {
 }
 
 fn write_zeroes_when_the_file_system_cannot_is_written(engine: BlockEngine) {
-    // tmpfs has holes but no FALLOC_FL_ZERO_RANGE.
-    let dir = TempDir::new_with_prefix("/dev/shm/dragonball-blk").unwrap();
-    let path = dir.as_path().join("image");
-    let mut f = Fixture::with(|config| {
-        std::fs::copy(&config.path, &path).unwrap();
-        config.path.clone_from(&path);
-        config.engine = engine;
-    });
-    f.path = path;
+    let (mut f, _dir) = Fixture::on_tmpfs(engine, |_| ());
     // More than one step writes, and not whole pages.
     let sectors = (3 << 20) / 512 + 3;
     f.guest
@@ -294,6 +280,18 @@ fn large_request_crosses_memory_limits_safely(engine: BlockEngine) {
     let (used, status) = f.request(VIRTIO_BLK_T_IN, 0, &[Buf::Write(DATA, 4 << 20)]);
     assert_eq!((used.len, status), ((4 << 20) + 1, OK));
     assert_eq!(f.guest.read(DATA, 4 << 20), f.on_disk(0, 4 << 20));
+    // Longer than a step, in pieces that are and are not.
+    let pieces = [
+        Buf::Write(DATA, 5 << 20),
+        Buf::Write(DATA + (5 << 20), 2 << 20),
+        Buf::Write(DATA + (7 << 20), 512),
+    ];
+    f.guest.write(DATA, &vec![0; 8 << 20]);
+    let len = (7 << 20) + 512;
+    let (used, status) = f.request(VIRTIO_BLK_T_IN, 3, &pieces);
+    assert_eq!((used.len as usize, status), (len + 1, OK));
+    assert!(f.guest.read(DATA, len) == f.on_disk(3 * 512, len));
+    assert_eq!(f.guest.read(DATA + len as u64, 512), [0; 512]);
     // The last byte of memory is fine, one more is not.
     let end = MEMORY_SIZE as u64;
     assert_eq!(f.request(VIRTIO_BLK_T_IN, 0, &[Buf::Write(end - 512, 512)]).1, OK);
@@ -304,6 +302,7 @@ fn large_request_crosses_memory_limits_safely(engine: BlockEngine) {
 fn malformed_chains_are_returned(engine: BlockEngine) {
     let mut f = Fixture::new(engine, false);
     survive_malformed_chains(&mut f.rings[0]);
+    assert_limited(&["block: chain dropped"], 300, || flood(&mut f.rings[0], 300));
     assert_eq!(f.on_disk(0, 4096)[..512], [1; 512]);
     assert_eq!(f.request(VIRTIO_BLK_T_IN, 0, &[Buf::Write(DATA, 512)]).1, OK);
 }
@@ -385,6 +384,10 @@ fn config_space_has_capacity_and_limits() {
     assert_eq!(space[12..16], 254u32.to_le_bytes());
     assert_eq!(space[20..24], 512u32.to_le_bytes());
     assert_eq!(space[60..], [0; 4]);
+    // 16 ranges of 128 MiB to discard, or of 16 MiB to write zeroes to.
+    let field = |at: usize| u32::from_le_bytes(space[at..at + 4].try_into().unwrap());
+    assert_eq!((field(36), field(40)), ((128 << 20) / 512, 16));
+    assert_eq!((field(48), field(52)), ((16 << 20) / 512, 16));
     block.read_config(u64::MAX, &mut space);
     assert_eq!(space, [0; 64]);
 }

@@ -1,17 +1,21 @@
 //! The synchronous engine: a thread per queue that does one request after the other.
+//!
+//! Who stops it waits for the step in hand. A flush may take as long as the host's disk has written data to store, and
+//! touches no memory of the guest: it is not waited for, the thread ends when it is done.
 
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::intake::{Intake, Taken};
+use super::intake::{Intake, Stopped, Taken};
 use crate::devices::virtio::block::request::Request;
-use crate::devices::virtio::state::QueuePosition;
+use crate::devices::virtio::block::step::Step;
 
 /// Requests per turn at most, so that the first of many slow ones is not held back by the last.
 const BATCH: usize = 8;
@@ -27,93 +31,179 @@ enum Wait {
     Not,
 }
 
+/// What the thread does, for who wants to stop it.
+#[derive(Debug)]
+enum Phase {
+    /// It will look whether it is to stop after the step in hand.
+    Working,
+    /// It waits for the disk, and touches nothing else. If it is stopped the queue stands so.
+    Flushing(Stopped),
+    /// It was stopped while it waited for the disk: it must not touch the queue any more.
+    Abandoned,
+}
+
+/// How the thread is stopped.
+#[derive(Debug)]
+struct Control {
+    stopping: AtomicBool,
+    /// Wakes it when it sleeps.
+    wake: EventFd,
+    phase: Mutex<Phase>,
+}
+
+impl Control {
+    fn phase(&self) -> MutexGuard<'_, Phase> {
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+}
+
 /// The running thread. [`SyncWorker::stop`] ends it.
 #[derive(Debug)]
 pub(in super::super) struct SyncWorker {
-    stop: Arc<EventFd>,
-    thread: JoinHandle<QueuePosition>,
+    control: Arc<Control>,
+    thread: JoinHandle<Option<Stopped>>,
 }
 
 impl SyncWorker {
     pub(super) fn spawn(intake: Intake, queue: usize) -> io::Result<Self> {
-        let stop = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-        let stopped = stop.clone();
+        let control = Arc::new(Control {
+            stopping: AtomicBool::new(false),
+            wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            phase: Mutex::new(Phase::Working),
+        });
+        let controlled = control.clone();
         let thread = std::thread::Builder::new()
             .name(format!("blk{queue}-{}", intake.target.id))
-            .spawn(move || run(intake, &stopped))?;
-        Ok(Self { stop, thread })
+            .spawn(move || run(intake, &controlled))?;
+        Ok(Self { control, thread })
     }
 
-    /// Waits for the request in hand, if any, and ends the thread. Says where the queue stands.
-    pub(super) fn stop(self, device: &str) -> Option<QueuePosition> {
-        if let Err(error) = self.stop.write(1) {
-            tracing::error!(device, %error, "block: cannot wake the worker to stop it");
+    /// Waits for the step in hand, if it is no flush, and ends the thread. Says where the queue stands.
+    pub(super) fn stop(self, device: &str) -> Option<Stopped> {
+        self.control.stopping.store(true, Ordering::Release);
+        if let Err(error) = self.control.wake.write(1) {
+            guest_log!(ERROR, device, %error, "block: cannot wake the worker to stop it");
         }
-        let position = self.thread.join();
-        if position.is_err() {
-            tracing::error!(device, "block: the worker panicked");
+        let mut phase = self.control.phase();
+        if matches!(*phase, Phase::Flushing(_))
+            && let Phase::Flushing(stopped) = std::mem::replace(&mut *phase, Phase::Abandoned)
+        {
+            return Some(stopped);
         }
-        position.ok()
+        drop(phase);
+        let stopped = self.thread.join();
+        if stopped.is_err() {
+            guest_log!(ERROR, device, "block: the worker panicked");
+        }
+        stopped.ok().flatten()
     }
 }
 
-fn run(mut intake: Intake, stop: &EventFd) -> QueuePosition {
+/// Serves the queue until it is to stop; `None` when somebody else said where the queue stands.
+fn run(mut intake: Intake, control: &Control) -> Option<Stopped> {
     // Without a kick at first: requests may have come while no worker looked.
     let mut wait = Wait::Not;
     loop {
-        match wait_for_kick(&intake, stop, wait) {
+        match wait_for_kick(&intake, control, wait) {
             Ok(false) => {}
             Ok(true) => break,
             Err(error) => {
-                tracing::error!(device = %intake.target.id, %error, "block: poll failed, worker ends");
+                guest_log!(ERROR, device = %intake.target.id, %error, "block: poll failed, worker ends");
                 break;
             }
         }
         intake.begin_turn();
-        let more = batch(&mut intake);
+        let more = match batch(&mut intake, control) {
+            Batch::Done => false,
+            Batch::More => true,
+            Batch::Stopped(request) => return Some(intake.stop(vec![request.head()])),
+            Batch::Abandoned => return None,
+        };
         wait = match intake.end_turn(false) {
             _ if more => Wait::Not,
             Some(until) => Wait::Until(until),
             None => Wait::Kick,
         };
     }
-    if let Some(request) = intake.take_held() {
-        perform(&mut intake, request);
-    }
-    intake.queue.notify();
-    intake.queue.position()
+    Some(intake.stop(Vec::new()))
 }
 
-/// Serves up to [`BATCH`] chains; true when there may be more.
-fn batch(intake: &mut Intake) -> bool {
+/// How serving some chains ended.
+#[derive(Debug)]
+enum Batch {
+    /// There is nothing to do now.
+    Done,
+    /// There may be more.
+    More,
+    /// The worker is to stop, and this request is not finished.
+    Stopped(Box<Request>),
+    /// The worker was stopped while it waited for the disk.
+    Abandoned,
+}
+
+/// Serves up to [`BATCH`] chains.
+fn batch(intake: &mut Intake, control: &Control) -> Batch {
     for _ in 0..BATCH {
         match intake.take() {
-            Taken::Request(request) => perform(intake, request),
+            Taken::Request(request) => match perform(intake, control, request) {
+                Performed::Answered => {}
+                Performed::Stopped(request) => return Batch::Stopped(request),
+                Performed::Abandoned => return Batch::Abandoned,
+            },
             Taken::Returned => {}
-            Taken::Idle | Taken::Throttled => return false,
+            Taken::Idle | Taken::Throttled => return Batch::Done,
         }
     }
-    true
+    Batch::More
 }
 
-fn perform(intake: &mut Intake, mut request: Request) {
-    let disk = &intake.target.disk;
+/// How a request ended.
+#[derive(Debug)]
+enum Performed {
+    /// The driver has its status.
+    Answered,
+    /// The worker is to stop; there are steps left.
+    Stopped(Box<Request>),
+    /// The worker was stopped while it waited for the disk.
+    Abandoned,
+}
+
+fn perform(intake: &mut Intake, control: &Control, mut request: Request) -> Performed {
     while let Some(step) = request.step() {
-        let result = step.perform(disk);
-        request.step_done(disk, result);
+        if control.stopping() {
+            return Performed::Stopped(Box::new(request));
+        }
+        let flush = matches!(step, Step::Flush);
+        if flush {
+            *control.phase() = Phase::Flushing(intake.standing(request.head()));
+        }
+        let result = step.perform(&intake.target.disk);
+        if flush {
+            let mut phase = control.phase();
+            if matches!(*phase, Phase::Abandoned) {
+                return Performed::Abandoned;
+            }
+            *phase = Phase::Working;
+        }
+        request.step_done(&intake.target.disk, result);
     }
     intake.answer(request);
+    Performed::Answered
 }
 
 /// Sleeps as `wait` says; true means stop.
-fn wait_for_kick(intake: &Intake, stop: &EventFd, wait: Wait) -> io::Result<bool> {
+fn wait_for_kick(intake: &Intake, control: &Control, wait: Wait) -> io::Result<bool> {
     let readable = |fd| libc::pollfd {
         fd,
         events: libc::POLLIN,
         revents: 0,
     };
     let mut fds = [
-        readable(stop.as_raw_fd()),
+        readable(control.wake.as_raw_fd()),
         readable(intake.queue.kick().as_raw_fd()),
     ];
     loop {

@@ -34,8 +34,12 @@ pub const REMOVEXATTR: u32 = 24;
 pub const INIT: u32 = 26;
 pub const OPENDIR: u32 = 27;
 pub const READDIR: u32 = 28;
+pub const RELEASEDIR: u32 = 29;
 pub const CREATE: u32 = 35;
+pub const INTERRUPT: u32 = 36;
 pub const DESTROY: u32 = 38;
+pub const IOCTL: u32 = 39;
+pub const BATCH_FORGET: u32 = 42;
 pub const READDIRPLUS: u32 = 44;
 pub const RENAME2: u32 = 45;
 pub const LSEEK: u32 = 46;
@@ -102,6 +106,32 @@ pub fn entry(bytes: &[u8]) -> Entry {
         uid: u32_at(bytes, 108),
         gid: u32_at(bytes, 112),
     }
+}
+
+/// An entry of a listing by READDIRPLUS.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    pub name: String,
+    pub node: u64,
+    pub offset: u64,
+    pub attr_flags: u32,
+}
+
+/// The entries of an answer to READDIRPLUS.
+pub fn entries_plus(answer: &[u8]) -> Vec<Listed> {
+    let (mut entries, mut at) = (Vec::new(), 0);
+    while at < answer.len() {
+        // fuse_direntplus: entry_out (128), ino, off, namelen, type, name padded to 8.
+        let len = u32_at(answer, at + 144) as usize;
+        entries.push(Listed {
+            name: String::from_utf8(answer[at + 152..at + 152 + len].to_vec()).unwrap(),
+            node: u64_at(answer, at),
+            offset: u64_at(answer, at + 136),
+            attr_flags: u32_at(answer, at + 124),
+        });
+        at += (152 + len).next_multiple_of(8);
+    }
+    entries
 }
 
 /// A guest with a share mounted.
@@ -334,18 +364,12 @@ impl Client {
         loop {
             let body = fields![handle, offset, size, 0u32, 0u64, 0u32, 0u32];
             let answer = self.call(READDIRPLUS, node, &body, size)?;
-            if answer.is_empty() {
+            let entries = entries_plus(&answer);
+            let Some(last) = entries.last() else {
                 return Ok(names);
-            }
-            let mut at = 0;
-            while at < answer.len() {
-                // fuse_direntplus: entry_out (128), ino, off, namelen, type, name padded to 8.
-                let len = u32_at(&answer, at + 144) as usize;
-                let text = String::from_utf8(answer[at + 152..at + 152 + len].to_vec()).unwrap();
-                names.push((text, u64_at(&answer, at)));
-                offset = u64_at(&answer, at + 136);
-                at += (152 + len).next_multiple_of(8);
-            }
+            };
+            offset = last.offset;
+            names.extend(entries.iter().map(|entry| (entry.name.clone(), entry.node)));
         }
     }
 

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::bounds::held;
 use super::client::*;
 use crate::config::{FsConfig, FsRoot, SharedDir};
 use crate::devices::virtio::VirtioDevice;
@@ -137,11 +138,22 @@ fn link_race_never_reaches_outside() {
 #[test]
 fn directory_when_moved_out_by_the_host_leads_nowhere_else() {
     let mut c = Client::new();
-    let sub = c.mkdir(ROOT, "sub", 0o755).unwrap();
-    fs::rename(c.share().join("sub"), c.outside().join("sub")).unwrap();
-    assert_eq!(c.lookup(sub.node, "..").unwrap_err(), libc::EINVAL);
-    let listed = c.list(sub.node, 4096).unwrap();
+    let known = c.mkdir(ROOT, "known", 0o755).unwrap();
+    let used = c.mkdir(ROOT, "used", 0o755).unwrap();
+    assert_eq!(c.lookup(used.node, "file").unwrap_err(), libc::ENOENT);
+    for text in ["known", "used"] {
+        fs::rename(c.share().join(text), c.outside().join(text)).unwrap();
+    }
+    // It was not in use, so only its name led to it.
+    assert_eq!(c.lookup(known.node, "..").unwrap_err(), libc::ESTALE);
+    assert_eq!(c.list(known.node, 4096).unwrap_err(), libc::ESTALE);
+    assert_eq!(c.lookup(used.node, "..").unwrap_err(), libc::EINVAL);
+    let listed = c.list(used.node, 4096).unwrap();
     assert!(listed.iter().all(|(_, node)| *node == 0), "{listed:?}");
+    // What takes its place is another directory.
+    fs::create_dir(c.share().join("known")).unwrap();
+    assert_eq!(c.list(known.node, 4096).unwrap_err(), libc::ESTALE);
+    assert_ne!(c.lookup(ROOT, "known").unwrap().node, known.node);
 }
 
 #[test]
@@ -231,29 +243,45 @@ fn descriptors_have_a_limit() {
     use fuse_backend_rs::api::filesystem::{Context, FileSystem};
     let ctx = Context::default();
     let mut nodes = Vec::new();
-    for index in 0..3 {
+    // Known files cost nothing.
+    for index in 0..100 {
         fs::write(dir.as_path().join(index.to_string()), "").unwrap();
-        nodes.push(
-            share
-                .lookup(&ctx, ROOT, &CString::new(index.to_string()).unwrap())
-                .unwrap()
-                .inode,
-        );
+        let name = CString::new(index.to_string()).unwrap();
+        nodes.push(share.lookup(&ctx, ROOT, &name).unwrap().inode);
     }
-    fs::write(dir.as_path().join("more"), "").unwrap();
+    for node in &nodes {
+        share.getattr(&ctx, *node, None).unwrap();
+        share.readlink(&ctx, *node).unwrap_err();
+    }
+    assert!(held(dir.as_path()) <= 3, "{}", held(dir.as_path()));
     let error = |result: std::io::Result<()>| result.unwrap_err().raw_os_error();
+    let opened: Vec<_> = nodes
+        .iter()
+        .map_while(|node| {
+            share
+                .open(&ctx, *node, 0, 0)
+                .ok()
+                .map(|(handle, ..)| (*node, handle))
+        })
+        .collect();
     assert_eq!(
-        error(share.lookup(&ctx, ROOT, c"more").map(drop)),
-        Some(libc::ENFILE)
+        opened.len(),
+        3,
+        "each file that is opened is reached by a descriptor first"
     );
-    assert_eq!(
-        error(share.open(&ctx, nodes[0], 0, 0).map(drop)),
-        Some(libc::ENFILE)
-    );
-    // Known files cost nothing, forgotten ones give their place back.
-    share.lookup(&ctx, ROOT, c"0").unwrap();
-    share.forget(&ctx, nodes[1], 1);
-    share.lookup(&ctx, ROOT, c"more").unwrap();
+    share.create(&ctx, ROOT, c"last", Default::default()).unwrap();
+    let create = share.create(&ctx, ROOT, c"new", Default::default());
+    assert_eq!(error(create.map(drop)), Some(libc::ENFILE));
+    assert!(!dir.as_path().join("new").exists());
+    let open = share.open(&ctx, nodes[50], 0, 0);
+    assert_eq!(error(open.map(drop)), Some(libc::ENFILE));
+    // What is closed gives its place back.
+    for (node, handle) in &opened[..2] {
+        share
+            .release(&ctx, *node, 0, handle.unwrap(), false, false, None)
+            .unwrap();
+    }
+    share.open(&ctx, nodes[50], 0, 0).unwrap();
 }
 
 #[test]
@@ -268,7 +296,7 @@ fn root_cannot_be_forgotten_or_destroyed() {
         crate::devices::virtio::test_ring::Buf::Read(REQUEST, 40),
         crate::devices::virtio::test_ring::Buf::Write(ANSWER, 16),
     ]);
-    assert_eq!(used.len, 0);
+    assert_eq!(used.len, 16, "an answer without an error");
     assert_eq!(c.getattr(sub.node).unwrap_err(), libc::ENOENT);
     assert!(c.lookup(ROOT, "sub").is_ok());
 }

@@ -3,7 +3,10 @@ use std::time::Duration;
 
 use super::client::*;
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::test_ring::{BUFFERS, Buf, INDIRECT, survive_malformed_chains};
+use crate::devices::virtio::test_ring::{
+    BUFFERS, Buf, INDIRECT, MEMORY_SIZE, NEXT, WRITE as WRITABLE, survive_malformed_chains,
+};
+use crate::guest_log::recorder::assert_limited;
 
 #[test]
 fn malformed_chains_are_returned() {
@@ -77,6 +80,144 @@ fn answers_when_there_is_no_room_are_survived() {
     indirect.kick();
     indirect.wait_used();
     assert!(c.getattr(ROOT).is_ok());
+}
+
+/// Peak of the process' resident memory in KiB since [`reset_peak`].
+fn peak() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.unwrap().trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+fn reset_peak() -> u64 {
+    fs::write("/proc/self/clear_refs", "5").unwrap();
+    peak()
+}
+
+/// Offers `message` in a chain that claims almost 4 GiB behind it: one indirect table, all of memory over and over.
+fn call_with_gigabytes(c: &mut Client, message: &[u8]) -> i32 {
+    const TABLE: u64 = BUFFERS + 0x10_0000;
+    const PARTS: u16 = 255;
+    c.guest.write(REQUEST, message);
+    let ring = &mut c.rings[REQUESTS];
+    ring.descriptor_at(TABLE, 0, REQUEST, message.len() as u32, NEXT, 1);
+    for part in 1..=PARTS {
+        ring.descriptor_at(TABLE, part, 0, MEMORY_SIZE as u32, NEXT, part + 1);
+    }
+    ring.descriptor_at(TABLE, PARTS + 1, ANSWER, 4096, WRITABLE, 0);
+    ring.descriptor(0, TABLE, 16 * u32::from(PARTS + 2), INDIRECT, 0);
+    ring.offer(0);
+    ring.kick();
+    assert_eq!(ring.wait_used().len, 16);
+    u32_at(&c.guest.read(ANSWER, 16), 4) as i32
+}
+
+#[test]
+fn requests_of_gigabytes_are_refused_without_memory_for_them() {
+    let mut c = Client::new();
+    let before = reset_peak();
+    let huge = 250 * MEMORY_SIZE as u32;
+    for opcode in 1..60 {
+        if matches!(opcode, FORGET | INTERRUPT | BATCH_FORGET | WRITE) {
+            continue;
+        }
+        let mut message = c.message(opcode, ROOT, &[]);
+        message[..4].copy_from_slice(&huge.to_le_bytes());
+        assert_eq!(
+            call_with_gigabytes(&mut c, &message),
+            -libc::EINVAL,
+            "opcode {opcode}"
+        );
+    }
+    // `struct fuse_ioctl_in`: fh, flags, cmd, arg, in_size, out_size.
+    let message = c.message(IOCTL, ROOT, &fields![0u64, 0u32, 0u32, 0u64, huge, huge]);
+    assert_eq!(call_with_gigabytes(&mut c, &message), -libc::ENOTTY);
+    let grown = peak().saturating_sub(before);
+    assert!(grown < 1 << 20, "{grown} KiB more");
+    assert!(c.getattr(ROOT).is_ok());
+}
+
+#[test]
+fn data_when_more_than_agreed_is_cut() {
+    let mut c = Client::new();
+    let (file, handle) = c.create(ROOT, "file", libc::O_RDWR, 0o644).unwrap();
+    // `struct fuse_write_in`, then memory over and over.
+    let huge = 250 * MEMORY_SIZE as u32;
+    let mut message = c.message(
+        WRITE,
+        file.node,
+        &fields![handle, 0u64, huge, 0u32, 0u64, 0u32, 0u32],
+    );
+    message[..4].copy_from_slice(&(huge + 80).to_le_bytes());
+    c.guest.write(REQUEST, &message);
+    const TABLE: u64 = BUFFERS + 0x10_0000;
+    let ring = &mut c.rings[REQUESTS];
+    ring.descriptor_at(TABLE, 0, REQUEST, 80, NEXT, 1);
+    for part in 1..=250 {
+        ring.descriptor_at(TABLE, part, 0, MEMORY_SIZE as u32, NEXT, part + 1);
+    }
+    ring.descriptor_at(TABLE, 251, ANSWER, 24, WRITABLE, 0);
+    ring.descriptor(0, TABLE, 16 * 252, INDIRECT, 0);
+    ring.offer(0);
+    ring.kick();
+    assert_eq!(ring.wait_used().len, 24);
+    assert_eq!(u32_at(&c.guest.read(ANSWER, 24), 16), 1 << 20);
+    assert_eq!(fs::metadata(c.share().join("file")).unwrap().len(), 1 << 20);
+}
+
+#[test]
+fn operations_when_unknown_are_refused() {
+    let mut c = Client::new();
+    for opcode in (47..70).chain([0, 7, 19, 37, 40, 41, 4096, 1 << 20, u32::MAX]) {
+        assert_eq!(
+            c.call(opcode, ROOT, &[0; 64], 64),
+            Err(libc::ENOSYS),
+            "opcode {opcode}"
+        );
+    }
+    assert_eq!(c.call(IOCTL, ROOT, &[0; 64], 64), Err(libc::ENOTTY));
+}
+
+#[test]
+fn init_when_not_of_our_protocol_is_refused_or_told() {
+    let mut c = Client::new();
+    let mut init = |major: u32, minor: u32| c.call(INIT, 0, &fields![major, minor, 0u32, 0u32], 64);
+    assert_eq!(init(6, 40), Err(libc::EPROTO));
+    assert_eq!(init(7, 22), Err(libc::EPROTO));
+    assert_eq!(u32_at(&init(8, 0).unwrap(), 0), 7);
+    let answer = init(7, 31).unwrap();
+    assert_eq!((u32_at(&answer, 0), u32_at(&answer, 4)), (7, 33));
+    // max_write.
+    assert_eq!(u32_at(&answer, 20), 1 << 20);
+}
+
+#[test]
+fn names_when_they_have_no_end_or_flood_the_log_cost_few_lines() {
+    let mut c = Client::new();
+    let endless = vec![b'x'; 60_000];
+    assert_limited(&["fs: malformed request"], 300, || {
+        for round in 0..300 {
+            let opcode = [LOOKUP, UNLINK, RMDIR, REMOVEXATTR][round % 4];
+            assert_eq!(c.call(opcode, ROOT, &endless, 128), Err(libc::EINVAL));
+        }
+    });
+    assert_limited(&["fs: chain dropped"], 300, || {
+        crate::devices::virtio::test_ring::flood(&mut c.rings[HIPRIO], 300);
+    });
+    // What made fuse-backend-rs write lines of its own.
+    for _ in 0..100 {
+        c.init().unwrap();
+        assert!(
+            c.call(
+                READDIRPLUS,
+                ROOT,
+                &fields![9u64, 0u64, 4096u32, 0u32, 0u64, 0u32, 0u32],
+                4096
+            )
+            .is_err()
+        );
+    }
+    assert_limited(&[], 0, || {});
 }
 
 /// Requests of every kind with random contents, aimed at nodes and handles that exist.

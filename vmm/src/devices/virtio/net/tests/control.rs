@@ -1,6 +1,7 @@
 //! Queue pairs, the configuration space, features.
 
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use super::rig::{MERGE, Rig, device, eventually, frame, net_config, rx_buffer, tx_buffer, wire};
 use crate::config::NetConfig;
@@ -67,6 +68,95 @@ fn pairs_when_set_are_switched_and_work() {
     assert_eq!(command(&mut rig, 6, &[4, 0, 3, 0]), 0);
     assert_eq!(rig.rings[2].wait_used().len, 200);
     assert_eq!(rig.counter("control_commands"), 3);
+}
+
+#[test]
+fn pairs_when_nothing_changes_are_not_switched() {
+    let mut rig = multi_queue(MQ);
+    let changes = |rig: &Rig| -> u32 { rig.sockets.iter().map(|s| s.changes.load(Ordering::SeqCst)).sum() };
+    let before = changes(&rig);
+    for _ in 0..100 {
+        assert_eq!(command(&mut rig, 6, &[4, 0, 1, 0]), 0);
+    }
+    assert_eq!(changes(&rig), before);
+    assert_eq!(rig.counter("control_commands"), 100);
+}
+
+#[test]
+fn pairs_when_switched_in_a_loop_are_limited_and_all_are_answered() {
+    let mut rig = multi_queue(MQ);
+    let started = Instant::now();
+    // One more than may be made at once (the driver's start took the first).
+    for number in 0..16 {
+        assert_eq!(command(&mut rig, 6, &[4, 0, 1 + (number + 1) % 2, 0]), 0);
+    }
+    assert!(
+        started.elapsed() >= Duration::from_millis(800),
+        "{:?}",
+        started.elapsed()
+    );
+    assert!(rig.counter("control_throttled") > 0);
+    assert_eq!(rig.counter("control_commands"), 16);
+}
+
+#[test]
+fn pairs_when_the_host_takes_its_time_hold_up_nothing_else() {
+    let mut rig = multi_queue(MQ | MERGE);
+    rig.sockets[1].held.store(true, Ordering::SeqCst);
+    rig.guest.write(COMMAND, &[4, 0, 2, 0]);
+    rig.guest.write(ACK, &[0xee]);
+    rig.rings[6].submit(&[Buf::Read(COMMAND, 4), Buf::Write(ACK, 1)]);
+    rig.rings[6].kick();
+    eventually("the change to begin", || {
+        rig.sockets[1].changes.load(Ordering::SeqCst) > 1
+    });
+    // Frames pass meanwhile.
+    rig.offer_rx(0, 300);
+    rig.rings[0].kick();
+    rig.wires[0].send(&frame(1, 200));
+    assert_eq!(rig.rings[0].wait_used().len, 200);
+    assert_eq!(rig.rings[6].try_used(), None);
+    // Whoever suspends the device waits for the change, and the driver is answered.
+    let sockets = rig.sockets.clone();
+    let release = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(20));
+        sockets[1].held.store(false, Ordering::SeqCst);
+    });
+    let positions = rig.net.suspend();
+    release.join().unwrap();
+    assert_eq!(rig.guest.read(ACK, 1), [0]);
+    assert_eq!(enabled(&rig), [true, true, false]);
+    assert!(positions.iter().all(|at| at.index != 6 || at.next_used == 1));
+}
+
+#[test]
+fn start_when_nothing_changes_asks_nothing_of_the_tap() {
+    let mut rig = multi_queue(MQ);
+    let changes = |rig: &Rig| -> u32 { rig.sockets.iter().map(|s| s.changes.load(Ordering::SeqCst)).sum() };
+    let before = changes(&rig);
+    for _ in 0..20 {
+        let positions = rig.net.suspend();
+        rig.activate(&positions);
+    }
+    assert_eq!(changes(&rig), before);
+    // A driver that wants something else each time is slowed down.
+    let started = Instant::now();
+    for round in 0..20 {
+        rig.net.reset();
+        rig.features ^= 1 << VIRTIO_NET_F_GUEST_CSUM;
+        let guest = &rig.guest;
+        let sizes = rig.net.queue_sizes().iter().enumerate();
+        rig.rings = sizes
+            .map(|(index, size)| guest.ring(index, *size, false))
+            .collect();
+        rig.activate(&[]);
+        assert_eq!(changes(&rig), before + round + 1);
+    }
+    assert!(
+        started.elapsed() >= Duration::from_millis(200),
+        "{:?}",
+        started.elapsed()
+    );
 }
 
 #[test]

@@ -2,7 +2,8 @@
 
 use super::rig::{EVENT_IDX, MERGE, Rig, eventually, frame, net_config, rx_buffer, tx_buffer};
 use crate::config::NetConfig;
-use crate::devices::virtio::test_ring::{Buf, survive_malformed_chains};
+use crate::devices::virtio::test_ring::{Buf, flood, survive_malformed_chains};
+use crate::guest_log::recorder::assert_limited;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
 
 #[test]
@@ -15,6 +16,13 @@ fn malformed_chains_are_returned_on_every_queue() {
         let mut rig = Rig::with(&config, 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ | more);
         for queue in [0, 1, 4] {
             survive_malformed_chains(&mut rig.rings[queue]);
+        }
+        for (queue, message) in [
+            (0, "net: receive chain dropped"),
+            (1, "net: transmit chain dropped"),
+            (4, "net: control chain dropped"),
+        ] {
+            assert_limited(&[message], 300, || flood(&mut rig.rings[queue], 300));
         }
         rig.offer_rx(0, 200);
         rig.rings[0].kick();

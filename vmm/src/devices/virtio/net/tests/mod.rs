@@ -1,3 +1,4 @@
+mod allocations;
 mod control;
 mod flow;
 mod hostile;

@@ -22,6 +22,13 @@ pub const RING: u16 = 64;
 pub const RX_BUFFERS: u64 = BUFFERS + (8 << 20);
 
 impl Wire {
+    /// Takes a frame of the guest and forgets it.
+    pub fn discard(&self) {
+        let mut byte = [0; 1];
+        let flags = rustix::net::RecvFlags::DONTWAIT;
+        rustix::net::recv(self, &mut byte[..], flags).unwrap();
+    }
+
     /// Waits for a frame of the guest.
     pub fn recv(&self) -> Vec<u8> {
         let mut frame = None;

@@ -23,13 +23,13 @@ impl Muxer {
                 Ok((client, _)) => client,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {
-                    tracing::warn!(%error, "vsock: cannot accept a client");
+                    guest_log!(WARN, %error, "vsock: cannot accept a client");
                     self.timers.insert((Instant::now() + ACCEPT_PAUSE, TIMER_ACCEPT));
                     return;
                 }
             };
             if let Err(error) = self.add_client(client.into()) {
-                tracing::warn!(%error, "vsock: cannot take a client");
+                guest_log!(WARN, %error, "vsock: cannot take a client");
             }
         }
         // There may be more, of which no edge will tell.

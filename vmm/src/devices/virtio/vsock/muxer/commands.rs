@@ -58,7 +58,7 @@ impl Muxer {
                         self.request(PortPair { local, peer: port }, origin, host, deadline);
                     }
                     Err(error) => {
-                        tracing::warn!(%error, "vsock: attached descriptor closed");
+                        guest_log!(WARN, %error, "vsock: attached descriptor closed");
                         self.shared.free_port(local);
                         self.shared.end_attached(local);
                     }

@@ -375,7 +375,7 @@ fn close_attached_after_the_guests_end_gives_up_what_nobody_reads() {
     handle.close_attached(port).unwrap();
     stack.run_for(Duration::from_millis(20));
     assert!(handle.wait_attached(port, PATIENCE));
-    assert_eq!(handle.metrics().connections, 0);
+    assert_eq!(handle.metrics().open_connections, 0);
 }
 
 #[test]

@@ -6,8 +6,9 @@ use std::time::Duration;
 use super::driver::{Driver, GUEST_CID};
 use super::stack::{Stack, pattern};
 use super::streams::{guest_connects, host_connects};
-use crate::devices::virtio::test_ring::{BUFFERS, Buf, NEXT, WRITE, survive_malformed_chains};
+use crate::devices::virtio::test_ring::{BUFFERS, Buf, NEXT, WRITE, flood, survive_malformed_chains};
 use crate::devices::virtio::vsock::packet::{HEADER_LEN, Header, Op, SHUTDOWN_SEND, TYPE_STREAM};
+use crate::guest_log::recorder::assert_limited;
 
 fn header(op: u16, src_port: u32, dst_port: u32) -> Header {
     Header {
@@ -396,4 +397,34 @@ fn random_rings_do_no_harm() {
         driver.rx.kick();
         assert_works(driver);
     }
+}
+
+#[test]
+fn chains_when_they_flood_the_log_are_told_of_a_few_times() {
+    let mut driver = Driver::without_buffers();
+    let messages = ["vsock: malformed tx packet", "vsock: cannot return a tx buffer"];
+    assert_limited(&messages, 300, || flood(&mut driver.tx, 300));
+    let messages = ["vsock: malformed rx buffer", "vsock: cannot return an rx buffer"];
+    assert_limited(&messages, 300, || {
+        for _ in 0..3 {
+            let before = driver.handle.metrics().malformed;
+            (0..100).for_each(|head| driver.rx.offer(0xff00 + head));
+            // Its refusal needs an rx buffer.
+            driver.send(header(Op::Request as u16, 5, 6), &[]);
+            driver.tx.kick();
+            driver.rx.kick();
+            while driver.handle.metrics().malformed < before + 100 {
+                std::thread::yield_now();
+            }
+        }
+    });
+    assert_limited(&["vsock: the driver broke a ring"], 30, || {
+        driver.tx.set_avail_index(5000);
+        for _ in 0..100 {
+            driver.tx.kick();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    });
+    driver.restart();
+    assert_works(driver);
 }

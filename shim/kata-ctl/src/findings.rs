@@ -1,10 +1,9 @@
-//! What `kata-ctl` knows: the runtime's findings, put into words.
+//! The runtime's findings about host and configuration, put into words.
 
 use runtime::check::{self, Finding};
 use runtime::types::RuntimeOptions;
 use serde_json::{Map, Value, json};
-
-use crate::version;
+use shim::version;
 
 /// The outcome of a check, for people and for scripts.
 #[derive(Debug, PartialEq, Eq)]

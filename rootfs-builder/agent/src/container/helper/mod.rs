@@ -5,11 +5,14 @@
 //! one container process, one line of result, gone. The container process is made a sibling of the helper, that is,
 //! a child of the agent, which therefore learns its exit status.
 
+mod inside;
+mod mounts;
+
 use std::ffi::CString;
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use libcontainer::container::builder::ContainerBuilder;
@@ -22,8 +25,13 @@ use nix::unistd::{AccessFlags, access, execv};
 use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
 
+use super::pty;
+
 /// First argument that makes the agent's binary run as this helper.
 pub const ARGUMENT: &str = "__ctr";
+
+/// runc's words for a program without a path that is nowhere.
+const NOT_IN_PATH: &str = "executable file not found in $PATH";
 
 /// Descriptors the agent hands over, in this order from 3 on.
 pub const RESULT_FD: RawFd = 3;
@@ -41,6 +49,8 @@ pub struct Request {
     pub state: PathBuf,
     /// Listening socket that the terminal is sent to; absent means descriptors from [`STDIO_FD`] on.
     pub console: Option<PathBuf>,
+    /// Rows and columns of the terminal.
+    pub size: Option<(u16, u16)>,
     /// Which process.
     pub kind: Kind,
 }
@@ -60,6 +70,13 @@ pub enum Kind {
     },
 }
 
+/// Whether `reason`, of a process that could not be made or executed, is that its program does not exist.
+pub fn is_missing_program(reason: &str) -> bool {
+    // The words of `find` below; libcontainer passes them on and adds its own in front.
+    reason.contains("exec: ")
+        && (reason.ends_with(NOT_IN_PATH) || reason.ends_with(&describe(nix::Error::ENOENT)))
+}
+
 /// What the helper answers: one line of JSON.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Answer {
@@ -77,6 +94,13 @@ enum HelperError {
     NoRequest,
     #[error(transparent)]
     Container(#[from] LibcontainerError),
+    #[error(transparent)]
+    Mounts(#[from] mounts::MountError),
+    #[error("{path}: {source}")]
+    Bundle {
+        path: PathBuf,
+        source: oci_spec::OciSpecError,
+    },
     #[error("container {0} has no process")]
     NoProcess(String),
 }
@@ -104,7 +128,7 @@ fn run(request: &Request) -> Result<i32, HelperError> {
     let mut builder = ContainerBuilder::new(request.id.clone(), SyscallType::default())
         .with_root_path(&request.state)?
         .with_console_socket(request.console.as_ref())
-        .with_executor(Program);
+        .with_executor(Program { size: request.size });
     if request.console.is_none() {
         // SAFETY: without a console the agent passes these three, and nothing else here owns them.
         let [stdin, stdout, stderr] =
@@ -113,6 +137,7 @@ fn run(request: &Request) -> Result<i32, HelperError> {
     }
     match &request.kind {
         Kind::Create { bundle } => {
+            prepare_mounts(bundle)?;
             let init = builder
                 .as_init(bundle)
                 .with_systemd(false)
@@ -134,6 +159,18 @@ fn run(request: &Request) -> Result<i32, HelperError> {
             Ok(tenant.build()?.as_raw())
         }
     }
+}
+
+/// Makes the container's mounts, and takes out of its specification those that libcontainer is not to make again.
+fn prepare_mounts(bundle: &Path) -> Result<(), HelperError> {
+    let path = bundle.join("config.json");
+    let failed = |source| HelperError::Bundle {
+        path: path.clone(),
+        source,
+    };
+    let mut spec = Spec::load(&path).map_err(failed)?;
+    mounts::prepare(&mut spec)?;
+    spec.save(&path).map_err(failed)
 }
 
 /// libcontainer executes only in containers whose state file says they run. The agent starts containers without
@@ -163,12 +200,14 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 /// Finds and executes the process's program as runc does: the same rules, the same words in the errors.
 #[derive(Clone)]
-struct Program;
+struct Program {
+    size: Option<(u16, u16)>,
+}
 
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        find(spec)
-            .map(drop)
+        self.size_terminal()
+            .and_then(|()| find(spec).map(drop))
             .map_err(ExecutorValidationError::ArgValidationError)
     }
 
@@ -181,6 +220,17 @@ impl Executor for Program {
         let mut report = File::from(unsafe { OwnedFd::from_raw_fd(EXEC_FD) });
         let _ = report.write_all(reason.as_bytes());
         Err(ExecutorError::Other(reason))
+    }
+}
+
+impl Program {
+    /// Before the program runs: many ask for the size once, when they start.
+    fn size_terminal(&self) -> Result<(), String> {
+        let Some((rows, columns)) = self.size else {
+            return Ok(());
+        };
+        pty::resize(std::io::stdin().as_fd(), rows, columns)
+            .map_err(|error| format!("terminal size: {error}"))
     }
 }
 
@@ -229,7 +279,7 @@ fn find(spec: &Spec) -> Result<String, String> {
     }
     match refused {
         Some(candidate) => Err(format!("exec: {candidate:?}: {}", describe(nix::Error::EACCES))),
-        None => Err(format!("exec: {name:?}: executable file not found in $PATH")),
+        None => Err(format!("exec: {name:?}: {NOT_IN_PATH}")),
     }
 }
 
@@ -252,4 +302,25 @@ fn arguments(spec: &Spec) -> &[String] {
 
 fn describe(errno: nix::Error) -> String {
     errno.desc().to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn program_when_missing_is_told_from_one_that_cannot_run() {
+        for missing in [
+            "exec: \"frobnicate\": executable file not found in $PATH",
+            "failed to validate: exec: \"/bin/x\": no such file or directory",
+        ] {
+            assert!(is_missing_program(missing), "{missing}");
+        }
+        for other in [
+            "exec: \"/tmp\": permission denied",
+            "/proc/x: no such file or directory",
+        ] {
+            assert!(!is_missing_program(other), "{other}");
+        }
+    }
 }

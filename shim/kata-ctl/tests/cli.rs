@@ -4,12 +4,18 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-use crate::harness::{run, stderr, stdout};
-
 fn ctl(words: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kata-ctl"));
-    command.args(words);
-    run(command, b"")
+    let mut command = Command::new("timeout");
+    command.args(["--kill-after=5", "120", env!("CARGO_BIN_EXE_kata-ctl")]);
+    command.args(words).output().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
 }
 
 #[test]

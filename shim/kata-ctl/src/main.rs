@@ -1,11 +1,14 @@
-//! What an operator asks before and after running containers: is this host usable, what is configured, which version.
+//! What an operator asks before and after running containers: is this host usable, what is configured, which version,
+//! and why does that pod not start.
 
-use std::path::PathBuf;
+mod diagnose;
+mod findings;
+
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use runtime::types::RuntimeOptions;
-use shim::ctl;
 
 /// Checks and describes the Kata runtime with its in-process VMM.
 #[derive(Debug, Parser)]
@@ -25,6 +28,11 @@ enum Command {
         /// Only say, in one line, whether KVM is here and able to run a Linux guest.
         #[arg(long)]
         kvm_can_run_linux: bool,
+    },
+    /// Prints what is known of the sandboxes on this host: shims and what their threads do, guests' consoles, leftovers.
+    Diagnose {
+        /// Only the sandbox with this id; default: all.
+        sandbox: Option<String>,
     },
     /// Prints versions, the configuration in use and the state of the host.
     Env {
@@ -49,38 +57,50 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Check { kvm_can_run_linux } => {
             let verdict = if kvm_can_run_linux {
-                ctl::check_kvm()
+                findings::check_kvm()
             } else {
-                ctl::check(&options)
+                findings::check(&options)
             };
             print!("{}", verdict.text);
-            if verdict.usable {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
-            }
+            success(verdict.usable)
         }
-        Command::Env { json } => {
-            let env = ctl::env(&options);
-            let text = if json {
-                serde_json::to_string_pretty(&env)
-            } else {
-                Ok(ctl::as_text(&env))
-            };
-            match text {
-                Ok(text) => {
-                    println!("{text}");
-                    ExitCode::SUCCESS
-                }
-                Err(error) => {
-                    eprintln!("kata-ctl: env: {error}");
-                    ExitCode::FAILURE
-                }
-            }
+        Command::Diagnose { sandbox } => {
+            print!("{}", findings::check(&options).text);
+            let report = diagnose::report(Path::new("/"), sandbox.as_deref());
+            print!("{}", report.text);
+            success(report.found)
         }
+        Command::Env { json } => env(&options, json),
         Command::Version => {
             print!("{}", shim::version::text());
             ExitCode::SUCCESS
+        }
+    }
+}
+
+fn success(good: bool) -> ExitCode {
+    if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn env(options: &RuntimeOptions, json: bool) -> ExitCode {
+    let env = findings::env(options);
+    let text = if json {
+        serde_json::to_string_pretty(&env)
+    } else {
+        Ok(findings::as_text(&env))
+    };
+    match text {
+        Ok(text) => {
+            println!("{text}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("kata-ctl: env: {error}");
+            ExitCode::FAILURE
         }
     }
 }

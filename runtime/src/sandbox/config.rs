@@ -1,0 +1,169 @@
+//! What a pod is to be, whoever asks for it: a container's OCI spec, or containerd's Sandbox API.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+use crate::resource::cpu_mem::InitialSizeManager;
+use crate::resource::volume::{DEFAULT_SHM_SIZE, shm_size};
+use crate::types::CreateSandboxRequest;
+
+/// A pod, before it runs.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct SandboxConfig {
+    /// Sandbox id.
+    pub id: String,
+    /// Host name of the guest.
+    pub hostname: String,
+    /// Lines of /etc/resolv.conf.
+    pub dns: Vec<String>,
+    /// Network namespace; `None` for one of its own.
+    pub netns: Option<PathBuf>,
+    /// Host cgroup, as `linux.cgroupsPath` of the runtime specification; `None` for the shim's own.
+    pub cgroups_path: Option<PathBuf>,
+    /// Annotations.
+    pub annotations: HashMap<String, String>,
+    /// Bytes of the pod's shared memory.
+    pub shm_size: u64,
+    /// Limits that size the VM.
+    pub size: InitialSizeManager,
+}
+
+impl SandboxConfig {
+    /// The pod of the container with `spec`: the pause container of a CRI, or a container that is a pod of its own.
+    pub fn from_spec(id: &str, spec: &Spec) -> Self {
+        let cgroups_path = spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.cgroups_path().clone());
+        Self {
+            id: id.to_owned(),
+            hostname: spec.hostname().clone().unwrap_or_default(),
+            dns: dns(spec),
+            netns: netns(spec),
+            cgroups_path,
+            annotations: spec.annotations().clone().unwrap_or_default(),
+            shm_size: shm_size(spec, id),
+            size: InitialSizeManager::new(spec),
+        }
+    }
+
+    /// The pod that the Sandbox API asks for; it has no container that stands for it.
+    pub fn from_request(request: CreateSandboxRequest) -> Self {
+        Self {
+            id: request.sandbox_id,
+            hostname: request.hostname,
+            dns: request.dns,
+            netns: non_empty(request.netns),
+            cgroups_path: non_empty(request.cgroup_parent),
+            annotations: request.annotations,
+            shm_size: DEFAULT_SHM_SIZE,
+            size: InitialSizeManager::of_limits(request.cpu_quota, request.cpu_period, request.memory),
+        }
+    }
+}
+
+fn non_empty(path: PathBuf) -> Option<PathBuf> {
+    Some(path).filter(|path| !path.as_os_str().is_empty())
+}
+
+/// Path of the network namespace the spec names.
+fn netns(spec: &Spec) -> Option<PathBuf> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    let network = namespaces
+        .iter()
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)?;
+    network.path().clone().filter(|path| !path.as_os_str().is_empty())
+}
+
+/// Lines of the file that is mounted on /etc/resolv.conf.
+fn dns(spec: &Spec) -> Vec<String> {
+    let mount = spec
+        .mounts()
+        .iter()
+        .flatten()
+        .find(|mount| mount.destination() == Path::new("/etc/resolv.conf"));
+    let Some(source) = mount.and_then(|mount| mount.source().as_ref()) else {
+        return Vec::new();
+    };
+    match fs::read_to_string(source) {
+        Ok(text) => text
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty() && !line.starts_with('#'))
+            .map(Into::into)
+            .collect(),
+        Err(error) => {
+            tracing::warn!(path = %source.display(), %error, "DNS configuration");
+            Vec::new()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ConfigFile;
+
+    fn sized(config: &SandboxConfig) -> (f64, u64) {
+        let mut file = ConfigFile::default();
+        file.config.hypervisor.dragonball.default_maxvcpus = 8;
+        config.size.setup_config(&mut file);
+        let hypervisor = file.config.hypervisor.dragonball;
+        (hypervisor.default_vcpus, hypervisor.default_memory)
+    }
+
+    #[test]
+    fn spec_and_sandbox_request_describe_the_same_pod() {
+        let folder = tempfile::tempdir().unwrap();
+        let resolv_conf = folder.path().join("resolv.conf");
+        fs::write(&resolv_conf, "# comment\nnameserver 10.0.0.1\n\nsearch a.b\n").unwrap();
+        let spec = serde_json::json!({
+            "ociVersion": "1.0.2",
+            "hostname": "web",
+            "annotations": {"a": "b"},
+            "mounts": [{"destination": "/etc/resolv.conf", "type": "bind", "source": resolv_conf}],
+            "linux": {
+                "cgroupsPath": "/kubepods/p",
+                "namespaces": [{"type": "network", "path": "/run/netns/x"}],
+                "resources": {"cpu": {"quota": 150_000, "period": 100_000}, "memory": {"limit": 1_u64 << 30}},
+            },
+        });
+        let request = CreateSandboxRequest {
+            sandbox_id: "s".into(),
+            hostname: "web".into(),
+            dns: vec!["nameserver 10.0.0.1".into(), "search a.b".into()],
+            netns: "/run/netns/x".into(),
+            cgroup_parent: "/kubepods/p".into(),
+            annotations: HashMap::from([("a".into(), "b".into())]),
+            cpu_quota: 150_000,
+            cpu_period: 100_000,
+            memory: 1 << 30,
+        };
+
+        let from_spec = SandboxConfig::from_spec("s", &serde_json::from_value(spec).unwrap());
+        let from_request = SandboxConfig::from_request(request);
+
+        assert_eq!(from_spec, from_request);
+        assert_eq!(sized(&from_request), (2.0, 1056));
+    }
+
+    #[test]
+    fn nothing_asked_for_is_a_pod_of_the_default_size() {
+        let from_spec =
+            SandboxConfig::from_spec("s", &serde_json::from_str(r#"{"ociVersion":"1"}"#).unwrap());
+        let from_request = SandboxConfig::from_request(CreateSandboxRequest {
+            sandbox_id: "s".into(),
+            ..Default::default()
+        });
+
+        assert_eq!(from_spec, from_request);
+        assert_eq!(
+            (from_spec.netns.as_deref(), from_spec.cgroups_path.as_deref()),
+            (None, None)
+        );
+        assert_eq!(sized(&from_spec), sized(&SandboxConfig::default()));
+    }
+}

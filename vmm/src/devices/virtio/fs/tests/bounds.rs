@@ -1,0 +1,78 @@
+//! What a guest's caches cost the host: descriptors and time do not grow with what the guest knows.
+
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+
+use super::client::*;
+
+/// Descriptors of this process below `path`.
+pub fn held(path: &Path) -> usize {
+    let fds = fs::read_dir("/proc/self/fd").unwrap().flatten();
+    fds.filter(|fd| fs::read_link(fd.path()).is_ok_and(|to| to.starts_with(path)))
+        .count()
+}
+
+#[test]
+fn tree_when_large_holds_few_descriptors() {
+    const DIRECTORIES: usize = 100;
+    const FILES: usize = 200;
+    let mut c = Client::new();
+    let begin = Instant::now();
+    let mut known = Vec::new();
+    for dir in 0..DIRECTORIES {
+        let dir = c.mkdir(ROOT, &format!("dir{dir}"), 0o755).unwrap();
+        for file in 0..FILES {
+            let (file, handle) = c
+                .create(dir.node, &format!("file{file}"), libc::O_RDWR, 0o644)
+                .unwrap();
+            c.call(RELEASE, file.node, &fields![handle, 0u32, 0u32, 0u64], 0)
+                .unwrap();
+            known.push(file);
+        }
+    }
+    let made = begin.elapsed();
+    let (begin, most) = (Instant::now(), held(&c.share()));
+    for file in &known {
+        assert_eq!(c.getattr(file.node).unwrap().ino, file.ino);
+    }
+    println!(
+        "made in {made:?}, looked at in {:?}, {most} descriptors",
+        begin.elapsed()
+    );
+    assert!(most < 300, "{most} descriptors");
+}
+
+#[test]
+fn listing_when_files_are_removed_meanwhile_ends() {
+    const FILES: usize = 5000;
+    let mut c = Client::new();
+    for index in 0..FILES {
+        fs::write(c.share().join(format!("file{index:04}")), "").unwrap();
+    }
+    let (begin, mut removed, mut rounds) = (Instant::now(), 0, 0);
+    while removed < 2000 {
+        let handle = u64_at(&c.call(OPENDIR, ROOT, &fields![0u32, 0u32], 16).unwrap(), 0);
+        let (mut offset, mut names) = (0u64, 0);
+        loop {
+            let body = fields![handle, offset, 4096u32, 0u32, 0u64, 0u32, 0u32];
+            let answer = c.call(READDIRPLUS, ROOT, &body, 4096).unwrap();
+            let entries = entries_plus(&answer);
+            let Some(last) = entries.last() else { break };
+            offset = last.offset;
+            names += entries.len();
+            for _ in 0..4 {
+                if removed < 2000 {
+                    let text = format!("file{:04}", removed * 2);
+                    c.call(UNLINK, ROOT, &name(&text), 0).unwrap();
+                    removed += 1;
+                }
+            }
+        }
+        assert!(names >= FILES - 2000 && names <= FILES + 2, "{names}");
+        c.call(RELEASEDIR, ROOT, &fields![handle, 0u32, 0u32, 0u64], 0)
+            .unwrap();
+        rounds += 1;
+    }
+    println!("{rounds} listings in {:?}", begin.elapsed());
+}
