@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 /// The modules of the crate, lowest first.
 const FLOORS: &[&str] = &[
     "error",
+    "cri",
     "types",
     "paths",
     "timeline",

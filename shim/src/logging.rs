@@ -7,11 +7,13 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::prelude::*;
+use tracing_subscriber::{Registry, reload};
 
 use crate::logfmt::{self, Logfmt};
 use crate::version;
@@ -46,19 +48,54 @@ pub fn to_stderr(namespace: &str, sandbox: &str, debug: bool) {
     install(io::stderr, namespace, sandbox, level);
 }
 
+/// Changes what is logged of the running process.
+static FILTER: OnceLock<reload::Handle<LevelFilter, Registry>> = OnceLock::new();
+
+/// Logs as much as with `-debug` from now on.
+pub fn verbosely() {
+    if let Some(filter) = FILTER.get() {
+        make_verbose(filter);
+    }
+}
+
+fn make_verbose(filter: &reload::Handle<LevelFilter, Registry>) {
+    if let Err(error) = filter.reload(LevelFilter::DEBUG) {
+        tracing::warn!(%error, "the log stays as it is");
+    }
+}
+
 fn install<W>(writer: W, namespace: &str, sandbox: &str, level: LevelFilter)
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
+    let (subscriber, filter) = subscriber(writer, namespace, sandbox, level);
+    // Fails only if a subscriber is installed already, which then keeps serving.
+    if subscriber.try_init().is_ok() {
+        let _ = FILTER.set(filter);
+    }
+}
+
+fn subscriber<W>(
+    writer: W,
+    namespace: &str,
+    sandbox: &str,
+    level: LevelFilter,
+) -> (
+    impl tracing::Subscriber + Send + Sync,
+    reload::Handle<LevelFilter, Registry>,
+)
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let (filter, handle) = reload::Layer::new(level);
     let layer = tracing_subscriber::fmt::layer()
         .with_ansi(false)
         .event_format(Logfmt {
             suffix: suffix(namespace, sandbox),
         })
         .with_writer(writer)
-        .with_filter(level);
-    // Fails only if a subscriber is installed already, which then keeps serving.
-    let _ = tracing_subscriber::registry().with(layer).try_init();
+        .with_filter(filter);
+    (tracing_subscriber::registry().with(layer), handle)
 }
 
 fn suffix(namespace: &str, sandbox: &str) -> String {
@@ -190,6 +227,20 @@ mod tests {
             drain(&fifo),
             format!("level=warning msg=\"log lines dropped\" count={dropped}\nafter\n")
         );
+    }
+
+    #[test]
+    fn log_becomes_verbose_while_it_is_in_use() {
+        let (dir, fifo) = fifo();
+        let writer = Fifo::open(&dir.path().join(FIFO)).unwrap();
+        let (subscriber, filter) = subscriber(writer, "ns", "s", LevelFilter::INFO);
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::debug!("before");
+            make_verbose(&filter);
+            tracing::debug!("after");
+        });
+        let text = drain(&fifo);
+        assert!(text.contains("after") && !text.contains("before"), "{text}");
     }
 
     #[test]

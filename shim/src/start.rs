@@ -10,10 +10,11 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::bootstrap_api::BootstrapParams;
+use runtime::cri::ContainerKind;
 
 use crate::address::{Address, AddressError, DEFAULT_SOCKET_DIR};
 use crate::args::Args;
-use crate::bundle::{Bundle, BundleError, ContainerKind};
+use crate::bundle::{Bundle, BundleError};
 use crate::socket::SocketError;
 use crate::spawn::SpawnError;
 use crate::{bootstrap, logging, socket, spawn};

@@ -16,7 +16,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use load::{ConfigFile, Origin, Origins, load, load_with};
+pub use load::{ConfigFile, Origin, Origins, load, load_with, read};
 pub use validate::{MAX_VCPUS, MIN_MEMORY_MIB};
 
 /// A configuration that cannot be used; each message names file, key, value and what is allowed.
@@ -136,7 +136,7 @@ pub struct HypervisorConfig {
     pub enable_annotations: Vec<String>,
     /// vCPUs at boot; negative means all of the host's; fractions round up.
     pub default_vcpus: f64,
-    /// vCPUs the VM can grow to; 0 means the host's.
+    /// Most vCPUs of a VM, whatever the pod's limits ask for; 0 means as many as the host has.
     pub default_maxvcpus: u32,
     /// MiB of guest memory; taken from the host only when touched.
     pub default_memory: u64,
@@ -219,14 +219,16 @@ impl HypervisorConfig {
 
     /// vCPUs the VM can grow to, at least [`Self::boot_vcpus`].
     pub fn max_vcpus(&self) -> u8 {
-        let wanted = if self.default_maxvcpus == 0 {
-            host_cpus()
-        } else {
-            self.default_maxvcpus
+        self.vcpu_limit().max(self.boot_vcpus())
+    }
+
+    /// Most vCPUs that limits of a pod can ask for, 1 to [`MAX_VCPUS`].
+    pub fn vcpu_limit(&self) -> u8 {
+        let limit = match self.default_maxvcpus {
+            0 => host_cpus(),
+            limit => limit,
         };
-        u8::try_from(wanted)
-            .unwrap_or(MAX_VCPUS)
-            .clamp(self.boot_vcpus(), MAX_VCPUS)
+        u8::try_from(limit).unwrap_or(MAX_VCPUS).clamp(1, MAX_VCPUS)
     }
 
     /// Worker threads of the share, from `virtio_fs_extra_args`.
@@ -246,22 +248,11 @@ fn host_cpus() -> u32 {
 }
 
 /// `[hypervisor.dragonball.factory]`: accepted so that Kata files load; templates are reported as not provided.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default)]
 pub struct FactoryConfig {
     /// Start VMs from a template.
     pub enable_template: bool,
-    /// Folder of the template.
-    pub template_path: PathBuf,
-}
-
-impl Default for FactoryConfig {
-    fn default() -> Self {
-        Self {
-            enable_template: false,
-            template_path: "/run/vc/vm/template".into(),
-        }
-    }
 }
 
 /// `[agent.kata]`
@@ -274,8 +265,6 @@ pub struct AgentConfig {
     pub debug_console_enabled: bool,
     /// Milliseconds the guest has from VM start to a working agent; [`AgentConfig::boot_timeout`] sets a floor.
     pub reconnect_timeout_ms: u64,
-    /// Milliseconds between connection attempts to a guest that does not announce its agent.
-    pub dial_timeout_ms: u64,
     /// Seconds a CreateContainer may take in the guest.
     pub create_container_timeout: u64,
     /// Milliseconds a health check may take.
@@ -298,7 +287,6 @@ impl Default for AgentConfig {
             enable_debug: false,
             debug_console_enabled: false,
             reconnect_timeout_ms: 3000,
-            dial_timeout_ms: 10,
             create_container_timeout: 30,
             health_check_request_timeout_ms: 90_000,
             server_port: 1024,
@@ -320,7 +308,7 @@ pub struct RuntimeConfig {
     pub hypervisor_name: String,
     /// `kata`
     pub agent_name: String,
-    /// Verbose runtime.
+    /// Verbose log of the shim, the guest's console in it.
     pub enable_debug: bool,
     /// Do not apply the container's seccomp profile in the guest.
     pub disable_guest_seccomp: bool,
@@ -328,7 +316,7 @@ pub struct RuntimeConfig {
     pub sandbox_cgroup_only: bool,
     /// Size the VM once, from the pod's limits.
     pub static_sandbox_resource_mgmt: bool,
-    /// Do not end the shim when the agent stops answering.
+    /// Do not end a VM whose agent has stopped answering.
     pub keep_abnormal: bool,
     /// vsock port the agent takes container streams on.
     pub passfd_listener_port: u32,

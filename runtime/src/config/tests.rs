@@ -354,3 +354,93 @@ fn a_pod_cannot_switch_guest_seccomp_off() {
     let (file, _) = annotated("", &[("runtime.disable_guest_seccomp", "false")]);
     assert!(!file.config.runtime.disable_guest_seccomp);
 }
+
+/// Code of the runtime without tests, apart from the parts of the configuration that only write it down.
+fn code_that_acts() -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let (mut folders, mut code) = (vec![root], String::new());
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            if path.is_dir() {
+                folders.push(path);
+            } else if !["tests.rs", "validate.rs", "annotations.rs", "inert.rs"].contains(&name) {
+                let text = fs::read_to_string(&path).unwrap();
+                code.push_str(text.split("#[cfg(test)]\nmod tests {").next().unwrap());
+            }
+        }
+    }
+    code
+}
+
+/// Keys whose only use is that a value other than what this runtime does is refused.
+const ONE_CHOICE: [&str; 4] = [
+    "hypervisor.dragonball.shared_fs",
+    "runtime.name",
+    "runtime.hypervisor_name",
+    "runtime.agent_name",
+];
+
+#[test]
+fn every_key_of_the_shipped_file_reaches_code_that_acts_on_it() {
+    let text = include_str!("../../config/configuration-dragonball.toml");
+    // Keys that are shown as comments count, too.
+    let text = text.replace("\n# initrd = ", "\ninitrd = ");
+    let shipped: toml::Table = text.parse().unwrap();
+    // A chain of calls may be broken into lines.
+    let code: String = code_that_acts().split_whitespace().collect();
+    let reads = |owners: &[&str], key: &str| {
+        owners.iter().any(|owner| {
+            let field = format!("{owner}.{key}");
+            code.match_indices(&field).any(|(at, _)| {
+                let rest = &code[at + field.len()..];
+                // A longer name, or a value being given to it, is no reading.
+                !rest.starts_with(|c: char| c.is_alphanumeric() || c == '_')
+                    && (!rest.starts_with('=') || rest.starts_with("=="))
+            })
+        })
+    };
+    let mut keys = Vec::new();
+    for (section, owners) in [
+        ("hypervisor.dragonball", &["self", "config", "hypervisor"][..]),
+        ("hypervisor.dragonball.factory", &["factory"]),
+        ("agent.kata", &["self", "config", "kata"]),
+        ("runtime", &["runtime"]),
+    ] {
+        let table = section
+            .split('.')
+            .fold(&shipped, |table, part| table[part].as_table().unwrap());
+        for (key, _) in table.iter().filter(|(_, value)| !value.is_table()) {
+            keys.push((format!("{section}.{key}"), reads(owners, key)));
+        }
+    }
+    assert!(keys.len() > 30, "{keys:?}");
+    let annotated = "hypervisor.dragonball.enable_annotations";
+    let unread: Vec<_> = keys
+        .iter()
+        .filter(|(key, read)| !read && !ONE_CHOICE.contains(&key.as_str()) && key != annotated)
+        .collect();
+    assert_eq!(unread, Vec::<&(String, bool)>::new());
+}
+
+#[test]
+fn keys_that_are_no_longer_honoured_are_named() {
+    let file =
+        body("[agent.kata]\ndial_timeout_ms = 20\n[hypervisor.dragonball.factory]\ntemplate_path = \"/x\"\n")
+            .unwrap();
+    let all = file.warnings.join("\n");
+    assert!(
+        all.contains("agent.kata.dial_timeout_ms = 20 has no effect"),
+        "{all}"
+    );
+    assert!(all.contains("template_path = \"/x\" has no effect"), "{all}");
+
+    let kata = "[agent.kata]\ndial_timeout_ms = 10\n[hypervisor.dragonball.factory]\n\
+                template_path = \"/run/vc/vm/template\"\n";
+    assert_eq!(
+        body(kata).unwrap().warnings,
+        Vec::<String>::new(),
+        "Kata's shipped values"
+    );
+}

@@ -11,9 +11,9 @@ use super::VirtContainerManager;
 use super::container::{Container, HostSide};
 use super::io::{Owner, ProcessIo};
 use super::process::Process;
-use super::spec::bundle::container_type;
+use super::spec::bundle::container_kind;
 use super::spec::{GuestSpec, amend};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::sandbox::SandboxState;
 use crate::timeline;
 use crate::types::{ContainerProcess, CreateContainerRequest, Event};
@@ -42,12 +42,18 @@ impl VirtContainerManager {
                 return Err(error);
             }
         };
-        let message = self.message(&request, Arc::unwrap_or_clone(spec), &host);
-        Ok(Prepared {
-            request,
-            host,
-            message,
-        })
+        match self.message(&request, Arc::unwrap_or_clone(spec), &host) {
+            Ok(message) => Ok(Prepared {
+                request,
+                host,
+                message,
+            }),
+            Err(error) => {
+                host.cleanup().await;
+                self.remove(&request.container_id);
+                Err(error.context(format!("container {}", request.container_id)))
+            }
+        }
     }
 
     /// Undoes [`Self::prepare`].
@@ -77,21 +83,37 @@ impl VirtContainerManager {
         let id = request.container_id.clone();
         let container = Arc::new(Container::new(id, request.bundle.clone(), init, host));
         let pid = std::process::id();
-        // Before anything can happen to it, so that no other event comes first.
-        self.publish(Event::TaskCreate {
+        let created = Event::TaskCreate {
             container_id: request.container_id,
             bundle: request.bundle,
             rootfs: request.rootfs,
             stdio: request.stdio,
             pid,
-        });
-        self.enter(container.clone());
+        };
+        if !self.enter(container.clone(), created) {
+            return Err(self.take_back(container).await);
+        }
         if matches!(*self.sandbox.watch_state().borrow(), SandboxState::Stopped(_)) {
             // The VM ended between the agent's answer and the entry in the map.
             container.killed();
         }
         self.spawn_waiter(container.clone(), container.init.clone());
         Ok(pid)
+    }
+
+    /// Removes a container that was deleted before it was there: its client has gone.
+    async fn take_back(&self, container: Arc<Container>) -> Error {
+        let id = &container.id;
+        if let Some(io) = container.init.io() {
+            io.close();
+        }
+        self.remove_in_guest(id).await;
+        container.host.cleanup().await;
+        self.remove(id);
+        Error::new(
+            ErrorKind::FailedPrecondition,
+            format!("container {id} was deleted while it was created"),
+        )
     }
 
     async fn host_side(&self, request: &CreateContainerRequest, spec: &Arc<Spec>) -> Result<HostSide> {
@@ -118,9 +140,9 @@ impl VirtContainerManager {
         request: &CreateContainerRequest,
         mut spec: Spec,
         host: &HostSide,
-    ) -> wire::CreateContainerRequest {
+    ) -> Result<wire::CreateContainerRequest> {
         let id = &request.container_id;
-        let kind = container_type(&spec);
+        let kind = container_kind(&spec)?;
         let guest = GuestSpec {
             container: id.clone(),
             rootfs: host.rootfs.get_guest_rootfs_path(),
@@ -129,18 +151,18 @@ impl VirtContainerManager {
             terminal: request.stdio.terminal,
             disable_seccomp: self.sandbox.config().runtime.disable_guest_seccomp,
         };
-        for warning in amend(&mut spec, guest, kind) {
+        for warning in amend(&mut spec, guest, &kind)? {
             tracing::warn!(container = id, "{warning}");
         }
         let rootfs = host.rootfs.get_storage().into_iter();
         let device = host.rootfs.get_device().into_iter();
-        wire::CreateContainerRequest {
+        Ok(wire::CreateContainerRequest {
             container_id: id.clone(),
             storages: rootfs.chain(host.volumes.storages()).collect(),
             devices: device.chain(host.volumes.devices()).collect(),
             OCI: MessageField::some(spec_to_wire(&spec)),
             ..Default::default()
-        }
+        })
     }
 
     async fn create_in_guest(
@@ -153,7 +175,7 @@ impl VirtContainerManager {
             exec_id: String::new(),
         };
         let init = Arc::new(Process::new(init, request.stdio.clone(), self.events()));
-        let io = self.open_io(&init)?;
+        let io = self.open_io(&init).await?;
         message.stdin_port = io.stdin_port;
         message.stdout_port = io.stdout_port;
         message.stderr_port = io.stderr_port;
@@ -173,12 +195,12 @@ impl VirtContainerManager {
         Ok(init)
     }
 
-    pub(super) fn open_io(&self, process: &Process) -> Result<Arc<ProcessIo>> {
+    pub(super) async fn open_io(&self, process: &Process) -> Result<Arc<ProcessIo>> {
         let port = self.sandbox.config().runtime.passfd_listener_port;
         let owner = Owner {
-            container: &process.id().container_id,
-            namespace: &self.namespace,
+            container: process.id().container_id.clone(),
+            namespace: self.namespace.clone(),
         };
-        ProcessIo::open(self.sandbox.hypervisor().clone(), process.stdio(), port, owner)
+        ProcessIo::open(self.sandbox.hypervisor().clone(), process.stdio(), port, owner).await
     }
 }

@@ -89,7 +89,7 @@ impl VirtContainerManager {
     }
 
     async fn start_exec(&self, container: &Container, process: &Process, spec: &OciProcess) -> Result<()> {
-        let io = self.open_io(process)?;
+        let io = self.open_io(process).await?;
         let request = wire::ExecProcessRequest {
             container_id: container.id.clone(),
             exec_id: process.id().exec_id.clone(),

@@ -1,9 +1,10 @@
 //! One process: a state machine that publishes its events in order, each exactly once.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OnceCell, mpsc, watch};
 
 use super::io::ProcessIo;
 use crate::error::{Error, ErrorKind, Result};
@@ -48,6 +49,10 @@ pub(super) struct Process {
     phase: watch::Sender<Phase>,
     events: mpsc::UnboundedSender<Event>,
     io: Mutex<Option<Arc<ProcessIo>>>,
+    /// CloseIO has been asked for, maybe before there was anything to close.
+    stdin_closed: AtomicBool,
+    /// Set by the one removal.
+    deleted: OnceCell<ProcessExit>,
     /// Terminal size (width, height) asked for before the start.
     size: Mutex<Option<(u32, u32)>>,
 }
@@ -62,6 +67,8 @@ impl Process {
             phase,
             events,
             io: Mutex::default(),
+            stdin_closed: AtomicBool::new(false),
+            deleted: OnceCell::new(),
             size: Mutex::default(),
         }
     }
@@ -209,13 +216,48 @@ impl Process {
 
     /// Takes the streams into use.
     pub(super) fn set_io(&self, io: Arc<ProcessIo>) {
-        *self.io.lock().unwrap_or_else(PoisonError::into_inner) = Some(io);
+        *self.io.lock().unwrap_or_else(PoisonError::into_inner) = Some(io.clone());
+        if self.stdin_closed.load(Ordering::SeqCst) {
+            io.close_stdin();
+        }
         // It may have ended in the meantime.
         self.after_exit();
     }
 
     pub(super) fn io(&self) -> Option<Arc<ProcessIo>> {
         self.io.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Ends stdin once the client has let go of it, now or as soon as there are streams.
+    pub(super) fn close_stdin(&self) {
+        self.stdin_closed.store(true, Ordering::SeqCst);
+        if let Some(io) = self.io() {
+            io.close_stdin();
+        }
+    }
+
+    /// Runs `removal`, once: a removal at the same time waits for the first one and then finds nothing, and one that has
+    /// failed can be tried again.
+    ///
+    /// # Errors
+    /// Of `removal`, and `NotFound` when the process has been removed already.
+    pub(super) async fn remove_once(
+        &self,
+        removal: impl Future<Output = Result<ProcessExit>>,
+    ) -> Result<ProcessExit> {
+        let mut mine = false;
+        let exit = self
+            .deleted
+            .get_or_try_init(|| async {
+                let exit = removal.await?;
+                mine = true;
+                Ok::<_, Error>(exit)
+            })
+            .await?;
+        if mine {
+            return Ok(*exit);
+        }
+        Err(Error::new(ErrorKind::NotFound, format!("{self} does not exist")))
     }
 
     /// Remembers a terminal size for the start; false once it runs.

@@ -1,5 +1,7 @@
 //! The whole runtime over a fake VM and agent: requests in, responses and events out.
 
+mod races;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -40,6 +42,7 @@ fn bench(boot: Boot) -> Bench {
         namespace: "test".into(),
         bundle: folder.path().join("c1"),
         debug: false,
+        log_verbosely: || {},
     };
     let manager = RuntimeHandlerManager::with_recipe(context, sender, recipe);
     Bench {
@@ -255,7 +258,7 @@ async fn guest_gets_share_rootfs_and_volumes() {
     let bench = bench(Boot::Silent);
     bench.create("c1", &["sleep"]).await.unwrap();
 
-    let share = bench.path("run/kata-containers/shared/sandboxes/c1/shared");
+    let share = bench.path("run/kata-containers/shared/sandboxes/test@c1/shared");
     assert_eq!(
         fs::read_to_string(share.join("passthrough/c1/rootfs/file")).unwrap(),
         "c1"
@@ -498,10 +501,20 @@ async fn many_clients_wait_before_start_and_after_exit() {
 async fn created_container_can_be_killed_and_deleted() {
     let mut bench = bench(Boot::Announced);
     bench.create("c1", &["sleep"]).await.unwrap();
+    for signal in [0, 10, 37] {
+        bench.kill(init("c1"), signal).await.unwrap();
+        assert_eq!(
+            bench.status(init("c1")).await,
+            ProcessStatus::Created,
+            "signal {signal}"
+        );
+    }
+    let error = bench.kill(init("c1"), 65).await.unwrap_err();
+    assert_eq!(error.kind, ErrorKind::InvalidArgument);
     bench.kill(init("c1"), 15).await.unwrap();
-    assert_eq!(bench.wait(init("c1")).await, 137);
+    assert_eq!(bench.wait(init("c1")).await, 143);
     bench.delete(init("c1")).await.unwrap();
-    assert_eq!(bench.events(), ["create c1", "exit c1 137", "delete c1 137"]);
+    assert_eq!(bench.events(), ["create c1", "exit c1 143", "delete c1 143"]);
     bench.manager.shutdown().await;
     assert_eq!(bench.leftovers(), Vec::<String>::new());
 }
@@ -614,7 +627,7 @@ async fn container_is_prepared_while_its_guest_boots() {
         let bench = bench.clone();
         tokio::spawn(async move { bench.create("c1", &["sleep"]).await })
     };
-    let share = bench.path("run/kata-containers/shared/sandboxes/c1/shared/passthrough");
+    let share = bench.path("run/kata-containers/shared/sandboxes/test@c1/shared/passthrough");
     let begin = Instant::now();
     while !share.join("c1/rootfs/file").exists() || !share.join("c1-00000001-data").exists() {
         assert!(begin.elapsed() < LIMIT, "rootfs and volume wait for the guest");
@@ -706,9 +719,17 @@ async fn cleanup_after_a_crash_removes_everything_twice_over() {
     let bench = bench(Boot::Announced);
     bench.create("c1", &["sleep"]).await.unwrap();
     assert_ne!(bench.leftovers(), Vec::<String>::new());
-    let paths = SandboxPaths::below(&bench.path("run"), "c1").unwrap();
+    let paths = SandboxPaths::below(&bench.path("run"), "test", "c1").unwrap();
 
-    // The shim is "dead": nothing of it is asked.
+    let before = bench.leftovers();
+    let error = cleanup_paths(&paths, &bench.path("c1")).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::AlreadyExists, "{error}");
+    assert_eq!(bench.leftovers(), before, "of a living shim nothing is touched");
+
+    // The shim is "dead": nothing of it is asked, and nobody holds the lock of the file that is found.
+    let copy = paths.state().join("copy");
+    fs::copy(paths.journal(), &copy).unwrap();
+    fs::rename(&copy, paths.journal()).unwrap();
     cleanup_paths(&paths, &bench.path("c1")).unwrap();
     cleanup_paths(&paths, &bench.path("c1")).unwrap();
 

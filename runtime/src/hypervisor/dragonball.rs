@@ -615,7 +615,7 @@ mod tests {
 
         let mut config = TomlConfig::default();
         config.hypervisor.dragonball.image = Some(image.clone());
-        let paths = SandboxPaths::below(folder.path(), "s1").unwrap();
+        let paths = SandboxPaths::below(folder.path(), "k8s.io", "s1").unwrap();
         let hypervisor = Dragonball::new(&config.hypervisor.dragonball, &config, &paths, false);
         assert!(
             hypervisor.cmdline.contains("root=/dev/vda1 ro rootfstype=erofs"),
@@ -634,7 +634,7 @@ mod tests {
     async fn calls_in_the_wrong_order_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let config = TomlConfig::default();
-        let paths = SandboxPaths::below(folder.path(), "s1").unwrap();
+        let paths = SandboxPaths::below(folder.path(), "k8s.io", "s1").unwrap();
         let vm = Dragonball::new(&config.hypervisor.dragonball, &config, &paths, false);
 
         assert_eq!(

@@ -36,9 +36,7 @@ impl CgroupsResource {
             if folder.exists() {
                 tracing::debug!(cgroup = %folder.display(), "joins an existing cgroup");
             } else {
-                journal
-                    .record(&Undo::RemoveCgroup(folder.clone()))
-                    .map_err(|error| Error::new(ErrorKind::Internal, format!("journal: {error}")))?;
+                journal.record(&Undo::RemoveCgroup(folder.clone()))?;
             }
             if let Err(error) = cgroup::join(folder) {
                 tracing::warn!(cgroup = %folder.display(), %error, "sandbox cgroup is not used");

@@ -45,7 +45,7 @@ impl SandboxConfig {
             netns: netns(spec),
             cgroups_path,
             annotations: spec.annotations().clone().unwrap_or_default(),
-            shm_size: shm_size(spec),
+            shm_size: shm_size(spec, id),
             size: InitialSizeManager::new(spec),
         }
     }
@@ -105,11 +105,13 @@ fn dns(spec: &Spec) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::HypervisorConfig;
+    use crate::config::ConfigFile;
 
     fn sized(config: &SandboxConfig) -> (f64, u64) {
-        let mut hypervisor = HypervisorConfig::default();
-        config.size.setup_config(&mut hypervisor);
+        let mut file = ConfigFile::default();
+        file.config.hypervisor.dragonball.default_maxvcpus = 8;
+        config.size.setup_config(&mut file);
+        let hypervisor = file.config.hypervisor.dragonball;
         (hypervisor.default_vcpus, hypervisor.default_memory)
     }
 

@@ -193,7 +193,9 @@ impl VirtSandbox {
             kata.boot_timeout(),
             self.id.clone(),
         ));
-        background.spawn(monitor::health(agent.clone(), self.id.clone()));
+        let keep = self.config.runtime.keep_abnormal;
+        let health = monitor::health(agent.clone(), hypervisor.clone(), self.id.clone(), keep);
+        background.spawn(health);
         background.spawn(monitor::oom(agent.clone(), self.events.clone()));
     }
 
