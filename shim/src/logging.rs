@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn full_fifo_drops_lines_and_says_how_many() {
+    fn log_fifo_when_full_drops_lines_and_counts() {
         let (_dir, fifo) = fifo();
         let line = format!("{}\n", "x".repeat(999));
         for _ in 0..100 {
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn log_becomes_verbose_while_it_is_in_use() {
+    fn log_when_made_verbose_in_use_is() {
         let (dir, fifo) = fifo();
         let writer = Fifo::open(&dir.path().join(FIFO)).unwrap();
         let (subscriber, filter) = subscriber(writer, "ns", "s", LevelFilter::INFO);
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn long_line_is_cut_to_one_atomic_write() {
+    fn log_line_when_long_is_cut_to_one_write() {
         let (_dir, fifo) = fifo();
 
         fifo.make_writer()
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn regular_file_and_missing_file_are_refused() {
+    fn log_file_when_no_fifo_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         assert!(Fifo::open(&dir.path().join(FIFO)).is_none());
         std::fs::write(dir.path().join(FIFO), "").unwrap();

@@ -35,7 +35,7 @@ enum Slot {
 
 /// The containers of one sandbox.
 pub struct VirtContainerManager {
-    sandbox_id: String,
+    pub(super) sandbox_id: String,
     pub(super) namespace: String,
     pub(super) sandbox: Arc<VirtSandbox>,
     events: mpsc::UnboundedSender<Event>,

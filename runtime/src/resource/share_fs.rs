@@ -73,7 +73,7 @@ impl InlineVirtioFs {
             id: "share".into(),
             tag: SHARE_TAG.into(),
             shared_dir: paths.share(),
-            cache: config.virtio_fs_cache.clone(),
+            cache: config.virtio_fs_cache,
             threads: config.virtio_fs_threads(),
         };
         let mount = ShareMounts {

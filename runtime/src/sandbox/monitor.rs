@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn vm_is_given_up_after_some_unanswered_checks_unless_it_is_kept() {
+    fn vm_when_its_agent_is_silent_is_given_up_unless_kept() {
         assert!(!gives_up(UNANSWERED - 1, false));
         assert!(gives_up(UNANSWERED, false));
         assert!(!gives_up(UNANSWERED + 100, true));

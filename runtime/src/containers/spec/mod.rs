@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn host_only_parts_are_removed() {
+    fn spec_when_amended_loses_what_is_of_the_host() {
         let (spec, _) = amended(true);
 
         let linux = spec.linux().as_ref().unwrap();
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_guest_needs_stays() {
+    fn spec_when_amended_keeps_what_the_guest_needs() {
         let (spec, _) = amended(false);
 
         let root = spec.root().as_ref().unwrap();
@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn hooks_that_do_not_run_are_warned_about() {
+    fn hooks_when_they_do_not_run_are_warned_about() {
         let (_, warnings) = amended(true);
 
         let all = warnings.join("\n");
@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_and_limits_that_cannot_be_had_are_refused_by_name() {
+    fn devices_when_they_cannot_be_had_are_refused_by_name() {
         let device = r#""devices": [{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]"#;
         for (linux, expected) in [
             (device, "/dev/kvm"),
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn update_is_amended_as_a_new_container_is() {
+    fn update_when_amended_is_as_a_new_container() {
         let spec: Spec = serde_json::from_str(SPEC).unwrap();
         let mut update = spec.linux().as_ref().unwrap().resources().clone().unwrap();
         let (created, _) = amended(true);
