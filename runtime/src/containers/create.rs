@@ -12,7 +12,8 @@ use super::container::{Container, HostSide};
 use super::io::{Owner, ProcessIo, Streams};
 use super::process::Process;
 use super::spec::bundle::container_kind;
-use super::spec::{GuestSpec, amend};
+use super::spec::{GuestSpec, amend, joins_pid_namespace};
+use crate::cri::ContainerKind;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sandbox::SandboxState;
 use crate::timeline;
@@ -159,6 +160,8 @@ impl VirtContainerManager {
     ) -> Result<wire::CreateContainerRequest> {
         let id = &request.container_id;
         let kind = container_kind(&spec)?;
+        // A path of the host's in `amend`'s eyes: here it says that the pod's containers see each other's processes.
+        let sandbox_pidns = matches!(kind, ContainerKind::Member { .. }) && joins_pid_namespace(&spec);
         let guest = GuestSpec {
             container: id.clone(),
             rootfs: host.rootfs.get_guest_rootfs_path(),
@@ -177,6 +180,7 @@ impl VirtContainerManager {
             storages: rootfs.chain(host.volumes.storages()).collect(),
             devices: device.chain(host.volumes.devices()).collect(),
             OCI: MessageField::some(spec_to_wire(&spec)),
+            sandbox_pidns,
             ..Default::default()
         })
     }

@@ -123,6 +123,7 @@ impl VirtContainerManager {
         ) {
             return false;
         }
+        self.sandbox.members().enter(&container.id);
         self.publish(created);
         containers.insert(container.id.clone(), Slot::Ready(container));
         true
@@ -138,6 +139,7 @@ impl VirtContainerManager {
 
     /// Gives the id back.
     pub(super) fn remove(&self, id: &str) {
+        self.sandbox.members().leave(id);
         self.containers().remove(id);
     }
 
