@@ -14,6 +14,7 @@ use super::handle::FsHandle;
 use super::mounts::{MAX_MOUNTS, Mount, Names, ROOT_MOUNT, Root};
 use super::share::{Options, Share};
 use super::state::FsState;
+use super::waiting::{MAX_WAITING, Waiting};
 use super::worker::{FsWorkers, Service, lock};
 use crate::config::{FsConfig, FsRoot, SharedDir};
 use crate::devices::virtio::served_queue::ServedQueue;
@@ -78,10 +79,10 @@ pub struct Fs {
 impl Fs {
     /// Opens the shared directories; they are these directories from now on, wherever they are moved.
     ///
-    /// The guest makes the process hold one descriptor for every file in its dentry cache. The soft limit of open files
-    /// of the whole process is therefore raised to the hard one; the guest gets ENFILE when less than a reserve is
-    /// left. (File handles instead of descriptors would need CAP_DAC_READ_SEARCH and are not confined to a directory:
-    /// open_by_handle_at(2) opens any file of the file system.)
+    /// What the guest knows costs memory, not descriptors; what it has open costs one each, and one more for every owner of
+    /// fcntl locks. The soft limit of open files of the whole process is therefore raised to the hard one; the guest gets
+    /// ENFILE when less than a reserve is left. (File handles would need CAP_DAC_READ_SEARCH, a descriptor for every
+    /// mount of the host, which keeps it busy, and do not exist on overlayfs, where container images are.)
     ///
     /// # Errors
     /// [`FsError`] when the directory or `/proc/self/fd` cannot be opened.
@@ -236,6 +237,7 @@ impl VirtioDevice for Fs {
 
     fn reset(&mut self) {
         self.suspend();
+        lock(&self.service.waiting).clear();
         self.service.share.forget_guest();
     }
 
@@ -246,12 +248,17 @@ impl VirtioDevice for Fs {
     fn save(&self) -> Result<Vec<u8>, StateError> {
         let limiter = lock(&self.service.limiter).state();
         let id = &self.config.id;
-        state::encode(id, &super::state::save(id, &self.service.share, limiter)?)
+        let waiting = lock(&self.service.waiting);
+        let waiting = waiting.iter().map(|request| (request.queue, request.head));
+        let state = super::state::save(id, &self.service.share, limiter, waiting.collect())?;
+        state::encode(id, &state)
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
         let state: FsState = state::decode(&self.config.id, state)?;
         lock(&self.service.limiter).restore(&state.limiter);
+        let waiting = state.waiting.iter().take(MAX_WAITING);
+        *lock(&self.service.waiting) = waiting.map(|(queue, head)| Waiting::new(*queue, *head)).collect();
         super::state::restore(&self.config, &self.service.share, state)
     }
 

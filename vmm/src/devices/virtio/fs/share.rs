@@ -22,6 +22,7 @@ use super::credentials::KillPrivileges;
 use super::descriptors::{Descriptors, FdBudget, FdTicket};
 use super::directory::ReadAhead;
 use super::inodes::{Found, Inode, Inodes, Place};
+use super::locks::Locks;
 use super::mounts::{MAX_MOUNTS, Mount, Root};
 use super::open_files::{Handle, Handles};
 use super::sys::{self, Stat, errno};
@@ -105,6 +106,7 @@ pub(super) struct Share {
     pub(super) inodes: Inodes,
     pub(super) handles: Handles,
     pub(super) descriptors: Descriptors,
+    pub(super) locks: Locks,
     read_ahead: ReadAhead,
     pub(super) policy: Policy,
     pub(super) options: Options,
@@ -133,6 +135,7 @@ impl Share {
             inodes,
             handles: Handles::default(),
             descriptors: Descriptors::new(FdBudget::new(fd_limit)),
+            locks: Locks::default(),
             read_ahead: ReadAhead::default(),
             policy: Policy::new(options.cache),
             options,
@@ -205,6 +208,7 @@ impl Share {
 
     /// The guest has gone: forgets what it held. What is mounted stays.
     pub(super) fn forget_guest(&self) {
+        self.locks.clear();
         self.handles.clear();
         self.inodes.clear();
         self.descriptors.clear();
