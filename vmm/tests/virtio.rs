@@ -4,7 +4,7 @@ mod guest;
 
 use dragonball::Vm;
 use dragonball::config::{BlockConfig, DeviceConfig, RngConfig};
-use dragonball::vm::{ExitReason, HotplugError, VmState};
+use dragonball::vm::{DeviceAddress, ExitReason, HotplugError, VmState};
 use guest::{Code, LONG, Scratch, config, config_with, wait_for};
 
 const SLOT: u64 = 0xd000_0000;
@@ -163,8 +163,13 @@ fn add_device_when_running_fills_a_slot_and_raises_the_event() {
     let info = vm.add_device(block("hot")).unwrap();
 
     assert_eq!(
-        (info.acpi_name.as_str(), info.mmio_address, info.gsi),
-        ("LNRO0005:00", SLOT, 6)
+        info.address,
+        DeviceAddress::Mmio {
+            start: SLOT,
+            size: 0x1000,
+            gsi: 6,
+            acpi_name: "LNRO0005:00".to_owned(),
+        }
     );
     assert!(!info.needs_bind);
     assert_eq!(vm.wait_timeout(LONG), Some(ExitReason::PowerOff));
@@ -188,12 +193,12 @@ fn devices_when_added_and_removed_keep_the_books() {
     assert!(matches!(vm.add_device(rng("first")), Err(HotplugError::Exists(id)) if id == "first"));
     assert!(matches!(vm.remove_device("other"), Err(HotplugError::NotFound(id)) if id == "other"));
     let second = vm.add_device(rng("second")).unwrap();
-    assert_eq!(vm.remove_device("second").unwrap().acpi_name, second.acpi_name);
+    assert_eq!(vm.remove_device("second").unwrap().address, second.address);
     // A fresh slot is preferred to one that needs a bind.
     let third = vm.add_device(rng("third")).unwrap();
-    assert_ne!(third.acpi_name, second.acpi_name);
+    assert_ne!(third.address, second.address);
     let fourth = vm.add_device(rng("fourth")).unwrap();
-    assert_eq!((fourth.acpi_name, fourth.needs_bind), (second.acpi_name, true));
+    assert_eq!((fourth.address, fourth.needs_bind), (second.address, true));
     assert!(matches!(
         vm.add_device(rng("fifth")),
         Err(HotplugError::NoFreeSlot { slots: 3, .. })

@@ -398,10 +398,10 @@ impl Window {
             libc::mmap64(at as *mut _, len, prot, flags | libc::MAP_FIXED, fd, 0)
         };
         if result == libc::MAP_FAILED {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(())
+            return Err(io::Error::last_os_error());
         }
+        super::keep_out_of_dumps(result, len);
+        Ok(())
     }
 
     /// Makes a range as it was in the beginning.

@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 use crate::config::{ConfigError, DeviceConfig, NetConfig};
 use crate::devices::ged::Event;
 use crate::devices::virtio::balloon::Balloon;
+use crate::devices::virtio::config::{Complete, OpenError, Opened};
 use crate::devices::virtio::net::{Net, NetHandle};
-use crate::vm::devices::{self, Opened};
 use crate::vm::error::HotplugError;
 use crate::vm::info::DeviceInfo;
 use crate::vm::machine::{Content, Machine};
@@ -20,7 +20,7 @@ impl Vm {
     /// [`HotplugError`]; the machine is as before.
     pub fn add_device(&self, config: DeviceConfig) -> Result<DeviceInfo, HotplugError> {
         config.validate()?;
-        let open = || Ok((devices::open(&config)?, ()));
+        let open = || Ok((config.knobs().open()?, ()));
         self.plug(&config, Content::Device, open).map(|(info, ())| info)
     }
 
@@ -45,9 +45,9 @@ impl Vm {
                 true => Net::new(&config),
                 false => Net::with_fds(&config, tap_fds),
             };
-            let net = net.map_err(|e| e.to_string())?;
+            let net = net?;
             let handle = net.handle();
-            Ok((Opened::Device(Box::new(net)), handle))
+            Ok((Complete::opened(net), handle))
         })
     }
 
@@ -56,7 +56,7 @@ impl Vm {
         &self,
         config: &DeviceConfig,
         content: impl FnOnce(Box<DeviceConfig>) -> Content,
-        open: impl FnOnce() -> Result<(Opened, T), String>,
+        open: impl FnOnce() -> Result<(Box<dyn Opened>, T), OpenError>,
     ) -> Result<(DeviceInfo, T), HotplugError> {
         let id = config.id().to_owned();
         self.with_machine(&id, |machine| {
@@ -73,9 +73,9 @@ impl Vm {
                 return Err(ConfigError::SecondBalloon(id.clone()).into());
             }
             let opened = open().and_then(|(opened, extra)| Ok((opened.connect(&machine.windows)?, extra)));
-            let (device, extra) = opened.map_err(|reason| HotplugError::Device {
+            let (device, extra) = opened.map_err(|e| HotplugError::Device {
                 id: id.clone(),
-                reason,
+                reason: e.to_string(),
             })?;
             let host_error = |what, source| HotplugError::Host {
                 id: id.clone(),
@@ -89,13 +89,13 @@ impl Vm {
                 machine.unplug(slot);
                 return Err(host_error("interrupt of the generic event device", error));
             }
-            tracing::info!(id, slot = info.acpi_name, "device added");
+            tracing::info!(id, slot = info.address.name(), "device added");
             Ok((info, extra))
         })
     }
 
     /// Takes a device out of the machine. The guest must have unbound its driver first (Linux: write
-    /// [`DeviceInfo::acpi_name`] to `/sys/bus/platform/drivers/virtio-mmio/unbind`).
+    /// [`DeviceAddress::name`](crate::vm::DeviceAddress::name) to `/sys/bus/platform/drivers/virtio-mmio/unbind`).
     ///
     /// # Errors
     /// [`HotplugError::NotFound`], or [`HotplugError::InUse`] while a driver is bound.
@@ -112,7 +112,7 @@ impl Vm {
                 return Err(HotplugError::InUse(id.to_owned()));
             }
             let info = machine.unplug(slot).ok_or_else(not_found)?;
-            tracing::info!(id, slot = info.acpi_name, "device removed");
+            tracing::info!(id, slot = info.address.name(), "device removed");
             Ok(info)
         })
     }

@@ -14,18 +14,19 @@ use crate::config::DeviceConfig;
 use crate::devices::cpu_hotplug::CpuHotplug;
 use crate::devices::ged::Ged;
 use crate::devices::serial::Serial;
-use crate::devices::virtio::mmio::{Host, MmioTransport, QUEUE_NOTIFY};
-use crate::devices::virtio::slots::{self, Slots};
-use crate::devices::virtio::{Interrupt, VirtioDevice};
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::transport::mmio::registers::register::QUEUE_NOTIFY;
+use crate::devices::virtio::transport::mmio::slots::{self, Slots};
+use crate::devices::virtio::transport::mmio::{Host, MmioTransport, SlotInterrupt};
 use crate::io_loop::IoLoop;
 use crate::irq::io_apic::IoApic;
 use crate::memory::pager::Pager;
 use crate::memory::window::Windows;
 use crate::memory::write_log::WriteLog;
 use crate::memory::{GuestMemory, layout};
-use crate::vcpu::factory::VcpuFactory;
+use crate::vcpu::create::VcpuContext;
 use crate::vcpu::run::{Vcpu, VcpuThread};
-use crate::vm::info::{DeviceInfo, DeviceMetrics, VmMetrics};
+use crate::vm::info::{DeviceAddress, DeviceInfo, DeviceMetrics, VmMetrics};
 
 /// A device cannot be connected to KVM.
 #[derive(Debug)]
@@ -49,6 +50,18 @@ struct SlotState {
     used_before: bool,
     /// What is in it.
     content: Option<Content>,
+}
+
+impl SlotState {
+    /// Where the guest finds what is in slot `index`.
+    fn address(&self, index: usize) -> DeviceAddress {
+        DeviceAddress::Mmio {
+            start: Slots::address(index),
+            size: layout::VIRTIO_MMIO_SLOT_SIZE,
+            gsi: self.gsi,
+            acpi_name: slots::acpi_name(index),
+        }
+    }
 }
 
 /// What a slot was filled with: enough to make the device again in another process.
@@ -83,8 +96,8 @@ pub struct Vcpus {
     pub threads: Vec<VcpuThread>,
     /// vCPUs the guest gave back: KVM keeps them as long as the VM, so they are used again.
     pub spare: Vec<Vcpu>,
-    /// How they are made.
-    pub factory: VcpuFactory,
+    /// What they have in common.
+    pub context: VcpuContext,
     /// What the guest knows of them.
     pub hotplug: Arc<CpuHotplug>,
 }
@@ -278,17 +291,14 @@ impl Machine {
         };
         let info = DeviceInfo {
             id: device.id().to_owned(),
-            mmio_address: Slots::address(index),
-            size: layout::VIRTIO_MMIO_SLOT_SIZE,
-            gsi: state.gsi,
-            acpi_name: slots::acpi_name(index),
+            address: state.address(index),
             needs_bind: state.used_before,
         };
         let host = Host {
             memory: self.memory.clone(),
             io: self.io.clone(),
         };
-        let interrupt = Interrupt::new(registers, irqfd.clone());
+        let interrupt = SlotInterrupt::new(registers, irqfd.clone());
         state.irqfd = Some(irqfd);
         state.content = Some(content);
         if let Some(mut slot) = self.board.slots.lock(index) {
@@ -303,7 +313,7 @@ impl Machine {
         let mut transport = self.board.slots.lock(index)?.take()?;
         self.board.slots.set_present(index, false);
         transport.reset();
-        transport.interrupt().registers().show_empty();
+        transport.show_empty();
         unregister_kicks(&self.vm, index, transport.kicks());
         let state = self.slot_states.get_mut(index)?;
         if let Some(irqfd) = state.irqfd.take() {
@@ -313,10 +323,7 @@ impl Machine {
         state.content = None;
         Some(DeviceInfo {
             id: transport.id().to_owned(),
-            mmio_address: Slots::address(index),
-            size: layout::VIRTIO_MMIO_SLOT_SIZE,
-            gsi: state.gsi,
-            acpi_name: slots::acpi_name(index),
+            address: state.address(index),
             needs_bind: true,
         })
     }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 
-use crate::config::BlockConfig;
+use super::config::BlockConfig;
 use crate::devices::virtio::image_lock;
 
 /// Unit of addresses and of the capacity, whatever the disk's block size (5.2.6).

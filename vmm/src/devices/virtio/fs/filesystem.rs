@@ -17,6 +17,7 @@ use fuse_backend_rs::api::filesystem::{
 };
 
 use super::credentials::{KillPrivileges, Owner, set_umask};
+use super::device_nodes;
 use super::inodes::Inode;
 use super::mounts::Root;
 use super::open_files::Handle;
@@ -120,13 +121,17 @@ impl FileSystem for Share {
         &self,
         _ctx: &Context,
         inode: u64,
-        attr: stat64,
+        mut attr: stat64,
         handle: Option<u64>,
         valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
         let handle = self.handle(handle, inode)?;
         let inode = self.inodes.get(inode)?;
         inode.check_writable()?;
+        if inode.is_device() {
+            let old = sys::stat(self.fd(&inode)?.as_fd())?.attr;
+            device_nodes::amend_attributes(&old, valid, &mut attr)?;
+        }
         if valid.contains(SetattrValid::MODE) {
             sys::chmod(self.proc_fds.as_fd(), self.fd(&inode)?.as_fd(), attr.st_mode)?;
         }
@@ -187,6 +192,7 @@ impl FileSystem for Share {
         {
             set_umask(umask)?;
             let _owner = Owner::become_owner(ctx.uid, ctx.gid)?;
+            let mode = device_nodes::mode_of_new(mode, device, ctx.uid)?;
             sys::mknod(directory.as_fd(), name, mode, device)?;
         }
         self.find_below(&parent, directory.as_fd(), name)
@@ -407,7 +413,12 @@ impl FileSystem for Share {
     fn setxattr(&self, _ctx: &Context, inode: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
         let inode = self.xattr_inode(inode)?;
         inode.check_writable()?;
-        xattr::set(self.fd(&inode)?.as_fd(), name, value, flags)
+        let fd = self.fd(&inode)?;
+        // An access list would let others in.
+        if inode.is_device() && device_nodes::stays_own(&sys::stat(fd.as_fd())?.attr) {
+            return Err(errno(libc::EPERM));
+        }
+        xattr::set(fd.as_fd(), name, value, flags)
     }
 
     fn getxattr(&self, _ctx: &Context, inode: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {

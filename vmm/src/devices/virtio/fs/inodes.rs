@@ -108,6 +108,11 @@ impl Inode {
         self.file_type
     }
 
+    /// Whether it is a device node.
+    pub(super) fn is_device(&self) -> bool {
+        matches!(self.file_type, libc::S_IFBLK | libc::S_IFCHR)
+    }
+
     pub(super) fn is_directory(&self) -> bool {
         self.file_type == libc::S_IFDIR
     }

@@ -19,10 +19,10 @@ use fuse_backend_rs::abi::fuse_abi::LK_FLOCK;
 use fuse_backend_rs::api::filesystem::FileLock;
 use serde::{Deserialize, Serialize};
 
-use super::descriptors::FdTicket;
 use super::inodes::Inode;
 use super::share::Share;
 use super::sys::{self, errno};
+use crate::descriptors::Ticket;
 
 /// Most ranges locked in a share, about 200 bytes of the host's kernel each.
 pub(super) const MAX_RANGES: usize = 8 << 10;
@@ -128,7 +128,7 @@ struct Held {
     handle: u64,
     /// The guest's process.
     pid: u32,
-    _ticket: FdTicket,
+    _ticket: Ticket,
 }
 
 #[derive(Debug, Default)]

@@ -7,11 +7,11 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use super::descriptors::FdTicket;
 use super::directory::Listing;
 use super::locks::Kind;
 use super::mounts::Mount;
 use super::sys::{self, errno};
+use crate::descriptors::Ticket;
 
 /// A file or directory the guest opened.
 #[derive(Debug)]
@@ -23,12 +23,12 @@ pub(super) struct Handle {
     pub(super) listing: Mutex<Listing>,
     /// How the guest has locked it with flock(2).
     flock: Mutex<Option<Kind>>,
-    _ticket: FdTicket,
+    _ticket: Ticket,
 }
 
 impl Handle {
     /// `file` is open for reading and writing as the guest asked, `ticket` its place in the budget.
-    pub(super) fn new(inode: u64, mount: &Arc<Mount>, file: File, ticket: FdTicket) -> Self {
+    pub(super) fn new(inode: u64, mount: &Arc<Mount>, file: File, ticket: Ticket) -> Self {
         Self {
             inode,
             file,

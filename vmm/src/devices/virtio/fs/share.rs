@@ -18,15 +18,16 @@ use std::time::Duration;
 use fuse_backend_rs::abi::fuse_abi::{ATTR_SUBMOUNT, OpenOptions, stat64};
 use fuse_backend_rs::api::filesystem::{DirEntry, Entry, ROOT_ID};
 
+use super::config::FsCache;
 use super::credentials::KillPrivileges;
-use super::descriptors::{Descriptors, FdBudget, FdTicket};
+use super::descriptors::Descriptors;
 use super::directory::ReadAhead;
 use super::inodes::{Found, Inode, Inodes, Place};
 use super::locks::Locks;
 use super::mounts::{MAX_MOUNTS, Mount, Root};
 use super::open_files::{Handle, Handles};
 use super::sys::{self, Stat, errno};
-use crate::config::FsCache;
+use crate::descriptors::{Budget, Ticket};
 
 /// Flags of open(2) the guest may choose. O_DIRECT is not among them (the guest's buffers and offsets need not be
 /// aligned, and the host's page cache is wanted), neither is anything that changes what is opened (O_PATH, O_TMPFILE).
@@ -122,9 +123,13 @@ pub(super) struct Share {
 }
 
 impl Share {
-    /// `proc_fds` is an O_PATH descriptor of `/proc/self/fd`; the guest can make the share hold at most `fd_limit`
-    /// descriptors.
-    pub(super) fn new(root: Root, proc_fds: OwnedFd, options: Options, fd_limit: usize) -> io::Result<Self> {
+    /// `proc_fds` is an O_PATH descriptor of `/proc/self/fd`; what the guest makes the share hold is taken from `budget`.
+    pub(super) fn new(
+        root: Root,
+        proc_fds: OwnedFd,
+        options: Options,
+        budget: Arc<Budget>,
+    ) -> io::Result<Self> {
         let inodes = Inodes::new();
         if let Root::Directory(mount) = &root {
             let stat = sys::stat(mount.root())?;
@@ -134,7 +139,7 @@ impl Share {
             root: RwLock::new(root),
             inodes,
             handles: Handles::default(),
-            descriptors: Descriptors::new(FdBudget::new(fd_limit)),
+            descriptors: Descriptors::new(budget),
             locks: Locks::default(),
             read_ahead: ReadAhead::default(),
             policy: Policy::new(options.cache),
@@ -300,7 +305,7 @@ impl Share {
     }
 
     /// A handle of `inode` for `file`, which is open for the guest.
-    pub(super) fn add_handle(&self, inode: &Inode, file: File, ticket: FdTicket) -> io::Result<u64> {
+    pub(super) fn add_handle(&self, inode: &Inode, file: File, ticket: Ticket) -> io::Result<u64> {
         let handle = Handle::new(inode.id(), inode.mount(), file, ticket);
         self.handles.add(handle)
     }

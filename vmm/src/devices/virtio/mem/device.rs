@@ -89,7 +89,7 @@ impl VirtioDevice for Mem {
         let queue = ServedQueue::new(&self.id, queue, activation.memory, interrupt.clone());
         let worker = MemWorker::new(
             queue,
-            interrupt.registers().clone(),
+            interrupt.clone(),
             self.shared.clone(),
             self.counters.clone(),
         );

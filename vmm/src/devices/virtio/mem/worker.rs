@@ -8,9 +8,9 @@ use virtio_queue::DescriptorChain;
 
 use super::handle::Shared;
 use super::region::{Request, Response};
+use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::chain::Chain;
 use crate::devices::virtio::queue_thread::ThreadWorker;
-use crate::devices::virtio::registers::Registers;
 use crate::devices::virtio::served_queue::{Served, ServedQueue};
 use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
@@ -45,7 +45,7 @@ impl Counters {
 #[derive(Debug)]
 pub(super) struct MemWorker {
     queue: ServedQueue,
-    registers: Registers,
+    interrupt: Interrupt,
     shared: Arc<Shared>,
     counters: Arc<Counters>,
 }
@@ -53,13 +53,13 @@ pub(super) struct MemWorker {
 impl MemWorker {
     pub(super) fn new(
         queue: ServedQueue,
-        registers: Registers,
+        interrupt: Interrupt,
         shared: Arc<Shared>,
         counters: Arc<Counters>,
     ) -> Self {
         Self {
             queue,
-            registers,
+            interrupt,
             shared,
             counters,
         }
@@ -79,11 +79,11 @@ impl ThreadWorker for MemWorker {
     fn ready(&mut self, _index: usize) {
         self.queue.take_kick();
         let limit = self.queue.size();
-        let (registers, shared, counters) = (&self.registers, &self.shared, &self.counters);
+        let (interrupt, shared, counters) = (&self.interrupt, &self.shared, &self.counters);
         let served = self.queue.serve(BUDGET, |memory, chain| {
             let written = answer(shared, counters, memory, chain, limit);
             // plugged_size changes with the request, without an interrupt (5.15.6.1).
-            registers.show_config(|space| shared.read_config(0, space));
+            interrupt.show_config(|space| shared.read_config(0, space));
             written
         });
         if served == Served::More {

@@ -5,7 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
 
-use crate::config::PmemConfig;
+use super::config::PmemConfig;
 use crate::devices::virtio::image_lock;
 use crate::devices::virtio::state::StateError;
 use crate::memory::layout::WINDOW_ALIGN;
