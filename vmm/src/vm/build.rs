@@ -37,13 +37,15 @@ use crate::memory::window::{Memslots, Windows};
 use crate::memory::write_log::{Beneath, WriteLog};
 use crate::memory::{self, GuestMemory, layout};
 use crate::vcpu::factory::{self, VcpuFactory};
-use crate::vcpu::{cpuid, kick, regs};
+use crate::vcpu::{cpuid, regs};
 use crate::vm::console::Input;
 use crate::vm::devices::{self, Opened};
 use crate::vm::error::BuildError;
 use crate::vm::kvm::{self, ioctl_error};
 use crate::vm::lifecycle::Lifecycle;
-use crate::vm::machine::{Board, Content, Machine, Origin, Vcpus};
+use crate::vm::machine::{Board, Machine, Origin};
+use crate::vm::registry::Content;
+use crate::vm::vcpus::Vcpus;
 
 /// A machine whose vCPU threads wait at the gate.
 pub struct Built {
@@ -129,7 +131,7 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     };
     let machine = parts.assemble()?;
     let input = machine.board.serial.clone().map_or(plan.input, Input::Serial);
-    let mut built = Built {
+    let built = Built {
         machine,
         lifecycle,
         console: plan.console,
@@ -137,11 +139,11 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         vsock: plan.vsock,
         mem,
     };
-    match populate(&mut built.machine, devices, fds) {
+    match populate(&built.machine, devices, fds) {
         Ok(()) => Ok(built),
         Err(error) => {
             built.lifecycle.gate().end();
-            drop(built.machine.shut_down());
+            built.machine.shut_down();
             Err(error)
         }
     }
@@ -226,18 +228,14 @@ impl Parts {
         let hotplug = Arc::new(CpuHotplug::new(self.shared.clone(), boot, max));
         let board = board(&self.vm, &self.acpi, self.registers, self.shared, &self.console)?;
         let (pio, mmio) = buses(&board, &hotplug)?;
-        let vcpus = Vcpus {
-            threads: Vec::new(),
-            spare: Vec::new(),
-            factory: VcpuFactory {
-                cpuid: self.cpuid,
-                max,
-                pio,
-                mmio,
-                lifecycle: self.lifecycle,
-            },
-            hotplug,
+        let factory = VcpuFactory {
+            cpuid: self.cpuid,
+            max,
+            pio,
+            mmio,
+            lifecycle: self.lifecycle,
         };
+        let vcpus = Vcpus::new(factory, hotplug);
         let io = IoLoop::spawn("vmm-io")?;
         let memory = (self.memory, self.windows, self.origin);
         Ok(Machine::new(self.vm, memory, board, vcpus, io))
@@ -307,35 +305,29 @@ fn connect(
 }
 
 /// The parts that have threads or registrations to undo: devices, then vCPU threads.
-fn populate(machine: &mut Machine, devices: Devices, vcpus: Vec<VcpuFd>) -> Result<(), BuildError> {
+fn populate(machine: &Machine, devices: Devices, vcpus: Vec<VcpuFd>) -> Result<(), BuildError> {
     for (slot, (content, device)) in devices.into_iter().enumerate() {
-        let id = device.id().to_owned();
-        machine
-            .plug(slot, content, device)
-            .map_err(|e| BuildError::Device {
-                id,
-                reason: format!("{}: {}", e.what, e.source),
-            })?;
+        plug(machine, slot, content, device)?;
     }
-    start_threads(machine, (0u8..).zip(vcpus))
+    machine.vcpus.start_all((0u8..).zip(vcpus))
 }
 
-/// Makes the threads of vCPUs given by index.
+/// Puts `device` into slot `index` of a machine that is made.
 ///
 /// # Errors
-/// [`BuildError::Host`].
-pub fn start_threads(
-    machine: &mut Machine,
-    vcpus: impl IntoIterator<Item = (u8, VcpuFd)>,
+/// [`BuildError::Device`].
+pub fn plug(
+    machine: &Machine,
+    index: usize,
+    content: Content,
+    device: Box<dyn VirtioDevice>,
 ) -> Result<(), BuildError> {
-    let host = |what| move |source| BuildError::Host { what, source };
-    kick::install_handler().map_err(host("signal handler"))?;
-    for (index, fd) in vcpus {
-        let vcpu = machine.vcpus.factory.connect(index, fd);
-        let thread = vcpu.spawn().map_err(host("vCPU thread"))?;
-        machine.vcpus.threads.push(thread);
-    }
-    Ok(())
+    let id = device.id().to_owned();
+    let plugged = machine.devices.plug(index, content, device);
+    plugged.map(drop).map_err(|error| BuildError::Device {
+        id,
+        reason: error.to_string(),
+    })
 }
 
 /// Everything that can be decided, opened and checked before KVM is asked for anything.

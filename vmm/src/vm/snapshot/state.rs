@@ -11,7 +11,7 @@ use crate::devices::virtio::mmio::TransportState;
 use crate::irq::io_apic::IoApicState;
 use crate::memory::image::Contents;
 use crate::vcpu::state::VcpuState;
-use crate::vm::machine::Content;
+use crate::vm::registry::Content;
 
 /// A machine between two instructions.
 #[derive(Debug, Serialize, Deserialize)]
