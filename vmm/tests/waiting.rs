@@ -147,7 +147,7 @@ fn save_when_a_resize_is_under_way_waits_for_its_end() {
     let scratch = Scratch::new();
     // The guest never answers.
     let vm = running(&scratch);
-    let resizing = beside(&vm, |vm| vm.resize_vcpu(2, Duration::from_millis(700)));
+    let resizing = beside(&vm, |vm| vm.resize_vcpu(2, Duration::from_secs(3)));
     let end = Instant::now() + LONG;
     while vm.thread_ids().vcpus.len() < 2 {
         assert!(Instant::now() < end && !resizing.is_finished());

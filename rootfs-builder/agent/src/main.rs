@@ -8,10 +8,12 @@ mod container;
 mod init;
 mod logging;
 mod machine;
+mod mount_options;
 mod options;
 mod reaper;
 mod sandbox;
 mod server;
+mod signal;
 mod storage;
 mod transport;
 

@@ -9,7 +9,6 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
@@ -76,11 +75,10 @@ impl Reaper {
 
     fn collect(&self) {
         loop {
-            let (pid, code) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid, code),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, SIGNALED + signal as i32),
-                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return,
-                Ok(_) | Err(Errno::EINTR) => continue,
+            let (pid, code) = match next_exit() {
+                Ok(Some(exit)) => exit,
+                Ok(None) | Err(Errno::ECHILD) => return,
+                Err(Errno::EINTR) => continue,
                 Err(error) => return tracing::error!("waitpid: {error}"),
             };
             let mut state = self.state();
@@ -96,6 +94,24 @@ impl Reaper {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The next child that has ended, and how. Not by `nix`, whose `waitpid` takes the status of a child that died of a
+/// real-time signal and then cannot say so.
+fn next_exit() -> nix::Result<Option<(Pid, i32)>> {
+    let mut status = 0;
+    // SAFETY: waitpid writes one integer, which outlives the call.
+    let pid = Errno::result(unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) })?;
+    if pid == 0 {
+        return Ok(None);
+    }
+    // Without WUNTRACED and WCONTINUED only ends are reported.
+    let code = if libc::WIFEXITED(status) {
+        libc::WEXITSTATUS(status)
+    } else {
+        SIGNALED + libc::WTERMSIG(status)
+    };
+    Ok(Some((Pid::from_raw(pid), code)))
 }
 
 impl Drop for Launch {
@@ -129,11 +145,13 @@ mod tests {
         let early = reaper.exit_of(spawn("sleep 0.05; exit 42"));
         let late = spawn("exit 7");
         let killed = reaper.exit_of(spawn("kill -9 $$"));
+        let real_time = reaper.exit_of(spawn("kill -40 $$"));
         tokio::time::sleep(Duration::from_millis(200)).await;
 
         assert_eq!(reaper.exit_of(late).await, Ok(7));
         assert_eq!(early.await, Ok(42));
         assert_eq!(killed.await, Ok(SIGNALED + 9));
+        assert_eq!(real_time.await, Ok(SIGNALED + 40));
         let forgotten = spawn("exit 1");
         tokio::time::sleep(Duration::from_millis(100)).await;
         assert!(reaper.state().unclaimed.contains_key(&forgotten));

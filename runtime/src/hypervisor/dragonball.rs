@@ -128,6 +128,7 @@ impl Dragonball {
                 boot: self.config.boot_vcpus(),
                 max: self.config.max_vcpus(),
             },
+            cpu: vmm::CpuConfig::default(),
             memory: vmm::MemoryConfig::fixed(self.config.default_memory),
             boot: vmm::BootConfig {
                 kernel: self.config.kernel.clone(),

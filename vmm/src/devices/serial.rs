@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::bus::BusDevice;
 use crate::devices::virtio::console::{ConsoleLog, PendingInput};
 use crate::devices::virtio::state::StateError;
-use crate::vm::ExitReason;
+use crate::lifecycle::ExitReason;
 
 /// First I/O port of COM1.
 pub const PORT: u16 = 0x3f8;

@@ -8,12 +8,11 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::acpi::{self, shared_page::SharedPage};
+use crate::acpi::shared_page::SharedPage;
 use crate::boot::{self, EntryPoint};
 use crate::bus::Bus;
 use crate::config::{ConsoleConfig, MemoryConfig, VcpuConfig, VmConfig};
@@ -23,29 +22,32 @@ use crate::devices::power::{self, Power};
 use crate::devices::pvpanic::{self, PvPanic};
 use crate::devices::serial::{self, Serial};
 use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::config::{Complete, Opened};
 use crate::devices::virtio::console::{Console, ConsoleLog};
 use crate::devices::virtio::mem::{self, Mem, MemHandle};
-use crate::devices::virtio::registers::RegisterPages;
-use crate::devices::virtio::slots::{self, Slots};
+use crate::devices::virtio::transport::mmio::registers::RegisterPages;
+use crate::devices::virtio::transport::mmio::slots::{self, Slots};
 use crate::devices::virtio::vsock::{Vsock, VsockHandle};
 use crate::devices::vmgenid;
 use crate::io_loop::IoLoop;
 use crate::irq::GsiAllocator;
 use crate::irq::io_apic::{self, IoApic};
+use crate::kvm::{self, ioctl_error};
+use crate::lifecycle::Lifecycle;
 use crate::memory::layout::MemoryLayout;
 use crate::memory::window::{Memslots, Windows};
 use crate::memory::write_log::{Beneath, WriteLog};
 use crate::memory::{self, GuestMemory, layout};
-use crate::vcpu::factory::{self, VcpuFactory};
-use crate::vcpu::{cpuid, regs};
+use crate::vcpu::cpuid::{self, CpuModel};
+use crate::vcpu::create::{self, VcpuContext};
+use crate::vcpu::regs;
+use crate::vm::acpi::Platform;
 use crate::vm::console::Input;
-use crate::vm::devices::{self, Opened};
 use crate::vm::error::BuildError;
-use crate::vm::kvm::{self, ioctl_error};
-use crate::vm::lifecycle::Lifecycle;
 use crate::vm::machine::{Board, Machine, Origin};
 use crate::vm::registry::Content;
 use crate::vm::vcpus::Vcpus;
+use crate::vm::wiring;
 
 /// A machine whose vCPU threads wait at the gate.
 pub struct Built {
@@ -78,7 +80,7 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     let (kvm, contents) = std::thread::scope(|scope| {
         let filling = std::thread::Builder::new()
             .name("vmm-load".to_owned())
-            .spawn_scoped(scope, || fill(&memory, config, &plan.acpi));
+            .spawn_scoped(scope, || fill(&memory, config, &plan.platform));
         let filling = filling.map_err(|source| BuildError::Host {
             what: "thread vmm-load",
             source,
@@ -89,18 +91,21 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         Ok::<_, BuildError>((kvm?, contents?))
     })?;
-    let KvmParts { vm, cpuid, registers } = kvm;
+    let KvmParts { vm, model, registers } = kvm;
     let (shared, entry) = contents;
 
     let memslots: Arc<dyn Memslots> = vm.clone();
-    let windows = Windows::new(layout, &memory, &memslots);
+    let windows = Windows::new(layout, &memory, &memslots).map_err(|source| BuildError::Host {
+        what: "sealing hotpluggable memory",
+        source,
+    })?;
     // Files of pmem devices get their memslots here, before the irqchip exists.
     let (devices, mem) = connect(plan.devices, &config.memory, &windows)?;
-    kvm::split_irqchip(&vm)?;
+    wiring::split_irqchip(&vm)?;
     let max = config.vcpus.max;
     let mut fds = Vec::new();
     for index in 0..config.vcpus.boot {
-        let vcpu = factory::create(&vm, &cpuid, index, max)?;
+        let vcpu = create::create(&vm, &model, index, max)?;
         if index == 0 {
             regs::set_boot_state(&vcpu, &memory, entry)?;
         }
@@ -123,8 +128,8 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         windows,
         registers,
         shared,
-        cpuid,
-        acpi: plan.acpi,
+        model,
+        platform: plan.platform,
         console,
         vcpus: config.vcpus,
         lifecycle: lifecycle.clone(),
@@ -152,20 +157,20 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
 /// KVM's machine with its memory, before there are interrupt controllers and vCPUs.
 struct KvmParts {
     vm: Arc<VmFd>,
-    cpuid: Vec<kvm_cpuid_entry2>,
+    model: CpuModel,
     registers: Arc<RegisterPages>,
 }
 
 impl KvmParts {
-    fn new(config: &VmConfig, memory: &GuestMemory, layout: &MemoryLayout) -> Result<Self, BuildError> {
+    fn new(config: &VmConfig, guest_memory: &GuestMemory, layout: &MemoryLayout) -> Result<Self, BuildError> {
         let kvm = kvm::open()?;
         check_vcpu_limit(&kvm, config)?;
-        let cpuid = cpuid::supported(&kvm)?;
-        check_address_space(cpuid::physical_address_bits(&cpuid), layout)?;
+        let model = CpuModel::new(&kvm, config.cpu)?;
+        check_address_space(cpuid::physical_address_bits(&model.cpuid), layout)?;
         let vm = Arc::new(kvm::create_vm(&kvm)?);
-        kvm::set_memory(&vm, memory, layout)?;
-        let registers = kvm::set_registers(&vm)?;
-        Ok(Self { vm, cpuid, registers })
+        memory::set_memory(&vm, guest_memory, layout)?;
+        let registers = wiring::set_registers(&vm)?;
+        Ok(Self { vm, model, registers })
     }
 }
 
@@ -173,9 +178,9 @@ impl KvmParts {
 fn fill(
     memory: &Arc<GuestMemory>,
     config: &VmConfig,
-    acpi: &acpi::Machine,
+    platform: &Platform,
 ) -> Result<(Arc<SharedPage>, EntryPoint), BuildError> {
-    let rsdp = acpi::write_tables(memory, acpi)?;
+    let rsdp = platform.tables().write(memory)?;
     memory
         .write_slice(&power::reset_vector(), GuestAddress(layout::RESET_VECTOR))
         .map_err(|e| BuildError::Host {
@@ -206,10 +211,10 @@ pub struct Parts {
     pub registers: Arc<RegisterPages>,
     /// What AML reads.
     pub shared: Arc<SharedPage>,
-    /// CPUID before each vCPU's own topology.
-    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// What the vCPUs can.
+    pub model: CpuModel,
     /// GSIs.
-    pub acpi: acpi::Machine,
+    pub platform: Platform,
     /// Where COM1's output goes.
     pub console: ConsoleLog,
     /// Processors of the configuration.
@@ -226,16 +231,22 @@ impl Parts {
     pub fn assemble(self) -> Result<Machine, BuildError> {
         let VcpuConfig { boot, max } = self.vcpus;
         let hotplug = Arc::new(CpuHotplug::new(self.shared.clone(), boot, max));
-        let board = board(&self.vm, &self.acpi, self.registers, self.shared, &self.console)?;
+        let board = board(
+            &self.vm,
+            &self.platform,
+            self.registers,
+            self.shared,
+            &self.console,
+        )?;
         let (pio, mmio) = buses(&board, &hotplug)?;
-        let factory = VcpuFactory {
-            cpuid: self.cpuid,
+        let context = VcpuContext {
+            model: self.model,
             max,
             pio,
             mmio,
             lifecycle: self.lifecycle,
         };
-        let vcpus = Vcpus::new(factory, hotplug);
+        let vcpus = Vcpus::new(context, hotplug);
         let io = IoLoop::spawn("vmm-io")?;
         let memory = (self.memory, self.windows, self.origin);
         Ok(Machine::new(self.vm, memory, board, vcpus, io))
@@ -245,31 +256,38 @@ impl Parts {
 /// The interrupt controller and what hangs on it.
 fn board(
     vm: &Arc<VmFd>,
-    acpi: &acpi::Machine,
+    platform: &Platform,
     registers: Arc<RegisterPages>,
     shared: Arc<SharedPage>,
     console: &ConsoleLog,
 ) -> Result<Board, BuildError> {
-    let slots = Arc::new(Slots::new(acpi.slot_gsis.len() as u8, registers, shared.clone()));
-    let ged = Arc::new(Ged::new(new_irqfd(vm, acpi.ged_gsi)?));
-    let serial = match acpi.serial {
+    let slots = Arc::new(Slots::new(
+        platform.slot_gsis.len() as u8,
+        registers,
+        shared.clone(),
+    ));
+    let ged = Arc::new(Ged::new(new_irqfd(vm, platform.ged_gsi)?));
+    let serial = match platform.serial {
         true => Some(Arc::new(Serial::new(
             console.clone(),
             new_irqfd(vm, serial::GSI)?,
         ))),
         false => None,
     };
-    let routing = kvm::Routes {
+    let routing = wiring::Routes {
         vm: vm.clone(),
-        ged: (acpi.ged_gsi, ged.clone()),
-        slots: (acpi.slot_gsis.first().copied().unwrap_or(u32::MAX), slots.clone()),
+        ged: (platform.ged_gsi, ged.clone()),
+        slots: (
+            platform.slot_gsis.first().copied().unwrap_or(u32::MAX),
+            slots.clone(),
+        ),
         serial: serial.clone(),
     };
     Ok(Board {
         slots,
-        slot_gsis: acpi.slot_gsis.clone(),
+        slot_gsis: platform.slot_gsis.clone(),
         ged,
-        io_apic: Arc::new(IoApic::new(acpi.io_apic_pins, Box::new(routing))),
+        io_apic: Arc::new(IoApic::new(platform.io_apic_pins, Box::new(routing))),
         shared,
         serial,
     })
@@ -278,7 +296,7 @@ fn board(
 /// Completes the devices with their parts of guest memory. The one of hotpluggable memory comes last: the guest's numbering
 /// of the others does not depend on it.
 fn connect(
-    opened: Vec<(Content, Opened)>,
+    opened: Vec<(Content, Box<dyn Opened>)>,
     config: &MemoryConfig,
     windows: &Windows,
 ) -> Result<(Devices, Option<MemHandle>), BuildError> {
@@ -288,7 +306,10 @@ fn connect(
         let connected = device.connect(windows);
         devices.push((
             content,
-            connected.map_err(|reason| BuildError::Device { id, reason })?,
+            connected.map_err(|e| BuildError::Device {
+                id,
+                reason: e.to_string(),
+            })?,
         ));
     }
     let mut handle = None;
@@ -333,11 +354,11 @@ pub fn plug(
 /// Everything that can be decided, opened and checked before KVM is asked for anything.
 struct Plan {
     /// In slot order; the one of hotpluggable memory is not among them.
-    devices: Vec<(Content, Opened)>,
+    devices: Vec<(Content, Box<dyn Opened>)>,
     console: ConsoleLog,
     input: Input,
     vsock: Option<VsockHandle>,
-    acpi: acpi::Machine,
+    platform: Platform,
 }
 
 impl Plan {
@@ -360,7 +381,7 @@ impl Plan {
         let slots = devices.len() + mem + usize::from(config.hotplug_slots);
         Ok(Self {
             devices,
-            acpi: gsis(config, slots)?,
+            platform: gsis(config, slots)?,
             console: opener.console,
             input: opener.input,
             vsock: opener.vsock,
@@ -379,7 +400,7 @@ impl Plan {
 ///
 /// # Errors
 /// [`BuildError::TooManySlots`].
-pub fn gsis(config: &VmConfig, slots: usize) -> Result<acpi::Machine, BuildError> {
+pub fn gsis(config: &VmConfig, slots: usize) -> Result<Platform, BuildError> {
     let too_many = || BuildError::TooManySlots {
         requested: slots,
         max: slots::MAX_SLOTS,
@@ -393,7 +414,7 @@ pub fn gsis(config: &VmConfig, slots: usize) -> Result<acpi::Machine, BuildError
     for _ in 0..slots {
         slot_gsis.push(gsis.allocate().ok_or_else(too_many)?);
     }
-    Ok(acpi::Machine {
+    Ok(Platform {
         boot_vcpus: config.vcpus.boot,
         max_vcpus: config.vcpus.max,
         ged_gsi,
@@ -432,7 +453,7 @@ impl<'c> Opener<'c> {
     ///
     /// # Errors
     /// [`BuildError::Device`].
-    pub fn open(&mut self, content: &Content) -> Result<Opened, BuildError> {
+    pub fn open(&mut self, content: &Content) -> Result<Box<dyn Opened>, BuildError> {
         let error = |id: &str| {
             let id = id.to_owned();
             move |reason| BuildError::Device { id, reason }
@@ -445,13 +466,13 @@ impl<'c> Opener<'c> {
                     source,
                 })?;
                 self.input = Input::Hvc(handle);
-                Opened::Device(Box::new(device))
+                Complete::opened(device)
             }
             (Content::Vsock, Some(config)) => {
                 let vsock = Vsock::new(config).map_err(|e| e.to_string());
                 let (device, handle) = vsock.map_err(error("vsock"))?;
                 self.vsock = Some(handle);
-                Opened::Device(Box::new(device))
+                Complete::opened(device)
             }
             (Content::Vsock, None) => {
                 return Err(error("vsock")("the configuration has none".to_owned()));
@@ -459,10 +480,16 @@ impl<'c> Opener<'c> {
             (Content::Mem, _) => {
                 return Err(error(mem::DEVICE_ID)("comes with the memory".to_owned()));
             }
-            (Content::Device(config), _) => devices::open(config).map_err(error(config.id()))?,
+            (Content::Device(config), _) => config
+                .knobs()
+                .open()
+                .map_err(|e| error(config.id())(e.to_string()))?,
             (Content::Adopted(config), _) => {
                 let fds = self.tap_fds.remove(config.id()).unwrap_or_default();
-                devices::adopt(config, fds).map_err(error(config.id()))?
+                config
+                    .knobs()
+                    .adopt(fds)
+                    .map_err(|e| error(config.id())(e.to_string()))?
             }
         })
     }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use crate::config::{ConfigError, DeviceConfig, NetConfig};
 use crate::devices::ged::Event;
+use crate::devices::virtio::config::{Complete, OpenError, Opened};
 use crate::devices::virtio::net::{Net, NetHandle};
-use crate::vm::devices::{self, Opened};
 use crate::vm::error::HotplugError;
 use crate::vm::info::DeviceInfo;
 use crate::vm::machine::Machine;
@@ -21,7 +21,7 @@ impl Vm {
     /// [`HotplugError`]; the machine is as before.
     pub fn add_device(&self, config: DeviceConfig) -> Result<DeviceInfo, HotplugError> {
         config.validate()?;
-        let open = || Ok((devices::open(&config)?, ()));
+        let open = || Ok((config.knobs().open()?, ()));
         self.plug(&config, Content::Device, open).map(|(info, ())| info)
     }
 
@@ -46,9 +46,9 @@ impl Vm {
                 true => Net::new(&config),
                 false => Net::with_fds(&config, tap_fds),
             };
-            let net = net.map_err(|e| e.to_string())?;
+            let net = net?;
             let handle = net.handle();
-            Ok((Opened::Device(Box::new(net)), handle))
+            Ok((Complete::opened(net), handle))
         })
     }
 
@@ -57,12 +57,12 @@ impl Vm {
         &self,
         config: &DeviceConfig,
         content: impl FnOnce(Box<DeviceConfig>) -> Content,
-        open: impl FnOnce() -> Result<(Opened, T), String>,
+        open: impl FnOnce() -> Result<(Box<dyn Opened>, T), OpenError>,
     ) -> Result<(DeviceInfo, T), HotplugError> {
         let id = config.id();
-        let device_error = |reason| HotplugError::Device {
+        let device_error = |error: OpenError| HotplugError::Device {
             id: id.to_owned(),
-            reason,
+            reason: error.to_string(),
         };
         // What is refused anyway is not opened. Opening takes as long as the host's storage does, and nobody waits for it.
         slot_for(&*self.machine_for(id)?, config)?;
@@ -88,12 +88,12 @@ impl Vm {
             machine.devices.unplug(slot);
             return Err(host_error("interrupt of the generic event device", error));
         }
-        tracing::info!(id, slot = info.acpi_name, "device added");
+        tracing::info!(id, slot = info.address.name(), "device added");
         Ok((info, extra))
     }
 
     /// Takes a device out of the machine. The guest must have unbound its driver first (Linux: write
-    /// [`DeviceInfo::acpi_name`] to `/sys/bus/platform/drivers/virtio-mmio/unbind`).
+    /// [`DeviceAddress::name`](crate::vm::DeviceAddress::name) to `/sys/bus/platform/drivers/virtio-mmio/unbind`).
     ///
     /// # Errors
     /// [`HotplugError::NotFound`], or [`HotplugError::InUse`] while a driver is bound.
@@ -107,7 +107,7 @@ impl Vm {
             RemoveError::Empty => not_found(),
             RemoveError::Active => HotplugError::InUse(id.to_owned()),
         })?;
-        tracing::info!(id, slot = info.acpi_name, "device removed");
+        tracing::info!(id, slot = info.address.name(), "device removed");
         Ok(info)
     }
 

@@ -11,11 +11,12 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::DeviceConfig;
-use crate::devices::virtio::mmio::{Host, MmioTransport, QUEUE_NOTIFY};
-use crate::devices::virtio::slots::{self, Slots};
-use crate::devices::virtio::{Interrupt, VirtioDevice};
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::transport::mmio::registers::register::{INTERRUPT_ACK, QUEUE_NOTIFY};
+use crate::devices::virtio::transport::mmio::slots::{self, Slots};
+use crate::devices::virtio::transport::mmio::{Host, INTERRUPT_USED_RING, MmioTransport, SlotInterrupt};
 use crate::memory::layout;
-use crate::vm::info::{DeviceInfo, DeviceMetrics};
+use crate::vm::info::{DeviceAddress, DeviceInfo, DeviceMetrics};
 use crate::vm::lock;
 
 /// A device cannot be connected to KVM.
@@ -94,6 +95,8 @@ struct Filled {
 #[derive(Debug)]
 struct List {
     slots: Vec<SlotState>,
+    /// Takes what drivers acknowledge without anybody looking at it; made with the first device.
+    acknowledged: Option<Arc<EventFd>>,
     /// The machine ends: nothing is filled any more.
     closed: bool,
 }
@@ -121,6 +124,7 @@ impl Registry {
             host,
             list: Mutex::new(List {
                 slots: gsis.iter().map(slot).collect(),
+                acknowledged: None,
                 closed: false,
             }),
         }
@@ -234,13 +238,22 @@ impl Registry {
         if list.closed {
             return Err(ConnectError::Closed);
         }
-        let state = list.slots.get_mut(index);
+        let List {
+            slots, acknowledged, ..
+        } = &mut *list;
+        let state = slots.get_mut(index);
         let state = state.ok_or_else(|| no_slot(io::ErrorKind::NotFound.into()))?;
         let irqfd = new_eventfd()?;
         self.vm
             .register_irqfd(&irqfd, state.gsi)
             .map_err(connect_error("KVM_IRQFD"))?;
-        let kicks = match register_kicks(&self.vm, index, device.queue_sizes().len()) {
+        let queues = device.queue_sizes().len();
+        let registered = register_kicks(&self.vm, index, queues).and_then(|kicks| {
+            register_acknowledged(&self.vm, index, acknowledged)
+                .inspect_err(|_| unregister_kicks(&self.vm, index, &kicks))?;
+            Ok(kicks)
+        });
+        let kicks = match registered {
             Ok(kicks) => kicks,
             Err(error) => {
                 unregister("KVM_IRQFD", self.vm.unregister_irqfd(&irqfd, state.gsi));
@@ -249,7 +262,7 @@ impl Registry {
         };
         let id = device.id().to_owned();
         let info = info(id.clone(), index, state);
-        let interrupt = Interrupt::new(registers, irqfd.clone());
+        let interrupt = SlotInterrupt::new(registers, irqfd.clone());
         let transport = MmioTransport::new(device, self.host.clone(), interrupt, kicks);
         state.filled = Some(Filled {
             id,
@@ -289,9 +302,16 @@ impl Registry {
     fn unplugged(&self, index: usize, mut transport: MmioTransport) -> Option<DeviceInfo> {
         self.slots.set_present(index, false);
         transport.reset();
-        transport.interrupt().registers().show_empty();
+        transport.show_empty();
         unregister_kicks(&self.vm, index, transport.kicks());
         let mut list = self.lock();
+        if let Some(acknowledged) = &list.acknowledged {
+            let address = acknowledge_address(index);
+            let undone = self
+                .vm
+                .unregister_ioevent(acknowledged, &address, INTERRUPT_USED_RING);
+            unregister("KVM_IOEVENTFD", undone);
+        }
         let state = list.slots.get_mut(index)?;
         if let Some(filled) = state.filled.take() {
             unregister("KVM_IRQFD", self.vm.unregister_irqfd(&filled.irqfd, state.gsi));
@@ -363,10 +383,12 @@ impl Registry {
 fn info(id: String, index: usize, state: &SlotState) -> DeviceInfo {
     DeviceInfo {
         id,
-        mmio_address: Slots::address(index),
-        size: layout::VIRTIO_MMIO_SLOT_SIZE,
-        gsi: state.gsi,
-        acpi_name: slots::acpi_name(index),
+        address: DeviceAddress::Mmio {
+            start: Slots::address(index),
+            size: layout::VIRTIO_MMIO_SLOT_SIZE,
+            gsi: state.gsi,
+            acpi_name: slots::acpi_name(index),
+        },
         needs_bind: state.used_before,
     }
 }
@@ -405,6 +427,26 @@ fn unregister_kicks(vm: &VmFd, slot: usize, kicks: &[Arc<EventFd>]) {
     for (queue, kick) in (0u32..).zip(kicks) {
         unregister("KVM_IOEVENTFD", vm.unregister_ioevent(kick, &address, queue));
     }
+}
+
+fn acknowledge_address(slot: usize) -> IoEventAddress {
+    IoEventAddress::Mmio(Slots::address(slot) + INTERRUPT_ACK)
+}
+
+/// Lets KVM take the acknowledgement of used buffers alone, the usual one: InterruptStatus keeps the bit then, which only tells
+/// a driver to look at its queues. Each interrupt saves the exit to this process. An acknowledgement of a changed configuration
+/// comes here and clears the status.
+fn register_acknowledged(
+    vm: &VmFd,
+    slot: usize,
+    acknowledged: &mut Option<Arc<EventFd>>,
+) -> Result<(), ConnectError> {
+    let eventfd = match acknowledged {
+        Some(eventfd) => eventfd,
+        None => acknowledged.insert(new_eventfd()?),
+    };
+    vm.register_ioevent(eventfd, &acknowledge_address(slot), INTERRUPT_USED_RING)
+        .map_err(connect_error("KVM_IOEVENTFD"))
 }
 
 /// Undoing a registration fails only if it was not there; there is nobody to tell.

@@ -4,10 +4,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use kvm_ioctls::{VcpuFd, VmFd};
 
-use crate::VcpuMetrics;
 use crate::devices::cpu_hotplug::CpuHotplug;
-use crate::vcpu::factory::{self, VcpuFactory};
+use crate::vcpu::create::{self, VcpuContext};
 use crate::vcpu::kick;
+use crate::vcpu::metrics::VcpuMetrics;
 use crate::vcpu::run::{Vcpu, VcpuThread};
 use crate::vm::error::{BuildError, ResizeVcpuError};
 use crate::vm::lock;
@@ -18,8 +18,8 @@ pub struct Vcpus {
     /// Locked for as long as it takes to read or change it, and while all threads are stopped for a save; never while
     /// waiting for a guest or a file.
     list: Mutex<List>,
-    /// How they are made.
-    pub factory: VcpuFactory,
+    /// What they have in common.
+    pub context: VcpuContext,
     /// What the guest knows of them.
     pub hotplug: Arc<CpuHotplug>,
 }
@@ -36,10 +36,10 @@ struct List {
 
 impl Vcpus {
     /// No processors yet.
-    pub fn new(factory: VcpuFactory, hotplug: Arc<CpuHotplug>) -> Self {
+    pub fn new(context: VcpuContext, hotplug: Arc<CpuHotplug>) -> Self {
         Self {
             list: Mutex::default(),
-            factory,
+            context,
             hotplug,
         }
     }
@@ -56,7 +56,7 @@ impl Vcpus {
         let host = |what| move |source| BuildError::Host { what, source };
         kick::install_handler().map_err(host("signal handler"))?;
         for (index, fd) in vcpus {
-            let thread = self.factory.connect(index, fd).spawn();
+            let thread = self.context.connect(index, fd).spawn();
             self.lock().threads.push(thread.map_err(host("vCPU thread"))?);
         }
         Ok(())
@@ -76,13 +76,13 @@ impl Vcpus {
         let vcpu = match spare {
             Some(position) => {
                 let vcpu = list.spare.swap_remove(position);
-                factory::wait_for_init(&vcpu.fd, index).map_err(|e| host(e.to_string()))?;
+                create::wait_for_init(&vcpu.fd, index).map_err(|e| host(e.to_string()))?;
                 vcpu
             }
             None => {
-                let fd = factory::create(vm, &self.factory.cpuid, index, self.factory.max)
+                let fd = create::create(vm, &self.context.model, index, self.context.max)
                     .map_err(|e| host(e.to_string()))?;
-                self.factory.connect(index, fd)
+                self.context.connect(index, fd)
             }
         };
         let thread = vcpu.spawn().map_err(|e| host(e.to_string()))?;
@@ -146,7 +146,7 @@ impl Vcpus {
             thread.join();
         }
         // Those somebody else ends just now ([`Vcpus::park`]).
-        self.factory.lifecycle.gate().wait_left();
+        self.context.lifecycle.gate().wait_left();
     }
 
     /// Indices and kernel thread ids.

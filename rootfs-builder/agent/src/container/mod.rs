@@ -1,8 +1,10 @@
 //! Containers and their processes.
 
 mod cgroup;
+pub mod devices;
 pub mod helper;
 mod launch;
+mod make;
 mod oom;
 mod ports;
 mod process;
@@ -11,7 +13,8 @@ mod resources;
 mod spec;
 mod stdio;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -19,27 +22,32 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
 use oci_spec::runtime::{Process as ProcessSpec, Spec};
 use tokio::net::unix::pipe;
 use tokio::time::timeout;
 
 use cgroup::Cgroup;
-use helper::{Kind, Request};
+use devices::DeviceRules;
+use helper::Kind;
 pub use launch::LaunchError;
+use make::{make, not_executed};
+pub use oom::OomNotices;
 pub use ports::{PortError, Ports};
 pub use process::{Process, SignalError};
 pub use resources::{ResourceError, network_stats};
-pub use spec::{CGROUP_PARENT, Shared, SpecError, adapt, set_device_numbers};
-use stdio::{Pipes, exec_outcome};
-pub use stdio::{Plan, Stdio, StreamError};
+pub use spec::{CGROUP_PARENT, Shared, SpecError, adapt, is_sandbox, set_device_numbers};
+use stdio::exec_outcome;
+pub use stdio::{Plan, StreamError};
 
 use crate::reaper::Reaper;
+use crate::signal::Signal;
 
 /// How long `StartContainer` waits for the program to be executed before it answers anyway.
 const EXEC_PATIENCE: Duration = Duration::from_secs(10);
 /// Processes of a container that have ended and been waited for; older ones are forgotten.
 const MAX_ENDED_EXECS: usize = 64;
+/// How long the init of a container that could not be finished may take to be gone.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A container operation that failed.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +64,17 @@ pub enum ContainerError {
     /// The program could not be executed.
     #[error("{0}")]
     Exec(String),
+    /// There is no such program.
+    #[error("{0}")]
+    NoProgram(String),
+    /// The rules for its devices could not be set.
+    #[error("device rules of container {id}: {source}")]
+    Devices {
+        /// Container.
+        id: String,
+        /// Why.
+        source: io::Error,
+    },
     /// The container is in another state than the call needs.
     #[error("container {id} is {actual}, not {needed}")]
     State {
@@ -133,7 +152,7 @@ pub struct Context {
     /// Capacity of stdio pipes.
     pub pipe_size: Option<u32>,
     /// Gets the name of a container whose process was killed for memory.
-    pub out_of_memory: tokio::sync::mpsc::Sender<String>,
+    pub out_of_memory: OomNotices,
 }
 
 /// A container.
@@ -145,6 +164,10 @@ pub struct Container {
     spec: ProcessSpec,
     init: Arc<Process>,
     cgroup: Cgroup,
+    /// Held while its processes are made to stand still, or to go on.
+    freezing: tokio::sync::Mutex<()>,
+    /// Whether its processes go without CAP_MKNOD.
+    no_mknod: bool,
     /// Present until the container is started.
     exec_report: Mutex<Option<pipe::Receiver>>,
     execs: Mutex<Execs>,
@@ -155,7 +178,7 @@ pub struct Container {
 struct Execs {
     by_id: HashMap<String, Option<Arc<Process>>>,
     /// Ended and waited for, oldest first.
-    ended: std::collections::VecDeque<String>,
+    ended: VecDeque<String>,
 }
 
 impl Container {
@@ -173,37 +196,73 @@ impl Container {
         let config = bundle.join("config.json");
         write_json(&config, spec)?;
         let process = spec.process().clone().ok_or(SpecError::Missing("process"))?;
-        Cgroup::of(&id)
+        let cgroup = Cgroup::of(&id);
+        cgroup
             .make_parent()
             .map_err(|(path, source)| ContainerError::File { path, source })?;
-        let made = make(
-            &context,
-            &id,
-            &bundle,
-            &process,
-            Kind::Create {
-                bundle: bundle.clone(),
-            },
-            plan,
-        )
-        .await?;
-        let cgroup = Cgroup::of(&id);
-        tokio::spawn(oom::watch(
-            cgroup.clone(),
-            id.clone(),
-            context.out_of_memory.clone(),
-        ));
-        Ok(Self {
-            cgroup,
+        let kind = Kind::Create {
+            bundle: bundle.clone(),
+        };
+        let made = match make(&context, &id, &bundle, &process, kind, plan).await {
+            Ok(made) => made,
+            Err(error) => {
+                discard(&id, cgroup, vec![context.state_folder.join(&id)]).await;
+                return Err(match error {
+                    // "Not found" is for what exists and has lost its program; here nothing exists.
+                    ContainerError::NoProgram(reason) => ContainerError::Exec(reason),
+                    error => error,
+                });
+            }
+        };
+        let container = Self {
             init: Arc::new(made.process),
             exec_report: Mutex::new(Some(made.exec_report)),
             execs: Mutex::default(),
             next_file: AtomicU64::new(0),
+            freezing: tokio::sync::Mutex::default(),
+            no_mknod: !devices::supported() && !device_rules(spec).allows_everything(),
             spec: process,
             context,
+            cgroup,
             id,
             bundle,
-        })
+        };
+        // Before its program can run.
+        if let Err(source) = container.enforce_device_rules(spec) {
+            container.kill(KILL_PATIENCE).await;
+            container.delete().await;
+            return Err(ContainerError::Devices {
+                id: container.id,
+                source,
+            });
+        }
+        container.watch(spec);
+        Ok(container)
+    }
+
+    fn enforce_device_rules(&self, spec: &Spec) -> io::Result<()> {
+        let rules = device_rules(spec);
+        if rules.allows_everything() || !devices::supported() {
+            return Ok(());
+        }
+        rules.enforce(&self.cgroup.file(""))
+    }
+
+    /// Tells of kills for memory; and ends what outlives the init of a container whose PID namespace is not its own, and
+    /// does not end with it.
+    fn watch(&self, spec: &Spec) {
+        tokio::spawn(oom::watch(
+            self.cgroup.clone(),
+            self.id.clone(),
+            self.context.out_of_memory.clone(),
+        ));
+        if !spec::owns_pid_namespace(spec) {
+            let (init, cgroup) = (Arc::clone(&self.init), self.cgroup.clone());
+            tokio::spawn(async move {
+                init.wait().await;
+                cgroup.kill_all();
+            });
+        }
     }
 
     /// Lets the container's init execute its program.
@@ -225,7 +284,7 @@ impl Container {
             .await
             .map_err(ContainerError::Stdio)?
         {
-            Some(reason) => Err(ContainerError::Exec(reason)),
+            Some(reason) => Err(not_executed(reason)),
             None => Ok(()),
         }
     }
@@ -247,6 +306,9 @@ impl Container {
         // Absent capabilities mean the container's, never the agent's.
         if process.capabilities().is_none() {
             process.set_capabilities(self.spec.capabilities().clone());
+        }
+        if self.no_mknod {
+            spec::drop_mknod(&mut process);
         }
         process.set_apparmor_profile(None).set_selinux_label(None);
         process.set_oom_score_adj(self.spec.oom_score_adj());
@@ -299,10 +361,16 @@ impl Container {
             })
     }
 
-    /// Notes that the host has learned how `exec_id` ended; the oldest such are forgotten.
-    pub fn waited(&self, exec_id: &str) {
+    /// Notes that the host has learned how `process`, exec `exec_id`, ended; the oldest such are forgotten.
+    pub fn waited(&self, exec_id: &str, process: &Arc<Process>) {
         let mut execs = lock(&self.execs);
-        if !execs.by_id.contains_key(exec_id) || execs.ended.iter().any(|id| id == exec_id) {
+        let current = execs.by_id.get(exec_id).and_then(Option::as_ref);
+        if !current.is_some_and(|current| Arc::ptr_eq(current, process)) {
+            // The init, or an earlier process of this name.
+            return;
+        }
+        process.stdio().release_terminal();
+        if execs.ended.iter().any(|id| id == exec_id) {
             return;
         }
         execs.ended.push_back(exec_id.to_owned());
@@ -313,42 +381,62 @@ impl Container {
         }
     }
 
-    /// Sends `signal` to a process. To the init of a container that runs nothing any more, it goes to whatever is
-    /// left in the cgroup.
+    /// Sends `signal` to a process; with `everyone`, to all processes of the container if that process is its init. To
+    /// the init of a container that runs nothing any more, it goes to whatever is left in the cgroup.
     ///
     /// # Errors
     /// No such exec, or the process is gone.
-    pub fn signal(&self, exec_id: &str, signal: Signal) -> Result<(), ContainerError> {
+    pub async fn signal(&self, exec_id: &str, signal: Signal, everyone: bool) -> Result<(), ContainerError> {
         let process = self.process(exec_id)?;
-        let is_init = Arc::ptr_eq(&process, &self.init);
-        let created = lock(&self.exec_report).is_some();
-        let outcome = if is_init && created {
-            process.cancel(signal)
-        } else {
-            process.signal(signal, is_init)
-        };
-        match outcome {
-            Ok(()) => {}
-            Err(SignalError::Gone) if is_init => {}
-            Err(SignalError::Gone) => {
-                return Err(ContainerError::NoProcess {
+        if !Arc::ptr_eq(&process, &self.init) {
+            return process
+                .signal(signal, false)
+                .map_err(|SignalError::Gone| ContainerError::NoProcess {
                     id: self.id.clone(),
                     exec_id: exec_id.to_owned(),
                 });
-            }
         }
-        // With a PID namespace of its own the container dies with its init; in a shared one it does not.
-        if is_init && (signal == Signal::SIGKILL || process.exit_code().is_some()) {
-            self.cgroup.signal_all(signal);
+        // An init that is gone is nothing to complain about: what it left may be meant.
+        let to_init = || match process.signal(signal, true) {
+            Ok(()) | Err(SignalError::Gone) => {}
+        };
+        if lock(&self.exec_report).is_some() {
+            let (Ok(()) | Err(SignalError::Gone)) = process.cancel(signal);
+        } else if everyone {
+            let _freezing = self.freezing.lock().await;
+            let to_each = |pid| {
+                if pid == process.pid() {
+                    to_init();
+                } else {
+                    // Gone since the cgroup was read.
+                    let _ = signal.send(pid);
+                }
+            };
+            self.cgroup.signal_all(to_each).await;
+        } else {
+            to_init();
+            // With a PID namespace of its own the container dies with its init; in a shared one it does not.
+            if signal == Signal::KILL {
+                self.cgroup.kill_all();
+            }
         }
         Ok(())
     }
 
+    /// Makes all its processes stand still, or go on.
+    ///
+    /// # Errors
+    /// They do not.
+    pub async fn freeze(&self, frozen: bool) -> Result<(), ContainerError> {
+        let _freezing = self.freezing.lock().await;
+        Ok(self.cgroup.freeze(frozen).await?)
+    }
+
     /// Kills everything in the container and waits up to `patience` for its init to be gone.
     pub async fn kill(&self, patience: Duration) {
-        self.cgroup.signal_all(Signal::SIGKILL);
+        self.cgroup.kill_all();
         // The process may not be in the cgroup yet, or the cgroup gone already.
-        let _ = self.init.signal(Signal::SIGKILL, false);
+        let _ = self.init.signal(Signal::KILL, false);
         if timeout(patience, self.init.wait()).await.is_err() {
             tracing::warn!(
                 container = self.id,
@@ -361,24 +449,7 @@ impl Container {
     /// Removes what the container had on disk, and its cgroup. Call [`kill`](Self::kill) before.
     pub async fn delete(&self) {
         let state = self.context.state_folder.join(&self.id);
-        let (cgroup, bundle) = (self.cgroup.clone(), self.bundle.clone());
-        let id = self.id.clone();
-        let removal = move || {
-            if let Err(error) = cgroup.remove() {
-                tracing::warn!(container = id, "{error}");
-            }
-            for folder in [state, bundle] {
-                match std::fs::remove_dir_all(&folder) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                        tracing::warn!(container = id, "remove {}: {error}", folder.display());
-                    }
-                    _ => {}
-                }
-            }
-        };
-        if let Err(error) = tokio::task::spawn_blocking(removal).await {
-            tracing::warn!(container = self.id, "remove container files: {error}");
-        }
+        discard(&self.id, self.cgroup.clone(), vec![state, self.bundle.clone()]).await;
     }
 
     /// Where the container is in its life.
@@ -397,19 +468,34 @@ impl Container {
         &self.cgroup
     }
 
-    /// The init's namespaces, as paths for others to join.
-    pub fn namespace_path(&self, kind: &str) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/ns/{kind}", self.init.pid()))
+    /// The init's PID namespace, for others to join for as long as the file is open.
+    ///
+    /// # Errors
+    /// The init has ended.
+    pub fn pid_namespace(&self) -> io::Result<File> {
+        let file = File::open(format!("/proc/{}/ns/pid", self.init.pid()))?;
+        match self.state() {
+            // Its number may have been another process's by then.
+            State::Stopped => Err(io::ErrorKind::NotFound.into()),
+            State::Created | State::Running => Ok(file),
+        }
     }
 
     fn reserve(&self, exec_id: &str) -> Result<(), ContainerError> {
         let mut execs = lock(&self.execs);
-        if exec_id == self.id || execs.by_id.contains_key(exec_id) {
+        let taken = match execs.by_id.get(exec_id) {
+            None => exec_id == self.id,
+            Some(None) => true,
+            // The host deletes an exec without a word: once it has ended, its name is free.
+            Some(Some(process)) => process.exit_code().is_none(),
+        };
+        if taken {
             return Err(ContainerError::ProcessExists {
                 id: self.id.clone(),
                 exec_id: exec_id.to_owned(),
             });
         }
+        execs.ended.retain(|id| id != exec_id);
         execs.by_id.insert(exec_id.to_owned(), None);
         Ok(())
     }
@@ -423,59 +509,45 @@ impl Container {
     }
 }
 
-/// A process that was made.
-struct Made {
-    process: Process,
-    exec_report: pipe::Receiver,
+fn device_rules(spec: &Spec) -> DeviceRules {
+    let linux = spec.linux().as_ref();
+    let rules = linux
+        .and_then(|linux| linux.resources().as_ref())
+        .and_then(|resources| resources.devices().as_deref());
+    let nodes = linux
+        .and_then(|linux| linux.devices().as_deref())
+        .unwrap_or_default();
+    let nodes: Vec<_> = nodes
+        .iter()
+        .filter_map(|node| {
+            let block = node.typ() == oci_spec::runtime::LinuxDeviceType::B;
+            let major = u32::try_from(node.major()).ok()?;
+            Some((block, major, u32::try_from(node.minor()).ok()?))
+        })
+        .collect();
+    DeviceRules::new(rules.unwrap_or_default(), &nodes)
 }
 
-/// Makes a process of container `id`, with its stdio.
-async fn make(
-    context: &Context,
-    id: &str,
-    bundle: &Path,
-    spec: &ProcessSpec,
-    kind: Kind,
-    plan: Plan,
-) -> Result<Made, ContainerError> {
-    let mut request = Request {
-        id: id.to_owned(),
-        state: context.state_folder.clone(),
-        console: None,
-        kind,
+/// Ends what is left of container `id` and removes it: its cgroup, and `folders`.
+async fn discard(id: &str, cgroup: Cgroup, folders: Vec<PathBuf>) {
+    let container = id.to_owned();
+    let removal = move || {
+        cgroup.kill_all();
+        if let Err(error) = cgroup.remove() {
+            tracing::warn!(container, "{error}");
+        }
+        for folder in folders {
+            match std::fs::remove_dir_all(&folder) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(container, "remove {}: {error}", folder.display());
+                }
+                _ => {}
+            }
+        }
     };
-    if spec.terminal() != Some(true) {
-        let owner = (spec.user().uid(), spec.user().gid());
-        let (pipes, child_ends) =
-            Pipes::make(&plan, owner, context.pipe_size).map_err(ContainerError::Stdio)?;
-        let launched = launch::launch(&context.reaper, &request, child_ends).await?;
-        let process = Process::new(launched.pid, launched.exit, |exit| pipes.connect(plan, exit));
-        return Ok(Made {
-            process,
-            exec_report: launched.exec_report,
-        });
+    if let Err(error) = tokio::task::spawn_blocking(removal).await {
+        tracing::warn!(container = id, "remove container files: {error}");
     }
-
-    static CONSOLES: AtomicU64 = AtomicU64::new(0);
-    let number = CONSOLES.fetch_add(1, Ordering::Relaxed);
-    let console =
-        pty::ConsoleSocket::bind(bundle.join(format!("tty-{number}"))).map_err(ContainerError::Stdio)?;
-    request.console = Some(console.path().to_owned());
-    let launched = launch::launch(&context.reaper, &request, Vec::new()).await?;
-    let terminal = console.receive().map_err(ContainerError::Stdio)?;
-    if let Some(size) = spec.console_size() {
-        let side = |length: u64| u16::try_from(length).unwrap_or(u16::MAX);
-        terminal
-            .resize(side(size.height()), side(size.width()))
-            .map_err(ContainerError::Stdio)?;
-    }
-    let process = Process::new(launched.pid, launched.exit, |exit| {
-        Stdio::terminal(terminal, plan, exit)
-    });
-    Ok(Made {
-        process,
-        exec_report: launched.exec_report,
-    })
 }
 
 /// Tells a created container's init to go on. Its socket is reached through a descriptor of its folder, because the
@@ -484,7 +556,7 @@ fn notify(folder: &Path) -> io::Result<()> {
     use std::io::Write;
     use std::os::fd::AsRawFd;
 
-    let folder = std::fs::File::open(folder)?;
+    let folder = File::open(folder)?;
     let path = format!("/proc/self/fd/{}/notify.sock", folder.as_raw_fd());
     UnixStream::connect(path)?.write_all(b"start container")
 }

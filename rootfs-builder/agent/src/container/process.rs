@@ -3,12 +3,12 @@
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::sync::{oneshot, watch};
 
 use super::stdio::Stdio;
 use crate::reaper::SIGNALED;
+use crate::signal::Signal;
 
 /// A signal that was not delivered.
 #[derive(Debug, thiserror::Error)]
@@ -68,37 +68,31 @@ impl Process {
     pub async fn wait(&self) -> i32 {
         let mut exit = self.exit.clone();
         let code = exit.wait_for(Option::is_some).await.ok().and_then(|code| *code);
-        self.reported(code.unwrap_or(SIGNALED + Signal::SIGKILL as i32))
+        self.reported(code.unwrap_or(SIGNALED + Signal::KILL.number()))
     }
 
     /// Sends `signal`. The kernel shields the init of a PID namespace from signals it has no handler for; a
     /// container that is asked to terminate and does not care would then only die at the end of a grace period.
     /// So for an init (`shielded`) a SIGTERM that would be dropped does what it does to any other process.
     pub fn signal(&self, signal: Signal, shielded: bool) -> Result<(), SignalError> {
-        if shielded && signal == Signal::SIGTERM && !reacts_to(self.pid, signal) {
+        if shielded && signal == Signal::TERM && !reacts_to(self.pid, signal) {
             return self.replace(signal);
         }
         self.send(signal)
     }
 
-    /// Ends an init that still waits to be started: any signal that would end a program does.
+    /// Ends an init that still waits to be started. It is asked to by SIGTERM and SIGKILL, as with runc; no other
+    /// signal reaches a program that does not run yet.
     pub fn cancel(&self, signal: Signal) -> Result<(), SignalError> {
         match signal {
-            Signal::SIGCHLD
-            | Signal::SIGCONT
-            | Signal::SIGSTOP
-            | Signal::SIGTSTP
-            | Signal::SIGTTIN
-            | Signal::SIGTTOU
-            | Signal::SIGURG
-            | Signal::SIGWINCH => self.send(signal),
-            _ => self.replace(signal),
+            Signal::TERM | Signal::KILL => self.replace(signal),
+            _ => Ok(()),
         }
     }
 
     fn replace(&self, signal: Signal) -> Result<(), SignalError> {
-        self.replaced.store(signal as i32, Ordering::Relaxed);
-        self.send(Signal::SIGKILL)
+        self.replaced.store(signal.number(), Ordering::Relaxed);
+        self.send(Signal::KILL)
     }
 
     /// The pid is only ours to signal until it is reaped; after that it may be somebody else's.
@@ -106,7 +100,7 @@ impl Process {
         if self.exit.borrow().is_some() {
             return Err(SignalError::Gone);
         }
-        match kill(self.pid, signal) {
+        match signal.send(self.pid) {
             Ok(()) => Ok(()),
             Err(Errno::ESRCH) => Err(SignalError::Gone),
             Err(error) => {
@@ -118,7 +112,7 @@ impl Process {
 
     fn reported(&self, code: i32) -> i32 {
         match self.replaced.load(Ordering::Relaxed) {
-            signal if signal != 0 && code == SIGNALED + Signal::SIGKILL as i32 => SIGNALED + signal,
+            signal if signal != 0 && code == SIGNALED + Signal::KILL.number() => SIGNALED + signal,
             _ => code,
         }
     }
@@ -129,7 +123,7 @@ fn reacts_to(pid: Pid, signal: Signal) -> bool {
     let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else {
         return true;
     };
-    let bit = 1_u64 << (signal as u32 - 1);
+    let bit = 1_u64 << (signal.number() - 1);
     let set_in = |name: &str| {
         let mask = status.lines().find_map(|line| line.strip_prefix(name));
         mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())

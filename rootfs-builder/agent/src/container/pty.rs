@@ -1,7 +1,7 @@
 //! The agent's end of a container's terminal.
 
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -111,15 +111,23 @@ impl Pty {
     /// # Errors
     /// The terminal failed.
     pub fn resize(&self, rows: u16, columns: u16) -> io::Result<()> {
-        let size = libc::winsize {
-            ws_row: rows,
-            ws_col: columns,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        // SAFETY: TIOCSWINSZ reads one `winsize`, which outlives the call; the descriptor is open.
-        let result = unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &size) };
-        nix::errno::Errno::result(result)?;
-        Ok(())
+        resize(self.master.get_ref().as_fd(), rows, columns)
     }
+}
+
+/// Sets the size of the terminal that `descriptor` is a side of.
+///
+/// # Errors
+/// It is not a terminal's.
+pub fn resize(descriptor: BorrowedFd<'_>, rows: u16, columns: u16) -> io::Result<()> {
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: TIOCSWINSZ reads one `winsize`, which outlives the call; the descriptor is open.
+    let result = unsafe { libc::ioctl(descriptor.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
+    nix::errno::Errno::result(result)?;
+    Ok(())
 }

@@ -12,8 +12,8 @@ use libcgroups::common::{CgroupConfig, CgroupManager, ControllerOpt, create_cgro
 use oci_spec::runtime::LinuxResources;
 use protobuf::MessageField;
 use protocols::agent::{
-    BlkioStats, BlkioStatsEntry, CgroupStats, CpuStats, CpuUsage, MemoryData, MemoryStats, NetworkStats,
-    PidsStats, ThrottlingData,
+    BlkioStats, BlkioStatsEntry, CgroupStats, CpuStats, CpuUsage, HugetlbStats, MemoryData, MemoryEvents,
+    MemoryStats, NetworkStats, PidsStats, Pressure, PressureLine, ThrottlingData,
 };
 use tokio::time::{Instant, sleep};
 
@@ -73,7 +73,7 @@ impl Cgroup {
         std::fs::write(&path, if frozen { "1" } else { "0" })
             .map_err(|source| ResourceError::File { path, source })?;
         let deadline = Instant::now() + FREEZE_PATIENCE;
-        while self.table("cgroup.events").get("frozen") != Some(&u64::from(frozen)) {
+        while self.is_frozen() != frozen {
             if Instant::now() >= deadline {
                 return Err(ResourceError::Freeze {
                     wanted: if frozen { "frozen" } else { "thawed" },
@@ -121,6 +121,11 @@ impl Cgroup {
                 ..Default::default()
             }),
             blkio_stats: MessageField::some(self.block_io()),
+            hugetlb_stats: self.huge_pages(),
+            memory_events: MessageField::some(self.memory_events()),
+            cpu_pressure: self.pressure("cpu.pressure"),
+            memory_pressure: self.pressure("memory.pressure"),
+            io_pressure: self.pressure("io.pressure"),
             ..Default::default()
         }
     }
@@ -147,6 +152,79 @@ impl Cgroup {
         }
     }
 
+    fn memory_events(&self) -> MemoryEvents {
+        let events = self.table("memory.events");
+        let count = |name: &str| events.get(name).copied().unwrap_or_default();
+        MemoryEvents {
+            low: count("low"),
+            high: count("high"),
+            max: count("max"),
+            oom: count("oom"),
+            oom_kill: count("oom_kill"),
+            ..Default::default()
+        }
+    }
+
+    /// By page size, as the kernel writes it in `hugetlb.2MB.current`.
+    fn huge_pages(&self) -> HashMap<String, HugetlbStats> {
+        let entries = std::fs::read_dir(self.file("")).into_iter().flatten().flatten();
+        let sizes = entries.filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            let size = name.strip_prefix("hugetlb.")?.strip_suffix(".current")?;
+            // `hugetlb.2MB.rsvd.current` counts reservations.
+            (!size.contains('.')).then(|| size.to_owned())
+        });
+        sizes
+            .map(|size| {
+                let stats = HugetlbStats {
+                    usage: self.number(&format!("hugetlb.{size}.current")),
+                    failcnt: self
+                        .table(&format!("hugetlb.{size}.events"))
+                        .get("max")
+                        .copied()
+                        .unwrap_or_default(),
+                    ..Default::default()
+                };
+                (size, stats)
+            })
+            .collect()
+    }
+
+    /// `some avg10=0.00 avg60=0.00 avg300=0.00 total=0`, and the same for `full`.
+    fn pressure(&self, file: &str) -> MessageField<Pressure> {
+        let text = self.text(file);
+        let line = |name: &str| -> MessageField<PressureLine> {
+            let figures = text
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            let Some(figures) = figures else {
+                return MessageField::none();
+            };
+            let mut pressure = PressureLine::new();
+            for (key, value) in figures
+                .split_ascii_whitespace()
+                .filter_map(|word| word.split_once('='))
+            {
+                match key {
+                    "avg10" => pressure.avg10 = value.parse().unwrap_or_default(),
+                    "avg60" => pressure.avg60 = value.parse().unwrap_or_default(),
+                    "avg300" => pressure.avg300 = value.parse().unwrap_or_default(),
+                    "total" => pressure.total = value.parse().unwrap_or_default(),
+                    _ => {}
+                }
+            }
+            MessageField::some(pressure)
+        };
+        if text.is_empty() {
+            return MessageField::none();
+        }
+        MessageField::some(Pressure {
+            some: line("some"),
+            full: line("full"),
+            ..Default::default()
+        })
+    }
+
     /// `MAJOR:MINOR rbytes=N wbytes=N rios=N wios=N …` per device.
     fn block_io(&self) -> BlkioStats {
         let mut stats = BlkioStats::default();
@@ -163,6 +241,8 @@ impl Cgroup {
                     "wbytes" => (&mut stats.io_service_bytes_recursive, "write"),
                     "rios" => (&mut stats.io_serviced_recursive, "read"),
                     "wios" => (&mut stats.io_serviced_recursive, "write"),
+                    "dbytes" => (&mut stats.io_service_bytes_recursive, "discard"),
+                    "dios" => (&mut stats.io_serviced_recursive, "discard"),
                     _ => continue,
                 };
                 let value = value.parse().unwrap_or_default();
@@ -190,7 +270,7 @@ impl Cgroup {
         }
     }
 
-    fn table(&self, file: &str) -> HashMap<String, u64> {
+    pub(super) fn table(&self, file: &str) -> HashMap<String, u64> {
         let text = self.text(file);
         let entries = text.lines().filter_map(|line| line.split_once(' '));
         entries
@@ -245,8 +325,17 @@ mod tests {
         for (file, text) in [
             (
                 "cpu.stat",
-                "usage_usec 5\nuser_usec 3\nsystem_usec 2\nnr_throttled 1\n",
+                "usage_usec 5\nuser_usec 3\nsystem_usec 2\nnr_periods 9\nnr_throttled 1\nthrottled_usec 6\n",
             ),
+            (
+                "cpu.pressure",
+                "some avg10=1.50 avg60=0.25 avg300=0.00 total=77\n",
+            ),
+            ("memory.swap.current", "8192\n"),
+            ("memory.swap.max", "16384\n"),
+            ("hugetlb.2MB.current", "4194304\n"),
+            ("hugetlb.2MB.rsvd.current", "1\n"),
+            ("hugetlb.2MB.events", "max 3\n"),
             ("memory.current", "4096\n"),
             ("memory.max", "max\n"),
             ("memory.stat", "anon 1\nfile 2048\n"),
@@ -272,7 +361,30 @@ mod tests {
         let memory = &stats.memory_stats.usage;
         assert_eq!((memory.usage, memory.limit, memory.failcnt), (4096, u64::MAX, 7));
         assert_eq!(stats.memory_stats.cache, 2048);
-        assert_eq!(stats.memory_stats.swap_usage.usage, 0);
+        let throttling = &stats.cpu_stats.throttling_data;
+        assert_eq!(
+            (
+                throttling.periods,
+                throttling.throttled_periods,
+                throttling.throttled_time
+            ),
+            (9, 1, 6000)
+        );
+        let swap = &stats.memory_stats.swap_usage;
+        assert_eq!((swap.usage, swap.limit), (8192, 16384));
+        assert_eq!((stats.memory_events.max, stats.memory_events.oom_kill), (7, 2));
+        let pressure = &stats.cpu_pressure;
+        assert_eq!(
+            (pressure.some.avg10, pressure.some.avg60, pressure.some.total),
+            (1.5, 0.25, 77)
+        );
+        assert!(pressure.full.is_none() && stats.io_pressure.is_none());
+        let huge: Vec<_> = stats.hugetlb_stats.iter().collect();
+        assert_eq!(huge.len(), 1);
+        assert_eq!(
+            (huge[0].0.as_str(), huge[0].1.usage, huge[0].1.failcnt),
+            ("2MB", 4_194_304, 3)
+        );
         assert_eq!(stats.pids_stats.current, 3);
         let bytes: Vec<u64> = stats
             .blkio_stats
@@ -280,7 +392,7 @@ mod tests {
             .iter()
             .map(|entry| entry.value)
             .collect();
-        assert_eq!(bytes, [10, 20]);
+        assert_eq!(bytes, [10, 20, 0]);
         assert_eq!(cgroup.oom_kills(), 2);
         std::fs::remove_dir_all(folder).unwrap();
     }

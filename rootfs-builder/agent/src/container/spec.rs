@@ -8,11 +8,15 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use nix::sys::stat::{SFlag, major, minor, stat};
-use oci_spec::runtime::{LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{
+    Capabilities, Capability, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Process, Spec,
+};
 
 /// Parent of all containers' cgroups.
 pub const CGROUP_PARENT: &str = "/kata";
 const DEFAULT_VERSION: &str = "1.1.0";
+/// `pod_sandbox` or `pod_container`, set by the runtime.
+const CONTAINER_TYPE: &str = "io.katacontainers.pkg.oci.container_type";
 
 /// A specification that cannot be run in the guest.
 #[derive(Debug, thiserror::Error)]
@@ -20,9 +24,6 @@ pub enum SpecError {
     /// A part every container needs is missing.
     #[error("container specification without {0}")]
     Missing(&'static str),
-    /// The root filesystem is not there.
-    #[error("container root {0}: not a directory in the guest")]
-    Root(PathBuf),
     /// A sysctl name that leads out of /proc/sys.
     #[error("sysctl {0:?}: not a valid name")]
     SysctlName(String),
@@ -57,13 +58,14 @@ pub struct Shared {
 /// Adapts `spec` for container `id` with its bundle in `bundle`.
 ///
 /// # Errors
-/// The specification lacks a part, or its root is not a directory.
+/// The specification lacks a part.
 pub fn adapt(spec: &mut Spec, id: &str, bundle: &Path, shared: &Shared) -> Result<(), SpecError> {
     if spec.version().is_empty() {
         spec.set_version(DEFAULT_VERSION.to_owned());
     }
     adapt_root(spec, bundle)?;
-    adapt_process(spec)?;
+    let privileged = super::device_rules(spec).allows_everything();
+    adapt_process(spec, privileged)?;
     if spec
         .hooks()
         .as_ref()
@@ -90,6 +92,54 @@ pub fn adapt(spec: &mut Spec, id: &str, bundle: &Path, shared: &Shared) -> Resul
     let namespaces = linux.namespaces().clone().unwrap_or_default();
     linux.set_namespaces(Some(adapt_namespaces(namespaces, shared)));
     apply_network_sysctls(linux)
+}
+
+/// Whether the container (adapted) has a PID namespace to itself, which ends with its init and everything in it.
+pub fn owns_pid_namespace(spec: &Spec) -> bool {
+    let namespaces = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_ref());
+    namespaces
+        .into_iter()
+        .flatten()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_none())
+}
+
+/// Whether the container stands for its pod, whose other containers may join its PID namespace.
+pub fn is_sandbox(spec: &Spec) -> bool {
+    let annotations = spec.annotations().as_ref();
+    annotations
+        .and_then(|annotations| annotations.get(CONTAINER_TYPE))
+        .is_some_and(|kind| kind == "pod_sandbox")
+}
+
+/// Without device control a node made by hand would lead to the guest's own devices.
+pub fn drop_mknod(process: &mut Process) {
+    let Some(mut capabilities) = process.capabilities().clone() else {
+        return;
+    };
+    let without = |set: &Option<Capabilities>| {
+        set.as_ref().map(|set| {
+            let rest = set.iter().filter(|capability| **capability != Capability::Mknod);
+            rest.copied().collect::<Capabilities>()
+        })
+    };
+    let sets = [
+        without(capabilities.bounding()),
+        without(capabilities.effective()),
+        without(capabilities.inheritable()),
+        without(capabilities.permitted()),
+        without(capabilities.ambient()),
+    ];
+    let [bounding, effective, inheritable, permitted, ambient] = sets;
+    capabilities
+        .set_bounding(bounding)
+        .set_effective(effective)
+        .set_inheritable(inheritable)
+        .set_permitted(permitted)
+        .set_ambient(ambient);
+    process.set_capabilities(Some(capabilities));
 }
 
 /// Gives the nodes of `devices` (path in the container, path in the guest) their numbers in this guest.
@@ -128,16 +178,12 @@ pub fn set_device_numbers(spec: &mut Spec, devices: &[(String, String)]) -> Resu
 
 fn adapt_root(spec: &mut Spec, bundle: &Path) -> Result<(), SpecError> {
     let root = spec.root_mut().as_mut().ok_or(SpecError::Missing("root"))?;
-    // An absolute path replaces the bundle's.
-    let path = bundle.join(root.path());
-    if !path.is_dir() {
-        return Err(SpecError::Root(path));
-    }
-    root.set_path(path);
+    // An absolute path replaces the bundle's. It is the helper that looks at it: it may be on a share that hangs.
+    root.set_path(bundle.join(root.path()));
     Ok(())
 }
 
-fn adapt_process(spec: &mut Spec) -> Result<(), SpecError> {
+fn adapt_process(spec: &mut Spec, privileged: bool) -> Result<(), SpecError> {
     let process = spec.process_mut().as_mut().ok_or(SpecError::Missing("process"))?;
     if process.args().as_ref().is_none_or(Vec::is_empty) {
         return Err(SpecError::Missing("process.args"));
@@ -146,6 +192,9 @@ fn adapt_process(spec: &mut Spec) -> Result<(), SpecError> {
     process.set_apparmor_profile(None).set_selinux_label(None);
     if process.cwd().as_os_str().is_empty() {
         process.set_cwd(PathBuf::from("/"));
+    }
+    if !privileged && !super::devices::supported() {
+        drop_mknod(process);
     }
     // Absent means "as the runtime": containers must not inherit what protects PID 1.
     let adjustment = process.oom_score_adj().unwrap_or(0);
@@ -269,16 +318,27 @@ mod tests {
     }
 
     #[test]
-    fn root_when_missing_is_refused_with_its_path() {
+    fn pid_namespace_when_shared_or_left_out_is_not_the_containers_own() {
         let mut spec = spec();
-        spec.root_mut().as_mut().unwrap().set_path("rootfs".into());
+        adapt(&mut spec, "one", Path::new("/run/bundle"), &shared()).unwrap();
+        assert!(owns_pid_namespace(&spec));
 
-        let error = adapt(&mut spec, "one", Path::new("/nonexistent"), &shared()).unwrap_err();
+        let mut in_pod = Shared {
+            pid: Some("/proc/1/fd/10".into()),
+            ..shared()
+        };
+        adapt(&mut spec, "one", Path::new("/run/bundle"), &in_pod).unwrap();
+        assert!(!owns_pid_namespace(&spec));
 
-        assert_eq!(
-            error.to_string(),
-            "container root /nonexistent/rootfs: not a directory in the guest"
-        );
+        in_pod.pid = None;
+        let linux = spec.linux_mut().as_mut().unwrap();
+        linux
+            .namespaces_mut()
+            .as_mut()
+            .unwrap()
+            .retain(|namespace| namespace.typ() != LinuxNamespaceType::Pid);
+        adapt(&mut spec, "one", Path::new("/run/bundle"), &in_pod).unwrap();
+        assert!(!owns_pid_namespace(&spec));
     }
 
     #[test]

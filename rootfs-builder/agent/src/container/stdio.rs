@@ -8,7 +8,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -22,6 +22,8 @@ use super::pty::Pty;
 use crate::transport::Connection;
 
 const BUFFER: usize = 64 * 1024;
+/// For output that nobody wants.
+const UNWANTED_BUFFER: usize = 4 * 1024;
 /// After `CloseStdin`, input that the host had sent before may still be on its way through the other socket.
 const LATE_INPUT: Duration = Duration::from_millis(200);
 
@@ -68,7 +70,7 @@ pub struct Stdio {
     stdin: Mutex<Option<Writer>>,
     stdout: Mutex<Option<Reader>>,
     stderr: Mutex<Option<Reader>>,
-    terminal: Option<Arc<Pty>>,
+    terminal: std::sync::Mutex<Option<Arc<Pty>>>,
     close_stdin: Arc<Notify>,
 }
 
@@ -160,11 +162,11 @@ impl Stdio {
         let close_stdin = Arc::new(Notify::new());
         if let Plan::Connections(to) = plan {
             if let (Some(from), Some(writer)) = (to.stdin, stdin.take()) {
-                tokio::spawn(pump_in(from, writer, exit, Arc::clone(&close_stdin)));
+                tokio::spawn(pump_in(from, writer, exit.clone(), Arc::clone(&close_stdin)));
             }
             for (reader, to) in [(stdout.take(), to.stdout), (stderr.take(), to.stderr)] {
                 if let Some(reader) = reader {
-                    tokio::spawn(pump_out(reader, to));
+                    tokio::spawn(pump_out(reader, to, exit.clone()));
                 }
             }
         }
@@ -172,7 +174,7 @@ impl Stdio {
             stdin: Mutex::new(stdin),
             stdout: Mutex::new(stdout),
             stderr: Mutex::new(stderr),
-            terminal,
+            terminal: std::sync::Mutex::new(terminal),
             close_stdin,
         }
     }
@@ -216,8 +218,18 @@ impl Stdio {
     }
 
     /// The terminal, if there is one.
-    pub fn pty(&self) -> Option<&Pty> {
-        self.terminal.as_deref()
+    pub fn pty(&self) -> Option<Arc<Pty>> {
+        self.held_terminal().clone()
+    }
+
+    /// Gives back the descriptor of a terminal whose process has ended. What the terminal still shows is read by whoever
+    /// reads it.
+    pub fn release_terminal(&self) {
+        *self.held_terminal() = None;
+    }
+
+    fn held_terminal(&self) -> std::sync::MutexGuard<'_, Option<Arc<Pty>>> {
+        self.terminal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -243,11 +255,34 @@ async fn read(
 
 /// Copies output to the host until the last writer closes it. If the host goes away, or never came, output is
 /// still read: a full pipe would block the process for ever.
-async fn pump_out(mut reader: Reader, to: Option<Box<dyn Connection>>) {
-    let mut host = to;
+///
+/// A host that hangs up is noticed by the next write. Once the process is gone there may be no next one, only a child
+/// that holds the stream open in silence; then the connection and the buffer are given back when the host closes it.
+async fn pump_out(
+    mut reader: Reader,
+    mut host: Option<Box<dyn Connection>>,
+    mut exit: watch::Receiver<Option<i32>>,
+) {
     let mut buffer = vec![0; BUFFER];
+    let mut exited = false;
     loop {
-        let count = match reader.read(&mut buffer).await {
+        if host.is_none() {
+            buffer.truncate(UNWANTED_BUFFER);
+            buffer.shrink_to_fit();
+        }
+        let read = tokio::select! {
+            read = reader.read(&mut buffer) => read,
+            // The reaper lives as long as the agent, so an error is an end, too.
+            _ = exit.wait_for(Option::is_some), if !exited => {
+                exited = true;
+                continue;
+            }
+            () = hung_up(host.as_mut()), if exited && host.is_some() => {
+                host = None;
+                continue;
+            }
+        };
+        let count = match read {
             Ok(0) | Err(_) => break,
             Ok(count) => count,
         };
@@ -262,6 +297,13 @@ async fn pump_out(mut reader: Reader, to: Option<Box<dyn Connection>>) {
         // The host may be gone; it has seen all there was, or does not want it.
         let _ = connection.shutdown().await;
     }
+}
+
+/// Resolves when the host has closed its end of an output, on which it never sends anything.
+async fn hung_up(host: Option<&mut Box<dyn Connection>>) {
+    let Some(connection) = host else { return };
+    let mut nothing = [0; 64];
+    while connection.read(&mut nothing).await.is_ok_and(|count| count > 0) {}
 }
 
 /// Copies input from the host until it ends, is closed, or the process is gone.

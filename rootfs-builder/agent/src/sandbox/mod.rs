@@ -3,6 +3,7 @@
 mod namespaces;
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,10 +12,10 @@ use std::time::Duration;
 use oci_spec::runtime::Spec;
 use protocols::agent::{CreateContainerRequest, CreateSandboxRequest, Device, Storage, StringUser};
 use protocols::oci_convert::{FromWireError, spec_from_wire};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
 use crate::container::{
-    self, Container, ContainerError, Context, PortError, Ports, Shared, SpecError, StreamError,
+    self, Container, ContainerError, Context, OomNotices, PortError, Ports, Shared, SpecError, StreamError,
 };
 use crate::options::Options;
 use crate::reaper::Reaper;
@@ -30,8 +31,6 @@ const RESERVED: [&str; 2] = ["sandbox", "shared"];
 const MAX_ID: usize = 128;
 /// Device types that are a block device at a path.
 const BLOCK_DEVICES: [&str; 2] = ["blk", "mmioblk"];
-/// Notices of kills for memory that wait for the host to ask.
-const MAX_OOM_EVENTS: usize = 64;
 /// How long a killed container's init may take to be gone.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -103,7 +102,6 @@ pub struct Sandbox {
     owns_machine: bool,
     state: Mutex<State>,
     end: watch::Sender<bool>,
-    out_of_memory: tokio::sync::Mutex<mpsc::Receiver<String>>,
 }
 
 #[derive(Default)]
@@ -111,8 +109,8 @@ struct State {
     id: Option<String>,
     hostname: String,
     namespaces: Option<Arc<Namespaces>>,
-    /// The container whose PID namespace the others join, in a pod that shares it.
-    pid_anchor: Option<String>,
+    /// The container whose PID namespace the others join, in a pod that shares it; and the namespace.
+    pid_anchor: Option<(String, File)>,
     /// `None` while one is being made.
     containers: HashMap<String, Option<Entry>>,
     storages: Mounted,
@@ -127,12 +125,11 @@ struct Entry {
 impl Sandbox {
     /// An empty pod.
     pub fn new(options: &Options, reaper: Reaper, ports: Ports, owns_machine: bool) -> Self {
-        let (killed, out_of_memory) = mpsc::channel(MAX_OOM_EVENTS);
         let context = Context {
             reaper,
             state_folder: PathBuf::from(STATE),
             pipe_size: options.pipe_size,
-            out_of_memory: killed,
+            out_of_memory: OomNotices::default(),
         };
         Self {
             context: Arc::new(context),
@@ -141,7 +138,6 @@ impl Sandbox {
             owns_machine,
             state: Mutex::default(),
             end: watch::channel(false).0,
-            out_of_memory: tokio::sync::Mutex::new(out_of_memory),
         }
     }
 
@@ -194,7 +190,8 @@ impl Sandbox {
         Ok(())
     }
 
-    /// `DestroySandbox`: ends every container and releases every volume, then tells the agent to end.
+    /// `DestroySandbox`: ends every container, releases every volume, writes back what is dirty; then tells the agent to
+    /// end.
     pub async fn destroy(&self) {
         let containers: Vec<Entry> = self
             .state()
@@ -207,7 +204,15 @@ impl Sandbox {
             entry.container.delete().await;
         }
         let storages = std::mem::take(&mut self.state().storages);
-        if let Err(error) = tokio::task::spawn_blocking(move || storages.release_all()).await {
+        let owns_machine = self.owns_machine;
+        let release = move || {
+            storages.release_all();
+            if owns_machine {
+                // The answer tells the host that nothing of its data is on the way any more.
+                nix::unistd::sync();
+            }
+        };
+        if let Err(error) = tokio::task::spawn_blocking(release).await {
             tracing::warn!("release volumes: {error}");
         }
         self.end.send_replace(true);
@@ -216,9 +221,8 @@ impl Sandbox {
     /// The next container whose process was killed for memory; none when the sandbox is destroyed. Of several
     /// callers each event reaches one.
     pub async fn next_out_of_memory(&self) -> Option<String> {
-        let next = async { self.out_of_memory.lock().await.recv().await };
         tokio::select! {
-            id = next => id,
+            id = self.context.out_of_memory.next() => Some(id),
             () = self.ended() => None,
         }
     }
@@ -301,14 +305,18 @@ impl Sandbox {
         make_folder(&self.context.state_folder)?;
         let devices = self.wait_for_devices(&request.devices).await?;
         let shared = self.shared_namespaces(&spec, request.sandbox_pidns)?;
+        // The pod's own container comes first and outlives the others; without one, it is the first that shares.
+        let may_anchor = container::is_sandbox(&spec) || request.sandbox_pidns;
         let spec_failed = |error: SpecError| failed(error.into());
         container::set_device_numbers(&mut spec, &devices).map_err(spec_failed)?;
         container::adapt(&mut spec, id, &bundle, &shared).map_err(spec_failed)?;
         let container = Container::create(Arc::clone(&self.context), id.to_owned(), bundle, &spec, plan)
             .await
             .map_err(failed)?;
-        if request.sandbox_pidns {
-            self.state().pid_anchor.get_or_insert_with(|| id.to_owned());
+        if may_anchor && shared.pid.is_none() && self.state().pid_anchor.is_none() {
+            // Of an init that has ended already there is none to share.
+            let namespace = container.pid_namespace().ok();
+            self.state().pid_anchor = namespace.map(|file| (id.to_owned(), file));
         }
         Ok(container)
     }
@@ -323,7 +331,7 @@ impl Sandbox {
             let entry = state.containers.get(id).cloned().flatten();
             let entry = entry.ok_or_else(|| SandboxError::NoContainer(id.to_owned()))?;
             state.containers.remove(id);
-            state.pid_anchor.take_if(|anchor| anchor == id);
+            state.pid_anchor.take_if(|(anchor, _)| anchor == id);
             entry
         };
         let patience = if patience.is_zero() {
@@ -332,8 +340,9 @@ impl Sandbox {
             patience
         };
         entry.container.kill(patience).await;
-        entry.container.delete().await;
+        // Before its folder: a root filesystem that is mounted in it must not be emptied.
         self.release(&entry.mounts).await;
+        entry.container.delete().await;
         Ok(())
     }
 
@@ -390,12 +399,10 @@ impl Sandbox {
             state.hostname = hostname.to_owned();
         }
         let anchor = state.pid_anchor.as_ref().filter(|_| share_pids);
-        let anchor = anchor.and_then(|id| state.containers.get(id).cloned().flatten());
-        let pid = anchor.map(|entry| entry.container.namespace_path("pid"));
         Ok(Shared {
             ipc: namespaces.ipc(),
             uts: namespaces.uts(),
-            pid,
+            pid: anchor.map(|(_, file)| namespaces::path(file)),
         })
     }
 

@@ -56,7 +56,7 @@ impl Namespaces {
 }
 
 /// Readable by the agent's children for as long as the descriptor is open.
-fn path(file: &File) -> PathBuf {
+pub fn path(file: &File) -> PathBuf {
     PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()))
 }
 

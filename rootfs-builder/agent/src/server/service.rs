@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use nix::sys::signal::Signal;
 use protocols::agent::{
     AddARPNeighborsRequest, AddSwapPathRequest, AddSwapRequest, AgentDetails, CloseStdinRequest,
     CopyFileRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest, ExecProcessRequest,
@@ -32,6 +31,7 @@ use super::status::{of_machine, of_sandbox, status};
 use crate::container::{Container, ContainerError, Process, network_stats};
 use crate::machine;
 use crate::sandbox::{Sandbox, SandboxError, refuse_string_user, valid_id};
+use crate::signal::Signal;
 use crate::storage;
 
 /// Device types `CreateContainer` understands.
@@ -57,10 +57,9 @@ impl Service {
     async fn freeze(&self, id: &str, frozen: bool) -> Result<Empty> {
         let container = self.container(id)?;
         container
-            .cgroup()
             .freeze(frozen)
             .await
-            .map_err(|error| in_container(id, error.into()))?;
+            .map_err(|error| in_container(id, error))?;
         Ok(Empty::new())
     }
 
@@ -183,17 +182,15 @@ impl AgentService for Service {
 
     async fn signal_process(&self, _: &TtrpcContext, request: SignalProcessRequest) -> Result<Empty> {
         let container = self.container(&request.container_id)?;
-        let signal = i32::try_from(request.signal)
-            .ok()
-            .and_then(|number| Signal::try_from(number).ok());
-        let signal = signal.ok_or_else(|| {
+        let signal = Signal::new(request.signal).ok_or_else(|| {
             status(
                 Code::INVALID_ARGUMENT,
                 format!("signal {}: no such signal", request.signal),
             )
         })?;
         container
-            .signal(&request.exec_id, signal)
+            .signal(&request.exec_id, signal, request.all)
+            .await
             .map_err(|error| in_container(&request.container_id, error))?;
         Ok(Empty::new())
     }
@@ -206,7 +203,7 @@ impl AgentService for Service {
         let container = self.container(&request.container_id)?;
         let process = self.process(&request.container_id, &request.exec_id)?;
         let status = process.wait().await;
-        container.waited(&request.exec_id);
+        container.waited(&request.exec_id, &process);
         Ok(WaitProcessResponse {
             status,
             ..Default::default()

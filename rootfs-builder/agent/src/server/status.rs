@@ -46,13 +46,14 @@ fn of_container(error: &ContainerError) -> Code {
         | ContainerError::Exec(_)
         | ContainerError::Launch(LaunchError::Refused(_)) => Code::INVALID_ARGUMENT,
         ContainerError::State { .. } => Code::FAILED_PRECONDITION,
-        ContainerError::NoProcess { .. } => Code::NOT_FOUND,
+        ContainerError::NoProcess { .. } | ContainerError::NoProgram(_) => Code::NOT_FOUND,
         ContainerError::ProcessExists { .. } => Code::ALREADY_EXISTS,
         ContainerError::Launch(LaunchError::Timeout) => Code::DEADLINE_EXCEEDED,
         ContainerError::Resources(ResourceError::Limits(_)) => Code::INVALID_ARGUMENT,
         ContainerError::Resources(ResourceError::Freeze { .. }) => Code::DEADLINE_EXCEEDED,
         ContainerError::Resources(ResourceError::File { .. })
         | ContainerError::Launch(_)
+        | ContainerError::Devices { .. }
         | ContainerError::File { .. }
         | ContainerError::Stdio(_)
         | ContainerError::Notify { .. } => Code::INTERNAL,

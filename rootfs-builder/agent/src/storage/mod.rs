@@ -1,7 +1,5 @@
 //! Volumes and root filesystems: what the host asks to be available at a path in the guest.
 
-mod options;
-
 use std::collections::HashMap;
 use std::fs;
 use std::io;
@@ -14,6 +12,9 @@ use nix::unistd::{Gid, chown};
 use protocols::agent::Storage;
 use protocols::types::FSGroupChangePolicy;
 use tokio::time::{Instant, sleep};
+
+use crate::container::devices;
+use crate::mount_options::MountOptions;
 
 /// Names of the drivers, for `GetGuestDetails`.
 pub const DRIVERS: [&str; 6] = ["virtio-fs", "overlayfs", "local", "ephemeral", "mmioblk", "blk"];
@@ -120,7 +121,12 @@ impl Release {
     /// Unmounts, and removes the mount point if it is empty; a "local" volume goes with its contents. Blocks.
     pub fn run(&self) {
         if self.mounted {
-            if let Err(error) = umount2(&self.path, MntFlags::MNT_DETACH) {
+            // What was written has reached its place when an unmount returns; a detached mount ends when it likes.
+            let unmounted = umount2(&self.path, MntFlags::empty()).or_else(|busy| {
+                tracing::info!("unmount {}: {busy}; detached", self.path.display());
+                umount2(&self.path, MntFlags::MNT_DETACH)
+            });
+            if let Err(error) = unmounted {
                 tracing::warn!("unmount {}: {error}", self.path.display());
             }
             // Not empty: it existed before, with something in it.
@@ -193,16 +199,22 @@ fn add_blocking(storage: &Storage, target: &Path, fstype: &str) -> Result<(), St
             make_folder(Path::new(folder))?;
         }
     }
-    let (flags, data) = options::parse(&storage.options);
-    let data = Some(data.as_str()).filter(|data| !data.is_empty());
-    mount(Some(storage.source.as_str()), target, Some(fstype), flags, data).map_err(|reason| {
-        StorageError::Mount {
-            source_name: storage.source.clone(),
-            fstype: fstype.to_owned(),
-            target: target.to_owned(),
-            reason,
-        }
-    })?;
+    let options = MountOptions::parse(&storage.options);
+    let mut flags = options.flags;
+    if !devices::supported() {
+        flags.insert(MsFlags::MS_NODEV);
+    }
+    let failed = |reason| StorageError::Mount {
+        source_name: storage.source.clone(),
+        fstype: fstype.to_owned(),
+        target: target.to_owned(),
+        reason,
+    };
+    let data = Some(options.data.as_str()).filter(|data| !data.is_empty());
+    mount(Some(storage.source.as_str()), target, Some(fstype), flags, data).map_err(failed)?;
+    for kind in options.propagation {
+        mount(None::<&str>, target, None::<&str>, kind, None::<&str>).map_err(failed)?;
+    }
     apply_group(storage, target, flags)
 }
 

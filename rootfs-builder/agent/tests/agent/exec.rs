@@ -67,7 +67,7 @@ async fn exec_when_its_program_is_missing_fails_at_once_naming_it() {
         message(&error).contains("exec: \"frobnicate\": executable file not found in $PATH"),
         "{error}"
     );
-    assert_eq!(code(&error), ttrpc::Code::INVALID_ARGUMENT);
+    assert_eq!(code(&error), ttrpc::Code::NOT_FOUND);
     // The name is free again.
     agent
         .exec("one", "e1", &process(&["true"]), [0; 3])
@@ -127,9 +127,83 @@ async fn execs_when_many_are_all_answered_and_old_ones_forgotten() {
         ttrpc::Code::NOT_FOUND
     );
     assert_eq!(agent.wait("one", "e69").await.unwrap(), 69);
-    let taken = agent
-        .exec("one", "e69", &process(&["true"]), [0; 3])
-        .await
-        .unwrap_err();
+}
+
+#[tokio::test]
+async fn exec_id_when_its_process_has_ended_is_free_and_until_then_taken() {
+    let agent = Agent::start().await;
+    agent.create("one", &agent.spec("sleep 1000")).await.unwrap();
+    agent.start_container("one").await.unwrap();
+    let run = async |command: &[&str]| agent.exec("one", "e", &process(command), [0; 3]).await;
+
+    // More often than ended processes are kept.
+    for round in 0..70 {
+        run(&["sh", "-c", &format!("exit {round}")]).await.unwrap();
+        assert_eq!(agent.wait("one", "e").await.unwrap(), round);
+    }
+    run(&["sleep", "1000"]).await.unwrap();
+    let taken = run(&["true"]).await.unwrap_err();
     assert_eq!(code(&taken), ttrpc::Code::ALREADY_EXISTS);
+    agent.signal("one", "e", 9).await.unwrap();
+    assert_eq!(agent.wait("one", "e").await.unwrap(), 137);
+    run(&["true"]).await.unwrap();
+    assert_eq!(agent.wait("one", "e").await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn execs_when_a_thousand_have_ended_leave_neither_zombies_nor_descriptors() {
+    const ROUNDS: usize = 100;
+    const AT_ONCE: usize = 10;
+    let agent = Agent::start_with_ports().await;
+    agent.create("one", &agent.spec("sleep 1000")).await.unwrap();
+    agent.start_container("one").await.unwrap();
+    let mut terminal = process(&["true"]);
+    terminal.set_terminal(Some(true));
+    let kinds = [process(&["true"]), terminal, process(&["frobnicate"])];
+    let round = async |number: usize| {
+        let runs = (0..AT_ONCE).map(|index| {
+            let (agent, kind) = (&agent, &kinds[index % kinds.len()]);
+            async move {
+                let exec_id = format!("e{number}-{index}");
+                if agent.exec("one", &exec_id, kind, [0; 3]).await.is_ok() {
+                    assert_eq!(agent.wait("one", &exec_id).await.unwrap(), 0);
+                }
+            }
+        });
+        futures::future::join_all(runs).await;
+    };
+    for number in 0..10 {
+        round(number).await;
+    }
+    let (before, _) = agent.descriptors_and_zombies();
+
+    for number in 10..ROUNDS {
+        round(number).await;
+    }
+
+    // Those of the last round may be on their way out.
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    let (after, zombies) = agent.descriptors_and_zombies();
+    assert_eq!(zombies, 0);
+    assert!(after <= before, "{after} descriptors, {before} before");
+}
+
+#[tokio::test]
+async fn terminal_when_sized_at_the_start_has_the_size_when_its_program_runs() {
+    let agent = Agent::start().await;
+    agent.create("one", &agent.spec("sleep 1000")).await.unwrap();
+    agent.start_container("one").await.unwrap();
+    let size = oci_spec::runtime::BoxBuilder::default()
+        .height(33u64)
+        .width(111u64)
+        .build()
+        .unwrap();
+    for number in 0..5 {
+        let exec_id = format!("e{number}");
+        let mut command = process(&["stty", "size"]);
+        command.set_terminal(Some(true)).set_console_size(Some(size));
+        agent.exec("one", &exec_id, &command, [0; 3]).await.unwrap();
+        assert_eq!(agent.read_all("one", &exec_id, false).await, b"33 111\r\n");
+        assert_eq!(agent.wait("one", &exec_id).await.unwrap(), 0);
+    }
 }

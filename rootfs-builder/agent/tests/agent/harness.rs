@@ -22,9 +22,9 @@ use ttrpc::context::{Context, with_timeout};
 
 /// Ten times what a busy machine needs.
 const PATIENCE: Duration = Duration::from_secs(60);
-const APPLETS: [&str; 16] = [
-    "sh", "cat", "echo", "sleep", "true", "kill", "head", "stty", "hostname", "id", "ls", "printf",
-    "readlink", "test", "touch", "yes",
+const APPLETS: [&str; 20] = [
+    "sh", "cat", "cut", "echo", "grep", "sleep", "true", "kill", "head", "mknod", "pwd", "stty", "hostname",
+    "id", "ls", "printf", "readlink", "test", "touch", "yes",
 ];
 
 /// The agent's script: a root shell that becomes the agent, in a mount namespace where cgroup v2 is where a guest has
@@ -180,6 +180,18 @@ impl Agent {
         self.client.create_container(context(), &request).await.map(drop)
     }
 
+    /// A container that shares its PID namespace with the others of the pod.
+    pub async fn create_in_pod(&self, id: &str, spec: &Spec) -> RpcResult<()> {
+        let request = CreateContainerRequest {
+            container_id: id.into(),
+            OCI: Some(spec_to_wire(spec)).into(),
+            sandbox_pidns: true,
+            ..Default::default()
+        };
+        self.client.create_container(context(), &request).await?;
+        self.start_container(id).await
+    }
+
     pub async fn start_container(&self, id: &str) -> RpcResult<()> {
         let request = StartContainerRequest {
             container_id: id.into(),
@@ -221,6 +233,58 @@ impl Agent {
             ..Default::default()
         };
         self.client.signal_process(context(), &request).await.map(drop)
+    }
+
+    /// Signals every process of a container.
+    pub async fn signal_all(&self, id: &str, signal: u32) -> RpcResult<()> {
+        let request = SignalProcessRequest {
+            container_id: id.into(),
+            signal,
+            all: true,
+            ..Default::default()
+        };
+        self.client.signal_process(context(), &request).await.map(drop)
+    }
+
+    /// Reads output by calls until it contains `text`.
+    pub async fn read_until(&self, id: &str, exec_id: &str, text: &str) -> String {
+        let request = ReadStreamRequest {
+            container_id: id.into(),
+            exec_id: exec_id.into(),
+            len: 1024,
+            ..Default::default()
+        };
+        let mut seen = String::new();
+        while !seen.contains(text) {
+            let answer = self.client.read_stdout(context(), &request).await;
+            let data = answer
+                .unwrap_or_else(|error| panic!("{error} after {seen:?}"))
+                .data;
+            seen.push_str(std::str::from_utf8(&data).unwrap());
+        }
+        seen
+    }
+
+    /// The agent's open descriptors, and its children that have ended and were not waited for.
+    pub fn descriptors_and_zombies(&self) -> (usize, usize) {
+        let children = |pid: u32| {
+            let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+            let pids = text
+                .split_ascii_whitespace()
+                .map(|pid| pid.parse::<u32>().unwrap());
+            pids.collect::<Vec<_>>()
+        };
+        let [agent] = children(self.child.id())[..] else {
+            panic!("unshare has one child");
+        };
+        let descriptors = std::fs::read_dir(format!("/proc/{agent}/fd")).unwrap().count();
+        let is_zombie = |pid: &u32| {
+            std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains(") Z "))
+        };
+        (
+            descriptors,
+            children(agent).iter().filter(|pid| is_zombie(pid)).count(),
+        )
     }
 
     pub async fn remove(&self, id: &str) -> RpcResult<()> {

@@ -88,10 +88,14 @@ async fn init_when_it_has_no_handler_still_obeys_sigterm_and_otherwise_handles_i
 }
 
 #[tokio::test]
-async fn created_container_when_killed_exits_without_running() {
+async fn created_container_when_signalled_dies_of_term_and_kill_only() {
     let agent = Agent::start().await;
     for (signal, status) in [(SIGTERM, 143), (SIGKILL, 137)] {
         agent.create("one", &agent.spec("touch /tmp/ran")).await.unwrap();
+        for other in [1, 2, 10, 37] {
+            agent.signal("one", "", other).await.unwrap();
+            agent.signal_all("one", other).await.unwrap();
+        }
         agent.signal("one", "", signal).await.unwrap();
         assert_eq!(agent.wait("one", "").await.unwrap(), status);
         let error = agent.start_container("one").await.unwrap_err();
@@ -99,6 +103,146 @@ async fn created_container_when_killed_exits_without_running() {
         agent.remove("one").await.unwrap();
     }
     assert!(!agent.rootfs().join("tmp/ran").exists());
+    agent.create("one", &agent.spec("exit 3")).await.unwrap();
+    agent.signal("one", "", 2).await.unwrap();
+    agent.start_container("one").await.unwrap();
+    assert_eq!(agent.wait("one", "").await.unwrap(), 3, "SIGINT did not end it");
+}
+
+#[tokio::test]
+async fn signal_when_real_time_is_delivered_and_reported() {
+    let agent = Agent::start().await;
+    let script = "trap 'exit 12' 37; echo ready; while true; do sleep 0.1; done";
+    agent.create("one", &agent.spec(script)).await.unwrap();
+    agent.start_container("one").await.unwrap();
+    agent.read_until("one", "", "ready").await;
+    agent
+        .exec("one", "e", &process(&["sh", "-c", "kill -40 $$"]), [0; 3])
+        .await
+        .unwrap();
+    assert_eq!(agent.wait("one", "e").await.unwrap(), 168);
+
+    agent.signal("one", "", 0).await.unwrap();
+    agent.signal("one", "", 37).await.unwrap();
+    assert_eq!(agent.wait("one", "").await.unwrap(), 12);
+}
+
+/// Traps what it is asked to, and is only ended by that.
+const CHILD: &str =
+    "sh -c \"trap 'echo child; exit 0' TERM USR1; echo ready; while true; do sleep 0.1; done\"";
+
+#[tokio::test]
+async fn signal_when_for_all_reaches_every_process_once() {
+    let agent = Agent::start().await;
+    let script = format!("trap 'echo init' USR1; {CHILD} & wait $!; wait; exit 4");
+    agent.create("one", &agent.spec(&script)).await.unwrap();
+    agent.start_container("one").await.unwrap();
+    agent.read_until("one", "", "ready").await;
+
+    agent.signal_all("one", 10).await.unwrap();
+
+    let rest = String::from_utf8(agent.read_all("one", "", false).await).unwrap();
+    let mut lines: Vec<_> = rest.lines().collect();
+    lines.sort_unstable();
+    assert_eq!(lines, ["child", "init"]);
+    assert_eq!(agent.wait("one", "").await.unwrap(), 4);
+}
+
+#[tokio::test]
+async fn signal_when_for_all_names_an_exec_spares_the_init() {
+    let agent = Agent::start().await;
+    agent.create("one", &agent.spec("sleep 1000")).await.unwrap();
+    agent.start_container("one").await.unwrap();
+    agent
+        .exec("one", "e", &process(&["sleep", "1000"]), [0; 3])
+        .await
+        .unwrap();
+    let request = protocols::agent::SignalProcessRequest {
+        container_id: "one".into(),
+        exec_id: "e".into(),
+        signal: SIGKILL,
+        all: true,
+        ..Default::default()
+    };
+
+    agent.client.signal_process(context(), &request).await.unwrap();
+
+    assert_eq!(agent.wait("one", "e").await.unwrap(), 137);
+    agent
+        .exec("one", "after", &process(&["true"]), [0; 3])
+        .await
+        .unwrap();
+    assert_eq!(agent.wait("one", "after").await.unwrap(), 0);
+}
+
+/// The specification of a pod's own container.
+fn pause(agent: &Agent) -> oci_spec::runtime::Spec {
+    let mut spec = agent.spec("trap 'exit 0' TERM; while true; do sleep 0.1; done");
+    let kind = (
+        "io.katacontainers.pkg.oci.container_type".to_owned(),
+        "pod_sandbox".to_owned(),
+    );
+    spec.set_annotations(Some([kind].into()));
+    spec
+}
+
+#[tokio::test]
+async fn containers_when_they_share_pids_end_by_themselves() {
+    let agent = Agent::start().await;
+    agent.create("pause", &pause(&agent)).await.unwrap();
+    agent.start_container("pause").await.unwrap();
+    let keeper = agent.spec("/bin/sleep 1001 & echo up; wait");
+    agent.create_in_pod("keeper", &keeper).await.unwrap();
+    agent.read_until("keeper", "", "up").await;
+    let seen = async |name: &str| {
+        let command = process(&["sh", "-c", "cat /proc/[0-9]*/cmdline"]);
+        agent.exec("keeper", name, &command, [0; 3]).await.unwrap();
+        String::from_utf8(agent.read_all("keeper", name, false).await)
+            .unwrap()
+            .replace('\0', " ")
+    };
+
+    // Its init ends, its child does not: the child is not the pod's.
+    for round in ["first", "again"] {
+        let restarted = agent.spec("/bin/sleep 1002 & echo up; exit 5");
+        agent.create_in_pod("restarted", &restarted).await.unwrap();
+        assert_eq!(agent.wait("restarted", "").await.unwrap(), 5);
+        agent.read_all("restarted", "", false).await;
+        let processes = seen(round).await;
+        assert!(!processes.contains("/bin/sleep 1002"), "{processes}");
+        agent.remove("restarted").await.unwrap();
+    }
+
+    // The neighbour's child lives, and the pod's own container is seen.
+    let processes = seen("all").await;
+    assert!(processes.contains("/bin/sleep 1001"), "{processes}");
+    assert!(processes.starts_with("sh -c trap 'exit 0' TERM"), "{processes}");
+    agent.signal("keeper", "", SIGKILL).await.unwrap();
+    assert_eq!(agent.wait("keeper", "").await.unwrap(), 137);
+    agent
+        .exec("pause", "alive", &process(&["true"]), [0; 3])
+        .await
+        .unwrap();
+    assert_eq!(agent.wait("pause", "alive").await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn children_when_there_is_no_pid_namespace_end_with_the_init() {
+    let agent = Agent::start().await;
+    let mut spec = agent.spec("sleep 1000 & exit 6");
+    let linux = spec.linux_mut().as_mut().unwrap();
+    linux
+        .namespaces_mut()
+        .as_mut()
+        .unwrap()
+        .retain(|namespace| namespace.typ() != oci_spec::runtime::LinuxNamespaceType::Pid);
+    agent.create("one", &spec).await.unwrap();
+    agent.start_container("one").await.unwrap();
+
+    assert_eq!(agent.wait("one", "").await.unwrap(), 6);
+    // The child holds the output open for as long as it lives.
+    agent.read_all("one", "", false).await;
+    agent.remove("one").await.unwrap();
 }
 
 #[tokio::test]

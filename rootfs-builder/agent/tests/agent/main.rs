@@ -5,4 +5,5 @@ mod errors;
 mod exec;
 mod harness;
 mod lifecycle;
+mod mounts;
 mod stdio;

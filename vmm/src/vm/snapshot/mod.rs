@@ -26,6 +26,7 @@ pub use verify::verify;
 
 use crate::devices::virtio::state::StateError;
 use crate::memory::image::ReadError;
+pub use crate::vcpu::cpuid::CpuMismatch;
 use crate::vcpu::state::VcpuStateError;
 use crate::vm::error::BuildError;
 use crate::vm::{ExitReason, VmState};
@@ -218,8 +219,8 @@ pub enum RestoreError {
     #[error("saved state: {0}")]
     Invalid(String),
     /// The host's CPU is not the one it was saved on.
-    #[error("{0}")]
-    Cpu(String),
+    #[error(transparent)]
+    Cpu(#[from] CpuMismatch),
     /// An override names something the machine does not have.
     #[error("override: {0}")]
     Override(String),

@@ -16,8 +16,11 @@ use crate::acpi::shared_page::SharedPage;
 use crate::config::{DeviceConfig, VmConfig};
 use crate::devices::ged::Event;
 use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::config::Opened;
 use crate::devices::virtio::mem::{self, Mem, MemHandle};
 use crate::devices::vmgenid;
+use crate::kvm::{self, ioctl_error};
+use crate::lifecycle::{ExitReason, Lifecycle};
 use crate::memory::image::{self, Contents, ReadError};
 use crate::memory::layout::{MemoryLayout, RegionKind};
 use crate::memory::pager::Pager;
@@ -25,17 +28,15 @@ use crate::memory::userfaultfd::Watch;
 use crate::memory::window::{Memslots, Windows};
 use crate::memory::write_log::{Beneath, WriteLog};
 use crate::memory::{self, GuestMemory};
-use crate::vcpu::{cpuid, factory};
+use crate::vcpu::cpuid::{self, CpuModel};
+use crate::vcpu::create;
 use crate::vm::build::{self, Built, Opener, Parts};
 use crate::vm::console::Input;
-use crate::vm::devices::Opened;
 use crate::vm::error::BuildError;
 use crate::vm::info::Mark;
-use crate::vm::kvm::{self, ioctl_error};
-use crate::vm::lifecycle::Lifecycle;
 use crate::vm::machine::{Machine, Origin};
 use crate::vm::registry::Content;
-use crate::vm::{ExitReason, Vm, VmState};
+use crate::vm::{Vm, VmState, wiring};
 
 impl Vm {
     /// Makes a machine of what [`save`](Vm::save) wrote to `dir`. It is paused; [`resume`](Vm::resume) lets it go on. Before
@@ -221,10 +222,10 @@ fn restore(dir: &Path, state: MachineState, options: &RestoreOptions) -> Result<
 
     let kvm = kvm::open().map_err(BuildError::from)?;
     build::check_vcpu_limit(&kvm, &state.config)?;
-    let here = cpuid::supported(&kvm).map_err(BuildError::from)?;
-    cpuid::check_compatible(&state.cpuid, &here).map_err(RestoreError::Cpu)?;
-    build::check_address_space(cpuid::physical_address_bits(&here), &layout)?;
-    let vm = Arc::new(kvm::create_vm(&kvm)?);
+    let here = CpuModel::of_host(&kvm).map_err(BuildError::from)?;
+    state.cpu.check_compatible(state.config.cpu.template, &here)?;
+    build::check_address_space(cpuid::physical_address_bits(&here.cpuid), &layout)?;
+    let vm = Arc::new(kvm::create_vm(&kvm).map_err(BuildError::from)?);
 
     let memory = Arc::new(memory::allocate(&layout).map_err(BuildError::from)?);
     let origin = layers.load(
@@ -233,11 +234,14 @@ fn restore(dir: &Path, state: MachineState, options: &RestoreOptions) -> Result<
         state.config.memory.track_writes,
         &lifecycle,
     )?;
-    kvm::set_memory(&vm, &memory, &layout)?;
-    let registers = kvm::set_registers(&vm)?;
+    memory::set_memory(&vm, &memory, &layout).map_err(BuildError::from)?;
+    let registers = wiring::set_registers(&vm)?;
     let memslots: Arc<dyn Memslots> = vm.clone();
-    let windows = Windows::new(layout.clone(), &memory, &memslots);
-    kvm::split_irqchip(&vm)?;
+    let windows = Windows::new(layout.clone(), &memory, &memslots).map_err(|source| BuildError::Host {
+        what: "sealing hotpluggable memory",
+        source,
+    })?;
+    wiring::split_irqchip(&vm).map_err(BuildError::from)?;
     let (vcpus, clock) = make_vcpus(&kvm, &vm, &state)?;
 
     let parts = Parts {
@@ -247,8 +251,8 @@ fn restore(dir: &Path, state: MachineState, options: &RestoreOptions) -> Result<
         windows,
         registers,
         shared: Arc::new(SharedPage::new(memory.clone())),
-        cpuid: state.cpuid.clone(),
-        acpi: build::gsis(&state.config, state.slots.len())?,
+        model: state.cpu.clone(),
+        platform: build::gsis(&state.config, state.slots.len())?,
         console: opener.console.clone(),
         vcpus: state.config.vcpus,
         lifecycle: lifecycle.clone(),
@@ -260,7 +264,9 @@ fn restore(dir: &Path, state: MachineState, options: &RestoreOptions) -> Result<
         // Files of pmem devices are mapped now; this machine's own copies of their pages go on top.
         layers.load_private(&memory, &layout)?;
         set_board(&machine, &state)?;
-        vm.set_clock(&clock).map_err(ioctl_error("KVM_SET_CLOCK"))?;
+        vm.set_clock(&clock)
+            .map_err(ioctl_error("KVM_SET_CLOCK"))
+            .map_err(BuildError::from)?;
         machine.vcpus.start_all(vcpus)?;
         match lifecycle.ending() {
             Some(reason) => Err(RestoreError::Ended(reason)),
@@ -307,7 +313,8 @@ fn make_vcpus(
     let passed = kvm::realtime_ns().saturating_sub(realtime);
     let mut vcpus = Vec::new();
     for saved in &state.vcpus {
-        let fd = factory::create(vm, &state.cpuid, saved.index, state.config.vcpus.max)?;
+        let fd =
+            create::create(vm, &state.cpu, saved.index, state.config.vcpus.max).map_err(BuildError::from)?;
         saved.restore(&fd, passed)?;
         vcpus.push((saved.index, fd));
     }
@@ -325,7 +332,7 @@ fn make_vcpus(
 /// Puts the devices into their slots, with their state.
 fn populate(
     machine: &Machine,
-    opened: Vec<Option<Opened>>,
+    opened: Vec<Option<Box<dyn Opened>>>,
     state: &MachineState,
 ) -> Result<Option<MemHandle>, RestoreError> {
     let mut handle = None;
@@ -347,7 +354,7 @@ fn populate(
 
 fn connect(
     machine: &Machine,
-    opened: Option<Opened>,
+    opened: Option<Box<dyn Opened>>,
     state: &[u8],
     config: &VmConfig,
     handle: &mut Option<MemHandle>,
@@ -355,7 +362,10 @@ fn connect(
     if let Some(opened) = opened {
         let id = opened.id().to_owned();
         let device = opened.connect_again(&machine.windows, state);
-        return device.map_err(|reason| BuildError::Device { id, reason });
+        return device.map_err(|e| BuildError::Device {
+            id,
+            reason: e.to_string(),
+        });
     }
     let window = machine.windows.hotplug()?.clone();
     let device = Mem::new(mem::DEVICE_ID, window, config.memory.hotpluggable_bytes());

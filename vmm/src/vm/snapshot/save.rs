@@ -12,11 +12,11 @@ use super::state::{Base, ClockState, DeviceState, MachineState, MemoryState, Slo
 use super::{MEMORY, STATE, SaveError, SaveKind, file};
 use crate::devices::cpu_hotplug::Cpu;
 use crate::devices::vmgenid;
+use crate::kvm;
 use crate::memory::image::{self, Pages, Written};
 use crate::memory::layout::RegionKind;
 use crate::memory::page_set::PageSet;
-use crate::vcpu::state::{self as vcpu_state, VcpuState};
-use crate::vm::kvm;
+use crate::vcpu::state::{self as vcpu_state, Inventory, VcpuState};
 use crate::vm::machine::{Machine, Origin};
 use crate::vm::{ExitReason, Vm, VmState, lock};
 
@@ -108,7 +108,7 @@ impl Vm {
                 base,
             },
             clock,
-            cpuid: machine.vcpus.factory.cpuid.clone(),
+            cpu: machine.vcpus.context.model.clone(),
             present,
             vcpus,
             io_apic: machine.board.io_apic.save(),
@@ -130,14 +130,14 @@ impl Vm {
 
     fn save_vcpus(&self, machine: &Machine) -> Result<Vec<VcpuState>, SaveError> {
         let kvm = kvm::open().map_err(|error| SaveError::Resume(error.to_string()))?;
-        let msrs = vcpu_state::msrs_to_save(&kvm).map_err(|source| SaveError::Kvm {
+        let inventory = Inventory::new(&kvm, self.config.cpu.nested).map_err(|source| SaveError::Kvm {
             ioctl: "KVM_GET_MSR_INDEX_LIST",
             source,
         })?;
         let states = machine.vcpus.stopped(|vcpus| {
             let states = vcpus
                 .iter()
-                .map(|vcpu| vcpu_state::save(&vcpu.fd, vcpu.index, &msrs));
+                .map(|vcpu| vcpu_state::save(&vcpu.fd, vcpu.index, &inventory));
             states.collect::<Result<Vec<_>, _>>()
         });
         let states = states.map_err(|reason| {

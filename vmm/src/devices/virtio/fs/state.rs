@@ -21,13 +21,13 @@ use std::sync::Arc;
 use fuse_backend_rs::api::filesystem::ROOT_ID;
 use serde::{Deserialize, Serialize};
 
+use super::config::{FsCache, FsConfig, FsRoot, SharedDir, check_share_name};
 use super::device::open_directory;
 use super::inodes::{Found, Inode, Place};
 use super::mounts::{MAX_MOUNTS, Mount, Names, ROOT_MOUNT, Root};
 use super::open_files::Handle;
 use super::share::{OPEN_FLAGS, Share};
 use super::sys::{self, Stat};
-use crate::config::{FsCache, FsConfig, FsRoot, SharedDir, check_share_name};
 use crate::devices::virtio::state::StateError;
 use crate::rate_limiter::RateLimiterState;
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::HEADER;
-use crate::config::TapConfig;
+use super::config::TapConfig;
 
 const TUN: &str = "/dev/net/tun";
 

@@ -1,0 +1,111 @@
+//! Making a process: its streams, and the helper's run.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use oci_spec::runtime::Process as ProcessSpec;
+use tokio::net::unix::pipe;
+
+use super::helper::{self, Kind, Request};
+use super::launch::{self, LaunchError, Launched};
+use super::process::Process;
+use super::stdio::{Pipes, Plan, Stdio};
+use super::{ContainerError, Context, pty};
+use crate::signal::Signal;
+
+/// A process that was made.
+pub struct Made {
+    /// The process.
+    pub process: Process,
+    /// Ends when it has executed its program, or died; yields the reason if it could not.
+    pub exec_report: pipe::Receiver,
+}
+
+/// Makes a process of container `id`, with its stdio.
+///
+/// # Errors
+/// There is none; what libcontainer has put on disk may be left.
+pub async fn make(
+    context: &Context,
+    id: &str,
+    bundle: &Path,
+    spec: &ProcessSpec,
+    kind: Kind,
+    plan: Plan,
+) -> Result<Made, ContainerError> {
+    let request = Request {
+        id: id.to_owned(),
+        state: context.state_folder.clone(),
+        console: None,
+        size: None,
+        kind,
+    };
+    if spec.terminal() == Some(true) {
+        return make_on_terminal(context, bundle, spec, request, plan).await;
+    }
+    let owner = (spec.user().uid(), spec.user().gid());
+    let (pipes, child_ends) = Pipes::make(&plan, owner, context.pipe_size).map_err(ContainerError::Stdio)?;
+    let launched = launch(context, &request, child_ends).await?;
+    let process = Process::new(launched.pid, launched.exit, |exit| pipes.connect(plan, exit));
+    Ok(Made {
+        process,
+        exec_report: launched.exec_report,
+    })
+}
+
+async fn make_on_terminal(
+    context: &Context,
+    bundle: &Path,
+    spec: &ProcessSpec,
+    mut request: Request,
+    plan: Plan,
+) -> Result<Made, ContainerError> {
+    static CONSOLES: AtomicU64 = AtomicU64::new(0);
+    let number = CONSOLES.fetch_add(1, Ordering::Relaxed);
+    let console =
+        pty::ConsoleSocket::bind(bundle.join(format!("tty-{number}"))).map_err(ContainerError::Stdio)?;
+    let side = |length: u64| u16::try_from(length).unwrap_or(u16::MAX);
+    request.console = Some(console.path().to_owned());
+    request.size = spec
+        .console_size()
+        .map(|size| (side(size.height()), side(size.width())));
+    let launched = launch(context, &request, Vec::new()).await?;
+    let terminal = match console.receive() {
+        Ok(terminal) => terminal,
+        Err(error) => {
+            // Nobody could ever see or stop it.
+            let _ = Signal::KILL.send(launched.pid);
+            return Err(ContainerError::Stdio(error));
+        }
+    };
+    let process = Process::new(launched.pid, launched.exit, |exit| {
+        Stdio::terminal(terminal, plan, exit)
+    });
+    Ok(Made {
+        process,
+        exec_report: launched.exec_report,
+    })
+}
+
+async fn launch(
+    context: &Context,
+    request: &Request,
+    stdio: Vec<OwnedFd>,
+) -> Result<Launched, ContainerError> {
+    match launch::launch(&context.reaper, request, stdio).await {
+        Err(LaunchError::Refused(reason)) if helper::is_missing_program(&reason) => {
+            Err(ContainerError::NoProgram(reason))
+        }
+        launched => Ok(launched?),
+    }
+}
+
+/// The error for a program that could not be executed.
+pub fn not_executed(reason: String) -> ContainerError {
+    if helper::is_missing_program(&reason) {
+        ContainerError::NoProgram(reason)
+    } else {
+        ContainerError::Exec(reason)
+    }
+}
