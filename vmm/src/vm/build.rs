@@ -40,11 +40,13 @@ use crate::memory::write_log::{Beneath, WriteLog};
 use crate::memory::{self, GuestMemory, layout};
 use crate::vcpu::cpuid::{self, CpuModel};
 use crate::vcpu::create::{self, VcpuContext};
-use crate::vcpu::{kick, regs};
+use crate::vcpu::regs;
 use crate::vm::acpi::Platform;
 use crate::vm::console::Input;
 use crate::vm::error::BuildError;
-use crate::vm::machine::{Board, Content, Machine, Origin, Vcpus};
+use crate::vm::machine::{Board, Machine, Origin};
+use crate::vm::registry::Content;
+use crate::vm::vcpus::Vcpus;
 use crate::vm::wiring;
 
 /// A machine whose vCPU threads wait at the gate.
@@ -134,7 +136,7 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     };
     let machine = parts.assemble()?;
     let input = machine.board.serial.clone().map_or(plan.input, Input::Serial);
-    let mut built = Built {
+    let built = Built {
         machine,
         lifecycle,
         console: plan.console,
@@ -142,11 +144,11 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         vsock: plan.vsock,
         mem,
     };
-    match populate(&mut built.machine, devices, fds) {
+    match populate(&built.machine, devices, fds) {
         Ok(()) => Ok(built),
         Err(error) => {
             built.lifecycle.gate().end();
-            drop(built.machine.shut_down());
+            built.machine.shut_down();
             Err(error)
         }
     }
@@ -237,18 +239,14 @@ impl Parts {
             &self.console,
         )?;
         let (pio, mmio) = buses(&board, &hotplug)?;
-        let vcpus = Vcpus {
-            threads: Vec::new(),
-            spare: Vec::new(),
-            context: VcpuContext {
-                model: self.model,
-                max,
-                pio,
-                mmio,
-                lifecycle: self.lifecycle,
-            },
-            hotplug,
+        let context = VcpuContext {
+            model: self.model,
+            max,
+            pio,
+            mmio,
+            lifecycle: self.lifecycle,
         };
+        let vcpus = Vcpus::new(context, hotplug);
         let io = IoLoop::spawn("vmm-io")?;
         let memory = (self.memory, self.windows, self.origin);
         Ok(Machine::new(self.vm, memory, board, vcpus, io))
@@ -328,35 +326,29 @@ fn connect(
 }
 
 /// The parts that have threads or registrations to undo: devices, then vCPU threads.
-fn populate(machine: &mut Machine, devices: Devices, vcpus: Vec<VcpuFd>) -> Result<(), BuildError> {
+fn populate(machine: &Machine, devices: Devices, vcpus: Vec<VcpuFd>) -> Result<(), BuildError> {
     for (slot, (content, device)) in devices.into_iter().enumerate() {
-        let id = device.id().to_owned();
-        machine
-            .plug(slot, content, device)
-            .map_err(|e| BuildError::Device {
-                id,
-                reason: format!("{}: {}", e.what, e.source),
-            })?;
+        plug(machine, slot, content, device)?;
     }
-    start_threads(machine, (0u8..).zip(vcpus))
+    machine.vcpus.start_all((0u8..).zip(vcpus))
 }
 
-/// Makes the threads of vCPUs given by index.
+/// Puts `device` into slot `index` of a machine that is made.
 ///
 /// # Errors
-/// [`BuildError::Host`].
-pub fn start_threads(
-    machine: &mut Machine,
-    vcpus: impl IntoIterator<Item = (u8, VcpuFd)>,
+/// [`BuildError::Device`].
+pub fn plug(
+    machine: &Machine,
+    index: usize,
+    content: Content,
+    device: Box<dyn VirtioDevice>,
 ) -> Result<(), BuildError> {
-    let host = |what| move |source| BuildError::Host { what, source };
-    kick::install_handler().map_err(host("signal handler"))?;
-    for (index, fd) in vcpus {
-        let vcpu = machine.vcpus.context.connect(index, fd);
-        let thread = vcpu.spawn().map_err(host("vCPU thread"))?;
-        machine.vcpus.threads.push(thread);
-    }
-    Ok(())
+    let id = device.id().to_owned();
+    let plugged = machine.devices.plug(index, content, device);
+    plugged.map(drop).map_err(|error| BuildError::Device {
+        id,
+        reason: error.to_string(),
+    })
 }
 
 /// Everything that can be decided, opened and checked before KVM is asked for anything.
