@@ -62,6 +62,7 @@ impl Vm {
         let id = config.id();
         let device_error = |error: OpenError| HotplugError::Device {
             id: id.to_owned(),
+            kind: error.kind(),
             reason: error.to_string(),
         };
         // What is refused anyway is not opened. Opening takes as long as the host's storage does, and nobody waits for it.
