@@ -7,6 +7,7 @@ use crate::acpi::tables::AcpiError;
 use crate::boot::BootError;
 use crate::bus::BusError;
 use crate::config::ConfigError;
+use crate::devices::virtio::config::OpenErrorKind;
 use crate::devices::virtio::vsock::VsockError;
 use crate::io_loop::IoLoopError;
 pub use crate::kvm::{IoctlError, KvmError};
@@ -200,6 +201,8 @@ pub enum HotplugError {
     Device {
         /// Device id.
         id: String,
+        /// What can be done about it.
+        kind: OpenErrorKind,
         /// What is wrong with it.
         reason: String,
     },

@@ -75,6 +75,7 @@ impl Vm {
             let opened = open().and_then(|(opened, extra)| Ok((opened.connect(&machine.windows)?, extra)));
             let (device, extra) = opened.map_err(|e| HotplugError::Device {
                 id: id.clone(),
+                kind: e.kind(),
                 reason: e.to_string(),
             })?;
             let host_error = |what, source| HotplugError::Host {

@@ -21,6 +21,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use crate::devices::virtio::balloon::{BalloonError, BalloonStatistics, BalloonStatus};
+pub use crate::devices::virtio::config::OpenErrorKind;
 pub use crate::devices::virtio::mem::ResizeMemoryError;
 pub use crate::lifecycle::{ExitReason, VmState};
 pub use error::{BuildError, DeviceError, HotplugError, IoctlError, KvmError, ResizeVcpuError, VmError};

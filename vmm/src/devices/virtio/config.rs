@@ -1,6 +1,7 @@
 //! What all devices' configurations have in common: an id, values that can be wrong, and how they become a device.
 
 use std::fmt::Debug;
+use std::io;
 use std::os::fd::OwnedFd;
 
 use super::device::VirtioDevice;
@@ -30,11 +31,8 @@ pub trait Knobs {
     /// # Errors
     /// What is wrong with them, or that the device takes none.
     fn adopt(&self, _fds: Vec<OwnedFd>) -> Result<Box<dyn Opened>, OpenError> {
-        Err(format!(
-            "device {}: only network interfaces take open descriptors",
-            self.id()
-        )
-        .into())
+        let id = self.id().to_owned();
+        Err(OpenError::new(OpenErrorKind::Unfit, TakesNoDescriptors { id }))
     }
 }
 
@@ -84,8 +82,69 @@ impl KnobError {
     }
 }
 
-/// A device cannot be made; the message names it.
-pub type OpenError = Box<dyn std::error::Error + Send + Sync>;
+/// A device cannot be made; the message names it, the object that is wrong and its value.
+#[derive(Debug, thiserror::Error)]
+#[error("{source}")]
+pub struct OpenError {
+    kind: OpenErrorKind,
+    source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+impl OpenError {
+    /// An error of a device's own type, of this kind.
+    pub fn new(kind: OpenErrorKind, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self {
+            kind,
+            source: Box::new(source),
+        }
+    }
+
+    /// What the caller can do about it.
+    pub fn kind(&self) -> OpenErrorKind {
+        self.kind
+    }
+}
+
+/// Why a device cannot be made, by what can be done about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OpenErrorKind {
+    /// Something of the host is not there: a file, a directory, a TAP driver.
+    Missing,
+    /// This process may not use it.
+    Permission,
+    /// Another machine or process uses it. It may be free later.
+    Busy,
+    /// There is no more of something: descriptors, memory, room in a window.
+    Exhausted,
+    /// The host cannot do what was asked for.
+    Unsupported,
+    /// It is there, and is not what the device needs: of another type, size or content.
+    Unfit,
+    /// The host failed otherwise.
+    Host,
+}
+
+impl OpenErrorKind {
+    /// The kind of an error of a system call.
+    pub fn of(error: &io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO | libc::ENOTDIR) => Self::Missing,
+            Some(libc::EPERM | libc::EACCES | libc::EROFS) => Self::Permission,
+            Some(libc::EBUSY | libc::ETXTBSY | libc::EAGAIN) => Self::Busy,
+            Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC | libc::EDQUOT) => Self::Exhausted,
+            Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY) => Self::Unsupported,
+            _ => Self::Host,
+        }
+    }
+}
+
+/// Open descriptors for a device that takes none.
+#[derive(Debug, thiserror::Error)]
+#[error("device {id}: only network interfaces take open descriptors")]
+struct TakesNoDescriptors {
+    id: String,
+}
 
 /// A device that has what it needs from the host, and maybe not yet what it needs from the machine.
 pub trait Opened: Send {

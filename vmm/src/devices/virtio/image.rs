@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 
+use super::config::OpenErrorKind;
+
 /// A file that cannot be the content of a device.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
@@ -37,6 +39,17 @@ pub enum ImageError {
         /// The file.
         path: PathBuf,
     },
+}
+
+impl ImageError {
+    /// What can be done about it.
+    pub fn kind(&self) -> OpenErrorKind {
+        match self {
+            Self::Open { source, .. } => OpenErrorKind::of(source),
+            Self::Type { .. } => OpenErrorKind::Unfit,
+            Self::Locked { .. } => OpenErrorKind::Busy,
+        }
+    }
 }
 
 fn mode(read_only: bool) -> &'static str {
