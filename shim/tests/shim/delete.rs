@@ -41,6 +41,23 @@ fn delete_after_a_crash_removes_everything_and_again_is_fine() {
 }
 
 #[test]
+fn delete_after_a_start_that_was_killed_early_removes_its_socket() {
+    let pod = Pod::new("early", Some(CONFIG));
+    pod.start();
+    let (pid, socket) = (pod.pid().unwrap(), pod.socket());
+    kill_process(pid, Signal::KILL).unwrap();
+    wait_until("the shim is dead", || !is_alive(pid));
+    // As when `start` had not come further than binding the socket.
+    for name in ["address", "shim.pid"] {
+        fs::remove_file(pod.bundle().join(name)).unwrap();
+    }
+
+    response(&pod.delete());
+
+    assert!(!socket.exists());
+}
+
+#[test]
 fn delete_ends_a_shim_that_still_lives() {
     let pod = Pod::new("alive", Some(CONFIG));
     pod.start();

@@ -5,7 +5,9 @@ pub(super) mod bundle;
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, LinuxBlockIo, LinuxNamespaceType, LinuxResources, Process, Spec};
+use oci_spec::runtime::{
+    Hooks, Linux, LinuxBlockIo, LinuxDeviceCgroup, LinuxNamespaceType, LinuxResources, Process, Spec,
+};
 use protocols::oci_convert::uncarried;
 
 use crate::cri::ContainerKind;
@@ -50,6 +52,31 @@ pub fn check(spec: &Spec) -> Result<()> {
         lost.extend(linux.resources().iter().flat_map(lost_limits));
     }
     refuse(lost)
+}
+
+/// Devices that the guest does not have by itself.
+fn foreign_devices(linux: &Linux) -> impl Iterator<Item = &Path> {
+    let devices = linux.devices().iter().flatten();
+    devices
+        .map(|device| device.path().as_path())
+        .filter(|path| !is_standard(path))
+}
+
+/// Whether every device may be used: the mark of `ctr run --privileged` and of a privileged container of a CRI.
+fn is_privileged(linux: &Linux) -> bool {
+    let resources = linux.resources().as_ref();
+    let rules = resources.and_then(|resources| resources.devices().as_ref());
+    rules
+        .into_iter()
+        .flatten()
+        .any(|rule| rule.allow() && names_no_device(rule))
+}
+
+/// Whether a rule is about all devices, or all of a kind, and so means the same in the guest.
+fn names_no_device(rule: &LinuxDeviceCgroup) -> bool {
+    // Some write -1 for any number.
+    let any = |number: Option<i64>| number.is_none_or(|number| number < 0);
+    any(rule.major()) && any(rule.minor())
 }
 
 fn refuse(lost: Vec<String>) -> Result<()> {
@@ -113,7 +140,9 @@ fn is_standard(path: &Path) -> bool {
 pub fn amend_resources(resources: &mut LinuxResources) -> Result<()> {
     refuse(lost_limits(resources))?;
     // Numbers of devices, processors and nodes of the host. The host's cgroup holds the pod to its processors.
-    resources.set_devices(None);
+    if let Some(rules) = resources.devices_mut() {
+        rules.retain(names_no_device);
+    }
     resources.set_block_io(None);
     resources.set_network(None);
     resources.set_hugepage_limits(None);
@@ -136,6 +165,12 @@ pub fn amend(spec: &mut Spec, guest: GuestSpec, kind: &ContainerKind) -> Result<
         .into_iter()
         .map(|field| format!("{field} is set and cannot be passed to the guest"))
         .collect();
+    let foreign = spec.linux().iter().flat_map(foreign_devices).count();
+    if foreign > 0 {
+        warnings.push(format!(
+            "privileged: {foreign} devices of the host are left out, the container has those of its guest"
+        ));
+    }
     if let Some(hooks) = spec.hooks_mut().take() {
         let names = hook_names(&hooks);
         if !names.is_empty() {
@@ -185,7 +220,7 @@ fn amend_linux(spec: &mut Spec, container: &str, disable_seccomp: bool) -> Resul
     linux.set_cgroups_path(Some(format!("/kata/{container}").into()));
     linux.set_mount_label(None);
     linux.set_intel_rdt(None);
-    // Standard ones only: the guest makes them.
+    // The guest makes the standard ones.
     linux.set_devices(None);
     if disable_seccomp {
         linux.set_seccomp(None);
@@ -228,7 +263,8 @@ mod tests {
                 {"type": "ipc", "path": "/proc/1/ns/ipc"}],
             "devices": [{"path": "/dev/null", "type": "c", "major": 1, "minor": 3}],
             "maskedPaths": ["/proc/kcore"],
-            "resources": {"devices": [{"allow": false, "access": "rwm"}], "memory": {"limit": 1048576},
+            "resources": {"devices": [{"allow": false, "access": "rwm"},
+                    {"allow": true, "type": "b", "major": 8, "minor": 0, "access": "rwm"}], "memory": {"limit": 1048576},
                 "cpu": {"shares": 512, "cpus": "0-1", "mems": "0"}, "pids": {"limit": 10}, "blockIO": {"weight": 0},
                 "hugepageLimits": [{"pageSize": "2MB", "limit": 0}]}
         }
@@ -266,7 +302,14 @@ mod tests {
         assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/kata/c1")));
         assert!(linux.seccomp().is_none() && linux.devices().is_none() && linux.mount_label().is_none());
         let resources = linux.resources().as_ref().unwrap();
-        assert!(resources.devices().is_none() && resources.hugepage_limits().is_none());
+        assert!(resources.hugepage_limits().is_none());
+        let rules: Vec<_> = resources.devices().iter().flatten().collect();
+        assert_eq!(
+            rules.len(),
+            1,
+            "what names no device means the same in the guest: {rules:?}"
+        );
+        assert!(!rules[0].allow());
         let cpu = resources.cpu().as_ref().unwrap();
         assert!(cpu.cpus().is_none() && cpu.mems().is_none());
         let process = spec.process().as_ref().unwrap();
@@ -327,6 +370,25 @@ mod tests {
             assert_eq!(error.kind, ErrorKind::Unimplemented);
             assert!(error.message.contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn privileged_container_has_the_devices_of_its_guest_and_is_told() {
+        let json = r#"{"ociVersion": "1.0.2", "linux": {
+            "devices": [{"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
+                {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
+                {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}],
+            "resources": {"devices": [{"allow": false, "access": "rwm"}, {"allow": true, "access": "rwm"}]}}}"#;
+        let mut spec: Spec = serde_json::from_str(json).unwrap();
+
+        let warnings = amend(&mut spec, GuestSpec::default(), &ContainerKind::Single).unwrap();
+
+        assert!(
+            warnings[0].contains("2 devices of the host are left out"),
+            "{warnings:?}"
+        );
+        let linux = spec.linux().as_ref().unwrap();
+        assert!(linux.devices().is_none() && is_privileged(linux));
     }
 
     #[test]
