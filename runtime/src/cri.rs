@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn kind_follows_the_annotations_of_every_cri() {
+    fn kind_when_annotated_by_any_cri_follows() {
         for keys in &KEYS {
             let of_type = |kind| kind_of(annotations([(keys.kind, kind), (keys.sandbox_id, "s")]));
             fn kind_of(annotations: HashMap<String, String>) -> ContainerKind {
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn container_without_a_known_type_is_single() {
+    fn kind_when_its_type_is_unknown_is_single() {
         for pairs in [annotations([]), annotations([("a", "b")])] {
             assert_eq!(kind(&pairs), Ok(ContainerKind::Single));
         }
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_of_a_pod_are_numbers_or_absent() {
+    fn pod_limits_when_no_numbers_are_absent() {
         assert_eq!(pod_limits(&annotations([("a", "b")])), None);
         let pod = annotations([
             ("io.kubernetes.cri.sandbox-id", "s"),

@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sandboxes_of_two_namespaces_share_no_path() {
+    fn paths_when_of_two_namespaces_are_apart() {
         let of = |namespace: &str, id: &str| SandboxPaths::new(namespace, id).unwrap();
         let pairs = [
             ("k8s.io", "a"),
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn longest_names_fit_a_unix_socket_and_stay_apart() {
+    fn paths_when_names_are_longest_fit_a_unix_socket() {
         let (namespace, id) = ("n".repeat(76), "i".repeat(255));
         let one = SandboxPaths::new(&namespace, &id).unwrap();
         let other = SandboxPaths::new(&namespace, &format!("{}j", &id[1..])).unwrap();
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_leave_the_folder_are_refused() {
+    fn paths_when_a_name_leaves_the_folder_are_refused() {
         for (namespace, id) in [
             ("default", "../x"),
             ("..", "x"),

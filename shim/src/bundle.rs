@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn kind_is_read_from_the_annotations() {
+    fn kind_when_annotated_is_read() {
         for config in [
             r#"{"ociVersion":"1.0.2"}"#,
             r#"{"annotations":null}"#,
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_and_broken_config_are_named() {
+    fn config_when_missing_or_broken_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let error = Bundle::new(dir.path()).kind().unwrap_err().to_string();
         assert!(
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn address_and_pid_are_read_back_and_cleared() {
+    fn bundle_when_cleared_has_no_address_and_pid() {
         let (dir, bundle) = bundle("{}");
         let address = Address::of_path("/run/x".into()).unwrap();
         bundle.write_address(&address).unwrap();
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn pids_that_could_hurt_are_not_believed() {
+    fn pid_when_it_could_hurt_is_not_believed() {
         let (dir, bundle) = bundle("{}");
         for text in ["", "0", "1", "-1", "12 13", "x"] {
             fs::write(dir.path().join(PID), text).unwrap();

@@ -341,7 +341,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn create_carries_everything_over() {
+    fn create_when_converted_carries_everything() {
         let request = api::CreateTaskRequest {
             id: "c1".into(),
             bundle: "/b".into(),
@@ -381,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn restore_from_a_checkpoint_is_unimplemented() {
+    fn create_when_from_a_checkpoint_is_unimplemented() {
         let request = api::CreateTaskRequest {
             id: "c1".into(),
             checkpoint: "/cp".into(),
@@ -395,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn exec_needs_an_id_and_an_oci_process() {
+    fn exec_when_without_id_or_process_is_refused() {
         let mut request = api::ExecProcessRequest {
             id: "c".into(),
             ..Default::default()
@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn stopped_state_has_exit_status_and_time() {
+    fn state_when_stopped_has_exit_status_and_time() {
         let at = UNIX_EPOCH + Duration::new(7, 9);
         let state = ProcessState {
             process: process("c", "e"),
@@ -458,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn running_state_has_no_exit_time() {
+    fn state_when_running_has_no_exit_time() {
         let state = ProcessState {
             process: process("c", ""),
             bundle: "/b".into(),
@@ -472,7 +472,7 @@ mod tests {
     }
 
     #[test]
-    fn stats_are_cgroup_v2_metrics() {
+    fn stats_when_converted_are_cgroup_v2_metrics() {
         let figures = ContainerStats {
             cpu_usec: [30, 20, 10],
             throttling: [3, 2, 1],

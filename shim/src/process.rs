@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_serving_shim_of_the_sandbox_is_ours() {
+    fn process_when_another_sandboxs_is_not_ours() {
         let cases: [(&[u8], bool); 7] = [
             (
                 b"/usr/local/bin/containerd-shim-kata-v2\0-namespace\0n\0-id\0abc\0",
@@ -105,14 +105,14 @@ mod tests {
     }
 
     #[test]
-    fn foreign_process_is_not_found() {
+    fn process_when_foreign_is_not_found() {
         assert!(ShimProcess::find(std::process::id(), "n", "abc").is_none());
         assert!(ShimProcess::find(u32::MAX, "n", "abc").is_none());
         assert!(ShimProcess::find(0, "n", "abc").is_none());
     }
 
     #[test]
-    fn stubborn_process_is_killed() {
+    fn process_when_stubborn_is_killed() {
         let mut child = std::process::Command::new("sh")
             .args(["-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done"])
             .stdout(std::process::Stdio::piped())

@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use dragonball::Vm;
 use dragonball::config::{
-    BlockConfig, BlockEngine, BootConfig, ConsoleConfig, DeviceConfig, FsConfig, FsRoot, MemoryConfig,
-    NetConfig, RngConfig, SharedDir, VcpuConfig, VmConfig, VsockConfig,
+    BlockConfig, BlockEngine, BootConfig, ConsoleConfig, CpuConfig, DeviceConfig, FsConfig, FsRoot,
+    MemoryConfig, NetConfig, RngConfig, SharedDir, VcpuConfig, VmConfig, VsockConfig,
 };
 use dragonball::vm::ExitReason;
 
@@ -26,6 +26,7 @@ fn parse() -> Result<Arguments, String> {
     let mut config = VmConfig {
         id: "boot".to_owned(),
         vcpus: VcpuConfig { boot: 1, max: 1 },
+        cpu: CpuConfig::default(),
         memory: MemoryConfig::fixed(256),
         boot: BootConfig {
             kernel: PathBuf::new(),

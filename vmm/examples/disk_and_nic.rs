@@ -9,7 +9,8 @@ use std::os::fd::AsFd;
 
 use dragonball::Vm;
 use dragonball::config::{
-    BlockConfig, BootConfig, ConsoleConfig, DeviceConfig, MemoryConfig, NetConfig, VcpuConfig, VmConfig,
+    BlockConfig, BootConfig, ConsoleConfig, CpuConfig, DeviceConfig, MemoryConfig, NetConfig, VcpuConfig,
+    VmConfig,
 };
 use dragonball::vm::ExitReason;
 
@@ -21,6 +22,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let vm = Vm::new(VmConfig {
         id: "example".to_owned(),
         vcpus: VcpuConfig { boot: 1, max: 1 },
+        cpu: CpuConfig::default(),
         memory: MemoryConfig::fixed(256),
         boot: BootConfig {
             kernel: kernel.into(),

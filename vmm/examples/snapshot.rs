@@ -10,7 +10,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use dragonball::Vm;
 use dragonball::config::{
-    BootConfig, ConsoleConfig, DeviceConfig, MemoryConfig, RngConfig, VcpuConfig, VmConfig, VsockConfig,
+    BootConfig, ConsoleConfig, CpuConfig, DeviceConfig, MemoryConfig, RngConfig, VcpuConfig, VmConfig,
+    VsockConfig,
 };
 use dragonball::vm::snapshot::{MemoryMode, RestoreOptions, SaveKind};
 
@@ -40,6 +41,7 @@ fn save(dir: &str, kernel: &str, initramfs: &str, cmdline: &str) -> Result<()> {
     let vm = Vm::new(VmConfig {
         id: "snapshot".to_owned(),
         vcpus: VcpuConfig { boot: 1, max: 1 },
+        cpu: CpuConfig::default(),
         memory: MemoryConfig::fixed(512),
         boot: BootConfig {
             kernel: kernel.into(),

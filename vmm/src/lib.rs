@@ -5,24 +5,40 @@
 //!
 //! The machine is discovered through ACPI only (hardware-reduced, no PCI, no legacy devices); devices are virtio over
 //! mmio, declared in the DSDT, and can be added while the guest runs on unmodified kernels.
+//!
+//! Modules are floors: each imports only what is listed below it (`tests/layers.rs` holds them to it). The ground's `guest_log` stands first
+//! because of its macro.
 
 #[macro_use]
 mod guest_log;
 
+pub mod vm;
+
+pub mod probe;
+
+pub mod config;
+
+mod vcpu;
+
+pub mod devices;
+
 mod acpi;
 mod boot;
+mod irq;
+
 mod bus;
-pub mod config;
-pub mod devices;
+
+pub mod memory;
+
+pub mod io_loop;
+pub mod rate_limiter;
+
+mod descriptors;
+mod kvm;
+mod lifecycle;
+
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
-pub mod io_loop;
-mod irq;
-pub mod memory;
-pub mod probe;
-pub mod rate_limiter;
-mod vcpu;
-pub mod vm;
 
 pub use config::VmConfig;
 pub use vcpu::metrics::VcpuMetrics;

@@ -5,18 +5,17 @@
 //! tells them apart in milliseconds: it executes CMPXCHG16B in long mode and reports whether that worked. Where the
 //! hardware's own KVM module is loaded, which refuses to load without VT-x or AMD-V, even that is not needed.
 
-use std::io;
 use std::path::Path;
 
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::boot::EntryPoint;
+use crate::kvm::{self, IoctlError, KvmError};
 use crate::memory::layout::MemoryLayout;
-use crate::memory::{self, GuestMemory};
+use crate::memory::{self, GuestMemory, MemoryError};
 use crate::vcpu::cpuid::{self, CpuidError};
 use crate::vcpu::regs::{self, RegsError};
-use crate::vm::{BuildError, KvmError, kvm};
 
 /// Guest memory of the probe.
 const MEMORY: u64 = 1 << 20;
@@ -47,7 +46,10 @@ pub enum ProbeError {
     Kvm(#[from] KvmError),
     /// A KVM request failed.
     #[error("KVM probe: {0}")]
-    Build(#[from] BuildError),
+    Ioctl(#[from] IoctlError),
+    /// Memory of the probe guest.
+    #[error("KVM probe: {0}")]
+    Memory(#[from] MemoryError),
     /// A KVM request failed.
     #[error("KVM probe: {0}")]
     Cpuid(#[from] CpuidError),
@@ -81,13 +83,10 @@ pub fn linux_capable() -> Result<(), ProbeError> {
 fn run_guest(kvm: &Kvm) -> Result<(), ProbeError> {
     let vm = kvm::create_vm(kvm)?;
     let layout = MemoryLayout::ram(MEMORY);
-    let memory = memory::allocate(&layout).map_err(BuildError::from)?;
+    let memory = memory::allocate(&layout)?;
     let write = memory.write_slice(&GUEST, GuestAddress(CODE));
-    write.map_err(|e| BuildError::Host {
-        what: "probe code",
-        source: io::Error::other(e.to_string()),
-    })?;
-    kvm::set_memory(&vm, &memory, &layout)?;
+    write.map_err(|_| MemoryError::Unmapped(CODE))?;
+    memory::set_memory(&vm, &memory, &layout)?;
     let mut vcpu = vm.create_vcpu(0).map_err(kvm::ioctl_error("KVM_CREATE_VCPU"))?;
     let cpuid = cpuid::for_vcpu(&cpuid::supported(kvm)?, 0, 1)?;
     vcpu.set_cpuid2(&cpuid)

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use dragonball::Vm;
 use dragonball::config::{
-    BalloonConfig, BlockConfig, DeviceConfig, NetConfig, PmemConfig, RngConfig, VcpuConfig, VmConfig,
+    BalloonConfig, BlockConfig, CpuTemplate, DeviceConfig, NetConfig, PmemConfig, RngConfig, VcpuConfig,
+    VmConfig,
 };
 use guest::{Code, Scratch, config, elf};
 
@@ -169,7 +170,10 @@ fn new_when_a_tap_cannot_be_had_names_device_and_namespace() {
         "{message}"
     );
     let message = error(|_, c| c.devices.push(DeviceConfig::Net(NetConfig::new("net0", "a/b"))));
-    assert!(message.contains("\"a/b\" is no interface name"), "{message}");
+    assert_eq!(
+        message,
+        "configuration: device \"net0\": tap.name is \"a/b\": need an interface name (1 to 15 characters, no / : %)"
+    );
 }
 
 #[test]
@@ -222,5 +226,13 @@ fn new_when_a_pmem_file_cannot_be_used_names_device_and_file() {
     assert!(
         message.contains("neither a regular file nor a block device"),
         "{message}"
+    );
+}
+
+#[test]
+fn new_when_nested_virtualization_meets_a_template_is_refused() {
+    assert_eq!(
+        error(|_, c| (c.cpu.nested, c.cpu.template) = (true, CpuTemplate::V3)),
+        "configuration: cpu: nested is true with template x86-64-v3: need template none"
     );
 }

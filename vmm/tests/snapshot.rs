@@ -2,14 +2,17 @@
 
 mod guest;
 
+use std::ffi::CStr;
 use std::fs;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Instant;
 
 use dragonball::Vm;
-use dragonball::config::{BlockConfig, DeviceConfig, PmemConfig, VcpuConfig};
+use dragonball::config::{BlockConfig, DeviceConfig, NetConfig, PmemConfig, VcpuConfig};
 use dragonball::memory::image::ReadError;
 use dragonball::vm::snapshot::{
     InvalidState, MemoryMode, RestoreError, RestoreOptions, SaveError, SaveKind, SaveReport, StateFileError,
@@ -288,6 +291,21 @@ fn save_when_it_fails_leaves_the_one_before_and_no_scraps() {
     assert_eq!(names(&dir), ["memory", "state"]);
     finish(&vm);
     finish(&Vm::restore(&dir, &options(MemoryMode::Eager)).unwrap());
+}
+
+#[test]
+fn machine_when_its_memory_file_is_cut_under_the_pager_ends_with_the_reason() {
+    let scratch = Scratch::new();
+    let dir = saved(&scratch);
+    let vm = Vm::restore(&dir, &options(MemoryMode::Userfaultfd)).unwrap();
+    let memory = fs::File::options().write(true).open(dir.join("memory")).unwrap();
+    memory.set_len(0).unwrap();
+    vm.resume().unwrap();
+    match vm.wait_timeout(LONG) {
+        Some(ExitReason::Failure(reason)) => assert!(reason.contains("of the memory file"), "{reason}"),
+        other => panic!("{other:?}"),
+    }
+    vm.stop().unwrap();
 }
 
 /// Port and memory accesses of each round of [`accessing`].
@@ -578,4 +596,70 @@ fn clone_when_it_tracks_writes_saves_differences_by_log() {
         assert!(!difference(&clone, &base, &second).by_log, "{mode:?}");
         clone.stop().unwrap();
     }
+}
+
+/// A queue of the TAP `name` of this thread's network namespace, which is made.
+fn tap(name: &str) -> Arc<OwnedFd> {
+    let tun = fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .unwrap();
+    // SAFETY: all-zero is a valid ifreq, and it outlives the call.
+    unsafe {
+        let mut request: libc::ifreq = std::mem::zeroed();
+        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+            *to = from.cast_signed();
+        }
+        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
+        assert_eq!(libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request), 0);
+    }
+    Arc::new(tun.into())
+}
+
+fn exists(interface: &CStr) -> bool {
+    // SAFETY: the name is a C string.
+    unsafe { libc::if_nametoindex(interface.as_ptr()) != 0 }
+}
+
+#[test]
+fn tap_when_it_was_handed_over_open_is_not_restored_by_name() {
+    // Needs root, like the TAPs. The namespace is this thread's only.
+    // SAFETY: changes this thread.
+    assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0);
+    let scratch = Scratch::new();
+    let mut config = config_with(&scratch, &counting(), vec![]);
+    config.hotplug_slots = 1;
+    let vm = Vm::new(config).unwrap();
+    let handed = Arc::into_inner(tap("handed")).unwrap();
+    vm.add_net(NetConfig::new("nic", "handed"), vec![handed]).unwrap();
+    vm.start().unwrap();
+    wait_for(&vm, "ready");
+    vm.pause().unwrap();
+    let [first, second] = ["first", "second"].map(|name| scratch.path().join(name));
+    vm.save(&first, &SaveKind::Full).unwrap();
+    vm.stop().unwrap();
+    drop(vm);
+    let fds = |id: &str, name: &str| RestoreOptions {
+        tap_fds: [(id.to_owned(), vec![tap(name)])].into(),
+        ..RestoreOptions::default()
+    };
+    let refused = |dir: &Path, options: &RestoreOptions| match Vm::restore(dir, options) {
+        Err(RestoreError::Override(message)) => message,
+        other => panic!("{other:?}"),
+    };
+    assert!(refused(&first, &RestoreOptions::default()).contains("network nic was given open TAP queues"));
+    assert!(refused(&first, &fds("other", "other")).contains("network nic"));
+    let vm = Vm::restore(&first, &fds("nic", "mine")).unwrap();
+    assert!(exists(c"mine") && !exists(c"handed"));
+    vm.save(&second, &SaveKind::Full).unwrap();
+    finish(&vm);
+    refused(&second, &RestoreOptions::default());
+    let named = RestoreOptions {
+        taps: [("nic".to_owned(), "named".to_owned())].into(),
+        ..RestoreOptions::default()
+    };
+    let vm = Vm::restore(&second, &named).unwrap();
+    assert!(exists(c"named"));
+    finish(&vm);
 }

@@ -4,7 +4,7 @@ mod guest;
 
 use dragonball::Vm;
 use dragonball::config::{BlockConfig, DeviceConfig, RngConfig};
-use dragonball::vm::{ExitReason, HotplugError, VmState};
+use dragonball::vm::{DeviceAddress, ExitReason, HotplugError, VmState};
 use guest::{Code, LONG, Scratch, config, config_with, wait_for};
 
 const SLOT: u64 = 0xd000_0000;
@@ -55,6 +55,30 @@ fn handshake_when_version_1_is_not_accepted_refuses_features_ok() {
     let code = set_status(set_status(Code::default().map_devices(), 1), 3);
     let code = set_status(set_status(code, 11), 15).power_off();
     assert_eq!(run_with(&code, vec![rng("rng")]), ["01", "03", "03", "03"]);
+}
+
+/// MMIO writes that came to this process while a guest with an entropy source ran `code`.
+fn mmio_writes(code: Code) -> u64 {
+    let scratch = Scratch::new();
+    let code = code.print("done\n").spin();
+    let vm = Vm::new(config_with(&scratch, &code, vec![rng("rng")])).unwrap();
+    vm.start().unwrap();
+    wait_for(&vm, "done");
+    let writes = vm.metrics().vcpus.iter().map(|vcpu| vcpu.mmio_write).sum();
+    vm.stop().unwrap();
+    writes
+}
+
+#[test]
+fn acknowledgement_when_of_used_buffers_alone_does_not_leave_kvm() {
+    let acknowledge = |value, times| {
+        let code = Code::default().map_devices();
+        (0..times).fold(code, |code, _| code.store32(SLOT + 0x64, value))
+    };
+    // Used buffers are 1, a changed configuration is 2.
+    assert_eq!(mmio_writes(acknowledge(1, 20)), 0);
+    assert_eq!(mmio_writes(acknowledge(3, 20)), 20);
+    assert_eq!(mmio_writes(acknowledge(2, 20)), 20);
 }
 
 /// Up to FEATURES_OK with VIRTIO_F_VERSION_1 only.
@@ -163,8 +187,13 @@ fn add_device_when_running_fills_a_slot_and_raises_the_event() {
     let info = vm.add_device(block("hot")).unwrap();
 
     assert_eq!(
-        (info.acpi_name.as_str(), info.mmio_address, info.gsi),
-        ("LNRO0005:00", SLOT, 6)
+        info.address,
+        DeviceAddress::Mmio {
+            start: SLOT,
+            size: 0x1000,
+            gsi: 6,
+            acpi_name: "LNRO0005:00".to_owned(),
+        }
     );
     assert!(!info.needs_bind);
     assert_eq!(vm.wait_timeout(LONG), Some(ExitReason::PowerOff));
@@ -188,12 +217,12 @@ fn devices_when_added_and_removed_keep_the_books() {
     assert!(matches!(vm.add_device(rng("first")), Err(HotplugError::Exists(id)) if id == "first"));
     assert!(matches!(vm.remove_device("other"), Err(HotplugError::NotFound(id)) if id == "other"));
     let second = vm.add_device(rng("second")).unwrap();
-    assert_eq!(vm.remove_device("second").unwrap().acpi_name, second.acpi_name);
+    assert_eq!(vm.remove_device("second").unwrap().address, second.address);
     // A fresh slot is preferred to one that needs a bind.
     let third = vm.add_device(rng("third")).unwrap();
-    assert_ne!(third.acpi_name, second.acpi_name);
+    assert_ne!(third.address, second.address);
     let fourth = vm.add_device(rng("fourth")).unwrap();
-    assert_eq!((fourth.acpi_name, fourth.needs_bind), (second.acpi_name, true));
+    assert_eq!((fourth.address, fourth.needs_bind), (second.address, true));
     assert!(matches!(
         vm.add_device(rng("fifth")),
         Err(HotplugError::NoFreeSlot { slots: 3, .. })

@@ -2,7 +2,7 @@
 //! `echo WORDS…`, `exit STATUS`, `cat` (stdin to stdout), `sleep` (until signalled), `missing` (start fails),
 //! `slow` (its creation takes a moment).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -29,6 +29,8 @@ pub(crate) struct FakeGuest {
     /// Attached descriptors by host port.
     pub(crate) attached: Mutex<HashMap<u32, OwnedFd>>,
     pub(crate) attached_changed: Condvar,
+    /// Containers that the guest will say were killed for memory.
+    pub(crate) killed_for_memory: Mutex<VecDeque<String>>,
     processes: Mutex<HashMap<(String, String), Arc<Process>>>,
 }
 
@@ -203,7 +205,11 @@ impl AgentService for Service {
     }
 
     async fn exec_process(&self, _: &TtrpcContext, request: wire::ExecProcessRequest) -> Reply<Empty> {
-        self.0.called(format!("ExecProcess {}", request.exec_id));
+        let size = request.process.ConsoleSize.clone().unwrap_or_default();
+        self.0.called(format!(
+            "ExecProcess {} {}x{}",
+            request.exec_id, size.Width, size.Height
+        ));
         if request.process.Args == ["missing"] {
             return Err(status(ttrpc::Code::NOT_FOUND, "missing: command not found"));
         }
@@ -263,6 +269,19 @@ impl AgentService for Service {
         self.0
             .called(format!("TtyWinResize {}x{}", request.column, request.row));
         Ok(Empty::new())
+    }
+
+    async fn get_oom_event(&self, _: &TtrpcContext, _: wire::GetOOMEventRequest) -> Reply<wire::OOMEvent> {
+        loop {
+            let next = self.0.killed_for_memory.lock().unwrap().pop_front();
+            if let Some(container_id) = next {
+                return Ok(wire::OOMEvent {
+                    container_id,
+                    ..Default::default()
+                });
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     async fn pause_container(&self, _: &TtrpcContext, _: wire::PauseContainerRequest) -> Reply<Empty> {

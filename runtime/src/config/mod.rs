@@ -7,6 +7,7 @@ pub mod annotations;
 mod inert;
 mod load;
 mod validate;
+mod words;
 
 #[cfg(test)]
 mod tests;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 pub use load::{ConfigFile, Origin, Origins, load, load_with, read};
 pub use validate::{MAX_VCPUS, MIN_MEMORY_MIB};
+pub use words::{AgentName, HypervisorName, RootfsType, RuntimeName, SharedFs, UnknownWord, VirtioFsCache};
 
 /// A configuration that cannot be used; each message names file, key, value and what is allowed.
 #[derive(Debug, thiserror::Error)]
@@ -128,8 +130,8 @@ pub struct HypervisorConfig {
     /// Guest root filesystem as an initramfs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
-    /// Filesystem of `image`: ext4, xfs or erofs.
-    pub rootfs_type: String,
+    /// Filesystem of `image`.
+    pub rootfs_type: RootfsType,
     /// Appended to the guest's kernel command line.
     pub kernel_params: String,
     /// Regular names of the hypervisor annotations a pod may set; `.*` allows all.
@@ -144,10 +146,10 @@ pub struct HypervisorConfig {
     pub overhead_vcpus: f64,
     /// MiB added to a pod's limit for the guest's own needs.
     pub overhead_memory: u64,
-    /// How container files reach the guest: `inline-virtio-fs` (also spelled `virtio-fs`).
-    pub shared_fs: String,
-    /// Guest caching of shared files: never, auto or always.
-    pub virtio_fs_cache: String,
+    /// How container files reach the guest.
+    pub shared_fs: SharedFs,
+    /// Guest caching of shared files.
+    pub virtio_fs_cache: VirtioFsCache,
     /// `--thread-pool-size=N` is used; anything else is reported.
     pub virtio_fs_extra_args: Vec<String>,
     /// Empty virtio-mmio slots for devices added to a running VM.
@@ -164,7 +166,7 @@ impl Default for HypervisorConfig {
             kernel: "/usr/share/kata-containers/vmlinux".into(),
             image: None,
             initrd: None,
-            rootfs_type: "erofs".into(),
+            rootfs_type: RootfsType::Erofs,
             kernel_params: String::new(),
             enable_annotations: ["kernel_params", "default_vcpus", "default_memory"]
                 .map(String::from)
@@ -174,8 +176,8 @@ impl Default for HypervisorConfig {
             default_memory: 2048,
             overhead_vcpus: 0.2,
             overhead_memory: 32,
-            shared_fs: "inline-virtio-fs".into(),
-            virtio_fs_cache: "auto".into(),
+            shared_fs: SharedFs::InlineVirtioFs,
+            virtio_fs_cache: VirtioFsCache::Auto,
             virtio_fs_extra_args: vec!["--thread-pool-size=1".into()],
             hotplug_slots: 8,
             enable_debug: false,
@@ -302,12 +304,12 @@ impl Default for AgentConfig {
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 #[serde(default)]
 pub struct RuntimeConfig {
-    /// `virt_container`
-    pub name: String,
-    /// `dragonball`
-    pub hypervisor_name: String,
-    /// `kata`
-    pub agent_name: String,
+    /// What runs containers.
+    pub name: RuntimeName,
+    /// The VMM.
+    pub hypervisor_name: HypervisorName,
+    /// The guest's agent.
+    pub agent_name: AgentName,
     /// Verbose log of the shim, the guest's console in it.
     pub enable_debug: bool,
     /// Do not apply the container's seccomp profile in the guest.
@@ -325,9 +327,9 @@ pub struct RuntimeConfig {
 impl Default for RuntimeConfig {
     fn default() -> Self {
         Self {
-            name: "virt_container".into(),
-            hypervisor_name: "dragonball".into(),
-            agent_name: "kata".into(),
+            name: RuntimeName::VirtContainer,
+            hypervisor_name: HypervisorName::Dragonball,
+            agent_name: AgentName::Kata,
             enable_debug: false,
             disable_guest_seccomp: true,
             sandbox_cgroup_only: true,

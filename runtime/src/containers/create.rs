@@ -9,20 +9,22 @@ use protocols::oci_convert::spec_to_wire;
 
 use super::VirtContainerManager;
 use super::container::{Container, HostSide};
-use super::io::{Owner, ProcessIo};
+use super::io::{Owner, ProcessIo, Streams};
 use super::process::Process;
 use super::spec::bundle::container_kind;
-use super::spec::{GuestSpec, amend};
+use super::spec::{GuestSpec, amend, joins_pid_namespace};
+use crate::cri::ContainerKind;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sandbox::SandboxState;
 use crate::timeline;
-use crate::types::{ContainerProcess, CreateContainerRequest, Event};
+use crate::types::{ContainerProcess, CreateContainerRequest, Event, Stdio};
 
 /// A container that is ready on the host. Its id is taken: [`VirtContainerManager::create_prepared`] or
 /// [`VirtContainerManager::abandon`] has to follow.
 pub(crate) struct Prepared {
     request: CreateContainerRequest,
     host: HostSide,
+    streams: Streams,
     /// All that the agent is told, but for the streams.
     message: wire::CreateContainerRequest,
 }
@@ -34,24 +36,37 @@ impl VirtContainerManager {
     /// `AlreadyExists` for a taken id; otherwise naming the mount that cannot be had. Nothing is left then.
     pub(crate) async fn prepare(&self, request: CreateContainerRequest, spec: Spec) -> Result<Prepared> {
         self.reserve(&request.container_id)?;
-        let spec = Arc::new(spec);
-        let host = match self.host_side(&request, &spec).await {
-            Ok(host) => host,
-            Err(error) => {
-                self.remove(&request.container_id);
-                return Err(error);
-            }
-        };
-        match self.message(&request, Arc::unwrap_or_clone(spec), &host) {
-            Ok(message) => Ok(Prepared {
+        match self.prepare_reserved(&request, spec).await {
+            Ok((host, streams, message)) => Ok(Prepared {
                 request,
                 host,
+                streams,
                 message,
             }),
             Err(error) => {
-                host.cleanup().await;
                 self.remove(&request.container_id);
-                Err(error.context(format!("container {}", request.container_id)))
+                Err(error)
+            }
+        }
+    }
+
+    /// Rootfs and volumes beside the streams, whose logger may take a while; then the message to the agent.
+    async fn prepare_reserved(
+        &self,
+        request: &CreateContainerRequest,
+        spec: Spec,
+    ) -> Result<(HostSide, Streams, wire::CreateContainerRequest)> {
+        let spec = Arc::new(spec);
+        let streams = self.open_streams(&request.container_id, &request.stdio);
+        let (host, streams) = tokio::join!(self.host_side(request, &spec), streams);
+        let host = host?;
+        let message = self.message(request, Arc::unwrap_or_clone(spec), &host);
+        let context = |error: Error| error.context(format!("container {}", request.container_id));
+        match (streams, message) {
+            (Ok(streams), Ok(message)) => Ok((host, streams, message)),
+            (Err(error), _) | (_, Err(error)) => {
+                host.cleanup().await;
+                Err(context(error))
             }
         }
     }
@@ -67,20 +82,22 @@ impl VirtContainerManager {
     /// # Errors
     /// Those of the agent, and of streams that cannot be opened; nothing is left then.
     pub(crate) async fn create_prepared(&self, prepared: Prepared) -> Result<u32> {
-        let init = match self
-            .create_in_guest(&prepared.request, prepared.message.clone())
-            .await
-        {
+        let Prepared {
+            request,
+            host,
+            streams,
+            message,
+        } = prepared;
+        let id = request.container_id.clone();
+        let init = match self.create_in_guest(&request, streams, message).await {
             Ok(init) => init,
             Err(error) => {
-                let id = prepared.request.container_id.clone();
-                self.abandon(prepared).await;
+                host.cleanup().await;
+                self.remove(&id);
                 return Err(error.context(format!("create container {id}")));
             }
         };
         timeline::mark("container created");
-        let Prepared { request, host, .. } = prepared;
-        let id = request.container_id.clone();
         let container = Arc::new(Container::new(id, request.bundle.clone(), init, host));
         let pid = std::process::id();
         let created = Event::TaskCreate {
@@ -143,6 +160,8 @@ impl VirtContainerManager {
     ) -> Result<wire::CreateContainerRequest> {
         let id = &request.container_id;
         let kind = container_kind(&spec)?;
+        // A path of the host's in `amend`'s eyes: here it says that the pod's containers see each other's processes.
+        let sandbox_pidns = matches!(kind, ContainerKind::Member { .. }) && joins_pid_namespace(&spec);
         let guest = GuestSpec {
             container: id.clone(),
             rootfs: host.rootfs.get_guest_rootfs_path(),
@@ -161,6 +180,7 @@ impl VirtContainerManager {
             storages: rootfs.chain(host.volumes.storages()).collect(),
             devices: device.chain(host.volumes.devices()).collect(),
             OCI: MessageField::some(spec_to_wire(&spec)),
+            sandbox_pidns,
             ..Default::default()
         })
     }
@@ -168,6 +188,7 @@ impl VirtContainerManager {
     async fn create_in_guest(
         &self,
         request: &CreateContainerRequest,
+        streams: Streams,
         mut message: wire::CreateContainerRequest,
     ) -> Result<Arc<Process>> {
         let init = ContainerProcess {
@@ -175,7 +196,7 @@ impl VirtContainerManager {
             exec_id: String::new(),
         };
         let init = Arc::new(Process::new(init, request.stdio.clone(), self.events()));
-        let io = self.open_io(&init).await?;
+        let io = self.attach(streams)?;
         message.stdin_port = io.stdin_port;
         message.stdout_port = io.stdout_port;
         message.stderr_port = io.stderr_port;
@@ -195,12 +216,16 @@ impl VirtContainerManager {
         Ok(init)
     }
 
-    pub(super) async fn open_io(&self, process: &Process) -> Result<Arc<ProcessIo>> {
-        let port = self.sandbox.config().runtime.passfd_listener_port;
+    pub(super) async fn open_streams(&self, container: &str, stdio: &Stdio) -> Result<Streams> {
         let owner = Owner {
-            container: process.id().container_id.clone(),
+            container: container.to_owned(),
             namespace: self.namespace.clone(),
         };
-        ProcessIo::open(self.sandbox.hypervisor().clone(), process.stdio(), port, owner).await
+        Streams::open(stdio, owner).await
+    }
+
+    pub(super) fn attach(&self, streams: Streams) -> Result<Arc<ProcessIo>> {
+        let port = self.sandbox.config().runtime.passfd_listener_port;
+        ProcessIo::attach(self.sandbox.hypervisor().clone(), streams, port)
     }
 }

@@ -94,7 +94,12 @@ impl VirtContainerManager {
         if let Some(io) = init.io() {
             io.drain(DRAIN).await;
         }
-        self.remove_in_guest(&container.id).await;
+        if container.id == self.sandbox_id {
+            // The VM goes with it: one farewell to the whole guest, which writes everything back, says it all.
+            self.sandbox.say_goodbye().await;
+        } else {
+            self.remove_in_guest(&container.id).await;
+        }
         container.host.cleanup().await;
         self.remove(&container.id);
         Ok(exit)

@@ -35,7 +35,7 @@ enum Slot {
 
 /// The containers of one sandbox.
 pub struct VirtContainerManager {
-    sandbox_id: String,
+    pub(super) sandbox_id: String,
     pub(super) namespace: String,
     pub(super) sandbox: Arc<VirtSandbox>,
     events: mpsc::UnboundedSender<Event>,
@@ -123,6 +123,7 @@ impl VirtContainerManager {
         ) {
             return false;
         }
+        self.sandbox.members().enter(&container.id);
         self.publish(created);
         containers.insert(container.id.clone(), Slot::Ready(container));
         true
@@ -138,6 +139,7 @@ impl VirtContainerManager {
 
     /// Gives the id back.
     pub(super) fn remove(&self, id: &str) {
+        self.sandbox.members().leave(id);
         self.containers().remove(id);
     }
 

@@ -371,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn exit_during_start_is_published_after_the_start() {
+    fn exit_when_seen_during_start_is_published_after_it() {
         let (process, mut events) = process("");
         process.begin_start().unwrap();
         process.exited(exit(3));
@@ -387,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn exit_is_published_once_and_the_first_one_counts() {
+    fn exit_when_reported_twice_is_published_once() {
         let (process, mut events) = process("e");
         process.begin_start().unwrap();
         process.finish_start();
@@ -402,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn start_is_refused_in_every_phase_but_created() {
+    fn start_when_not_created_is_refused() {
         let (process, _events) = process("");
         process.begin_start().unwrap();
         assert_eq!(
@@ -420,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn failed_start_of_init_is_an_exit_and_of_an_exec_is_not() {
+    fn start_when_it_fails_is_an_exit_of_init_only() {
         let (init, mut events) = process("");
         init.begin_start().unwrap();
         init.fail_start(127);
@@ -437,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn death_of_a_created_init_is_published_and_of_a_created_exec_is_not() {
+    fn death_when_only_created_is_published_for_init_only() {
         let (init, mut events) = process("");
         init.exited(exit(137));
         assert_eq!(names(&mut events), ["exit"]);
@@ -447,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn pause_only_applies_to_running() {
+    fn pause_when_not_running_does_nothing() {
         let (process, _events) = process("");
         process.pause();
         assert_eq!(process.phase(), Phase::Created);
@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn many_waiters_before_and_after_the_exit_see_the_same_status() {
+    async fn waiters_when_before_and_after_the_exit_see_one_status() {
         let (process, _events) = process("");
         let waiters: Vec<_> = (0..20)
             .map(|_| {

@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_keep_their_meaning() {
+    fn figures_when_converted_keep_their_meaning() {
         let stats = convert(full_response(), true);
 
         assert_eq!((stats.cpu_usec, stats.throttling), ([3, 2, 1], [9, 2, 7]));
@@ -260,13 +260,13 @@ mod tests {
     }
 
     #[test]
-    fn no_figures_mean_no_limit() {
+    fn figures_when_missing_mean_no_limit() {
         let stats = convert(wire::StatsContainerResponse::new(), true);
         assert_eq!((stats.memory.limit, stats.swap.limit), (u64::MAX, u64::MAX));
     }
 
     #[test]
-    fn network_is_the_pods_not_one_containers() {
+    fn network_when_counted_is_the_pods() {
         assert_eq!(convert(full_response(), false).network, []);
     }
 }

@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn read_only_is_the_top_mount_or_everything() {
+    fn bind_when_read_only_is_the_top_mount_or_everything() {
         for (read_only, top, below) in [
             (ReadOnly::No, true, true),
             (ReadOnly::Top, false, true),
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn mounts_below_come_along_only_if_asked_for() {
+    fn bind_when_not_recursive_leaves_mounts_below() {
         let host = Host::new();
         fs::write(host.path("source/below/file"), "x").unwrap();
 
@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn later_mounts_come_and_go_at_a_slave_and_nowhere_else() {
+    fn bind_when_slave_sees_later_mounts() {
         for (propagation, seen) in [(Propagation::Slave, true), (Propagation::Private, false)] {
             let host = Host::new();
             host.share("source");
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn failed_bind_names_source_and_target_and_leaves_nothing() {
+    fn bind_when_it_fails_names_source_and_target() {
         let host = Host::new();
         let error = bind(Path::new("/nonexistent/x"), &host.path("target"), Bind::tree()).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/x"), "{error}");

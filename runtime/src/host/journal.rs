@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn replay_undoes_everything_last_first() {
+    fn replay_when_run_undoes_the_last_first() {
         let (folder, journal) = journal();
         let tree = folder.path().join("tree");
         let (source, target) = (folder.path().join("source"), tree.join("mnt"));
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn replay_is_idempotent_and_needs_nothing_done() {
+    fn replay_when_repeated_or_needless_is_fine() {
         let (folder, journal) = journal();
         journal
             .record(&Undo::RemoveFile(folder.path().join("never")))
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn torn_last_line_does_not_hide_the_others() {
+    fn journal_when_its_last_line_is_torn_keeps_the_others() {
         let (folder, journal) = journal();
         let file = folder.path().join("file");
         fs::write(&file, "x").unwrap();
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_undone_is_named_and_the_rest_goes_on() {
+    fn replay_when_something_stays_names_it_and_goes_on() {
         let (folder, journal) = journal();
         let (file, directory) = (folder.path().join("file"), folder.path().join("directory"));
         fs::write(&file, "x").unwrap();
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn journal_of_a_living_shim_is_neither_opened_nor_replayed() {
+    fn journal_when_its_shim_lives_is_neither_opened_nor_replayed() {
         let (folder, journal) = journal();
         let (path, file) = (folder.path().join("state/journal"), folder.path().join("file"));
         fs::write(&file, "x").unwrap();
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn journal_of_a_dead_shim_is_undone_before_a_new_one_begins() {
+    fn journal_when_its_shim_is_dead_is_undone_before_a_new_one() {
         let (folder, journal) = journal();
         let state = folder.path().join("state");
         journal.record(&Undo::RemoveTree(state.clone())).unwrap();
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn full_file_system_leaves_no_torn_line_behind() {
+    fn journal_when_the_file_system_is_full_has_no_torn_line() {
         let folder = tempfile::tempdir().unwrap();
         let small = crate::types::Mount {
             fs_type: "tmpfs".into(),

@@ -298,7 +298,7 @@ mod tests {
     use crate::host::bind::{Bind, ReadOnly, bind};
 
     #[test]
-    fn options_split_into_flags_and_data() {
+    fn options_when_split_are_flags_and_data() {
         let options = [
             "ro",
             "rbind",
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn remove_tree_leaves_the_source_of_a_bind_mount_alone() {
+    fn remove_tree_when_bound_leaves_the_source_alone() {
         let folder = tempfile::tempdir().unwrap();
         let (source, tree) = (folder.path().join("source"), folder.path().join("tree"));
         let target = tree.join("target");
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn options_beyond_a_page_are_refused_not_cut() {
+    fn options_when_beyond_a_page_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let request = Mount {
             fs_type: "tmpfs".into(),
@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn failed_mount_names_everything() {
+    fn mount_when_it_fails_names_everything() {
         let request = Mount {
             fs_type: "ext4".into(),
             source: "/nonexistent".into(),

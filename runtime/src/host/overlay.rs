@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn overlay_of_120_layers_has_the_files_of_all() {
+    fn overlay_when_of_120_layers_has_the_files_of_all() {
         let folder = tempfile::tempdir().unwrap();
         let lower = layers(folder.path(), 120);
         for name in ["upper", "work", "target"] {
@@ -162,13 +162,13 @@ mod tests {
     }
 
     #[test]
-    fn missing_layer_is_named() {
+    fn overlay_when_a_layer_is_missing_names_it() {
         let error = by_descriptor("lowerdir=/:/nonexistent/layer,volatile").unwrap_err();
         assert!(error.to_string().contains("/nonexistent/layer"), "{error}");
     }
 
     #[test]
-    fn options_are_split_where_they_are_not_escaped() {
+    fn overlay_options_when_escaped_are_not_split() {
         assert_eq!(split_unescaped("a\\,b,c", ','), ["a\\,b", "c"]);
         assert_eq!(unescape("a\\,b\\\\c"), "a,b\\c");
         let (short, layers) = by_descriptor("volatile,lowerdir=/:/tmp,index=off").unwrap();

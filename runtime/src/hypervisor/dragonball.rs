@@ -20,7 +20,7 @@ use super::{
     Attach, AttachDirection, BlockDevice, Capabilities, DeviceType, GuestListener, Hypervisor, READY_PORT,
     ShareFsDevice, VcpuThreadIds, VmExit, console,
 };
-use crate::config::{BootAsset, HypervisorConfig, TomlConfig};
+use crate::config::{BootAsset, HypervisorConfig, TomlConfig, VirtioFsCache};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::blocking;
 use crate::paths::SandboxPaths;
@@ -128,6 +128,7 @@ impl Dragonball {
                 boot: self.config.boot_vcpus(),
                 max: self.config.max_vcpus(),
             },
+            cpu: vmm::CpuConfig::default(),
             memory: vmm::MemoryConfig::fixed(self.config.default_memory),
             boot: vmm::BootConfig {
                 kernel: self.config.kernel.clone(),
@@ -162,10 +163,10 @@ fn block(device: &BlockDevice) -> vmm::DeviceConfig {
 
 fn share(device: &ShareFsDevice) -> vmm::DeviceConfig {
     vmm::DeviceConfig::Fs(vmm::FsConfig {
-        cache: match device.cache.as_str() {
-            "never" => vmm::FsCache::Never,
-            "always" => vmm::FsCache::Always,
-            _ => vmm::FsCache::Auto,
+        cache: match device.cache {
+            VirtioFsCache::Never => vmm::FsCache::Never,
+            VirtioFsCache::Auto => vmm::FsCache::Auto,
+            VirtioFsCache::Always => vmm::FsCache::Always,
         },
         threads: device.threads,
         ..vmm::FsConfig::new(
@@ -581,7 +582,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cmdline_has_what_guest_and_agent_need_and_the_user_last() {
+    fn cmdline_when_made_has_the_users_words_last() {
         let mut config = TomlConfig::default();
         config.hypervisor.dragonball.kernel_params = " loglevel=8  foo=bar ".into();
         let text = cmdline(&config.hypervisor.dragonball, &config, false);
@@ -603,7 +604,7 @@ mod tests {
     }
 
     #[test]
-    fn image_is_the_root_disk_and_its_partition_is_found() {
+    fn image_when_partitioned_is_found() {
         let folder = tempfile::tempdir().unwrap();
         let image = folder.path().join("image");
         std::fs::write(&image, [0; 4096]).unwrap();
@@ -631,7 +632,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn calls_in_the_wrong_order_are_refused() {
+    async fn calls_when_in_the_wrong_order_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let config = TomlConfig::default();
         let paths = SandboxPaths::below(folder.path(), "k8s.io", "s1").unwrap();

@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_and_systemd_names_become_folders() {
+    fn cgroups_path_when_systemds_becomes_a_folder() {
         let path = |text: &str| relative(Path::new(text)).map(|path| path.display().to_string());
         assert_eq!(path("/default/c1").unwrap(), "default/c1");
         assert_eq!(

@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn pod_gets_no_more_vcpus_than_the_maximum_and_is_told() {
+    fn vcpus_when_beyond_the_maximum_are_cut_and_told() {
         let json = r#"{"ociVersion":"1.0.2","linux":{"resources":{"cpu":{"quota":900000,"period":100000}}}}"#;
         let (file, warnings) = sized_file(json, 4);
         assert_eq!(file.config.hypervisor.dragonball.boot_vcpus(), 4);
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn size_that_no_vm_can_have_is_an_error_of_the_limits() {
+    fn size_when_no_vm_can_have_it_is_an_error_of_the_limits() {
         let json = r#"{"ociVersion":"1.0.2","linux":{"resources":{"memory":{"limit":2199023255552}}}}"#;
         let (file, _) = sized_file(json, 0);
         let error = file.config.validate(&file.origins).unwrap_err().to_string();
@@ -140,14 +140,14 @@ mod tests {
     }
 
     #[test]
-    fn limits_of_a_single_container_size_the_vm() {
+    fn size_when_a_single_container_has_limits_follows_them() {
         let json = r#"{"ociVersion":"1.0.2","linux":{"resources":{"cpu":{"quota":150000,"period":100000},
             "memory":{"limit":1073741824}}}}"#;
         assert_eq!(sized(json), (2.0, 1056));
     }
 
     #[test]
-    fn annotations_of_a_pod_win_over_its_pause_container() {
+    fn size_when_a_pod_is_annotated_ignores_its_pause_container() {
         let json = r#"{"ociVersion":"1.0.2","annotations":{"io.kubernetes.cri.sandbox-cpu-quota":"400000",
             "io.kubernetes.cri.sandbox-cpu-period":"100000","io.kubernetes.cri.sandbox-memory":"536870912"},
             "linux":{"resources":{"memory":{"limit":1}}}}"#;
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn no_limits_keep_the_default_and_small_ones_boot() {
+    fn size_when_unlimited_or_tiny_still_boots() {
         assert_eq!(sized(r#"{"ociVersion":"1.0.2"}"#), (1.0, 2048));
         let json =
             r#"{"ociVersion":"1.0.2","linux":{"resources":{"cpu":{"quota":-1},"memory":{"limit":-1}}}}"#;

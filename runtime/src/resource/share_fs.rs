@@ -73,7 +73,7 @@ impl InlineVirtioFs {
             id: "share".into(),
             tag: SHARE_TAG.into(),
             shared_dir: paths.share(),
-            cache: config.virtio_fs_cache.clone(),
+            cache: config.virtio_fs_cache,
             threads: config.virtio_fs_threads(),
         };
         let mount = ShareMounts {
@@ -114,7 +114,8 @@ impl ShareFs for InlineVirtioFs {
             driver: "virtio-fs".into(),
             source: SHARE_TAG.into(),
             fstype: "virtiofs".into(),
-            options: vec!["nodev".into()],
+            // Device nodes are the agent's business: its rules make the difference between EACCES and EPERM.
+            options: Vec::new(),
             mount_point: format!("{GUEST_SHARE}/"),
             ..Default::default()
         }]

@@ -419,7 +419,7 @@ mod tests {
     const SANDBOX: &str = "s1";
 
     #[test]
-    fn mounts_are_made_in_the_guest_or_shared() {
+    fn mounts_when_classified_are_made_or_shared() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().to_str().unwrap();
         let share = |recursive, read_only, propagation| Kind::Share {
@@ -461,7 +461,7 @@ mod tests {
     }
 
     #[test]
-    fn dev_shm_is_the_pods_only_when_its_source_is() {
+    fn dev_shm_when_its_source_is_the_pods_is_the_pods() {
         let folder = tempfile::tempdir().unwrap();
         for (path, pods) in [
             ("sandboxes/s1/shm", true),
@@ -498,7 +498,7 @@ mod tests {
     }
 
     #[test]
-    fn source_that_would_not_be_the_hosts_in_the_guest_is_refused() {
+    fn source_when_it_would_not_be_the_hosts_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         for (source, word) in foreign(folder.path()) {
             let mount = mount("/data", "bind", source.to_str().unwrap(), &["rbind"]);
@@ -515,7 +515,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_source_foreign_filesystem_and_way_back_are_named() {
+    fn mount_when_it_cannot_be_had_is_named() {
         let error = classify(&mount("/data", "bind", "/nonexistent/x", &["rbind"]), SANDBOX).unwrap_err();
         assert_eq!(error.kind, ErrorKind::NotFound);
         assert!(error.message.contains("/nonexistent/x"), "{error}");
@@ -530,7 +530,7 @@ mod tests {
     }
 
     #[test]
-    fn read_only_top_mount_leaves_those_below_writable_in_the_guest() {
+    fn read_only_when_of_the_top_mount_leaves_those_below_writable() {
         let folder = tempfile::tempdir().unwrap();
         let options = ["rbind", "ro"].map(String::from);
         let of = |read_only, propagation| {
@@ -568,7 +568,7 @@ mod tests {
     }
 
     #[test]
-    fn shm_takes_the_size_of_the_sandboxs_own_tmpfs_only() {
+    fn shm_when_not_the_sandboxs_own_has_the_default_size() {
         let folder = tempfile::tempdir().unwrap();
         let own = folder.path().join("s1/shm");
         fs::create_dir_all(&own).unwrap();

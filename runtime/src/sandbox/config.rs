@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn spec_and_sandbox_request_describe_the_same_pod() {
+    fn pod_when_asked_for_by_spec_or_request_is_the_same() {
         let folder = tempfile::tempdir().unwrap();
         let resolv_conf = folder.path().join("resolv.conf");
         fs::write(&resolv_conf, "# comment\nnameserver 10.0.0.1\n\nsearch a.b\n").unwrap();
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_asked_for_is_a_pod_of_the_default_size() {
+    fn pod_when_nothing_is_asked_for_has_the_default_size() {
         let from_spec =
             SandboxConfig::from_spec("s", &serde_json::from_str(r#"{"ociVersion":"1"}"#).unwrap());
         let from_request = SandboxConfig::from_request(CreateSandboxRequest {

@@ -8,7 +8,8 @@ use protocols::agent as wire;
 use tokio::sync::{OnceCell, mpsc, watch};
 use tokio::task::JoinSet;
 
-use super::{Sandbox, SandboxConfig, SandboxState, SandboxStatus, monitor};
+use super::monitor::{self, Members};
+use super::{Readiness, Sandbox, SandboxConfig, SandboxState, SandboxStatus};
 use crate::agent::{Agent, wait_ready};
 use crate::config::TomlConfig;
 use crate::error::{Error, ErrorKind, Result};
@@ -19,8 +20,9 @@ use crate::types::Event;
 
 /// Bound of building the VM on the host.
 const START_VM: Duration = Duration::from_secs(120);
-/// How long a guest may take to say goodbye; the VM is stopped afterwards anyway.
-const GOODBYE: Duration = Duration::from_secs(2);
+/// How long a guest may take to say goodbye, which includes writing back what is dirty on its shares and disks; the VM is
+/// stopped afterwards anyway.
+const GOODBYE: Duration = Duration::from_secs(10);
 /// Bound of the VM's own end.
 const STOP_VM: Duration = Duration::from_secs(10);
 
@@ -32,9 +34,12 @@ pub struct VirtSandbox {
     hypervisor: Arc<dyn Hypervisor>,
     agent: Arc<dyn Agent>,
     resources: Arc<ResourceManager>,
+    members: Arc<Members>,
     state: watch::Sender<SandboxState>,
     /// What the VM is built with is there.
     prepared: OnceCell<()>,
+    /// The guest knows of its end.
+    goodbye: OnceCell<()>,
     events: mpsc::UnboundedSender<Event>,
     /// Log forwarding, health checks: end with the sandbox.
     background: Mutex<JoinSet<()>>,
@@ -57,8 +62,10 @@ impl VirtSandbox {
             hypervisor,
             agent,
             resources,
+            members: Arc::default(),
             state: watch::Sender::new(SandboxState::Init),
             prepared: OnceCell::new(),
+            goodbye: OnceCell::new(),
             events,
             background: Mutex::default(),
         }
@@ -84,6 +91,24 @@ impl VirtSandbox {
             .map_err(|error| error.context(format!("sandbox {}", self.id)))
     }
 
+    /// Tells a running guest, once, that it ends: it stops its containers and writes back what it has not yet. Nothing
+    /// can be created afterwards, [`Sandbox::stop`] is what is left to do. Bounded.
+    pub async fn say_goodbye(&self) {
+        let goodbye = async {
+            if !self.enter(&SandboxState::Running, SandboxState::Stopping) {
+                return;
+            }
+            let destroy = self.agent.destroy_sandbox(wire::DestroySandboxRequest::default());
+            if !matches!(tokio::time::timeout(GOODBYE, destroy).await, Ok(Ok(()))) {
+                tracing::debug!(
+                    sandbox = self.id,
+                    "the agent did not confirm the end of the sandbox"
+                );
+            }
+        };
+        self.goodbye.get_or_init(|| goodbye).await;
+    }
+
     /// Its VM.
     pub fn hypervisor(&self) -> &Arc<dyn Hypervisor> {
         &self.hypervisor
@@ -97,6 +122,11 @@ impl VirtSandbox {
     /// Its resources on the host.
     pub fn resources(&self) -> &Arc<ResourceManager> {
         &self.resources
+    }
+
+    /// Its containers, which their manager enters here.
+    pub fn members(&self) -> &Members {
+        &self.members
     }
 
     /// Its configuration.
@@ -196,7 +226,11 @@ impl VirtSandbox {
         let keep = self.config.runtime.keep_abnormal;
         let health = monitor::health(agent.clone(), hypervisor.clone(), self.id.clone(), keep);
         background.spawn(health);
-        background.spawn(monitor::oom(agent.clone(), self.events.clone()));
+        background.spawn(monitor::oom(
+            agent.clone(),
+            self.members.clone(),
+            self.events.clone(),
+        ));
     }
 
     async fn ended(&self) -> VmExit {
@@ -258,18 +292,8 @@ impl Sandbox for VirtSandbox {
         if self.enter(&SandboxState::Init, SandboxState::Stopped(VmExit::Stopped)) {
             return Ok(());
         }
-        let was_running = self.enter(&SandboxState::Running, SandboxState::Stopping);
-        if was_running {
-            let goodbye = self.agent.destroy_sandbox(wire::DestroySandboxRequest::default());
-            if !matches!(tokio::time::timeout(GOODBYE, goodbye).await, Ok(Ok(()))) {
-                tracing::debug!(
-                    sandbox = self.id,
-                    "the agent did not confirm the end of the sandbox"
-                );
-            }
-        } else {
-            self.enter(&SandboxState::Starting, SandboxState::Stopping);
-        }
+        self.say_goodbye().await;
+        self.enter(&SandboxState::Starting, SandboxState::Stopping);
         self.background
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -306,11 +330,10 @@ impl Sandbox for VirtSandbox {
             sandbox_id: self.id.clone(),
             pid: std::process::id(),
             state: if ready {
-                "SANDBOX_READY"
+                Readiness::Ready
             } else {
-                "SANDBOX_NOTREADY"
-            }
-            .into(),
+                Readiness::NotReady
+            },
             info: self.resources.info(),
         })
     }

@@ -76,7 +76,7 @@ impl Drop for Containerd {
 }
 
 #[test]
-fn failed_create_names_the_problem_and_leaves_nothing() {
+fn create_when_it_fails_names_the_problem_and_leaves_nothing() {
     let containerd = Containerd::start();
     let at = |name: &str| containerd.folder.path().join(name).display().to_string();
     fs::write(

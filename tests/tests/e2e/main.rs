@@ -6,6 +6,7 @@ mod cleanup;
 mod events;
 mod exec;
 mod failures;
+mod files;
 mod hosts;
 mod hvsock;
 mod isolation;

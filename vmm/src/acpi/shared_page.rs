@@ -116,7 +116,7 @@ impl SharedPage {
         self.write(bitmap.address() + position as u64, &[*byte]);
     }
 
-    /// Publishes the generation of the machine (see [`crate::devices::vmgenid`]).
+    /// Publishes the generation of the machine (see [`vmgenid`](crate::devices::vmgenid)).
     pub fn set_generation(&self, id: [u8; 16]) {
         self.write(ADDRESS + GENERATION, &id);
     }

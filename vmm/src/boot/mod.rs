@@ -2,6 +2,7 @@
 
 mod bzimage;
 mod cache;
+mod config;
 mod elf;
 mod linux;
 mod pvh;
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::config::BootConfig;
+pub use self::config::BootConfig;
 use crate::memory::{GuestMemory, layout};
 
 const PAGE: u64 = 4096;

@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use crate::vm::ExitReason;
+use crate::lifecycle::ExitReason;
 
 /// Something with registers. Calls come from any vCPU thread at once; devices lock themselves.
 pub trait BusDevice: Debug + Send + Sync {

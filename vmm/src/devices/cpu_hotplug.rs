@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 
 use acpi_tables::{Aml, aml};
 
-use crate::acpi::Raw;
+use crate::acpi::aml::Raw;
 use crate::acpi::shared_page::{Bitmap, SharedPage, bit_path, status_method};
 use crate::bus::BusDevice;
-use crate::vm::ExitReason;
+use crate::lifecycle::ExitReason;
 
 /// First I/O port.
 pub const PORT: u16 = 0x630;

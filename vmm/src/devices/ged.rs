@@ -9,9 +9,9 @@ use acpi_tables::{Aml, aml};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
-use crate::devices::virtio::slots;
+use crate::devices::virtio::transport::mmio::slots;
 use crate::devices::{cpu_hotplug, power_button, vmgenid};
-use crate::vm::ExitReason;
+use crate::lifecycle::ExitReason;
 
 /// Notification value of the button and of the generation id.
 const STATUS_CHANGED: u8 = 0x80;

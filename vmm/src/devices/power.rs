@@ -7,7 +7,7 @@ use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::{Aml, aml};
 
 use crate::bus::BusDevice;
-use crate::vm::ExitReason;
+use crate::lifecycle::ExitReason;
 
 /// First I/O port: sleep control, sleep status, reset.
 pub const PORT: u16 = 0x600;

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use acpi_tables::{Aml, aml};
 
 use crate::bus::BusDevice;
-use crate::vm::ExitReason;
+use crate::lifecycle::ExitReason;
 
 /// Its only I/O port.
 pub const PORT: u16 = 0x505;

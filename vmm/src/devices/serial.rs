@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::bus::BusDevice;
 use crate::devices::virtio::console::{ConsoleLog, PendingInput};
 use crate::devices::virtio::state::StateError;
-use crate::vm::ExitReason;
+use crate::lifecycle::ExitReason;
 
 /// First I/O port of COM1.
 pub const PORT: u16 = 0x3f8;
@@ -130,7 +130,7 @@ impl Serial {
     pub fn repeat(&self) {
         let pending = self.lock().registers.state().interrupt_identification & IIR_NONE == 0;
         if pending && let Err(error) = self.irqfd.write(1) {
-            tracing::error!(%error, "serial: cannot write the irqfd");
+            guest_log!(ERROR, %error, "serial: cannot write the irqfd");
         }
     }
 

@@ -10,11 +10,11 @@ use super::vsock::Sockets;
 use crate::config::PmemConfig;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::console::{Console, ConsoleLog};
-use crate::devices::virtio::mmio::TransportState;
 use crate::devices::virtio::pmem::{Pmem, PmemFile};
 use crate::devices::virtio::state;
 use crate::devices::virtio::test_resume::activate_at;
 use crate::devices::virtio::test_ring::TestGuest;
+use crate::devices::virtio::transport::mmio::TransportState;
 use crate::memory::window::fake::windows;
 
 pub(super) fn run(data: &[u8]) {

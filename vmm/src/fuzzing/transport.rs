@@ -7,10 +7,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::script::Script;
 use crate::config::RngConfig;
-use crate::devices::virtio::mmio::{Host, MmioTransport};
+use crate::devices::virtio::CHAIN_FEATURES;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::test_ring::{RINGS, TestGuest};
-use crate::devices::virtio::{CHAIN_FEATURES, Interrupt};
+use crate::devices::virtio::transport::mmio::{Host, MmioTransport};
 
 const MAX_ACTIONS: usize = 512;
 
@@ -21,9 +21,8 @@ pub(super) fn transport(guest: &TestGuest) -> MmioTransport {
         memory: guest.memory.clone(),
         io: guest.io.clone(),
     };
-    let interrupt = Interrupt::new(guest.registers.clone(), guest.irqfd.clone());
     let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
-    MmioTransport::new(Box::new(device), host, interrupt, vec![kick])
+    MmioTransport::new(Box::new(device), host, guest.slot(), vec![kick])
 }
 
 pub(super) fn run(data: &[u8]) {

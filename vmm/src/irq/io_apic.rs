@@ -15,7 +15,7 @@ use kvm_bindings::{KVM_IRQ_ROUTING_MSI, kvm_irq_routing_entry};
 use serde::{Deserialize, Serialize};
 
 use crate::bus::BusDevice;
-use crate::vm::ExitReason;
+use crate::lifecycle::ExitReason;
 
 /// Bytes of its register window.
 pub const SIZE: u64 = 0x20;

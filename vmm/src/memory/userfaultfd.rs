@@ -10,6 +10,7 @@ const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
 const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
+const UFFDIO_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
 const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
 const UFFD_API: u64 = 0xaa;
 const UFFD_USER_MODE_ONLY: libc::c_int = 1;
@@ -80,6 +81,13 @@ struct UffdioCopy {
     len: u64,
     mode: u64,
     copy: i64,
+}
+
+#[repr(C)]
+struct UffdioZeropage {
+    range: UffdioRange,
+    mode: u64,
+    zeropage: i64,
 }
 
 /// A descriptor. Its registrations end when it is closed.
@@ -160,6 +168,20 @@ impl Userfaultfd {
         };
         // SAFETY: `copy` is the structure the request takes; the caller answers for the ranges.
         unsafe { self.ioctl(UFFDIO_COPY, &raw mut copy) }
+    }
+
+    /// Makes the `len` missing bytes at `address` zeros, and wakes who waits for them.
+    ///
+    /// # Errors
+    /// `EEXIST` when one of the pages is there.
+    pub fn zero(&self, address: u64, len: u64) -> io::Result<()> {
+        let mut zero = UffdioZeropage {
+            range: UffdioRange { start: address, len },
+            mode: 0,
+            zeropage: 0,
+        };
+        // SAFETY: `zero` is the structure the request takes. Only missing pages of a registered mapping get content.
+        unsafe { self.ioctl(UFFDIO_ZEROPAGE, &raw mut zero) }
     }
 
     /// Pages brought in from now on are not protected: they count as written.

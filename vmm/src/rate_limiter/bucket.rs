@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::TokenBucketConfig;
+use super::config::TokenBucketConfig;
 
 /// Most tokens of one operation, hence the largest debt: no virtio request has more bytes (virtio 1.2, 2.7.5.2: a chain
 /// is shorter than 2³²). Larger ones count as this.

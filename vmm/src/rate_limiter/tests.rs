@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::bucket::{BucketState, MAX_OPERATION, TokenBucket};
 use super::{Buckets, RateLimiter, RateLimiterState};
-use crate::config::{ConfigError, RateLimiterConfig, TokenBucketConfig};
+use crate::rate_limiter::{BucketConfigError, RateLimiterConfig, TokenBucketConfig};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -102,8 +102,8 @@ fn validate_when_a_bucket_would_be_stuck_is_refused() {
     for (size, refill) in [(0, 1), (1, 0), (0, 0)] {
         let config = bandwidth(bucket(size, 1, refill));
         assert!(matches!(
-            config.validate("d"),
-            Err(ConfigError::TokenBucket {
+            config.validate(),
+            Err(BucketConfigError {
                 bucket: "bandwidth",
                 ..
             })
@@ -113,12 +113,12 @@ fn validate_when_a_bucket_would_be_stuck_is_refused() {
             bandwidth: None,
         };
         assert!(matches!(
-            config.validate("d"),
-            Err(ConfigError::TokenBucket { bucket: "ops", .. })
+            config.validate(),
+            Err(BucketConfigError { bucket: "ops", .. })
         ));
     }
-    assert!(bandwidth(bucket(1, 0, 1)).validate("d").is_ok());
-    assert!(RateLimiterConfig::default().validate("d").is_ok());
+    assert!(bandwidth(bucket(1, 0, 1)).validate().is_ok());
+    assert!(RateLimiterConfig::default().validate().is_ok());
 }
 
 #[test]

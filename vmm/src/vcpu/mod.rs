@@ -1,8 +1,7 @@
-//! Virtual processors: one thread each, parked at a [`gate`] or inside KVM_RUN.
+//! Virtual processors: one thread each, parked at a [`gate`](crate::lifecycle::gate) or inside KVM_RUN.
 
 pub mod cpuid;
-pub mod factory;
-pub mod gate;
+pub mod create;
 pub mod kick;
 pub mod metrics;
 pub mod regs;

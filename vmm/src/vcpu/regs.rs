@@ -6,6 +6,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::boot::EntryPoint;
 use crate::memory::{GuestMemory, layout};
+use crate::vcpu::cpuid::MSR_ARCH_CAPABILITIES;
 
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
@@ -57,21 +58,47 @@ pub enum RegsError {
 /// # Errors
 /// [`RegsError::Kvm`].
 pub fn set_msrs(vcpu: &VcpuFd, index: u8) -> Result<(), RegsError> {
-    let entry = |index, data| kvm_msr_entry {
+    let entries = [
+        msr(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
+        msr(MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK),
+    ];
+    write_msrs(vcpu, index, &entries)
+}
+
+/// Gives the vCPU another [`MSR_ARCH_CAPABILITIES`] than the host's, which KVM starts it with; its CPUID must be set.
+///
+/// # Errors
+/// [`RegsError::Kvm`].
+pub fn set_arch_capabilities(vcpu: &VcpuFd, index: u8, value: u64) -> Result<(), RegsError> {
+    let wanted = [msr(MSR_ARCH_CAPABILITIES, value)];
+    let fail = |source| RegsError::Kvm {
+        index,
+        ioctl: "KVM_GET_MSRS",
+        source,
+    };
+    let mut msrs = Msrs::from_entries(&wanted).map_err(|_| fail(kvm_ioctls::Error::new(libc::E2BIG)))?;
+    let read = vcpu.get_msrs(&mut msrs).map_err(fail)?;
+    if read == 1 && msrs.as_slice() == wanted {
+        return Ok(());
+    }
+    write_msrs(vcpu, index, &wanted)
+}
+
+fn msr(index: u32, data: u64) -> kvm_msr_entry {
+    kvm_msr_entry {
         index,
         data,
         ..Default::default()
-    };
-    let entries = [
-        entry(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
-        entry(MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK),
-    ];
+    }
+}
+
+fn write_msrs(vcpu: &VcpuFd, index: u8, entries: &[kvm_msr_entry]) -> Result<(), RegsError> {
     let fail = |source| RegsError::Kvm {
         index,
         ioctl: "KVM_SET_MSRS",
         source,
     };
-    let msrs = Msrs::from_entries(&entries).map_err(|_| fail(kvm_ioctls::Error::new(libc::E2BIG)))?;
+    let msrs = Msrs::from_entries(entries).map_err(|_| fail(kvm_ioctls::Error::new(libc::E2BIG)))?;
     let written = vcpu.set_msrs(&msrs).map_err(fail)?;
     if written != entries.len() {
         // KVM stops at the first MSR it does not know.

@@ -9,11 +9,10 @@ use std::thread::{self, JoinHandle};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::bus::Bus;
-use crate::vcpu::gate::Passage;
+use crate::lifecycle::gate::Passage;
+use crate::lifecycle::{ExitReason, Lifecycle};
 use crate::vcpu::kick;
 use crate::vcpu::metrics::VcpuCounters;
-use crate::vm::ExitReason;
-use crate::vm::lifecycle::Lifecycle;
 
 /// KVM_SYSTEM_EVENT_SHUTDOWN, _RESET and _CRASH (linux/kvm.h).
 const SYSTEM_EVENT_SHUTDOWN: u32 = 1;

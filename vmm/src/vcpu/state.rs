@@ -4,7 +4,7 @@ use kvm_bindings::{
     Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
     kvm_xcrs, kvm_xsave,
 };
-use kvm_ioctls::{Kvm, VcpuFd};
+use kvm_ioctls::{Cap, Kvm, KvmNestedStateBuffer, VcpuFd};
 use serde::{Deserialize, Serialize};
 
 const MSR_TSC: u32 = 0x10;
@@ -16,6 +16,8 @@ const KVM_MSRS: std::ops::RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4d08;
 const TSC_TOLERANCE_PPM: u64 = 250;
 /// More than KVM ever lists; what a file may claim.
 const MAX_MSRS: usize = 4096;
+/// Bytes of `struct kvm_nested_state` before the data (arch/x86/include/uapi/asm/kvm.h).
+const NESTED_HEADER: usize = 128;
 /// MSRs in one KVM_GET_MSRS or KVM_SET_MSRS (MAX_IO_MSRS in arch/x86/kvm/x86.c).
 const MSR_CHUNK: usize = 255;
 
@@ -35,6 +37,8 @@ pub struct VcpuState {
     tsc_khz: u32,
     msrs: Vec<(u32, u64)>,
     events: kvm_vcpu_events,
+    /// Of a vCPU that may run virtual machines itself: what KVM_GET_NESTED_STATE gave.
+    nested: Option<Vec<u8>>,
 }
 
 impl std::fmt::Debug for VcpuState {
@@ -70,6 +74,23 @@ pub enum VcpuStateError {
         /// Saved value.
         value: u64,
     },
+    /// The vCPU may run virtual machines itself, and this host's KVM cannot save or restore one that does.
+    #[error(
+        "vCPU {index}: nested virtualization is on, and this host's KVM has no KVM_CAP_NESTED_STATE (Linux 4.20, on AMD 5.8): \
+         it can be neither saved nor restored here"
+    )]
+    NestedState {
+        /// vCPU index.
+        index: u8,
+    },
+    /// A nested state that is none.
+    #[error("vCPU {index}: a nested state of {len} bytes")]
+    InvalidNestedState {
+        /// vCPU index.
+        index: u8,
+        /// Its length.
+        len: usize,
+    },
     /// More MSRs than exist.
     #[error("vCPU {index}: {count} MSRs in the saved state")]
     TooManyMsrs {
@@ -84,26 +105,42 @@ fn kvm_error(index: u8, ioctl: &'static str) -> impl Fn(kvm_ioctls::Error) -> Vc
     move |source| VcpuStateError::Kvm { index, ioctl, source }
 }
 
-/// The MSRs to save on this host.
-///
-/// # Errors
-/// KVM_GET_MSR_INDEX_LIST failed.
-pub fn msrs_to_save(kvm: &Kvm) -> Result<Vec<u32>, kvm_ioctls::Error> {
-    let list = kvm.get_msr_index_list()?;
-    let mut msrs: Vec<u32> = list.as_slice().iter().copied().chain(KVM_MSRS).collect();
-    msrs.sort_unstable();
-    msrs.dedup();
-    Ok(msrs)
+/// What there is to save of a vCPU on this host.
+#[derive(Debug)]
+pub struct Inventory {
+    msrs: Vec<u32>,
+    /// `None`: the guest has no nested virtualization. Else whether KVM can tell the state of it.
+    nested: Option<bool>,
+}
+
+impl Inventory {
+    /// For vCPUs that may run virtual machines themselves or not.
+    ///
+    /// # Errors
+    /// KVM_GET_MSR_INDEX_LIST failed.
+    pub fn new(kvm: &Kvm, nested: bool) -> Result<Self, kvm_ioctls::Error> {
+        let list = kvm.get_msr_index_list()?;
+        let mut msrs: Vec<u32> = list.as_slice().iter().copied().chain(KVM_MSRS).collect();
+        msrs.sort_unstable();
+        msrs.dedup();
+        Ok(Self {
+            msrs,
+            nested: nested.then(|| kvm.check_extension(Cap::NestedState)),
+        })
+    }
 }
 
 /// Takes the state of a vCPU that is not in KVM_RUN and, like all others, will not be until all are saved.
 ///
-/// The MP state comes first: reading it makes KVM process INIT and SIPI, which changes everything else. Events come
-/// last, when nothing can raise one any more.
+/// The MP state comes first: reading it makes KVM process INIT and SIPI, which changes everything else, and ends an inner
+/// guest. Events come last, when nothing can raise one any more.
 ///
 /// # Errors
-/// [`VcpuStateError::Kvm`].
-pub fn save(vcpu: &VcpuFd, index: u8, msrs: &[u32]) -> Result<VcpuState, VcpuStateError> {
+/// [`VcpuStateError::Kvm`], [`VcpuStateError::NestedState`].
+pub fn save(vcpu: &VcpuFd, index: u8, inventory: &Inventory) -> Result<VcpuState, VcpuStateError> {
+    if inventory.nested == Some(false) {
+        return Err(VcpuStateError::NestedState { index });
+    }
     let error = |ioctl| kvm_error(index, ioctl);
     Ok(VcpuState {
         index,
@@ -115,9 +152,36 @@ pub fn save(vcpu: &VcpuFd, index: u8, msrs: &[u32]) -> Result<VcpuState, VcpuSta
         debug_regs: vcpu.get_debug_regs().map_err(error("KVM_GET_DEBUGREGS"))?,
         lapic: vcpu.get_lapic().map_err(error("KVM_GET_LAPIC"))?,
         tsc_khz: vcpu.get_tsc_khz().map_err(error("KVM_GET_TSC_KHZ"))?,
-        msrs: get_msrs(vcpu, index, msrs)?,
+        msrs: get_msrs(vcpu, index, &inventory.msrs)?,
+        nested: match inventory.nested {
+            Some(true) => Some(get_nested_state(vcpu, index)?),
+            _ => None,
+        },
         events: vcpu.get_vcpu_events().map_err(error("KVM_GET_VCPU_EVENTS"))?,
     })
+}
+
+fn get_nested_state(vcpu: &VcpuFd, index: u8) -> Result<Vec<u8>, VcpuStateError> {
+    let mut state = KvmNestedStateBuffer::empty();
+    vcpu.nested_state(&mut state)
+        .map_err(kvm_error(index, "KVM_GET_NESTED_STATE"))?;
+    let len = (state.size as usize).clamp(NESTED_HEADER, size_of_val(&state));
+    // SAFETY: the buffer is at least `len` bytes long, has no padding and began as zeroes, so that every byte is initialized.
+    let bytes = unsafe { std::slice::from_raw_parts((&raw const state).cast::<u8>(), len) };
+    Ok(bytes.to_vec())
+}
+
+/// The state of `bytes`, which come from a file; KVM looks at what is in it. `None` when its length is not what it says.
+fn nested_state(bytes: &[u8]) -> Option<KvmNestedStateBuffer> {
+    let mut state = KvmNestedStateBuffer::empty();
+    if bytes.len() < NESTED_HEADER || bytes.len() > size_of_val(&state) {
+        return None;
+    }
+    // SAFETY: the buffer is at least as long as `bytes`, and any bytes are a value of it.
+    unsafe {
+        std::ptr::copy_nonoverlapping(bytes.as_ptr(), (&raw mut state).cast::<u8>(), bytes.len());
+    }
+    (state.size as usize == bytes.len()).then_some(state)
 }
 
 /// Values of those of `wanted` that this vCPU has: KVM lists MSRs of features the guest's CPUID may lack.
@@ -156,7 +220,9 @@ impl VcpuState {
     /// the time stamp counter goes on.
     ///
     /// Segment and control registers before the local APIC (its base is one of them); the local APIC before MSRs (x2APIC
-    /// mode, TSC deadline); the deadline after the counter it is compared with; events last.
+    /// mode, TSC deadline); the deadline after the counter it is compared with; events when nothing else raises one. The nested
+    /// state is last, as in the kernel's own tests (vcpu_load_state in tools/testing/selftests/kvm): it needs EFER and the MSRs
+    /// of the virtualization, and enters the inner guest.
     ///
     /// # Errors
     /// [`VcpuStateError`]; the vCPU is of no use then.
@@ -177,7 +243,18 @@ impl VcpuState {
         self.restore_tsc_frequency(vcpu)?;
         self.restore_msrs(vcpu, passed)?;
         vcpu.set_vcpu_events(&self.events)
-            .map_err(error("KVM_SET_VCPU_EVENTS"))
+            .map_err(error("KVM_SET_VCPU_EVENTS"))?;
+        match &self.nested {
+            None => Ok(()),
+            Some(bytes) => {
+                let state = nested_state(bytes).ok_or(VcpuStateError::InvalidNestedState {
+                    index,
+                    len: bytes.len(),
+                })?;
+                vcpu.set_nested_state(&state)
+                    .map_err(error("KVM_SET_NESTED_STATE"))
+            }
+        }
     }
 
     /// Asks KVM to scale the counter when this host's runs at another frequency.
@@ -253,4 +330,25 @@ fn read_back(vcpu: &VcpuFd, msr: u32, value: u64) -> bool {
     };
     let read = vcpu.get_msrs(&mut msrs);
     matches!(read, Ok(1)) && msrs.as_slice().first().is_some_and(|entry| entry.data == value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nested(size: u32, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        bytes[4..8].copy_from_slice(&size.to_le_bytes());
+        bytes
+    }
+
+    #[test]
+    fn nested_state_when_its_length_is_not_what_it_says_is_none() {
+        assert!(nested_state(&nested(128, 128)).is_some());
+        assert!(nested_state(&nested(4224, 4224)).is_some());
+        for (size, len) in [(128, 127), (128, 129), (8321, 8321), (0, 128), (u32::MAX, 4224)] {
+            assert!(nested_state(&nested(size, len)).is_none(), "{size} {len}");
+        }
+        assert!(nested_state(&[]).is_none());
+    }
 }

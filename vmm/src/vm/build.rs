@@ -3,15 +3,16 @@
 //! KVM's cost depends on the order (design decision 3): all memslots, then the interrupt controllers, vCPUs, irqfds, and
 //! ioeventfds last.
 
+use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::acpi::{self, shared_page::SharedPage};
+use crate::acpi::shared_page::SharedPage;
 use crate::boot::{self, EntryPoint};
 use crate::bus::Bus;
 use crate::config::{ConsoleConfig, MemoryConfig, VcpuConfig, VmConfig};
@@ -21,27 +22,30 @@ use crate::devices::power::{self, Power};
 use crate::devices::pvpanic::{self, PvPanic};
 use crate::devices::serial::{self, Serial};
 use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::config::{Complete, Opened};
 use crate::devices::virtio::console::{Console, ConsoleLog};
 use crate::devices::virtio::mem::{self, Mem, MemHandle};
-use crate::devices::virtio::registers::RegisterPages;
-use crate::devices::virtio::slots::{self, Slots};
+use crate::devices::virtio::transport::mmio::registers::RegisterPages;
+use crate::devices::virtio::transport::mmio::slots::{self, Slots};
 use crate::devices::virtio::vsock::{Vsock, VsockHandle};
 use crate::devices::vmgenid;
 use crate::io_loop::IoLoop;
 use crate::irq::GsiAllocator;
 use crate::irq::io_apic::{self, IoApic};
+use crate::kvm::{self, ioctl_error};
+use crate::lifecycle::Lifecycle;
 use crate::memory::layout::MemoryLayout;
 use crate::memory::window::{Memslots, Windows};
 use crate::memory::write_log::{Beneath, WriteLog};
 use crate::memory::{self, GuestMemory, layout};
-use crate::vcpu::factory::{self, VcpuFactory};
-use crate::vcpu::{cpuid, kick, regs};
+use crate::vcpu::cpuid::{self, CpuModel};
+use crate::vcpu::create::{self, VcpuContext};
+use crate::vcpu::{kick, regs};
+use crate::vm::acpi::Platform;
 use crate::vm::console::Input;
-use crate::vm::devices::{self, Opened};
 use crate::vm::error::BuildError;
-use crate::vm::kvm::{self, ioctl_error};
-use crate::vm::lifecycle::Lifecycle;
 use crate::vm::machine::{Board, Content, Machine, Origin, Vcpus};
+use crate::vm::wiring;
 
 /// A machine whose vCPU threads wait at the gate.
 pub struct Built {
@@ -74,7 +78,7 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     let (kvm, contents) = std::thread::scope(|scope| {
         let filling = std::thread::Builder::new()
             .name("vmm-load".to_owned())
-            .spawn_scoped(scope, || fill(&memory, config, &plan.acpi));
+            .spawn_scoped(scope, || fill(&memory, config, &plan.platform));
         let filling = filling.map_err(|source| BuildError::Host {
             what: "thread vmm-load",
             source,
@@ -85,24 +89,28 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         Ok::<_, BuildError>((kvm?, contents?))
     })?;
-    let KvmParts { vm, cpuid, registers } = kvm;
+    let KvmParts { vm, model, registers } = kvm;
     let (shared, entry) = contents;
 
     let memslots: Arc<dyn Memslots> = vm.clone();
-    let windows = Windows::new(layout, &memory, &memslots);
+    let windows = Windows::new(layout, &memory, &memslots).map_err(|source| BuildError::Host {
+        what: "sealing hotpluggable memory",
+        source,
+    })?;
     // Files of pmem devices get their memslots here, before the irqchip exists.
     let (devices, mem) = connect(plan.devices, &config.memory, &windows)?;
-    kvm::split_irqchip(&vm)?;
+    wiring::split_irqchip(&vm)?;
     let max = config.vcpus.max;
     let mut fds = Vec::new();
     for index in 0..config.vcpus.boot {
-        let vcpu = factory::create(&vm, &cpuid, index, max)?;
+        let vcpu = create::create(&vm, &model, index, max)?;
         if index == 0 {
             regs::set_boot_state(&vcpu, &memory, entry)?;
         }
         fds.push(vcpu);
     }
 
+    let lifecycle = Arc::new(Lifecycle::new());
     let mut origin = Origin::default();
     if config.memory.track_writes {
         let log = WriteLog::new(&memory, windows.layout(), Beneath::Zeros);
@@ -118,12 +126,13 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         windows,
         registers,
         shared,
-        cpuid,
-        acpi: plan.acpi,
+        model,
+        platform: plan.platform,
         console,
         vcpus: config.vcpus,
+        lifecycle: lifecycle.clone(),
     };
-    let (machine, lifecycle) = parts.assemble()?;
+    let machine = parts.assemble()?;
     let input = machine.board.serial.clone().map_or(plan.input, Input::Serial);
     let mut built = Built {
         machine,
@@ -146,20 +155,20 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
 /// KVM's machine with its memory, before there are interrupt controllers and vCPUs.
 struct KvmParts {
     vm: Arc<VmFd>,
-    cpuid: Vec<kvm_cpuid_entry2>,
+    model: CpuModel,
     registers: Arc<RegisterPages>,
 }
 
 impl KvmParts {
-    fn new(config: &VmConfig, memory: &GuestMemory, layout: &MemoryLayout) -> Result<Self, BuildError> {
+    fn new(config: &VmConfig, guest_memory: &GuestMemory, layout: &MemoryLayout) -> Result<Self, BuildError> {
         let kvm = kvm::open()?;
         check_vcpu_limit(&kvm, config)?;
-        let cpuid = cpuid::supported(&kvm)?;
-        check_address_space(cpuid::physical_address_bits(&cpuid), layout)?;
+        let model = CpuModel::new(&kvm, config.cpu)?;
+        check_address_space(cpuid::physical_address_bits(&model.cpuid), layout)?;
         let vm = Arc::new(kvm::create_vm(&kvm)?);
-        kvm::set_memory(&vm, memory, layout)?;
-        let registers = kvm::set_registers(&vm)?;
-        Ok(Self { vm, cpuid, registers })
+        memory::set_memory(&vm, guest_memory, layout)?;
+        let registers = wiring::set_registers(&vm)?;
+        Ok(Self { vm, model, registers })
     }
 }
 
@@ -167,9 +176,9 @@ impl KvmParts {
 fn fill(
     memory: &Arc<GuestMemory>,
     config: &VmConfig,
-    acpi: &acpi::Machine,
+    platform: &Platform,
 ) -> Result<(Arc<SharedPage>, EntryPoint), BuildError> {
-    let rsdp = acpi::write_tables(memory, acpi)?;
+    let rsdp = platform.tables().write(memory)?;
     memory
         .write_slice(&power::reset_vector(), GuestAddress(layout::RESET_VECTOR))
         .map_err(|e| BuildError::Host {
@@ -200,14 +209,16 @@ pub struct Parts {
     pub registers: Arc<RegisterPages>,
     /// What AML reads.
     pub shared: Arc<SharedPage>,
-    /// CPUID before each vCPU's own topology.
-    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// What the vCPUs can.
+    pub model: CpuModel,
     /// GSIs.
-    pub acpi: acpi::Machine,
+    pub platform: Platform,
     /// Where COM1's output goes.
     pub console: ConsoleLog,
     /// Processors of the configuration.
     pub vcpus: VcpuConfig,
+    /// The machine's state.
+    pub lifecycle: Arc<Lifecycle>,
 }
 
 impl Parts {
@@ -215,58 +226,70 @@ impl Parts {
     ///
     /// # Errors
     /// [`BuildError`].
-    pub fn assemble(self) -> Result<(Machine, Arc<Lifecycle>), BuildError> {
+    pub fn assemble(self) -> Result<Machine, BuildError> {
         let VcpuConfig { boot, max } = self.vcpus;
         let hotplug = Arc::new(CpuHotplug::new(self.shared.clone(), boot, max));
-        let board = board(&self.vm, &self.acpi, self.registers, self.shared, &self.console)?;
+        let board = board(
+            &self.vm,
+            &self.platform,
+            self.registers,
+            self.shared,
+            &self.console,
+        )?;
         let (pio, mmio) = buses(&board, &hotplug)?;
-        let lifecycle = Arc::new(Lifecycle::new());
         let vcpus = Vcpus {
             threads: Vec::new(),
             spare: Vec::new(),
-            factory: VcpuFactory {
-                cpuid: self.cpuid,
+            context: VcpuContext {
+                model: self.model,
                 max,
                 pio,
                 mmio,
-                lifecycle: lifecycle.clone(),
+                lifecycle: self.lifecycle,
             },
             hotplug,
         };
         let io = IoLoop::spawn("vmm-io")?;
         let memory = (self.memory, self.windows, self.origin);
-        Ok((Machine::new(self.vm, memory, board, vcpus, io), lifecycle))
+        Ok(Machine::new(self.vm, memory, board, vcpus, io))
     }
 }
 
 /// The interrupt controller and what hangs on it.
 fn board(
     vm: &Arc<VmFd>,
-    acpi: &acpi::Machine,
+    platform: &Platform,
     registers: Arc<RegisterPages>,
     shared: Arc<SharedPage>,
     console: &ConsoleLog,
 ) -> Result<Board, BuildError> {
-    let slots = Arc::new(Slots::new(acpi.slot_gsis.len() as u8, registers, shared.clone()));
-    let ged = Arc::new(Ged::new(new_irqfd(vm, acpi.ged_gsi)?));
-    let serial = match acpi.serial {
+    let slots = Arc::new(Slots::new(
+        platform.slot_gsis.len() as u8,
+        registers,
+        shared.clone(),
+    ));
+    let ged = Arc::new(Ged::new(new_irqfd(vm, platform.ged_gsi)?));
+    let serial = match platform.serial {
         true => Some(Arc::new(Serial::new(
             console.clone(),
             new_irqfd(vm, serial::GSI)?,
         ))),
         false => None,
     };
-    let routing = kvm::Routes {
+    let routing = wiring::Routes {
         vm: vm.clone(),
-        ged: (acpi.ged_gsi, ged.clone()),
-        slots: (acpi.slot_gsis.first().copied().unwrap_or(u32::MAX), slots.clone()),
+        ged: (platform.ged_gsi, ged.clone()),
+        slots: (
+            platform.slot_gsis.first().copied().unwrap_or(u32::MAX),
+            slots.clone(),
+        ),
         serial: serial.clone(),
     };
     Ok(Board {
         slots,
-        slot_gsis: acpi.slot_gsis.clone(),
+        slot_gsis: platform.slot_gsis.clone(),
         ged,
-        io_apic: Arc::new(IoApic::new(acpi.io_apic_pins, Box::new(routing))),
+        io_apic: Arc::new(IoApic::new(platform.io_apic_pins, Box::new(routing))),
         shared,
         serial,
     })
@@ -275,7 +298,7 @@ fn board(
 /// Completes the devices with their parts of guest memory. The one of hotpluggable memory comes last: the guest's numbering
 /// of the others does not depend on it.
 fn connect(
-    opened: Vec<(Content, Opened)>,
+    opened: Vec<(Content, Box<dyn Opened>)>,
     config: &MemoryConfig,
     windows: &Windows,
 ) -> Result<(Devices, Option<MemHandle>), BuildError> {
@@ -285,7 +308,10 @@ fn connect(
         let connected = device.connect(windows);
         devices.push((
             content,
-            connected.map_err(|reason| BuildError::Device { id, reason })?,
+            connected.map_err(|e| BuildError::Device {
+                id,
+                reason: e.to_string(),
+            })?,
         ));
     }
     let mut handle = None;
@@ -326,7 +352,7 @@ pub fn start_threads(
     let host = |what| move |source| BuildError::Host { what, source };
     kick::install_handler().map_err(host("signal handler"))?;
     for (index, fd) in vcpus {
-        let vcpu = machine.vcpus.factory.connect(index, fd);
+        let vcpu = machine.vcpus.context.connect(index, fd);
         let thread = vcpu.spawn().map_err(host("vCPU thread"))?;
         machine.vcpus.threads.push(thread);
     }
@@ -336,11 +362,11 @@ pub fn start_threads(
 /// Everything that can be decided, opened and checked before KVM is asked for anything.
 struct Plan {
     /// In slot order; the one of hotpluggable memory is not among them.
-    devices: Vec<(Content, Opened)>,
+    devices: Vec<(Content, Box<dyn Opened>)>,
     console: ConsoleLog,
     input: Input,
     vsock: Option<VsockHandle>,
-    acpi: acpi::Machine,
+    platform: Platform,
 }
 
 impl Plan {
@@ -363,7 +389,7 @@ impl Plan {
         let slots = devices.len() + mem + usize::from(config.hotplug_slots);
         Ok(Self {
             devices,
-            acpi: gsis(config, slots)?,
+            platform: gsis(config, slots)?,
             console: opener.console,
             input: opener.input,
             vsock: opener.vsock,
@@ -382,7 +408,7 @@ impl Plan {
 ///
 /// # Errors
 /// [`BuildError::TooManySlots`].
-pub fn gsis(config: &VmConfig, slots: usize) -> Result<acpi::Machine, BuildError> {
+pub fn gsis(config: &VmConfig, slots: usize) -> Result<Platform, BuildError> {
     let too_many = || BuildError::TooManySlots {
         requested: slots,
         max: slots::MAX_SLOTS,
@@ -396,7 +422,7 @@ pub fn gsis(config: &VmConfig, slots: usize) -> Result<acpi::Machine, BuildError
     for _ in 0..slots {
         slot_gsis.push(gsis.allocate().ok_or_else(too_many)?);
     }
-    Ok(acpi::Machine {
+    Ok(Platform {
         boot_vcpus: config.vcpus.boot,
         max_vcpus: config.vcpus.max,
         ged_gsi,
@@ -415,6 +441,8 @@ pub struct Opener<'c> {
     pub input: Input,
     /// The host side of the vsock device.
     pub vsock: Option<VsockHandle>,
+    /// Open TAP queues, by id of the network device.
+    pub tap_fds: BTreeMap<String, Vec<OwnedFd>>,
 }
 
 impl<'c> Opener<'c> {
@@ -425,6 +453,7 @@ impl<'c> Opener<'c> {
             console: ConsoleLog::default(),
             input: Input::Off,
             vsock: None,
+            tap_fds: BTreeMap::new(),
         }
     }
 
@@ -432,7 +461,7 @@ impl<'c> Opener<'c> {
     ///
     /// # Errors
     /// [`BuildError::Device`].
-    pub fn open(&mut self, content: &Content) -> Result<Opened, BuildError> {
+    pub fn open(&mut self, content: &Content) -> Result<Box<dyn Opened>, BuildError> {
         let error = |id: &str| {
             let id = id.to_owned();
             move |reason| BuildError::Device { id, reason }
@@ -445,13 +474,13 @@ impl<'c> Opener<'c> {
                     source,
                 })?;
                 self.input = Input::Hvc(handle);
-                Opened::Device(Box::new(device))
+                Complete::opened(device)
             }
             (Content::Vsock, Some(config)) => {
                 let vsock = Vsock::new(config).map_err(|e| e.to_string());
                 let (device, handle) = vsock.map_err(error("vsock"))?;
                 self.vsock = Some(handle);
-                Opened::Device(Box::new(device))
+                Complete::opened(device)
             }
             (Content::Vsock, None) => {
                 return Err(error("vsock")("the configuration has none".to_owned()));
@@ -459,7 +488,17 @@ impl<'c> Opener<'c> {
             (Content::Mem, _) => {
                 return Err(error(mem::DEVICE_ID)("comes with the memory".to_owned()));
             }
-            (Content::Device(config), _) => devices::open(config).map_err(error(config.id()))?,
+            (Content::Device(config), _) => config
+                .knobs()
+                .open()
+                .map_err(|e| error(config.id())(e.to_string()))?,
+            (Content::Adopted(config), _) => {
+                let fds = self.tap_fds.remove(config.id()).unwrap_or_default();
+                config
+                    .knobs()
+                    .adopt(fds)
+                    .map_err(|e| error(config.id())(e.to_string()))?
+            }
         })
     }
 }

@@ -1,47 +1,22 @@
 //! What can go wrong with a machine, one enum per operation.
 
 use std::io;
-use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::acpi::AcpiError;
+use crate::acpi::tables::AcpiError;
 use crate::boot::BootError;
 use crate::bus::BusError;
 use crate::config::ConfigError;
+use crate::devices::virtio::config::OpenErrorKind;
 use crate::devices::virtio::vsock::VsockError;
 use crate::io_loop::IoLoopError;
+pub use crate::kvm::{IoctlError, KvmError};
+use crate::lifecycle::VmState;
 use crate::memory::MemoryError;
 use crate::memory::window::WindowError;
 use crate::vcpu::cpuid::CpuidError;
+use crate::vcpu::create::VcpuError;
 use crate::vcpu::regs::RegsError;
-use crate::vm::VmState;
-
-/// KVM cannot be used at all.
-#[derive(Debug, thiserror::Error)]
-pub enum KvmError {
-    /// No device node: no virtualization, or the module is not loaded.
-    #[error("{0}: no such device: this host has no KVM (is the kvm module loaded, virtualization enabled?)")]
-    Missing(PathBuf),
-    /// The user may not open it.
-    #[error("{0}: permission denied: the process needs read and write access to KVM")]
-    Permission(PathBuf),
-    /// Anything else.
-    #[error("{path}: {source}")]
-    Open {
-        /// The device.
-        path: PathBuf,
-        /// Cause.
-        source: io::Error,
-    },
-    /// A KVM too old or too new.
-    #[error("{path}: KVM API version {version}, need 12")]
-    Version {
-        /// The device.
-        path: PathBuf,
-        /// Reported version.
-        version: i32,
-    },
-}
 
 /// A machine cannot be built. Nothing of it is left behind.
 #[derive(Debug, thiserror::Error)]
@@ -53,13 +28,8 @@ pub enum BuildError {
     #[error(transparent)]
     Kvm(#[from] KvmError),
     /// A KVM request failed.
-    #[error("{ioctl}: {source}")]
-    Ioctl {
-        /// The ioctl.
-        ioctl: &'static str,
-        /// Cause.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Ioctl(#[from] IoctlError),
     /// More vCPUs than the host allows.
     #[error("vcpus: {requested} requested, this host's KVM allows {supported}")]
     TooManyVcpus {
@@ -104,6 +74,9 @@ pub enum BuildError {
     /// CPUID.
     #[error(transparent)]
     Cpuid(#[from] CpuidError),
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
     /// vCPU registers.
     #[error(transparent)]
     Regs(#[from] RegsError),
@@ -228,6 +201,8 @@ pub enum HotplugError {
     Device {
         /// Device id.
         id: String,
+        /// What can be done about it.
+        kind: OpenErrorKind,
         /// What is wrong with it.
         reason: String,
     },

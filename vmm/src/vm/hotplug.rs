@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 use crate::config::{ConfigError, DeviceConfig, NetConfig};
 use crate::devices::ged::Event;
 use crate::devices::virtio::balloon::Balloon;
+use crate::devices::virtio::config::{Complete, OpenError, Opened};
 use crate::devices::virtio::net::{Net, NetHandle};
-use crate::vm::devices::{self, Opened};
 use crate::vm::error::HotplugError;
 use crate::vm::info::DeviceInfo;
 use crate::vm::machine::{Content, Machine};
@@ -20,8 +20,8 @@ impl Vm {
     /// [`HotplugError`]; the machine is as before.
     pub fn add_device(&self, config: DeviceConfig) -> Result<DeviceInfo, HotplugError> {
         config.validate()?;
-        self.plug(&config, || Ok((devices::open(&config)?, ())))
-            .map(|(info, ())| info)
+        let open = || Ok((config.knobs().open()?, ()));
+        self.plug(&config, Content::Device, open).map(|(info, ())| info)
     }
 
     /// As [`add_device`](Self::add_device), for a network interface: also gives a handle to change its link and limits,
@@ -36,14 +36,18 @@ impl Vm {
     ) -> Result<(DeviceInfo, NetHandle), HotplugError> {
         let device = DeviceConfig::Net(config.clone());
         device.validate()?;
-        self.plug(&device, || {
+        let content = match tap_fds.is_empty() {
+            true => Content::Device,
+            false => Content::Adopted,
+        };
+        self.plug(&device, content, || {
             let net = match tap_fds.is_empty() {
                 true => Net::new(&config),
                 false => Net::with_fds(&config, tap_fds),
             };
-            let net = net.map_err(|e| e.to_string())?;
+            let net = net?;
             let handle = net.handle();
-            Ok((Opened::Device(Box::new(net)), handle))
+            Ok((Complete::opened(net), handle))
         })
     }
 
@@ -51,7 +55,8 @@ impl Vm {
     fn plug<T>(
         &self,
         config: &DeviceConfig,
-        open: impl FnOnce() -> Result<(Opened, T), String>,
+        content: impl FnOnce(Box<DeviceConfig>) -> Content,
+        open: impl FnOnce() -> Result<(Box<dyn Opened>, T), OpenError>,
     ) -> Result<(DeviceInfo, T), HotplugError> {
         let id = config.id().to_owned();
         self.with_machine(&id, |machine| {
@@ -68,9 +73,10 @@ impl Vm {
                 return Err(ConfigError::SecondBalloon(id.clone()).into());
             }
             let opened = open().and_then(|(opened, extra)| Ok((opened.connect(&machine.windows)?, extra)));
-            let (device, extra) = opened.map_err(|reason| HotplugError::Device {
+            let (device, extra) = opened.map_err(|e| HotplugError::Device {
                 id: id.clone(),
-                reason,
+                kind: e.kind(),
+                reason: e.to_string(),
             })?;
             let host_error = |what, source| HotplugError::Host {
                 id: id.clone(),
@@ -78,19 +84,19 @@ impl Vm {
                 source,
             };
             let info = machine
-                .plug(slot, Content::Device(Box::new(config.clone())), device)
+                .plug(slot, content(Box::new(config.clone())), device)
                 .map_err(|e| host_error(e.what, e.source))?;
             if let Err(error) = machine.board.ged.notify(Event::Slots) {
                 machine.unplug(slot);
                 return Err(host_error("interrupt of the generic event device", error));
             }
-            tracing::info!(id, slot = info.acpi_name, "device added");
+            tracing::info!(id, slot = info.address.name(), "device added");
             Ok((info, extra))
         })
     }
 
     /// Takes a device out of the machine. The guest must have unbound its driver first (Linux: write
-    /// [`DeviceInfo::acpi_name`] to `/sys/bus/platform/drivers/virtio-mmio/unbind`).
+    /// [`DeviceAddress::name`](crate::vm::DeviceAddress::name) to `/sys/bus/platform/drivers/virtio-mmio/unbind`).
     ///
     /// # Errors
     /// [`HotplugError::NotFound`], or [`HotplugError::InUse`] while a driver is bound.
@@ -107,7 +113,7 @@ impl Vm {
                 return Err(HotplugError::InUse(id.to_owned()));
             }
             let info = machine.unplug(slot).ok_or_else(not_found)?;
-            tracing::info!(id, slot = info.acpi_name, "device removed");
+            tracing::info!(id, slot = info.address.name(), "device removed");
             Ok(info)
         })
     }

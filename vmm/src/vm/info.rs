@@ -12,18 +12,37 @@ use crate::vcpu::metrics::VcpuMetrics;
 pub struct DeviceInfo {
     /// Id from the configuration.
     pub id: String,
-    /// First address of its registers.
-    pub mmio_address: u64,
-    /// Size of its address window.
-    pub size: u64,
-    /// Its interrupt.
-    pub gsi: u32,
-    /// Name of the platform device in the guest, e.g. `LNRO0005:03` (`/sys/bus/platform/devices/…`).
-    pub acpi_name: String,
-    /// The slot held another device before: Linux keeps the platform device then, so the guest must write `acpi_name` to
-    /// `/sys/bus/platform/drivers/virtio-mmio/bind` itself, and again while that says ENODEV: the ACPI scan that makes the
-    /// device present runs beside it.
+    /// Where the guest finds it.
+    pub address: DeviceAddress,
+    /// The slot held another device before: Linux keeps the platform device then, so the guest must write the
+    /// [`name`](DeviceAddress::name) to `/sys/bus/platform/drivers/virtio-mmio/bind` itself, and again while that says
+    /// ENODEV: the ACPI scan that makes the device present runs beside it.
     pub needs_bind: bool,
+}
+
+/// Where the guest finds a device, by the transport that carries it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceAddress {
+    /// virtio-mmio.
+    Mmio {
+        /// First address of its registers.
+        start: u64,
+        /// Size of its address window in bytes.
+        size: u64,
+        /// Its interrupt.
+        gsi: u32,
+        /// Name of the platform device in the guest, e.g. `LNRO0005:03` (`/sys/bus/platform/devices/…`).
+        acpi_name: String,
+    },
+}
+
+impl DeviceAddress {
+    /// Name of the device on its bus in the guest's sysfs: for virtio-mmio that of the platform device, e.g. `LNRO0005:03`.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Mmio { acpi_name, .. } => acpi_name,
+        }
+    }
 }
 
 /// Kernel thread ids, for cgroups and scheduling.

@@ -14,18 +14,19 @@ use crate::config::DeviceConfig;
 use crate::devices::cpu_hotplug::CpuHotplug;
 use crate::devices::ged::Ged;
 use crate::devices::serial::Serial;
-use crate::devices::virtio::mmio::{Host, MmioTransport, QUEUE_NOTIFY};
-use crate::devices::virtio::slots::{self, Slots};
-use crate::devices::virtio::{Interrupt, VirtioDevice};
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::transport::mmio::registers::register::{INTERRUPT_ACK, QUEUE_NOTIFY};
+use crate::devices::virtio::transport::mmio::slots::{self, Slots};
+use crate::devices::virtio::transport::mmio::{Host, INTERRUPT_USED_RING, MmioTransport, SlotInterrupt};
 use crate::io_loop::IoLoop;
 use crate::irq::io_apic::IoApic;
 use crate::memory::pager::Pager;
 use crate::memory::window::Windows;
 use crate::memory::write_log::WriteLog;
 use crate::memory::{GuestMemory, layout};
-use crate::vcpu::factory::VcpuFactory;
+use crate::vcpu::create::VcpuContext;
 use crate::vcpu::run::{Vcpu, VcpuThread};
-use crate::vm::info::{DeviceInfo, DeviceMetrics, VmMetrics};
+use crate::vm::info::{DeviceAddress, DeviceInfo, DeviceMetrics, VmMetrics};
 
 /// A device cannot be connected to KVM.
 #[derive(Debug)]
@@ -51,6 +52,18 @@ struct SlotState {
     content: Option<Content>,
 }
 
+impl SlotState {
+    /// Where the guest finds what is in slot `index`.
+    fn address(&self, index: usize) -> DeviceAddress {
+        DeviceAddress::Mmio {
+            start: Slots::address(index),
+            size: layout::VIRTIO_MMIO_SLOT_SIZE,
+            gsi: self.gsi,
+            acpi_name: slots::acpi_name(index),
+        }
+    }
+}
+
 /// What a slot was filled with: enough to make the device again in another process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Content {
@@ -62,6 +75,18 @@ pub enum Content {
     Mem,
     /// A device of the configuration, or one that was added.
     Device(Box<DeviceConfig>),
+    /// The same for a device whose host side was handed over open: it cannot be opened by name.
+    Adopted(Box<DeviceConfig>),
+}
+
+impl Content {
+    /// The device's configuration, if it has one of its own.
+    pub fn config(&self) -> Option<&DeviceConfig> {
+        match self {
+            Self::Device(config) | Self::Adopted(config) => Some(config),
+            Self::Console | Self::Vsock | Self::Mem => None,
+        }
+    }
 }
 
 /// The processors of a machine.
@@ -71,8 +96,8 @@ pub struct Vcpus {
     pub threads: Vec<VcpuThread>,
     /// vCPUs the guest gave back: KVM keeps them as long as the VM, so they are used again.
     pub spare: Vec<Vcpu>,
-    /// How they are made.
-    pub factory: VcpuFactory,
+    /// What they have in common.
+    pub context: VcpuContext,
     /// What the guest knows of them.
     pub hotplug: Arc<CpuHotplug>,
 }
@@ -102,6 +127,8 @@ pub struct Machine {
     /// Everything that is no device of the configuration.
     pub board: Board,
     slot_states: Vec<SlotState>,
+    /// Takes what drivers acknowledge without anybody looking at it; made with the first device.
+    acknowledged: Option<Arc<EventFd>>,
     /// KVM's side of the machine.
     pub vm: Arc<VmFd>,
     /// What devices put into guest memory.
@@ -149,6 +176,7 @@ impl Machine {
             vcpus,
             board,
             slot_states,
+            acknowledged: None,
             vm,
             windows,
             memory,
@@ -257,7 +285,13 @@ impl Machine {
         self.vm
             .register_irqfd(&irqfd, state.gsi)
             .map_err(connect_error("KVM_IRQFD"))?;
-        let kicks = match register_kicks(&self.vm, index, device.queue_sizes().len()) {
+        let queues = device.queue_sizes().len();
+        let registered = register_kicks(&self.vm, index, queues).and_then(|kicks| {
+            register_acknowledged(&self.vm, index, &mut self.acknowledged)
+                .inspect_err(|_| unregister_kicks(&self.vm, index, &kicks))?;
+            Ok(kicks)
+        });
+        let kicks = match registered {
             Ok(kicks) => kicks,
             Err(error) => {
                 unregister("KVM_IRQFD", self.vm.unregister_irqfd(&irqfd, state.gsi));
@@ -266,17 +300,14 @@ impl Machine {
         };
         let info = DeviceInfo {
             id: device.id().to_owned(),
-            mmio_address: Slots::address(index),
-            size: layout::VIRTIO_MMIO_SLOT_SIZE,
-            gsi: state.gsi,
-            acpi_name: slots::acpi_name(index),
+            address: state.address(index),
             needs_bind: state.used_before,
         };
         let host = Host {
             memory: self.memory.clone(),
             io: self.io.clone(),
         };
-        let interrupt = Interrupt::new(registers, irqfd.clone());
+        let interrupt = SlotInterrupt::new(registers, irqfd.clone());
         state.irqfd = Some(irqfd);
         state.content = Some(content);
         if let Some(mut slot) = self.board.slots.lock(index) {
@@ -291,8 +322,15 @@ impl Machine {
         let mut transport = self.board.slots.lock(index)?.take()?;
         self.board.slots.set_present(index, false);
         transport.reset();
-        transport.interrupt().registers().show_empty();
+        transport.show_empty();
         unregister_kicks(&self.vm, index, transport.kicks());
+        if let Some(acknowledged) = &self.acknowledged {
+            let address = acknowledge_address(index);
+            let undone = self
+                .vm
+                .unregister_ioevent(acknowledged, &address, INTERRUPT_USED_RING);
+            unregister("KVM_IOEVENTFD", undone);
+        }
         let state = self.slot_states.get_mut(index)?;
         if let Some(irqfd) = state.irqfd.take() {
             unregister("KVM_IRQFD", self.vm.unregister_irqfd(&irqfd, state.gsi));
@@ -301,10 +339,7 @@ impl Machine {
         state.content = None;
         Some(DeviceInfo {
             id: transport.id().to_owned(),
-            mmio_address: Slots::address(index),
-            size: layout::VIRTIO_MMIO_SLOT_SIZE,
-            gsi: state.gsi,
-            acpi_name: slots::acpi_name(index),
+            address: state.address(index),
             needs_bind: true,
         })
     }
@@ -405,6 +440,26 @@ fn unregister_kicks(vm: &VmFd, slot: usize, kicks: &[Arc<EventFd>]) {
     for (queue, kick) in (0u32..).zip(kicks) {
         unregister("KVM_IOEVENTFD", vm.unregister_ioevent(kick, &address, queue));
     }
+}
+
+fn acknowledge_address(slot: usize) -> IoEventAddress {
+    IoEventAddress::Mmio(Slots::address(slot) + INTERRUPT_ACK)
+}
+
+/// Lets KVM take the acknowledgement of used buffers alone, the usual one: InterruptStatus keeps the bit then, which only tells
+/// a driver to look at its queues. Each interrupt saves the exit to this process. An acknowledgement of a changed configuration
+/// comes here and clears the status.
+fn register_acknowledged(
+    vm: &VmFd,
+    slot: usize,
+    acknowledged: &mut Option<Arc<EventFd>>,
+) -> Result<(), ConnectError> {
+    let eventfd = match acknowledged {
+        Some(eventfd) => eventfd,
+        None => acknowledged.insert(new_eventfd()?),
+    };
+    vm.register_ioevent(eventfd, &acknowledge_address(slot), INTERRUPT_USED_RING)
+        .map_err(connect_error("KVM_IOEVENTFD"))
 }
 
 /// Undoing a registration fails only if it was not there; there is nobody to tell.

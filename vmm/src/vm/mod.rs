@@ -1,20 +1,18 @@
 //! The handle of a machine.
 
+mod acpi;
 mod build;
 mod console;
-mod devices;
 mod disks;
 mod error;
-mod exit;
 mod hotplug;
 mod info;
-pub(crate) mod kvm;
-pub(crate) mod lifecycle;
 mod machine;
+mod memory;
 mod processors;
-mod resize;
 mod share;
 pub mod snapshot;
+mod wiring;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -23,11 +21,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use crate::devices::virtio::balloon::{BalloonError, BalloonStatistics, BalloonStatus};
+pub use crate::devices::virtio::config::OpenErrorKind;
 pub use crate::devices::virtio::mem::ResizeMemoryError;
-pub use error::{BuildError, DeviceError, HotplugError, KvmError, ResizeVcpuError, VmError};
-pub use exit::ExitReason;
-pub use info::{BootTimings, DeviceInfo, DeviceMetrics, Mark, ThreadIds, VmMetrics};
-pub use lifecycle::VmState;
+pub use crate::lifecycle::{ExitReason, VmState};
+pub use error::{BuildError, DeviceError, HotplugError, IoctlError, KvmError, ResizeVcpuError, VmError};
+pub use info::{BootTimings, DeviceAddress, DeviceInfo, DeviceMetrics, Mark, ThreadIds, VmMetrics};
 
 use crate::config::VmConfig;
 use crate::devices::ged::Event;
@@ -35,8 +33,8 @@ use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::console::ConsoleLog;
 use crate::devices::virtio::mem::MemHandle;
 use crate::devices::virtio::vsock::{AttachOptions, VsockHandle, VsockListener};
+use crate::lifecycle::Lifecycle;
 use console::Input;
-use lifecycle::Lifecycle;
 use machine::{Machine, NoSuchDevice};
 
 /// A virtual machine. Methods may be called from any thread; dropping the handle stops the machine.

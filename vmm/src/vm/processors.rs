@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::devices::cpu_hotplug::Cpu;
 use crate::devices::ged::Event;
-use crate::vcpu::factory;
+use crate::vcpu::create;
 use crate::vcpu::run::VcpuThread;
 use crate::vm::error::ResizeVcpuError;
 use crate::vm::machine::{Machine, Vcpus};
@@ -130,13 +130,13 @@ impl Machine {
         let vcpu = match spare {
             Some(position) => {
                 let vcpu = vcpus.spare.swap_remove(position);
-                factory::wait_for_init(&vcpu.fd, index).map_err(|e| host(e.to_string()))?;
+                create::wait_for_init(&vcpu.fd, index).map_err(|e| host(e.to_string()))?;
                 vcpu
             }
             None => {
-                let fd = factory::create(&self.vm, &vcpus.factory.cpuid, index, vcpus.factory.max)
+                let fd = create::create(&self.vm, &vcpus.context.model, index, vcpus.context.max)
                     .map_err(|e| host(e.to_string()))?;
-                vcpus.factory.connect(index, fd)
+                vcpus.context.connect(index, fd)
             }
         };
         let thread = vcpu.spawn().map_err(|e| host(e.to_string()))?;

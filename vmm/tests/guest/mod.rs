@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use dragonball::Vm;
-use dragonball::config::{BootConfig, ConsoleConfig, DeviceConfig, MemoryConfig, VcpuConfig, VmConfig};
+use dragonball::config::{
+    BootConfig, ConsoleConfig, CpuConfig, DeviceConfig, MemoryConfig, VcpuConfig, VmConfig,
+};
 use dragonball::vm::ExitReason;
 
 /// Where the guest's code is loaded and starts.
@@ -167,6 +169,7 @@ pub fn config(scratch: &Scratch, code: &Code) -> VmConfig {
     VmConfig {
         id: "tiny".to_owned(),
         vcpus: VcpuConfig { boot: 1, max: 1 },
+        cpu: CpuConfig::default(),
         memory: MemoryConfig::fixed(64),
         boot: BootConfig {
             kernel: scratch.write("kernel", &elf(&code.0)),

@@ -136,7 +136,7 @@ fn block_device_when_added_removed_and_added_again_is_seen() {
     let first = vm.add_device(disk("disk-one")).unwrap();
     assert!(!first.needs_bind);
     wait_for(&vm, "disk-one");
-    wait_for(&vm, &format!("unbound {}", first.acpi_name));
+    wait_for(&vm, &format!("unbound {}", first.address.name()));
     // The guest binds the old disk again and again until it finds the new one.
     let removed = loop {
         match vm.remove_device("disk-one") {
@@ -144,7 +144,7 @@ fn block_device_when_added_removed_and_added_again_is_seen() {
             other => break other.unwrap(),
         }
     };
-    assert_eq!(removed.acpi_name, first.acpi_name);
+    assert_eq!(removed.address.name(), first.address.name());
     assert!(matches!(
         vm.remove_device("disk-one"),
         Err(HotplugError::NotFound(_))

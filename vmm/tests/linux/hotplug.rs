@@ -106,7 +106,7 @@ fn devices_when_sixty_four_are_added_all_work() {
     };
     let mut names = std::collections::HashSet::new();
     for index in 0..64 {
-        assert!(names.insert(vm.add_device(device(index)).unwrap().acpi_name));
+        assert!(names.insert(vm.add_device(device(index)).unwrap().address.name().to_owned()));
     }
     assert!(matches!(
         vm.add_device(device(64)),

@@ -10,6 +10,7 @@ mod guest;
 mod block;
 mod boot;
 mod console;
+mod cpu;
 mod fs;
 mod hotplug;
 mod kernels;

@@ -104,9 +104,12 @@ fn devices_come_and_go(kernel: &Kernel) {
         assert!(matches!(busy, HotplugError::InUse(_)), "{busy}");
         guest.run(&format!(
             "echo {} > /sys/bus/platform/drivers/virtio-mmio/unbind",
-            info.acpi_name
+            info.address.name()
         ));
-        assert_eq!(vm.remove_device(&info.id).unwrap().acpi_name, info.acpi_name);
+        assert_eq!(
+            vm.remove_device(&info.id).unwrap().address.name().to_owned(),
+            info.address.name()
+        );
         let gone = vm.remove_device(&info.id).unwrap_err();
         assert!(matches!(gone, HotplugError::NotFound(_)), "{gone}");
     }
@@ -120,7 +123,7 @@ fn devices_come_and_go(kernel: &Kernel) {
         // __acpi_match_device).
         guest.run(&format!(
             "soon 'echo {} > /sys/bus/platform/drivers/virtio-mmio/bind'",
-            info.acpi_name
+            info.address.name()
         ));
     }
     assert_eq!(guest.run("soon 'head -n1 /dev/vda'"), "disk-two");

@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn logger_that_ends_at_once_is_not_ready() {
+    fn logger_when_it_ends_at_once_is_not_ready() {
         let folder = tempfile::tempdir().unwrap();
         let error = Logger::spawn(&script(folder.path(), "exit 3"), &owner())
             .err()
@@ -227,14 +227,14 @@ mod tests {
     }
 
     #[test]
-    fn uri_becomes_program_and_arguments() {
+    fn logger_uri_when_parsed_is_program_and_arguments() {
         let (program, args) = parse("binary:///usr/bin/log%20ger?tag=a%3Db&verbose&x=");
         assert_eq!(program, "/usr/bin/log ger");
         assert_eq!(args, ["tag", "a=b", "verbose", "x"]);
     }
 
     #[test]
-    fn logger_reads_both_streams_and_sees_its_environment() {
+    fn logger_when_started_reads_both_streams() {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("out");
         let script = folder.path().join("logger");
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_logger_is_named() {
+    fn logger_when_missing_is_named() {
         let error = Logger::spawn("binary:///nonexistent/logger", &owner())
             .err()
             .unwrap();

@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::blocking;
 use crate::hypervisor::{Attach, AttachDirection, Hypervisor};
 use crate::types::Stdio;
 
@@ -74,35 +75,29 @@ pub(super) struct ProcessIo {
 }
 
 impl ProcessIo {
-    /// Opens the streams and connects them to the agent's port `port`.
+    /// Connects `streams` to the agent's port `port`.
     ///
     /// # Errors
-    /// Naming the stream and its path; nothing is left open then.
-    pub(super) async fn open(
+    /// Those of [`Hypervisor::vsock_attach`]; nothing is left open then.
+    pub(super) fn attach(
         hypervisor: Arc<dyn Hypervisor>,
-        stdio: &Stdio,
+        mut streams: Streams,
         port: u32,
-        owner: Owner,
     ) -> Result<Arc<Self>> {
-        let stdio = stdio.clone();
-        // Off the async threads: a logger has ten seconds to get ready, and files may be anywhere.
-        let opened = tokio::task::spawn_blocking(move || Opened::new(&stdio, &owner)).await;
-        let opened = opened
-            .unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("streams: {error}"))))?;
         let mut io = Self {
             hypervisor,
             stdin_port: 0,
             stdout_port: 0,
             stderr_port: 0,
-            stdin: Mutex::new(opened.stdin_writer),
-            logger: Mutex::new(opened.logger),
+            stdin: Mutex::new(streams.stdin_writer.take()),
+            logger: Mutex::new(streams.logger.take()),
         };
-        if let Some(fd) = opened.stdin {
+        if let Some(fd) = streams.stdin.take() {
             let direction = AttachDirection::ToGuest;
             io.stdin_port = io.hypervisor.vsock_attach(Attach { fd, port, direction })?;
         }
-        io.stdout_port = io.attach_output(opened.stdout, port)?;
-        io.stderr_port = io.attach_output(opened.stderr, port)?;
+        io.stdout_port = io.attach_output(streams.stdout.take(), port)?;
+        io.stderr_port = io.attach_output(streams.stderr.take(), port)?;
         Ok(Arc::new(io))
     }
 
@@ -167,9 +162,9 @@ impl Drop for ProcessIo {
     }
 }
 
-/// The host's ends of a process' streams.
+/// The host's ends of a process' streams, before there is a process. Dropping them ends the logger.
 #[derive(Default)]
-struct Opened {
+pub(super) struct Streams {
     stdin: Option<OwnedFd>,
     /// See [`ProcessIo::stdin`].
     stdin_writer: Option<File>,
@@ -178,9 +173,18 @@ struct Opened {
     logger: Option<logger::Logger>,
 }
 
-impl Opened {
-    /// Blocks.
-    fn new(stdio: &Stdio, owner: &Owner) -> Result<Self> {
+impl Streams {
+    /// Opens the streams and starts the logger; needs no guest.
+    ///
+    /// # Errors
+    /// Naming the stream and its path; nothing is left open then.
+    pub(super) async fn open(stdio: &Stdio, owner: Owner) -> Result<Self> {
+        let stdio = stdio.clone();
+        // Off the async threads: a logger has ten seconds to get ready, and files may be anywhere.
+        blocking("streams", move || Self::open_now(&stdio, &owner)).await
+    }
+
+    fn open_now(stdio: &Stdio, owner: &Owner) -> Result<Self> {
         let mut opened = Self::default();
         opened.open_stdin(&stdio.stdin)?;
         opened.open_outputs(stdio, owner)?;
@@ -236,6 +240,17 @@ impl Opened {
     }
 }
 
+impl Drop for Streams {
+    fn drop(&mut self) {
+        // Its input ends first.
+        self.stdout.take();
+        self.stderr.take();
+        if let Some(logger) = self.logger.take() {
+            logger.finish();
+        }
+    }
+}
+
 fn open_output(stream: &'static str, target: Target) -> Result<Option<OwnedFd>> {
     match target {
         Target::None => Ok(None),
@@ -287,7 +302,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn uris_are_told_apart() {
+    fn uri_when_parsed_is_of_its_kind() {
         assert_eq!(parse("stdin", "").unwrap(), Target::None);
         assert_eq!(parse("stdout", "/run/x").unwrap(), Target::Fifo("/run/x".into()));
         assert_eq!(
@@ -308,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_fifo_means_nothing_attached_and_opening_never_blocks() {
+    fn fifo_when_missing_or_without_a_peer_opens_at_once() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("fifo");
         assert!(

@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn missing_and_broken_specs_are_named() {
+    fn spec_when_missing_or_broken_is_named() {
         let bundle = tempfile::tempdir().unwrap();
         let path = bundle.path().join("config.json").display().to_string();
 

@@ -38,17 +38,13 @@ pub struct GuestSpec {
 pub fn check(spec: &Spec) -> Result<()> {
     let mut lost = Vec::new();
     if let Some(linux) = spec.linux() {
-        let devices = linux.devices().iter().flatten();
-        let foreign = devices
-            .map(|device| device.path())
-            .filter(|path| !is_standard(path));
-        lost.extend(foreign.map(|path| {
-            format!(
-                "linux.devices {}: devices of the host are not passed to the guest (containerd's \
-                 privileged_without_host_devices leaves them out)",
-                path.display()
-            )
-        }));
+        // A privileged container gets a list of whatever the host has; it asked for none of them.
+        if !is_privileged(linux) {
+            lost.extend(foreign_devices(linux).map(|path| {
+                let path = path.display();
+                format!("linux.devices {path}: devices of the host are not passed to the guest")
+            }));
+        }
         lost.extend(linux.resources().iter().flat_map(lost_limits));
     }
     refuse(lost)
@@ -140,9 +136,7 @@ fn is_standard(path: &Path) -> bool {
 pub fn amend_resources(resources: &mut LinuxResources) -> Result<()> {
     refuse(lost_limits(resources))?;
     // Numbers of devices, processors and nodes of the host. The host's cgroup holds the pod to its processors.
-    if let Some(rules) = resources.devices_mut() {
-        rules.retain(names_no_device);
-    }
+    keep_rules_without_numbers(resources);
     resources.set_block_io(None);
     resources.set_network(None);
     resources.set_hugepage_limits(None);
@@ -228,6 +222,28 @@ fn amend_linux(spec: &mut Spec, container: &str, disable_seccomp: bool) -> Resul
     linux.resources_mut().as_mut().map_or(Ok(()), amend_resources)
 }
 
+/// Of the rules for devices, those that name none: the numbers are the host's, but a privileged container is one in the
+/// guest, too.
+fn keep_rules_without_numbers(resources: &mut LinuxResources) {
+    let rules = resources.devices_mut().take().map(|mut rules| {
+        rules.retain(names_no_device);
+        rules
+    });
+    resources.set_devices(rules.filter(|rules| !rules.is_empty()));
+}
+
+/// Whether the container is to join a PID namespace that exists, the pod's (`shareProcessNamespace`).
+pub fn joins_pid_namespace(spec: &Spec) -> bool {
+    let namespaces = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_ref());
+    namespaces.into_iter().flatten().any(|namespace| {
+        let path = namespace.path().as_ref();
+        namespace.typ() == LinuxNamespaceType::Pid && path.is_some_and(|path| !path.as_os_str().is_empty())
+    })
+}
+
 fn hook_names(hooks: &Hooks) -> Vec<String> {
     let lists = [
         hooks.prestart(),
@@ -264,7 +280,7 @@ mod tests {
             "devices": [{"path": "/dev/null", "type": "c", "major": 1, "minor": 3}],
             "maskedPaths": ["/proc/kcore"],
             "resources": {"devices": [{"allow": false, "access": "rwm"},
-                    {"allow": true, "type": "b", "major": 8, "minor": 0, "access": "rwm"}], "memory": {"limit": 1048576},
+                    {"allow": true, "type": "b", "major": 8, "minor": 0, "access": "rw"}], "memory": {"limit": 1048576},
                 "cpu": {"shares": 512, "cpus": "0-1", "mems": "0"}, "pids": {"limit": 10}, "blockIO": {"weight": 0},
                 "hugepageLimits": [{"pageSize": "2MB", "limit": 0}]}
         }
@@ -285,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn host_only_parts_are_removed() {
+    fn spec_when_amended_loses_what_is_of_the_host() {
         let (spec, _) = amended(true);
 
         let linux = spec.linux().as_ref().unwrap();
@@ -302,14 +318,9 @@ mod tests {
         assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/kata/c1")));
         assert!(linux.seccomp().is_none() && linux.devices().is_none() && linux.mount_label().is_none());
         let resources = linux.resources().as_ref().unwrap();
+        let rules = resources.devices().as_ref().unwrap();
+        assert!(rules.len() == 1 && !rules[0].allow(), "{rules:?}");
         assert!(resources.hugepage_limits().is_none());
-        let rules: Vec<_> = resources.devices().iter().flatten().collect();
-        assert_eq!(
-            rules.len(),
-            1,
-            "what names no device means the same in the guest: {rules:?}"
-        );
-        assert!(!rules[0].allow());
         let cpu = resources.cpu().as_ref().unwrap();
         assert!(cpu.cpus().is_none() && cpu.mems().is_none());
         let process = spec.process().as_ref().unwrap();
@@ -318,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_guest_needs_stays() {
+    fn spec_when_amended_keeps_what_the_guest_needs() {
         let (spec, _) = amended(false);
 
         let root = spec.root().as_ref().unwrap();
@@ -338,7 +349,21 @@ mod tests {
     }
 
     #[test]
-    fn hooks_that_do_not_run_are_warned_about() {
+    fn pid_namespace_when_it_has_a_path_is_joined() {
+        for (namespace, joined) in [
+            (r#"{"type":"pid","path":"/proc/4711/ns/pid"}"#, true),
+            (r#"{"type":"pid","path":""}"#, false),
+            (r#"{"type":"pid"}"#, false),
+            (r#"{"type":"network","path":"/run/netns/x"}"#, false),
+        ] {
+            let json = format!(r#"{{"ociVersion":"1","linux":{{"namespaces":[{namespace}]}}}}"#);
+            let spec = serde_json::from_str(&json).unwrap();
+            assert_eq!(joins_pid_namespace(&spec), joined, "{namespace}");
+        }
+    }
+
+    #[test]
+    fn hooks_when_they_do_not_run_are_warned_about() {
         let (_, warnings) = amended(true);
 
         let all = warnings.join("\n");
@@ -348,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_and_limits_that_cannot_be_had_are_refused_by_name() {
+    fn devices_when_they_cannot_be_had_are_refused_by_name() {
         let device = r#""devices": [{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]"#;
         for (linux, expected) in [
             (device, "/dev/kvm"),
@@ -373,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn privileged_container_has_the_devices_of_its_guest_and_is_told() {
+    fn privileged_container_when_created_has_the_devices_of_its_guest() {
         let json = r#"{"ociVersion": "1.0.2", "linux": {
             "devices": [{"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
                 {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
@@ -392,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn update_is_amended_as_a_new_container_is() {
+    fn update_when_amended_is_as_a_new_container() {
         let spec: Spec = serde_json::from_str(SPEC).unwrap();
         let mut update = spec.linux().as_ref().unwrap().resources().clone().unwrap();
         let (created, _) = amended(true);

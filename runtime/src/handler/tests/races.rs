@@ -3,7 +3,7 @@
 use super::*;
 
 #[tokio::test]
-async fn deletes_at_the_same_time_are_one_delete() {
+async fn deletes_when_at_the_same_time_are_one() {
     let mut bench = bench(Boot::Announced);
     bench.create("c1", &["exit", "3"]).await.unwrap();
     bench.start(init("c1")).await.unwrap();
@@ -24,7 +24,7 @@ async fn deletes_at_the_same_time_are_one_delete() {
 }
 
 #[tokio::test]
-async fn delete_that_was_refused_can_be_repeated() {
+async fn delete_when_refused_can_be_repeated() {
     let bench = bench(Boot::Announced);
     bench.create("c1", &["sleep"]).await.unwrap();
     bench.start(init("c1")).await.unwrap();
@@ -39,7 +39,7 @@ async fn delete_that_was_refused_can_be_repeated() {
 }
 
 #[tokio::test]
-async fn kill_during_a_create_finds_nothing_and_delete_takes_it_back() {
+async fn kill_when_during_a_create_finds_nothing_and_delete_takes_it_back() {
     let mut bench = bench(Boot::Announced);
     bench.create("c1", &["sleep"]).await.unwrap();
 
@@ -69,7 +69,7 @@ async fn kill_during_a_create_finds_nothing_and_delete_takes_it_back() {
 }
 
 #[tokio::test]
-async fn shutdown_after_the_delete_of_a_container_that_is_being_created_ends_the_shim() {
+async fn shutdown_when_the_container_being_created_was_deleted_ends_the_shim() {
     let bench = bench(Boot::Announced);
     let meanwhile = async {
         tokio::time::sleep(Duration::from_millis(150)).await;
@@ -86,7 +86,7 @@ async fn shutdown_after_the_delete_of_a_container_that_is_being_created_ends_the
 }
 
 #[tokio::test]
-async fn close_io_before_the_start_is_remembered() {
+async fn close_io_when_before_the_start_is_remembered() {
     let bench = bench(Boot::Announced);
     bench.create("c1", &["sleep"]).await.unwrap();
     bench.start(init("c1")).await.unwrap();
@@ -119,7 +119,7 @@ async fn close_io_before_the_start_is_remembered() {
 }
 
 #[tokio::test]
-async fn logger_that_never_gets_ready_holds_its_own_container_only() {
+async fn logger_when_never_ready_holds_its_own_container_only() {
     let bench = bench(Boot::Announced);
     bench.create("c1", &["sleep"]).await.unwrap();
     let logger = bench.path("logger");

@@ -1,25 +1,24 @@
-//! Virtio devices (OASIS virtio 1.2), carried by the mmio transport in `mmio.rs`.
+//! Virtio devices (OASIS virtio 1.2).
 //!
-//! A device is configured by the guest through the transport, activated once at DRIVER_OK with frozen queues, and
+//! A device is configured by the guest through a [`transport`], activated once at DRIVER_OK with frozen queues, and
 //! from then on runs as a worker on the I/O loop or on threads of its own until it is reset.
+//!
+//! A new device is a folder here, a variant of [`DeviceConfig`](crate::config::DeviceConfig), and the line beside it that
+//! says what the variant's knobs are.
 
 pub mod balloon;
 pub mod block;
-pub mod chain;
+pub mod config;
 pub mod console;
+pub mod device;
 pub mod fs;
-mod image_lock;
+pub mod image;
+pub mod interrupt;
 pub mod mem;
-pub mod mmio;
-pub mod moderation;
 pub mod net;
 pub mod pmem;
-pub mod queue_thread;
-pub mod registers;
-pub mod ring;
+pub mod queue;
 pub mod rng;
-pub mod served_queue;
-pub mod slots;
 pub mod state;
 #[cfg(test)]
 pub mod test_allocations;
@@ -27,286 +26,11 @@ pub mod test_allocations;
 pub mod test_resume;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod test_ring;
+pub mod transport;
 pub mod vsock;
+pub mod worker;
 
-use std::any::Any;
-use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-
-use event_manager::{MutEventSubscriber, SubscriberId};
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::Queue;
-use vmm_sys_util::eventfd::EventFd;
-
-use crate::devices::virtio::registers::{CONFIG_BYTES, Registers};
-use crate::devices::virtio::state::{QueuePosition, StateError};
-use crate::io_loop::{IoLoop, IoLoopError, Worker};
-use crate::memory::GuestMemory;
-
-/// Bit 0 of InterruptStatus: used buffers (virtio 1.2, 4.2.2).
-pub const INTERRUPT_USED_RING: u32 = 1;
-/// Bit 1 of InterruptStatus: the device configuration changed (virtio 1.2, 4.2.2).
-pub const INTERRUPT_CONFIG: u32 = 2;
-
-/// What every device that serves requests from chains of any shape offers.
-pub const CHAIN_FEATURES: u64 =
-    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
-
-/// A device could not start working; the transport then sets DEVICE_NEEDS_RESET.
-#[derive(Debug, thiserror::Error)]
-pub enum ActivateError {
-    /// The guest enabled fewer queues than the device needs.
-    #[error("{device}: queue {index} was not set up by the driver")]
-    QueueMissing {
-        /// Device id from the configuration.
-        device: String,
-        /// Queue index.
-        index: usize,
-    },
-    /// A host resource was refused.
-    #[error("{device}: {what}: {source}")]
-    Host {
-        /// Device id from the configuration.
-        device: String,
-        /// What was attempted.
-        what: &'static str,
-        /// Cause.
-        source: io::Error,
-    },
-    /// The I/O loop did not take the worker.
-    #[error(transparent)]
-    Loop(#[from] IoLoopError),
-}
-
-/// The device's way to interrupt the guest: status bits, then the irqfd.
-#[derive(Debug, Clone)]
-pub struct Interrupt {
-    registers: Registers,
-    raised: Arc<AtomicU64>,
-    irqfd: Arc<EventFd>,
-}
-
-impl Interrupt {
-    /// `registers` are those of the slot, `irqfd` is bound to its GSI.
-    pub fn new(registers: Registers, irqfd: Arc<EventFd>) -> Self {
-        Self {
-            registers,
-            raised: Arc::default(),
-            irqfd,
-        }
-    }
-
-    /// The slot's registers, InterruptStatus and ConfigGeneration among them.
-    pub fn registers(&self) -> &Registers {
-        &self.registers
-    }
-
-    /// Interrupts sent since the device was made.
-    pub fn raised(&self) -> u64 {
-        self.raised.load(Ordering::Relaxed)
-    }
-
-    /// Tells the driver that used buffers are waiting. Call it only when the queue's
-    /// `needs_notification` says so.
-    pub fn signal_used(&self) {
-        self.signal(INTERRUPT_USED_RING);
-    }
-
-    /// Shows the device's configuration and tells the driver to read it again. `fill` as in
-    /// [`Registers::show_config`]; a device passes its [`VirtioDevice::read_config`], and must not hold a lock that takes.
-    pub fn signal_config(&self, fill: impl FnOnce(&mut [u8; CONFIG_BYTES])) {
-        self.registers.show_config(fill);
-        self.registers.config_generation().fetch_add(1, Ordering::SeqCst);
-        self.signal(INTERRUPT_CONFIG);
-    }
-
-    /// Sends the interrupt again if the driver has not acknowledged the last one.
-    pub fn repeat(&self) {
-        if self.registers.interrupt_status().load(Ordering::SeqCst) != 0 {
-            self.trigger();
-        }
-    }
-
-    fn signal(&self, bit: u32) {
-        self.raised.fetch_add(1, Ordering::Relaxed);
-        let status = self.registers.interrupt_status();
-        status.fetch_or(bit, Ordering::SeqCst);
-        self.trigger();
-    }
-
-    fn trigger(&self) {
-        if let Err(error) = self.irqfd.write(1) {
-            guest_log!(ERROR, %error, "virtio: cannot write the irqfd");
-        }
-    }
-}
-
-/// One queue as the driver configured it, frozen since DRIVER_OK.
-#[derive(Debug)]
-pub struct ActiveQueue {
-    /// Index of the queue in the device.
-    pub index: usize,
-    /// Ring addresses, size and positions (not 0 on a device that was suspended or restored); EVENT_IDX already set from
-    /// the negotiated features.
-    pub queue: Queue,
-    /// Signalled by the guest's QueueNotify write (an ioeventfd).
-    pub kick: Arc<EventFd>,
-}
-
-/// Everything a device needs to run; given once, at DRIVER_OK.
-#[derive(Debug)]
-pub struct Activation {
-    /// Guest RAM.
-    pub memory: Arc<GuestMemory>,
-    /// Features both sides agreed on.
-    pub features: u64,
-    /// The queues the driver made ready, in index order; all validated against guest memory.
-    pub queues: Vec<ActiveQueue>,
-    /// Interrupt of this device.
-    pub interrupt: Interrupt,
-    /// The loop on which workers run.
-    pub io: IoLoop,
-}
-
-impl Activation {
-    /// Takes queue `index` out, for `device` (its id, for the error).
-    ///
-    /// # Errors
-    /// [`ActivateError::QueueMissing`] when the driver did not set it up.
-    pub fn take_queue(&mut self, device: &str, index: usize) -> Result<ActiveQueue, ActivateError> {
-        let at = self.queues.iter().position(|queue| queue.index == index);
-        let at = at.ok_or_else(|| ActivateError::QueueMissing {
-            device: device.to_owned(),
-            index,
-        })?;
-        Ok(self.queues.remove(at))
-    }
-}
-
-/// A device's worker on the I/O loop, from activation to reset.
-#[derive(Debug)]
-pub struct Running {
-    io: IoLoop,
-    worker: SubscriberId,
-}
-
-impl Running {
-    /// Hands `worker` to the loop.
-    ///
-    /// # Errors
-    /// The loop has ended.
-    pub fn start(io: IoLoop, worker: Worker) -> Result<Self, IoLoopError> {
-        let worker = io.add(worker)?;
-        Ok(Self { io, worker })
-    }
-
-    /// Takes the worker off the loop: it is not called any more. `device` is the id used in logs.
-    pub fn stop(self, device: &str) {
-        if let Err(error) = self.io.remove(self.worker) {
-            // The loop has ended, so it calls nothing any more.
-            guest_log!(DEBUG, device, %error, "virtio: reset after the loop");
-        }
-    }
-}
-
-/// A worker of type `W` on the I/O loop that can be asked for its queues when it is taken off.
-#[derive(Debug)]
-pub struct OnLoop<W> {
-    worker: Arc<Mutex<W>>,
-    running: Running,
-}
-
-impl<W: MutEventSubscriber + Send + 'static> OnLoop<W> {
-    /// Hands `worker` to the loop.
-    ///
-    /// # Errors
-    /// The loop has ended.
-    pub fn start(io: IoLoop, worker: W) -> Result<Self, IoLoopError> {
-        let worker = Arc::new(Mutex::new(worker));
-        let running = Running::start(io, worker.clone())?;
-        Ok(Self { worker, running })
-    }
-
-    /// Takes the worker off the loop, then asks it; `device` is the id used in logs.
-    pub fn stop<T>(self, device: &str, ask: impl FnOnce(&mut W) -> T) -> T {
-        self.running.stop(device);
-        ask(&mut self.worker.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-/// A guest read of the configuration space `space`; what lies beyond it reads as zero.
-pub fn read_space(space: &[u8], offset: u64, data: &mut [u8]) {
-    let present = usize::try_from(offset)
-        .ok()
-        .and_then(|offset| space.get(offset..));
-    let mut bytes = present.unwrap_or_default().iter();
-    for to in data {
-        *to = bytes.next().copied().unwrap_or(0);
-    }
-}
-
-/// A virtio device behind a transport.
-///
-/// The transport owns status, feature negotiation and queue registers; the device owns its configuration space and its
-/// worker. Calls come from vCPU threads, one at a time (the transport holds the device's lock).
-///
-/// [`Any`] lets the machine find the device's own type behind the trait, for what only that type can do (a disk's new
-/// size, a balloon's target): `Machine::with_device`.
-pub trait VirtioDevice: Any + Send {
-    /// Device id of the configuration, unique in the VM; used in logs and metrics.
-    fn id(&self) -> &str;
-
-    /// Virtio device ID (virtio 1.2, section 5), e.g. 2 for block.
-    fn device_type(&self) -> u32;
-
-    /// Maximum size of each queue, in descriptors (powers of two); the length is the number of queues.
-    fn queue_sizes(&self) -> &[u16];
-
-    /// Offered feature bits. Must include VIRTIO_F_VERSION_1.
-    fn features(&self) -> u64;
-
-    /// Fills `data` from the configuration space at `offset`. Bytes beyond the space read as zero. What the guest sees is a
-    /// copy of the first [`CONFIG_BYTES`](registers::CONFIG_BYTES): a change in a running device reaches it through
-    /// [`Interrupt::signal_config`].
-    fn read_config(&self, offset: u64, data: &mut [u8]);
-
-    /// Guest write to the configuration space. Ignored unless the device has writable fields.
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
-
-    /// Starts the worker. Called at most once between resets.
-    ///
-    /// # Errors
-    /// [`ActivateError`]; the device stays inactive.
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
-
-    /// Stops the worker. When this returns nothing of the device touches guest memory any more; the device can be
-    /// activated again. A no-op on an inactive device.
-    fn reset(&mut self);
-
-    /// Stops the worker as [`reset`](Self::reset) does, but forgets nothing: requests already taken from a queue are
-    /// finished and returned (or begun anew by the next [`activate`](Self::activate), when that would take a time the
-    /// guest chooses), requests not taken stay in the rings, and connections, leases and positions are kept. Returns where each queue given at activation stands; empty on an inactive
-    /// device.
-    fn suspend(&mut self) -> Vec<QueuePosition>;
-
-    /// What the device knows beyond its configuration and its queues, encoded by its `state.rs` with
-    /// [`state::encode`]; empty for a device that knows nothing more. Called while suspended or never activated.
-    ///
-    /// # Errors
-    /// [`StateError::Unsupported`] for a state that cannot be carried into another process.
-    fn save(&self) -> Result<Vec<u8>, StateError>;
-
-    /// Takes over what [`save`](Self::save) gave, in a fresh device made from the same configuration, before it is
-    /// activated. The bytes come from a file and are not trusted.
-    ///
-    /// # Errors
-    /// [`StateError`]; the device is not used then.
-    fn restore(&mut self, state: &[u8]) -> Result<(), StateError>;
-
-    /// Counters for [`DeviceMetrics`](crate::vm::DeviceMetrics), by name, e.g. `("read_bytes", 4096)`.
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        Vec::new()
-    }
-}
+pub use device::{ActivateError, Activation, ActiveQueue, CHAIN_FEATURES, VirtioDevice, read_space};
+pub use interrupt::Interrupt;
+pub use queue::{chain, moderation, ring, served_queue};
+pub use worker::{OnLoop, Running, queue_thread};

@@ -4,7 +4,7 @@ use virtio_queue::QueueT;
 
 use super::state::QueuePosition;
 use super::test_ring::{TestGuest, TestRing};
-use super::{ActivateError, Activation, Interrupt, VirtioDevice};
+use super::{ActivateError, Activation, VirtioDevice};
 
 /// Activates `device` with `rings` and `features`; queues named in `positions` go on there.
 pub fn activate_at(
@@ -25,7 +25,7 @@ pub fn activate_at(
         memory: guest.memory.clone(),
         features,
         queues,
-        interrupt: Interrupt::new(guest.registers.clone(), guest.irqfd.clone()),
+        interrupt: guest.interrupt(),
         io: guest.io.clone(),
     })
 }

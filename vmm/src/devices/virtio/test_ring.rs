@@ -17,8 +17,9 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::registers::Registers;
 use super::state::QueuePosition;
+use super::transport::mmio::SlotInterrupt;
+use super::transport::mmio::registers::Registers;
 use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::io_loop::IoLoop;
 use crate::memory::GuestMemory;
@@ -339,7 +340,7 @@ impl TestGuest {
             memory: self.memory.clone(),
             features,
             queues: rings.iter().map(TestRing::active).collect(),
-            interrupt: Interrupt::new(self.registers.clone(), self.irqfd.clone()),
+            interrupt: self.interrupt(),
             io: self.io.clone(),
         };
         device.activate(activation).unwrap();
@@ -364,10 +365,20 @@ impl TestGuest {
             memory: self.memory.clone(),
             features,
             queues: queues.map(|(ring, at)| ring.active_at(at)).collect(),
-            interrupt: Interrupt::new(self.registers.clone(), self.irqfd.clone()),
+            interrupt: self.interrupt(),
             io: self.io.clone(),
         };
         device.activate(activation).unwrap();
+    }
+
+    /// The interrupt of a device of this guest.
+    pub fn interrupt(&self) -> Interrupt {
+        Interrupt::new(Arc::new(self.slot()))
+    }
+
+    /// The slot of a device of this guest.
+    pub fn slot(&self) -> SlotInterrupt {
+        SlotInterrupt::new(self.registers.clone(), self.irqfd.clone())
     }
 
     /// InterruptStatus.

@@ -17,16 +17,19 @@ mod verify;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 pub use save::SaveReport;
 pub use verify::verify;
 
 use crate::devices::virtio::state::StateError;
 use crate::memory::image::ReadError;
+pub use crate::vcpu::cpuid::CpuMismatch;
 use crate::vcpu::state::VcpuStateError;
-use crate::vm::VmState;
 use crate::vm::error::BuildError;
+use crate::vm::{ExitReason, VmState};
 
 /// Name of the state file in a save's folder.
 const STATE: &str = "state";
@@ -66,7 +69,7 @@ pub enum MemoryMode {
 }
 
 /// What is different in a restored machine. A name that does not exist in the save is an error.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct RestoreOptions {
     /// How memory gets its content.
     pub memory: MemoryMode,
@@ -79,6 +82,9 @@ pub struct RestoreOptions {
     pub disks: BTreeMap<String, PathBuf>,
     /// Other TAPs, by id of the network device.
     pub taps: BTreeMap<String, String>,
+    /// Open queues of other TAPs, one for each queue pair, by id of the network device; the machine gets duplicates. A device
+    /// that was given open queues when it was added needs them again, or a name in `taps`.
+    pub tap_fds: BTreeMap<String, Vec<Arc<OwnedFd>>>,
     /// Another Unix socket for the vsock device.
     pub vsock_uds: Option<PathBuf>,
 }
@@ -205,8 +211,8 @@ pub enum RestoreError {
     #[error("saved state: {0}")]
     Invalid(String),
     /// The host's CPU is not the one it was saved on.
-    #[error("{0}")]
-    Cpu(String),
+    #[error(transparent)]
+    Cpu(#[from] CpuMismatch),
     /// An override names something the machine does not have.
     #[error("override: {0}")]
     Override(String),
@@ -224,6 +230,9 @@ pub enum RestoreError {
     /// A vCPU does not accept its state.
     #[error(transparent)]
     Vcpu(#[from] VcpuStateError),
+    /// Its memory could not be brought in while it was made.
+    #[error("the machine ended while it was restored: {0}")]
+    Ended(ExitReason),
     /// The machine cannot be built on this host.
     #[error(transparent)]
     Build(#[from] BuildError),

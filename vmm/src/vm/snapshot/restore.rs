@@ -1,8 +1,9 @@
 //! From a folder to a paused machine; the recipe, from top to bottom, as `build.rs` is for a boot.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,8 +16,11 @@ use crate::acpi::shared_page::SharedPage;
 use crate::config::{DeviceConfig, VmConfig};
 use crate::devices::ged::Event;
 use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::config::Opened;
 use crate::devices::virtio::mem::{self, Mem, MemHandle};
 use crate::devices::vmgenid;
+use crate::kvm::{self, ioctl_error};
+use crate::lifecycle::{ExitReason, Lifecycle};
 use crate::memory::image::{self, Contents, ReadError};
 use crate::memory::layout::{MemoryLayout, RegionKind};
 use crate::memory::pager::Pager;
@@ -24,15 +28,14 @@ use crate::memory::userfaultfd::Watch;
 use crate::memory::window::{Memslots, Windows};
 use crate::memory::write_log::{Beneath, WriteLog};
 use crate::memory::{self, GuestMemory};
-use crate::vcpu::{cpuid, factory};
+use crate::vcpu::cpuid::{self, CpuModel};
+use crate::vcpu::create;
 use crate::vm::build::{self, Built, Opener, Parts};
 use crate::vm::console::Input;
-use crate::vm::devices::Opened;
 use crate::vm::error::BuildError;
 use crate::vm::info::Mark;
-use crate::vm::kvm::{self, ioctl_error};
 use crate::vm::machine::{Content, Machine, Origin};
-use crate::vm::{Vm, VmState};
+use crate::vm::{Vm, VmState, wiring};
 
 impl Vm {
     /// Makes a machine of what [`save`](Vm::save) wrote to `dir`. It is paused; [`resume`](Vm::resume) lets it go on. Before
@@ -46,7 +49,7 @@ impl Vm {
         check(&state)?;
         apply(&mut state, options)?;
         let config = state.config.clone();
-        let built = restore(dir, state, options.memory)?;
+        let built = restore(dir, state, options)?;
         built.lifecycle.set_restored();
         let id = config.id.clone();
         let vm = Self::from_built(config, built, started)?;
@@ -98,11 +101,8 @@ pub(super) fn check(state: &MachineState) -> Result<(), RestoreError> {
 }
 
 fn devices(state: &MachineState) -> impl Iterator<Item = &DeviceConfig> {
-    let contents = state.slots.iter().filter_map(|slot| slot.device.as_ref());
-    contents.filter_map(|device| match &device.content {
-        Content::Device(config) => Some(&**config),
-        _ => None,
-    })
+    let devices = state.slots.iter().filter_map(|slot| slot.device.as_ref());
+    devices.filter_map(|device| device.content.config())
 }
 
 pub(super) fn layout(state: &MachineState) -> MemoryLayout {
@@ -116,27 +116,21 @@ pub(super) fn layout(state: &MachineState) -> MemoryLayout {
 
 /// Applies the overrides, each of which must hit something.
 pub(super) fn apply(state: &mut MachineState, options: &RestoreOptions) -> Result<(), RestoreError> {
-    let (mut disks, mut taps) = (options.disks.clone(), options.taps.clone());
     state.config.memory.track_writes = options.track_writes;
     if let Some(id) = &options.id {
         state.config.id.clone_from(id);
     }
-    let slots = state.slots.iter_mut().filter_map(|slot| slot.device.as_mut());
-    for device in slots {
-        if let Content::Device(config) = &mut device.content {
-            replace(config, &mut disks, &mut taps);
+    let mut left = Overrides {
+        disks: options.disks.clone(),
+        taps: options.taps.clone(),
+        adopted: options.tap_fds.keys().cloned().collect(),
+    };
+    for slot in &mut state.slots {
+        if let Some(device) = &mut slot.device {
+            left.apply(&mut device.content)?;
         }
     }
-    let left = disks.keys().map(|id| format!("disk {id}"));
-    let left: Vec<String> = left
-        .chain(taps.keys().map(|id| format!("network {id}")))
-        .collect();
-    if !left.is_empty() {
-        return Err(RestoreError::Override(format!(
-            "the saved machine has no {}",
-            left.join(", no ")
-        )));
-    }
+    left.check()?;
     match (&mut state.config.vsock, &options.vsock_uds) {
         (Some(vsock), Some(path)) => vsock.uds_path = Some(path.clone()),
         (None, Some(_)) => {
@@ -149,35 +143,73 @@ pub(super) fn apply(state: &mut MachineState, options: &RestoreOptions) -> Resul
     Ok(())
 }
 
-fn replace(
-    config: &mut DeviceConfig,
-    disks: &mut BTreeMap<String, PathBuf>,
-    taps: &mut BTreeMap<String, String>,
-) {
-    match config {
-        DeviceConfig::Block(block) => {
-            if let Some(path) = disks.remove(&block.id) {
-                block.path = path;
+/// What devices are to have instead; each entry is taken by its device.
+struct Overrides {
+    disks: BTreeMap<String, PathBuf>,
+    taps: BTreeMap<String, String>,
+    /// Network devices for which there are open TAP queues.
+    adopted: BTreeSet<String>,
+}
+
+impl Overrides {
+    fn apply(&mut self, content: &mut Content) -> Result<(), RestoreError> {
+        let was_adopted = matches!(content, Content::Adopted(_));
+        let (Content::Device(config) | Content::Adopted(config)) = content else {
+            return Ok(());
+        };
+        match &mut **config {
+            DeviceConfig::Block(block) => {
+                if let Some(path) = self.disks.remove(&block.id) {
+                    block.path = path;
+                }
             }
-        }
-        DeviceConfig::Pmem(pmem) => {
-            if let Some(path) = disks.remove(&pmem.id) {
-                pmem.path = path;
+            DeviceConfig::Pmem(pmem) => {
+                if let Some(path) = self.disks.remove(&pmem.id) {
+                    pmem.path = path;
+                }
             }
-        }
-        DeviceConfig::Net(net) => {
-            if let Some(name) = taps.remove(&net.id) {
-                net.tap.name = name;
+            DeviceConfig::Net(net) => {
+                let (name, open) = (self.taps.remove(&net.id), self.adopted.remove(&net.id));
+                if was_adopted && name.is_none() && !open {
+                    return Err(RestoreError::Override(format!(
+                        "network {} was given open TAP queues: give it others (tap_fds) or a TAP by name (taps)",
+                        net.id
+                    )));
+                }
+                let mut config = config.clone();
+                if let (DeviceConfig::Net(net), Some(name)) = (&mut *config, name) {
+                    net.tap.name = name;
+                }
+                *content = match open {
+                    true => Content::Adopted(config),
+                    false => Content::Device(config),
+                };
             }
+            DeviceConfig::Fs(_) | DeviceConfig::Rng(_) | DeviceConfig::Balloon(_) => {}
         }
-        DeviceConfig::Fs(_) | DeviceConfig::Rng(_) | DeviceConfig::Balloon(_) => {}
+        Ok(())
+    }
+
+    fn check(&self) -> Result<(), RestoreError> {
+        let disks = self.disks.keys().map(|id| format!("disk {id}"));
+        let networks = self.taps.keys().chain(&self.adopted);
+        let left: Vec<String> = disks.chain(networks.map(|id| format!("network {id}"))).collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        Err(RestoreError::Override(format!(
+            "the saved machine has no {}",
+            left.join(", no ")
+        )))
     }
 }
 
-fn restore(dir: &Path, state: MachineState, mode: MemoryMode) -> Result<Built, RestoreError> {
+fn restore(dir: &Path, state: MachineState, options: &RestoreOptions) -> Result<Built, RestoreError> {
     let layout = layout(&state);
     let layers = Layers::open(dir, &state, &layout)?;
+    let lifecycle = Arc::new(Lifecycle::new());
     let mut opener = Opener::new(&state.config);
+    opener.tap_fds = duplicate(&options.tap_fds)?;
     let mut opened = Vec::new();
     for slot in &state.slots {
         let content = slot.device.as_ref().map(|device| &device.content);
@@ -189,18 +221,26 @@ fn restore(dir: &Path, state: MachineState, mode: MemoryMode) -> Result<Built, R
 
     let kvm = kvm::open().map_err(BuildError::from)?;
     build::check_vcpu_limit(&kvm, &state.config)?;
-    let here = cpuid::supported(&kvm).map_err(BuildError::from)?;
-    cpuid::check_compatible(&state.cpuid, &here).map_err(RestoreError::Cpu)?;
-    build::check_address_space(cpuid::physical_address_bits(&here), &layout)?;
-    let vm = Arc::new(kvm::create_vm(&kvm)?);
+    let here = CpuModel::of_host(&kvm).map_err(BuildError::from)?;
+    state.cpu.check_compatible(state.config.cpu.template, &here)?;
+    build::check_address_space(cpuid::physical_address_bits(&here.cpuid), &layout)?;
+    let vm = Arc::new(kvm::create_vm(&kvm).map_err(BuildError::from)?);
 
     let memory = Arc::new(memory::allocate(&layout).map_err(BuildError::from)?);
-    let origin = layers.load(&memory, &layout, mode, state.config.memory.track_writes)?;
-    kvm::set_memory(&vm, &memory, &layout)?;
-    let registers = kvm::set_registers(&vm)?;
+    let origin = layers.load(
+        (&memory, &layout),
+        options.memory,
+        state.config.memory.track_writes,
+        &lifecycle,
+    )?;
+    memory::set_memory(&vm, &memory, &layout).map_err(BuildError::from)?;
+    let registers = wiring::set_registers(&vm)?;
     let memslots: Arc<dyn Memslots> = vm.clone();
-    let windows = Windows::new(layout.clone(), &memory, &memslots);
-    kvm::split_irqchip(&vm)?;
+    let windows = Windows::new(layout.clone(), &memory, &memslots).map_err(|source| BuildError::Host {
+        what: "sealing hotpluggable memory",
+        source,
+    })?;
+    wiring::split_irqchip(&vm).map_err(BuildError::from)?;
     let (vcpus, clock) = make_vcpus(&kvm, &vm, &state)?;
 
     let parts = Parts {
@@ -210,21 +250,27 @@ fn restore(dir: &Path, state: MachineState, mode: MemoryMode) -> Result<Built, R
         windows,
         registers,
         shared: Arc::new(SharedPage::new(memory.clone())),
-        cpuid: state.cpuid.clone(),
-        acpi: build::gsis(&state.config, state.slots.len())?,
+        model: state.cpu.clone(),
+        platform: build::gsis(&state.config, state.slots.len())?,
         console: opener.console.clone(),
         vcpus: state.config.vcpus,
+        lifecycle: lifecycle.clone(),
     };
-    let (mut machine, lifecycle) = parts.assemble()?;
+    let mut machine = parts.assemble()?;
     let input = machine.board.serial.clone().map_or(opener.input, Input::Serial);
     let (console, vsock) = (opener.console, opener.vsock);
     let result = populate(&mut machine, opened, &state).and_then(|mem| {
         // Files of pmem devices are mapped now; this machine's own copies of their pages go on top.
         layers.load_private(&memory, &layout)?;
         set_board(&machine, &state)?;
-        vm.set_clock(&clock).map_err(ioctl_error("KVM_SET_CLOCK"))?;
+        vm.set_clock(&clock)
+            .map_err(ioctl_error("KVM_SET_CLOCK"))
+            .map_err(BuildError::from)?;
         build::start_threads(&mut machine, vcpus)?;
-        Ok(mem)
+        match lifecycle.ending() {
+            Some(reason) => Err(RestoreError::Ended(reason)),
+            None => Ok(mem),
+        }
     });
     match result {
         Ok(mem) => Ok(Built {
@@ -243,6 +289,19 @@ fn restore(dir: &Path, state: MachineState, mode: MemoryMode) -> Result<Built, R
     }
 }
 
+fn duplicate(
+    fds: &BTreeMap<String, Vec<Arc<OwnedFd>>>,
+) -> Result<BTreeMap<String, Vec<OwnedFd>>, RestoreError> {
+    let mut duplicates = BTreeMap::new();
+    for (id, fds) in fds {
+        let fds = fds.iter().map(|fd| fd.try_clone()).collect::<io::Result<_>>();
+        let fds =
+            fds.map_err(|error| RestoreError::Override(format!("network {id}: open TAP queue: {error}")))?;
+        duplicates.insert(id.clone(), fds);
+    }
+    Ok(duplicates)
+}
+
 /// vCPUs with their state; and the clock to set, by which the guest has missed nothing.
 fn make_vcpus(
     kvm: &Kvm,
@@ -253,7 +312,8 @@ fn make_vcpus(
     let passed = kvm::realtime_ns().saturating_sub(realtime);
     let mut vcpus = Vec::new();
     for saved in &state.vcpus {
-        let fd = factory::create(vm, &state.cpuid, saved.index, state.config.vcpus.max)?;
+        let fd =
+            create::create(vm, &state.cpu, saved.index, state.config.vcpus.max).map_err(BuildError::from)?;
         saved.restore(&fd, passed)?;
         vcpus.push((saved.index, fd));
     }
@@ -271,7 +331,7 @@ fn make_vcpus(
 /// Puts the devices into their slots, with their state.
 fn populate(
     machine: &mut Machine,
-    opened: Vec<Option<Opened>>,
+    opened: Vec<Option<Box<dyn Opened>>>,
     state: &MachineState,
 ) -> Result<Option<MemHandle>, RestoreError> {
     let mut handle = None;
@@ -299,7 +359,7 @@ fn populate(
 
 fn connect(
     machine: &Machine,
-    opened: Option<Opened>,
+    opened: Option<Box<dyn Opened>>,
     state: &[u8],
     config: &VmConfig,
     handle: &mut Option<MemHandle>,
@@ -307,7 +367,10 @@ fn connect(
     if let Some(opened) = opened {
         let id = opened.id().to_owned();
         let device = opened.connect_again(&machine.windows, state);
-        return device.map_err(|reason| BuildError::Device { id, reason });
+        return device.map_err(|e| BuildError::Device {
+            id,
+            reason: e.to_string(),
+        });
     }
     let window = machine.windows.hotplug()?.clone();
     let device = Mem::new(mem::DEVICE_ID, window, config.memory.hotpluggable_bytes());
@@ -386,13 +449,14 @@ impl<'s> Layers<'s> {
         })
     }
 
-    /// Fills everything but the window of virtio-pmem. `track_writes` starts a log that is about the full save.
+    /// Fills everything but the window of virtio-pmem. `track_writes` starts a log that is about the full save. `lifecycle` is
+    /// told if pages that are brought in later cannot be.
     fn load(
         &self,
-        memory: &Arc<GuestMemory>,
-        layout: &MemoryLayout,
+        (memory, layout): (&Arc<GuestMemory>, &MemoryLayout),
         mode: MemoryMode,
         track_writes: bool,
+        lifecycle: &Arc<Lifecycle>,
     ) -> Result<Origin, RestoreError> {
         let lowest = self.base.as_ref();
         let (path, file, contents) = match lowest {
@@ -416,7 +480,7 @@ impl<'s> Layers<'s> {
                 Beneath::File
             }
             MemoryMode::Userfaultfd => {
-                let pager = start_pager(memory, layout, file, track_writes).map_err(error)?;
+                let pager = start_pager(memory, layout, file, track_writes, lifecycle).map_err(error)?;
                 Beneath::Pager(origin.pager.insert(pager).userfaultfd().clone())
             }
         };
@@ -483,16 +547,22 @@ fn start_pager(
     layout: &MemoryLayout,
     file: &File,
     track_writes: bool,
+    lifecycle: &Arc<Lifecycle>,
 ) -> io::Result<Pager> {
+    let start = |watch| {
+        let lifecycle = lifecycle.clone();
+        let failed = move |reason| lifecycle.finish(ExitReason::Failure(reason));
+        Pager::start(memory, layout, file, watch, failed)
+    };
     if track_writes {
-        match Pager::start(memory, layout, file, Watch::MissingAndWrites) {
+        match start(Watch::MissingAndWrites) {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {
                 tracing::warn!(%error, "no log of writes: differences will compare all memory");
             }
             started => return started,
         }
     }
-    Pager::start(memory, layout, file, Watch::Missing)
+    start(Watch::Missing)
 }
 
 /// Opens the memory file in `dir`, which must have `size` bytes: a shorter one would be a SIGBUS when it is mapped.

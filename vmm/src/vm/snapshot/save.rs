@@ -11,12 +11,12 @@ use super::state::{Base, ClockState, DeviceState, MachineState, MemoryState, Slo
 use super::{MEMORY, STATE, SaveError, SaveKind, file};
 use crate::devices::cpu_hotplug::Cpu;
 use crate::devices::vmgenid;
+use crate::kvm;
 use crate::memory::image::{self, Pages, Written};
 use crate::memory::layout::RegionKind;
 use crate::memory::page_set::PageSet;
 use crate::vcpu::run::{Vcpu, VcpuThread};
-use crate::vcpu::state::{self as vcpu_state, VcpuState};
-use crate::vm::kvm;
+use crate::vcpu::state::{self as vcpu_state, Inventory, VcpuState};
 use crate::vm::machine::Machine;
 use crate::vm::{ExitReason, Vm, VmState, lock};
 
@@ -99,7 +99,7 @@ impl Vm {
                 base,
             },
             clock,
-            cpuid: machine.vcpus.factory.cpuid.clone(),
+            cpu: machine.vcpus.context.model.clone(),
             present: hotplug.cpus().iter().map(|cpu| *cpu != Cpu::Absent).collect(),
             vcpus,
             io_apic: machine.board.io_apic.save(),
@@ -118,7 +118,7 @@ impl Vm {
     /// A vCPU belongs to its thread, so the threads end and are made again; they wait at the gate meanwhile.
     fn save_vcpus(&self, machine: &mut Machine) -> Result<Vec<VcpuState>, SaveError> {
         let kvm = kvm::open().map_err(|error| SaveError::Resume(error.to_string()))?;
-        let msrs = vcpu_state::msrs_to_save(&kvm).map_err(|source| SaveError::Kvm {
+        let inventory = Inventory::new(&kvm, self.config.cpu.nested).map_err(|source| SaveError::Kvm {
             ioctl: "KVM_GET_MSR_INDEX_LIST",
             source,
         })?;
@@ -126,7 +126,7 @@ impl Vm {
         let vcpus: Vec<Vcpu> = threads.into_iter().filter_map(VcpuThread::retire).collect();
         let states = vcpus
             .iter()
-            .map(|vcpu| vcpu_state::save(&vcpu.fd, vcpu.index, &msrs))
+            .map(|vcpu| vcpu_state::save(&vcpu.fd, vcpu.index, &inventory))
             .collect();
         for vcpu in vcpus {
             let index = vcpu.index;

@@ -2,14 +2,14 @@
 
 use std::path::PathBuf;
 
-use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
 
 use crate::config::VmConfig;
 use crate::devices::serial::SerialState;
-use crate::devices::virtio::mmio::TransportState;
+use crate::devices::virtio::transport::mmio::TransportState;
 use crate::irq::io_apic::IoApicState;
 use crate::memory::image::Contents;
+use crate::vcpu::cpuid::CpuModel;
 use crate::vcpu::state::VcpuState;
 use crate::vm::machine::Content;
 
@@ -24,8 +24,8 @@ pub struct MachineState {
     pub memory: MemoryState,
     /// Time.
     pub clock: ClockState,
-    /// What the host's CPU supported.
-    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// What the guest was shown of the host's CPU.
+    pub cpu: CpuModel,
     /// vCPUs the guest has, by index up to the maximum.
     pub present: Vec<bool>,
     /// Those vCPUs.

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
+use super::config::BalloonConfig;
 use super::release::PAGE;
 use super::state::BalloonState;
 use super::statistics::{BalloonStatistics, Snapshot};
 use super::worker::{BalloonWorker, Counters, Role};
-use crate::config::BalloonConfig;
 use crate::devices::virtio::queue_thread::QueueThread;
 use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::{QueuePosition, StateError};
@@ -34,7 +34,7 @@ const ACTUAL: u64 = 4;
 pub enum BalloonError {
     /// The machine is stopped.
     #[error("balloon: the machine is {0}")]
-    State(crate::vm::VmState),
+    State(crate::lifecycle::VmState),
     /// There is no such device.
     #[error("balloon: the machine has no balloon device")]
     Missing,
@@ -119,7 +119,7 @@ impl Balloon {
         })?;
         // Without a driver the target is there when one starts.
         if let Some((_, interrupt)) = &self.running {
-            interrupt.signal_config(|space| self.read_config(0, space));
+            interrupt.config(|space| self.read_config(0, space));
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 //! guest tells of memory it does not use (and may use again at any time, without asking); and statistics, which help to
 //! choose the balloon's size. What the guest gives is freed at once.
 
+pub mod config;
 mod device;
 mod release;
 mod state;

@@ -7,7 +7,8 @@ use crate::devices::virtio::test_resume::{activate_at, config};
 use crate::devices::virtio::test_ring::{
     BUFFERS, Buf, MEMORY_SIZE, PATIENCE, TestGuest, TestRing, flood, survive_malformed_chains,
 };
-use crate::devices::virtio::{CHAIN_FEATURES, INTERRUPT_CONFIG, VirtioDevice};
+use crate::devices::virtio::transport::mmio::INTERRUPT_CONFIG;
+use crate::devices::virtio::{CHAIN_FEATURES, VirtioDevice};
 use crate::guest_log::recorder::assert_limited;
 use crate::memory::window::Windows;
 use crate::memory::window::fake::{FakeMemslots, windows};
@@ -93,6 +94,7 @@ fn target_when_set_is_in_the_configuration_and_signalled() {
     ));
     assert!(device.set_target(u64::MAX).is_err());
     windows.hotplug().unwrap().plug(0, 128 << 20).unwrap();
+    windows.hotplug().unwrap().open(0, 128 << 20).unwrap();
     device.set_target(too_large).unwrap();
 }
 

@@ -10,6 +10,7 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
+use super::config::{BlockConfig, BlockEngine};
 use super::disk::{BlockError, Disk, SECTOR};
 use super::request::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZEROES_SECTORS};
 use super::state::Unfinished;
@@ -18,7 +19,6 @@ use super::throttle::{Throttle, ThrottleTimer};
 use super::worker::intake::Stopped;
 use super::worker::{Surroundings, Worker};
 use super::{ring, state};
-use crate::config::{BlockConfig, BlockEngine};
 use crate::devices::virtio::state::{QueuePosition, StateError};
 use crate::devices::virtio::{
     ActivateError, Activation, CHAIN_FEATURES, Interrupt, OnLoop, VirtioDevice, read_space,
@@ -136,7 +136,7 @@ impl Block {
         if new != old {
             disk.set_sectors(new / SECTOR);
             if let Some(active) = &self.active {
-                active.interrupt.signal_config(|space| self.read_config(0, space));
+                active.interrupt.config(|space| self.read_config(0, space));
             }
             tracing::info!(device = %self.target.id, old, new, "disk resized");
         }

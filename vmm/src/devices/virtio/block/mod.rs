@@ -7,6 +7,7 @@
 //! engines carry steps out: io_uring on the I/O loop, many at once (`ring.rs`, `worker/uring.rs`), or blocking calls on a
 //! thread per queue (`worker/sync.rs`).
 
+pub mod config;
 mod device;
 mod disk;
 mod ranges;

@@ -12,9 +12,9 @@ use io_uring::squeue::Flags;
 use io_uring::{IoUring, opcode, squeue, types};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::config::BlockEngine;
 use super::disk::{BlockError, Disk, Route};
 use super::step::{Direction, Step};
-use crate::config::BlockEngine;
 
 const OPCODES: [(u8, &str); 4] = [
     (opcode::Readv::CODE, "READV"),

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::config::RateLimiterConfig;
+use crate::rate_limiter::RateLimiterConfig;
 use crate::rate_limiter::{RateLimiter, RateLimiterState};
 
 /// A rate limiter shared by queues.

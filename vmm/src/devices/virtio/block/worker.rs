@@ -8,8 +8,8 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
+use super::config::BlockEngine;
 use super::target::Target;
-use crate::config::BlockEngine;
 use crate::devices::virtio::{ActivateError, ActiveQueue, Interrupt, OnLoop};
 use crate::io_loop::IoLoop;
 use crate::memory::GuestMemory;

@@ -10,12 +10,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 
+use super::config::{FsConfig, FsRoot, SharedDir};
 use super::handle::FsHandle;
 use super::mounts::{MAX_MOUNTS, Mount, Names, ROOT_MOUNT, Root};
 use super::share::{Options, Share};
 use super::state::FsState;
+use super::waiting::{MAX_WAITING, Waiting};
 use super::worker::{FsWorkers, Service, lock};
-use crate::config::{FsConfig, FsRoot, SharedDir};
+use crate::descriptors::Budget;
+use crate::devices::virtio::config::{OpenError, OpenErrorKind};
 use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};
@@ -29,8 +32,6 @@ const HIPRIO_SIZE: u16 = 128;
 const CONFIG_BYTES: usize = 40;
 const TAG_BYTES: usize = 36;
 const REQUEST_QUEUES: u32 = QUEUES as u32 - 1;
-/// Descriptors left to the rest of the process.
-const RESERVED_FDS: u64 = 1024;
 
 /// A share that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +66,16 @@ pub enum FsError {
     },
 }
 
+impl From<FsError> for OpenError {
+    fn from(error: FsError) -> Self {
+        let kind = match &error {
+            FsError::Directory { source, .. } | FsError::Host { source, .. } => OpenErrorKind::of(source),
+            FsError::TooManyShares { .. } => OpenErrorKind::Unfit,
+        };
+        Self::new(kind, error)
+    }
+}
+
 /// A shared directory, or several.
 #[derive(Debug)]
 pub struct Fs {
@@ -78,10 +89,10 @@ pub struct Fs {
 impl Fs {
     /// Opens the shared directories; they are these directories from now on, wherever they are moved.
     ///
-    /// The guest makes the process hold one descriptor for every file in its dentry cache. The soft limit of open files
-    /// of the whole process is therefore raised to the hard one; the guest gets ENFILE when less than a reserve is
-    /// left. (File handles instead of descriptors would need CAP_DAC_READ_SEARCH and are not confined to a directory:
-    /// open_by_handle_at(2) opens any file of the file system.)
+    /// What the guest knows costs memory, not descriptors; what it has open costs one each, and one more for every owner of
+    /// fcntl locks. They come out of the process's [`Budget`]; when that is used up it gets ENFILE. (File handles would
+    /// need a descriptor for every mount of the host, which keeps it busy, and do not exist on overlayfs, where container
+    /// images are. Nor are they confined to a directory: open_by_handle_at(2) opens any file of the file system.)
     ///
     /// # Errors
     /// [`FsError`] when the directory or `/proc/self/fd` cannot be opened.
@@ -97,22 +108,19 @@ impl Fs {
         };
         let proc_fds =
             open_directory(Path::new("/proc/self/fd")).map_err(host("cannot open /proc/self/fd"))?;
-        let limit = raise_fd_limit().map_err(host("cannot read the limit of open files"))?;
         let mut space = [0; CONFIG_BYTES];
         let (tag, queues) = space.split_at_mut(TAG_BYTES);
         for (to, from) in tag.iter_mut().zip(config.tag.bytes()) {
             *to = from;
         }
         queues.copy_from_slice(&REQUEST_QUEUES.to_le_bytes());
-        let fd_limit = limit.saturating_sub(RESERVED_FDS).max(limit / 2);
         let options = Options {
             cache: config.cache,
             writeback: config.writeback,
             xattr: config.xattr,
         };
-        let fd_limit = usize::try_from(fd_limit).unwrap_or(usize::MAX);
-        let share =
-            Share::new(root, proc_fds, options, fd_limit).map_err(host("cannot look at the directory"))?;
+        let share = Share::new(root, proc_fds, options, Budget::of_process())
+            .map_err(host("cannot look at the directory"))?;
         let limiter = RateLimiter::new(&config.rate_limiter).map_err(host("cannot create a timer"))?;
         Ok(Self {
             config: config.clone(),
@@ -176,25 +184,6 @@ pub(super) fn open_directory(path: &Path) -> io::Result<OwnedFd> {
     Ok(File::options().read(true).custom_flags(flags).open(path)?.into())
 }
 
-/// Raises the soft limit of open files to the hard one and returns it.
-fn raise_fd_limit() -> io::Result<u64> {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: `limit` has room for the answer.
-    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let soft = limit.rlim_cur;
-    limit.rlim_cur = limit.rlim_max;
-    // SAFETY: `limit` is valid during the call.
-    if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } == 0 {
-        return Ok(limit.rlim_max);
-    }
-    Ok(soft)
-}
-
 impl VirtioDevice for Fs {
     fn id(&self) -> &str {
         &self.config.id
@@ -236,6 +225,7 @@ impl VirtioDevice for Fs {
 
     fn reset(&mut self) {
         self.suspend();
+        lock(&self.service.waiting).clear();
         self.service.share.forget_guest();
     }
 
@@ -246,12 +236,17 @@ impl VirtioDevice for Fs {
     fn save(&self) -> Result<Vec<u8>, StateError> {
         let limiter = lock(&self.service.limiter).state();
         let id = &self.config.id;
-        state::encode(id, &super::state::save(id, &self.service.share, limiter)?)
+        let waiting = lock(&self.service.waiting);
+        let waiting = waiting.iter().map(|request| (request.queue, request.head));
+        let state = super::state::save(id, &self.service.share, limiter, waiting.collect())?;
+        state::encode(id, &state)
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
         let state: FsState = state::decode(&self.config.id, state)?;
         lock(&self.service.limiter).restore(&state.limiter);
+        let waiting = state.waiting.iter().take(MAX_WAITING);
+        *lock(&self.service.waiting) = waiting.map(|(queue, head)| Waiting::new(*queue, *head)).collect();
         super::state::restore(&self.config, &self.service.share, state)
     }
 
@@ -265,6 +260,7 @@ impl VirtioDevice for Fs {
             ("write_bytes", read(&share.moved.write_bytes)),
             ("inodes", share.inodes.len() as u64),
             ("open_files", share.handles.len() as u64),
+            ("kept_descriptors", share.descriptors.len() as u64),
             ("mounts", share.root().mounts().len() as u64),
             ("throttled", lock(&self.service.limiter).throttled()),
         ]

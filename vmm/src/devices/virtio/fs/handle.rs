@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use super::config::{SharedDir, check_share_name};
 use super::device::{FsError, open_directory};
 use super::mounts::MAX_MOUNTS;
 use super::share::MountError;
 use super::worker::Service;
-use crate::config::{ConfigError, SharedDir, check_share_name};
+use crate::devices::virtio::config::KnobError;
 
 /// How a directory is taken out of a share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,9 +22,9 @@ pub enum Unmount {
 /// A directory cannot be mounted in, or taken out of, a share.
 #[derive(Debug, thiserror::Error)]
 pub enum FsMountError {
-    /// The name is none.
+    /// The name cannot be one of a directory.
     #[error(transparent)]
-    Name(#[from] ConfigError),
+    Name(#[from] KnobError),
     /// The directory cannot be opened.
     #[error(transparent)]
     Directory(#[from] FsError),

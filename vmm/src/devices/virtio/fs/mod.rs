@@ -13,16 +13,21 @@
 //!
 //! | thread | works on |
 //! |---|---|
-//! | `fs-<id>-0..n` | all queues, in parallel; own mount namespace with nothing in it, own umask and directory |
+//! | `fs-<id>-0..n` | all queues, in parallel; own mount namespace with nothing in it, own umask, directory and capabilities |
 
+mod additions;
+mod capabilities;
+pub mod config;
 mod credentials;
 mod descriptors;
 mod device;
+mod device_nodes;
 mod directory;
 mod filesystem;
 mod handle;
 mod inodes;
 mod jail;
+mod locks;
 mod message;
 mod mounts;
 mod open_files;
@@ -33,6 +38,7 @@ mod state;
 mod sys;
 #[cfg(test)]
 mod tests;
+mod waiting;
 mod worker;
 
 pub use device::{Fs, FsError};

@@ -5,7 +5,7 @@
 pub enum ResizeMemoryError {
     /// The machine is not running.
     #[error("memory: cannot be resized while the machine is {0}")]
-    State(crate::vm::VmState),
+    State(crate::lifecycle::VmState),
     /// Less than the machine booted with.
     #[error(
         "memory: {requested} bytes requested, but the {minimum} bytes of boot-time memory cannot be unplugged: \

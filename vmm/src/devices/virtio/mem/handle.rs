@@ -120,7 +120,7 @@ impl MemHandle {
             region.request(target);
         }
         drop(state);
-        interrupt.signal_config(|space| self.shared.read_config(0, space));
+        interrupt.config(|space| self.shared.read_config(0, space));
         let mut state = self.shared.lock();
         loop {
             let region = state.region.as_mut().ok_or(ResizeMemoryError::Ended)?;
@@ -132,7 +132,7 @@ impl MemHandle {
             if left == Some(Duration::ZERO) {
                 region.request(reached);
                 drop(state);
-                interrupt.signal_config(|space| self.shared.read_config(0, space));
+                interrupt.config(|space| self.shared.read_config(0, space));
                 return Err(ResizeMemoryError::Timeout {
                     target: boot.saturating_add(target),
                     reached: boot.saturating_add(reached),

@@ -14,6 +14,7 @@ use virtio_bindings::virtio_net::{
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::config::NetConfig;
 use super::counters::Counters;
 use super::handle::{LimitConfigs, NetHandle, Shared, lock};
 use super::rx::RxQueue;
@@ -22,7 +23,7 @@ use super::switch;
 use super::tap::{self, Backend, Tap, TapError};
 use super::tx::TxQueue;
 use super::worker::{Limiters, NetWorker, Pair, usual_frame};
-use crate::config::NetConfig;
+use crate::devices::virtio::config::{OpenError, OpenErrorKind};
 use crate::devices::virtio::served_queue::{ServedQueue, queue_position};
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{
@@ -52,6 +53,16 @@ pub enum NetError {
         /// Cause.
         source: io::Error,
     },
+}
+
+impl From<NetError> for OpenError {
+    fn from(error: NetError) -> Self {
+        let kind = match &error {
+            NetError::Tap { source, .. } => source.kind(),
+            NetError::EventFd { source, .. } => OpenErrorKind::of(source),
+        };
+        Self::new(kind, error)
+    }
 }
 
 /// A network interface.

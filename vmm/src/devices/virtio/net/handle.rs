@@ -7,9 +7,9 @@ use virtio_bindings::virtio_net::VIRTIO_NET_S_LINK_UP;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::counters::Counters;
-use crate::config::{ConfigError, RateLimiterConfig};
 use crate::devices::virtio::Interrupt;
-use crate::rate_limiter::RateLimiter;
+use crate::devices::virtio::config::KnobError;
+use crate::rate_limiter::{RateLimiter, RateLimiterConfig};
 
 /// Offset of `status` in `struct virtio_net_config` (5.1.4).
 const STATUS: usize = 6;
@@ -66,17 +66,17 @@ impl NetHandle {
             return;
         }
         if let Some(interrupt) = &*lock(&self.0.interrupt) {
-            interrupt.signal_config(|space| self.0.write_status(space));
+            interrupt.config(|space| self.0.write_status(space));
         }
     }
 
     /// Puts other limits in force at once.
     ///
     /// # Errors
-    /// [`ConfigError::TokenBucket`]; the old limits stay.
-    pub fn set_rate_limits(&self, rx: RateLimiterConfig, tx: RateLimiterConfig) -> Result<(), ConfigError> {
-        rx.validate(&self.0.id)?;
-        tx.validate(&self.0.id)?;
+    /// [`KnobError`]; the old limits stay.
+    pub fn set_rate_limits(&self, rx: RateLimiterConfig, tx: RateLimiterConfig) -> Result<(), KnobError> {
+        KnobError::check_limiter(&self.0.id, "rx_rate_limiter", &rx)?;
+        KnobError::check_limiter(&self.0.id, "tx_rate_limiter", &tx)?;
         *lock(&self.0.limits) = LimitConfigs { rx, tx };
         if let Err(error) = self.0.changed.write(1) {
             tracing::error!(device = %self.0.id, %error, "net: cannot tell the worker about new limits");

@@ -10,6 +10,7 @@
 //! UFO is not offered: since Linux 4.14 the TAP accepts TUN_F_UFO and does nothing about it, so it cannot say whether it
 //! means it.
 
+pub mod config;
 mod control;
 mod counters;
 mod device;

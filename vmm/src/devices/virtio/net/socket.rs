@@ -10,8 +10,8 @@ use rustix::net::{
 };
 
 use super::Net;
+use super::config::NetConfig;
 use super::tap::Backend;
-use crate::config::NetConfig;
 
 /// Stands for one queue of a TAP.
 #[derive(Debug)]

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::HEADER;
-use crate::config::TapConfig;
+use super::config::TapConfig;
+use crate::devices::virtio::config::OpenErrorKind;
 
 const TUN: &str = "/dev/net/tun";
 
@@ -87,6 +88,22 @@ pub enum TapError {
         /// Cause.
         source: io::Error,
     },
+}
+
+impl TapError {
+    /// What can be done about it.
+    pub(super) fn kind(&self) -> OpenErrorKind {
+        match self {
+            Self::NoTun(_) => OpenErrorKind::Missing,
+            Self::Permission { .. } => OpenErrorKind::Permission,
+            Self::Busy { .. } => OpenErrorKind::Busy,
+            Self::NotMultiQueue { .. }
+            | Self::NotATap { .. }
+            | Self::Descriptor { .. }
+            | Self::DescriptorCount { .. } => OpenErrorKind::Unfit,
+            Self::Namespace { source, .. } | Self::Host { source, .. } => OpenErrorKind::of(source),
+        }
+    }
 }
 
 /// The host side of one queue pair: a file descriptor that gives and takes one frame, with its header, per call.
@@ -299,6 +316,9 @@ pub(super) fn adopt(config: &TapConfig, fds: Vec<OwnedFd>, pairs: usize) -> Resu
             )));
         }
         rustix::io::ioctl_fionbio(&fd, true).map_err(|e| refuse(format!("O_NONBLOCK: {e}")))?;
+        // It may have come from a process that let it through an exec; it goes no further.
+        rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)
+            .map_err(|e| refuse(format!("FD_CLOEXEC: {e}")))?;
         prepare(tap, fd)
     };
     fds.into_iter().enumerate().map(adopt_one).collect()

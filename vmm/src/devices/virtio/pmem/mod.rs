@@ -5,6 +5,7 @@
 //! pages the guest writes become this VM's own. A memslot or mapping without write permission would instead turn a write
 //! of another device into such a page (DAX) into an error or a signal.
 
+pub mod config;
 mod device;
 mod file;
 mod state;

@@ -3,8 +3,8 @@
 use std::convert::Infallible;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
+use super::config::RngConfig;
 use super::worker::RngWorker;
-use crate::config::RngConfig;
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, OnLoop, VirtioDevice};
 

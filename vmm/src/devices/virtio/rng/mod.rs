@@ -1,5 +1,6 @@
 //! virtio-rng (virtio 1.2, section 5.4): the host's random bytes for the guest.
 
+pub mod config;
 mod device;
 #[cfg(test)]
 mod tests;

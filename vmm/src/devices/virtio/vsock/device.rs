@@ -6,6 +6,7 @@ use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
+use super::config::VsockConfig;
 use super::error::VsockError;
 use super::handle::VsockHandle;
 use super::muxer::Muxer;
@@ -14,13 +15,17 @@ use super::state::VsockState;
 use super::transport_reset::EventQueue;
 use super::uds::Endpoint;
 use super::worker::{Transport, Worker};
-use crate::config::VsockConfig;
+use crate::descriptors::Budget;
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, Running, VirtioDevice, read_space};
 
-const ID: &str = "vsock";
+pub(super) const ID: &str = "vsock";
 /// rx, tx, event.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+/// Queues (virtio 1.2, 5.10.2).
+pub(super) const RX: usize = 0;
+pub(super) const TX: usize = 1;
+pub(super) const EVENT: usize = 2;
 
 /// The virtio-vsock device.
 #[derive(Debug)]
@@ -40,6 +45,14 @@ impl Vsock {
     /// # Errors
     /// [`VsockError::Bind`] or [`VsockError::Create`].
     pub fn new(config: &VsockConfig) -> Result<(Self, VsockHandle), VsockError> {
+        Self::with_descriptors(config, Budget::of_process())
+    }
+
+    /// As [`new`](Self::new); what the guest opens is taken from `descriptors`.
+    pub(super) fn with_descriptors(
+        config: &VsockConfig,
+        descriptors: Arc<Budget>,
+    ) -> Result<(Self, VsockHandle), VsockError> {
         let shared = Shared::new().map_err(|source| VsockError::Create {
             what: "an eventfd",
             source,
@@ -47,7 +60,7 @@ impl Vsock {
         let shared = Arc::new(shared);
         let endpoint = config.uds_path.as_deref().map(Endpoint::bind).transpose()?;
         let guest_cid = u64::from(config.guest_cid);
-        let muxer = Muxer::new(shared.clone(), guest_cid, endpoint)?;
+        let muxer = Muxer::new(shared.clone(), guest_cid, endpoint, descriptors)?;
         let device = Self {
             guest_cid,
             shared: shared.clone(),
@@ -82,9 +95,9 @@ impl VirtioDevice for Vsock {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let rx = activation.take_queue(ID, 0)?;
-        let tx = activation.take_queue(ID, 1)?;
-        let event = activation.take_queue(ID, 2)?;
+        let rx = activation.take_queue(ID, RX)?;
+        let tx = activation.take_queue(ID, TX)?;
+        let event = activation.take_queue(ID, EVENT)?;
         let transport = Transport {
             memory: activation.memory,
             rx: rx.queue,

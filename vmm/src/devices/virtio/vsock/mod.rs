@@ -18,6 +18,7 @@
 //! command queue. The guest is not trusted: what it can make the host keep is bounded by [`muxer`]'s constants.
 
 mod attach;
+pub mod config;
 mod connection;
 mod credit;
 mod device;

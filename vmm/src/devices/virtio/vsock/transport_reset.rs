@@ -14,6 +14,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::device::EVENT;
 use super::worker::take;
 use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::chain::Chain;
@@ -85,7 +86,7 @@ impl EventQueue {
                 guest_log!(DEBUG, %error, head, "vsock: cannot return an event buffer");
             }
             // Always: there is at most one of these in the life of a process.
-            interrupt.signal_used();
+            interrupt.used(EVENT);
             if written > 0
                 && let Some(avail) = avail
             {

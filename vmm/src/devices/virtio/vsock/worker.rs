@@ -12,6 +12,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueT};
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::device::{RX, TX};
 use super::muxer::{Filled, Muxer, TOKEN_QUEUES};
 use super::packet::TxPacket;
 use super::rx_queue::RxQueue;
@@ -224,7 +225,7 @@ fn drain(muxer: &mut Muxer, transport: &mut Transport, budget: usize) -> usize {
         taken += 1;
     }
     if taken > 0 {
-        notify(&mut transport.tx, memory, &transport.interrupt);
+        notify(TX, &mut transport.tx, memory, &transport.interrupt);
     }
     taken
 }
@@ -240,7 +241,7 @@ fn fill(muxer: &mut Muxer, transport: &mut Transport, budget: usize) -> (Filled,
         shared.counters.rx_stalls.inc();
     }
     if used > 0 {
-        notify(&mut transport.rx, memory, &transport.interrupt);
+        notify(RX, &mut transport.rx, memory, &transport.interrupt);
     }
     (filled, used)
 }
@@ -257,14 +258,14 @@ pub(super) fn take<'m>(
     })
 }
 
-/// One interrupt for a batch, if the driver wants one.
-fn notify(queue: &mut Queue, memory: &GuestMemory, interrupt: &Interrupt) {
+/// One interrupt for a batch in queue `index`, if the driver wants one.
+fn notify(index: usize, queue: &mut Queue, memory: &GuestMemory, interrupt: &Interrupt) {
     match queue.needs_notification(memory) {
         Ok(false) => {}
-        Ok(true) => interrupt.signal_used(),
+        Ok(true) => interrupt.used(index),
         Err(error) => {
             guest_log!(DEBUG, %error, "vsock: cannot tell whether the driver wants an interrupt");
-            interrupt.signal_used();
+            interrupt.used(index);
         }
     }
 }

@@ -39,7 +39,7 @@ fn request_when_others_were_served_before_allocates_nothing() {
     let around = Surroundings {
         target: Arc::new(Target::new("d".to_owned(), disk, "d", None)),
         memory: guest.memory.clone(),
-        interrupt: Interrupt::new(guest.registers.clone(), guest.irqfd.clone()),
+        interrupt: guest.interrupt(),
         io: guest.io.clone(),
     };
     let mut intake = Intake::new(&around, ring.active(), VecDeque::new());

@@ -19,7 +19,7 @@ use super::Block;
 use crate::config::{BlockConfig, BlockEngine};
 use crate::devices::virtio::state::QueuePosition;
 use crate::devices::virtio::test_ring::{BUFFERS, Buf, TestGuest, TestRing, Used};
-use crate::devices::virtio::{Activation, CHAIN_FEATURES, Interrupt, VirtioDevice};
+use crate::devices::virtio::{Activation, CHAIN_FEATURES, VirtioDevice};
 
 const OK: u8 = VIRTIO_BLK_S_OK as u8;
 const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
@@ -144,7 +144,7 @@ impl Fixture {
             memory: self.guest.memory.clone(),
             features: CHAIN_FEATURES | features,
             queues,
-            interrupt: Interrupt::new(self.guest.registers.clone(), self.guest.irqfd.clone()),
+            interrupt: self.guest.interrupt(),
             io: self.guest.io.clone(),
         };
         self.block.activate(activation).unwrap();

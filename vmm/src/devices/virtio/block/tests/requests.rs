@@ -10,6 +10,8 @@ use virtio_bindings::virtio_blk::{
 
 use super::*;
 use crate::devices::virtio::block::BlockError;
+use crate::devices::virtio::config::{OpenError, OpenErrorKind};
+use crate::devices::virtio::image::ImageError;
 use crate::devices::virtio::test_ring::{
     INDIRECT, MEMORY_SIZE, NEXT, Used, WRITE, flood, survive_malformed_chains,
 };
@@ -333,19 +335,53 @@ fn reset_when_avail_index_jumped_still_ends(engine: BlockEngine) {
 }
 
 #[test]
+fn image_when_it_cannot_be_used_says_what_can_be_done() {
+    let dir = TempDir::new_with_prefix("/tmp/dragonball-blk").unwrap();
+    let path = |name: &str| dir.as_path().join(name);
+    std::fs::write(path("small"), [0; 511]).unwrap();
+    std::fs::write(path("used"), [0; 512]).unwrap();
+    let _user = Block::new(&config(&path("used"), false)).unwrap();
+    for (name, kind) in [
+        ("missing", OpenErrorKind::Missing),
+        ("small", OpenErrorKind::Unfit),
+        (".", OpenErrorKind::Unfit),
+        ("used", OpenErrorKind::Busy),
+    ] {
+        let error = OpenError::from(Block::new(&config(&path(name), true)).unwrap_err());
+        assert_eq!(error.kind(), kind, "{name}");
+        assert!(
+            error.to_string().starts_with("disk disk-with-a-long-name: "),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn image_when_used_twice_is_locked() {
     let (_dir, path) = image();
     let writer = Block::new(&config(&path, false)).unwrap();
     for read_only in [false, true] {
         let error = Block::new(&config(&path, read_only)).unwrap_err();
-        assert!(matches!(error, BlockError::Locked { .. }), "{error}");
+        assert!(
+            matches!(
+                error,
+                BlockError::Image {
+                    source: ImageError::Locked { .. },
+                    ..
+                }
+            ),
+            "{error}"
+        );
     }
     drop(writer);
     let _reader = Block::new(&config(&path, true)).unwrap();
     let _second = Block::new(&config(&path, true)).unwrap();
     assert!(matches!(
         Block::new(&config(&path, false)),
-        Err(BlockError::Locked { .. })
+        Err(BlockError::Image {
+            source: ImageError::Locked { .. },
+            ..
+        })
     ));
 }
 

@@ -1,6 +1,5 @@
 //! What a frame takes from the heap: nothing, once some have passed.
 
-use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::net::counters::Counters;
 use crate::devices::virtio::net::rx::RxQueue;
 use crate::devices::virtio::net::tx::TxQueue;
@@ -13,7 +12,7 @@ use crate::rate_limiter::RateLimiter;
 use super::rig::{RING, frame, rx_buffer, tx_buffer, wire};
 
 fn served(guest: &TestGuest, ring: &TestRing) -> ServedQueue {
-    let interrupt = Interrupt::new(guest.registers.clone(), guest.irqfd.clone());
+    let interrupt = guest.interrupt();
     ServedQueue::new("net0", ring.active(), guest.memory.clone(), interrupt)
 }
 

@@ -13,7 +13,7 @@ use crate::devices::virtio::net::Net;
 pub use crate::devices::virtio::net::socket::{Socket, Wire, device, wire};
 use crate::devices::virtio::state::QueuePosition;
 use crate::devices::virtio::test_ring::{BUFFERS, Buf, PATIENCE, TestGuest, TestRing};
-use crate::devices::virtio::{Activation, Interrupt, VirtioDevice};
+use crate::devices::virtio::{Activation, VirtioDevice};
 
 pub const MERGE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 pub const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
@@ -116,7 +116,7 @@ impl Rig {
             memory: self.guest.memory.clone(),
             features: self.features,
             queues: queues.collect(),
-            interrupt: Interrupt::new(self.guest.registers.clone(), self.guest.irqfd.clone()),
+            interrupt: self.guest.interrupt(),
             io: self.guest.io.clone(),
         };
         self.net.activate(activation).unwrap();

@@ -6,7 +6,9 @@ use std::process::Command;
 use std::sync::Arc;
 
 use super::rig::{MERGE, Rig, eventually, frame, net_config};
-use crate::config::{ConfigError, DeviceConfig, NetConfig, TapConfig};
+use crate::config::{NetConfig, TapConfig};
+use crate::devices::virtio::config::Knobs;
+use crate::devices::virtio::config::OpenErrorKind;
 use crate::devices::virtio::net::tap::{Backend, Tap, TapError, open};
 use crate::devices::virtio::net::{Net, NetError};
 use crate::devices::virtio::test_ring::Buf;
@@ -118,6 +120,8 @@ fn open_when_it_cannot_says_why() {
         let _first = open(&tap("single"), 1).unwrap();
         let busy = open(&tap("single"), 1).unwrap_err();
         assert!(matches!(busy, TapError::Busy { .. }), "{busy:?}");
+        let kinds = [busy.kind(), open(&missing, 1).unwrap_err().kind()];
+        assert_eq!(kinds, [OpenErrorKind::Busy, OpenErrorKind::Missing]);
         assert!(busy.to_string().contains("single"));
     });
 }
@@ -174,10 +178,7 @@ fn validate_when_a_network_interface_cannot_be_names_what_is_wrong() {
     let error = |change: fn(&mut NetConfig)| {
         let mut config = NetConfig::new("net0", "tap0");
         change(&mut config);
-        match DeviceConfig::Net(config).validate() {
-            Err(ConfigError::Net { reason, .. }) => reason,
-            other => panic!("{other:?}"),
-        }
+        config.validate().unwrap_err().to_string()
     };
     for name in [
         "",
@@ -192,23 +193,19 @@ fn validate_when_a_network_interface_cannot_be_names_what_is_wrong() {
     ] {
         let mut config = NetConfig::new("net0", "tap0");
         config.tap.name = name.to_owned();
-        assert!(DeviceConfig::Net(config).validate().is_err(), "{name:?}");
+        assert!(config.validate().is_err(), "{name:?}");
     }
     assert!(error(|c| c.mac = Some([1, 0, 0, 0, 0, 1])).contains("mac"));
     assert!(error(|c| c.mac = Some([0; 6])).contains("mac"));
-    assert!(error(|c| c.mtu = Some(67)).contains("mtu 67"));
-    assert!(error(|c| c.queue_pairs = 0).contains("0 queue pairs"));
-    assert!(error(|c| c.queue_pairs = 9).contains("9 queue pairs"));
+    assert!(error(|c| c.mtu = Some(67)).contains("mtu is 67"));
+    assert!(error(|c| c.queue_pairs = 0).contains("queue_pairs is 0"));
+    assert!(error(|c| c.queue_pairs = 9).contains("queue_pairs is 9"));
     for size in [0, 16, 33, 2048] {
         let mut config = NetConfig::new("net0", "tap0");
         config.queue_size = size;
-        assert!(DeviceConfig::Net(config).validate().is_err(), "{size}");
+        assert!(config.validate().is_err(), "{size}");
     }
-    assert!(
-        DeviceConfig::Net(NetConfig::new("net0", "fifteen-letters"))
-            .validate()
-            .is_ok()
-    );
+    assert!(NetConfig::new("net0", "fifteen-letters").validate().is_ok());
 }
 
 /// A socket that sees and sends whole frames on interface `name`.
