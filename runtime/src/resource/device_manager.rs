@@ -218,7 +218,11 @@ mod tests {
             .to_owned();
         vm.refuse_devices(true);
         assert!(manager.detach(&id).await.is_err());
-        assert_eq!(manager.attached(), [id.clone()], "the guest still has it");
+        assert_eq!(
+            manager.attached(),
+            std::slice::from_ref(&id),
+            "the guest still has it"
+        );
         vm.refuse_devices(false);
         manager.detach(&id).await.unwrap();
         assert_eq!(devices(&vm), 0);

@@ -39,7 +39,7 @@ pub enum Answer {
     Pids(Vec<u32>),
     Exit(ProcessExit),
     State(ProcessState),
-    Stats(ContainerStats),
+    Stats(Box<ContainerStats>),
     Shutdown(bool),
 }
 
@@ -158,7 +158,7 @@ impl TaskHandler for FakeRuntime {
     }
 
     async fn stats_container(&self, container: &str) -> Result<ContainerStats> {
-        expect!(self.answer(Call::Stats(container.into())).await, Stats)
+        expect!(self.answer(Call::Stats(container.into())).await, Stats).map(|stats| *stats)
     }
 
     async fn update_container(&self, container: &str, resources: &[u8]) -> Result<()> {

@@ -24,8 +24,7 @@ fn panic_in_threads(bundle: &Path) {
             let name = format!("fs-kataShared-{number}");
             let run = move || {
                 barrier.wait();
-                let nothing: Option<u32> = None;
-                nothing.expect("a fault\nof two lines")
+                panic!("a fault\nof two lines")
             };
             thread::Builder::new().name(name).spawn(run).unwrap()
         })

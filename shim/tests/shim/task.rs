@@ -293,10 +293,10 @@ async fn answer_when_given_carries_what_the_runtime_says() {
                 exit: Some(exit(42)),
             }),
             Call::Pids(_) => Answer::Pids(vec![7, 8]),
-            Call::Stats(_) => Answer::Stats(ContainerStats {
+            Call::Stats(_) => Answer::Stats(Box::new(ContainerStats {
                 pids_current: 3,
                 ..Default::default()
-            }),
+            })),
             Call::Connect(_) => Answer::Pid(7),
             _ => Answer::Exit(exit(42)),
         })

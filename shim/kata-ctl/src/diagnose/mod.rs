@@ -7,7 +7,7 @@ mod files;
 mod process;
 mod sandbox;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use self::process::Shim;
 use self::sandbox::StateFolder;
@@ -109,7 +109,7 @@ fn folder_sections(folder: &StateFolder) -> String {
     text
 }
 
-fn console(path: &PathBuf) -> String {
+fn console(path: &Path) -> String {
     let text = files::tail_of(path, 0);
     if text.trim().is_empty() {
         return "(nothing: the kernel has printed nothing. It prints when `enable_debug` is set or it panics; if the vCPU threads \
