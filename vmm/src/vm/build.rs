@@ -22,7 +22,7 @@ use crate::devices::power::{self, Power};
 use crate::devices::pvpanic::{self, PvPanic};
 use crate::devices::serial::{self, Serial};
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::config::{Complete, Opened};
+use crate::devices::virtio::config::{Complete, OpenError, Opened};
 use crate::devices::virtio::console::{Console, ConsoleLog};
 use crate::devices::virtio::mem::{self, Mem, MemHandle};
 use crate::devices::virtio::transport::mmio::registers::RegisterPages;
@@ -305,10 +305,7 @@ fn connect(
         let connected = device.connect(windows);
         devices.push((
             content,
-            connected.map_err(|e| BuildError::Device {
-                id,
-                reason: e.to_string(),
-            })?,
+            connected.map_err(|source| BuildError::Device { id, source })?,
         ));
     }
     let mut handle = None;
@@ -330,10 +327,7 @@ fn populate(machine: &mut Machine, devices: Devices, vcpus: Vec<VcpuFd>) -> Resu
         let id = device.id().to_owned();
         machine
             .plug(slot, content, device)
-            .map_err(|e| BuildError::Device {
-                id,
-                reason: format!("{}: {}", e.what, e.source),
-            })?;
+            .map_err(|error| error.of_device(id))?;
     }
     start_threads(machine, (0u8..).zip(vcpus))
 }
@@ -457,11 +451,11 @@ impl<'c> Opener<'c> {
     /// Opens what the device of `content` needs from the host.
     ///
     /// # Errors
-    /// [`BuildError::Device`].
+    /// [`BuildError::Device`], [`BuildError::NotConfigured`].
     pub fn open(&mut self, content: &Content) -> Result<Box<dyn Opened>, BuildError> {
         let error = |id: &str| {
             let id = id.to_owned();
-            move |reason| BuildError::Device { id, reason }
+            move |source| BuildError::Device { id, source }
         };
         Ok(match (content, &self.config.vsock) {
             (Content::Console, _) => {
@@ -474,27 +468,18 @@ impl<'c> Opener<'c> {
                 Complete::opened(device)
             }
             (Content::Vsock, Some(config)) => {
-                let vsock = Vsock::new(config).map_err(|e| e.to_string());
+                let vsock = Vsock::new(config).map_err(OpenError::from);
                 let (device, handle) = vsock.map_err(error("vsock"))?;
                 self.vsock = Some(handle);
                 Complete::opened(device)
             }
-            (Content::Vsock, None) => {
-                return Err(error("vsock")("the configuration has none".to_owned()));
-            }
-            (Content::Mem, _) => {
-                return Err(error(mem::DEVICE_ID)("comes with the memory".to_owned()));
-            }
-            (Content::Device(config), _) => config
-                .knobs()
-                .open()
-                .map_err(|e| error(config.id())(e.to_string()))?,
+            (Content::Vsock, None) => return Err(BuildError::NotConfigured { id: "vsock" }),
+            // Comes with the memory.
+            (Content::Mem, _) => return Err(BuildError::NotConfigured { id: mem::DEVICE_ID }),
+            (Content::Device(config), _) => config.knobs().open().map_err(error(config.id()))?,
             (Content::Adopted(config), _) => {
                 let fds = self.tap_fds.remove(config.id()).unwrap_or_default();
-                config
-                    .knobs()
-                    .adopt(fds)
-                    .map_err(|e| error(config.id())(e.to_string()))?
+                config.knobs().adopt(fds).map_err(error(config.id()))?
             }
         })
     }

@@ -73,9 +73,9 @@ impl Vm {
                 return Err(ConfigError::SecondBalloon(id.clone()).into());
             }
             let opened = open().and_then(|(opened, extra)| Ok((opened.connect(&machine.windows)?, extra)));
-            let (device, extra) = opened.map_err(|e| HotplugError::Device {
+            let (device, extra) = opened.map_err(|source| HotplugError::Device {
                 id: id.clone(),
-                reason: e.to_string(),
+                source,
             })?;
             let host_error = |what, source| HotplugError::Host {
                 id: id.clone(),

@@ -26,6 +26,7 @@ use crate::memory::write_log::WriteLog;
 use crate::memory::{GuestMemory, layout};
 use crate::vcpu::create::VcpuContext;
 use crate::vcpu::run::{Vcpu, VcpuThread};
+use crate::vm::error::BuildError;
 use crate::vm::info::{DeviceAddress, DeviceInfo, DeviceMetrics, VmMetrics};
 
 /// A device cannot be connected to KVM.
@@ -35,6 +36,17 @@ pub struct ConnectError {
     pub what: &'static str,
     /// Cause.
     pub source: io::Error,
+}
+
+impl ConnectError {
+    /// The same, of the device `id`.
+    pub fn of_device(self, id: String) -> BuildError {
+        BuildError::Connect {
+            id,
+            what: self.what,
+            source: self.source,
+        }
+    }
 }
 
 /// No slot holds a device of that name.

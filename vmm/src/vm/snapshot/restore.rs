@@ -338,10 +338,7 @@ fn populate(
             let id = device.id().to_owned();
             machine
                 .plug(index, saved.content.clone(), device)
-                .map_err(|e| BuildError::Device {
-                    id,
-                    reason: format!("{}: {}", e.what, e.source),
-                })?;
+                .map_err(|error| error.of_device(id))?;
             let mut slot = machine.board.slots.lock(index);
             if let Some(transport) = slot.as_mut().and_then(|slot| slot.as_mut()) {
                 transport.restore(saved.transport.clone(), &saved.state)?;
@@ -364,10 +361,7 @@ fn connect(
     if let Some(opened) = opened {
         let id = opened.id().to_owned();
         let device = opened.connect_again(&machine.windows, state);
-        return device.map_err(|e| BuildError::Device {
-            id,
-            reason: e.to_string(),
-        });
+        return device.map_err(|source| BuildError::Device { id, source });
     }
     let window = machine.windows.hotplug()?.clone();
     let device = Mem::new(mem::DEVICE_ID, window, config.memory.hotpluggable_bytes());

@@ -22,6 +22,7 @@ impl Knobs for RngConfig {
     }
 
     fn open(&self) -> Result<Box<dyn Opened>, OpenError> {
-        Ok(Complete::opened(Rng::new(self)?))
+        let Ok(device) = Rng::new(self);
+        Ok(Complete::opened(device))
     }
 }
