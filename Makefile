@@ -42,9 +42,29 @@ test: ## everything: lint, unit and KVM tests, end-to-end tests
 	@$(MAKE) --no-print-directory e2e
 
 .PHONY: lint
-lint: toolchain ## formatting and clippy
+lint: toolchain deny ## formatting, clippy, and what may be depended on
 	$(CARGO) fmt --all --check
 	$(call limit,LIMIT_LINT,lints) $(CARGO) clippy $(LOCKED) --workspace --all-targets --features tests/e2e,dragonball/e2e -- -D warnings
+
+# Built once, without optimization: a minute of two cores.
+DENY_VERSION := 0.20.2
+DENY := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dragonball/cargo-deny/$(DENY_VERSION)
+# A clone of rustsec/advisory-db; without one, advisories cannot be looked up (no network but the registry's).
+ADVISORY_DB ?=
+
+.PHONY: deny
+deny: toolchain ## licences, duplicates and sources of dependencies; advisories with ADVISORY_DB=FOLDER (a clone of advisory-db)
+	[ -x $(DENY)/bin/cargo-deny ] || \
+	    CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_OPT_LEVEL=0 CARGO_PROFILE_RELEASE_DEBUG=0 \
+	    $(call limit,LIMIT_BUILD,build of cargo-deny) $(CARGO) install --root $(DENY) --locked --no-default-features \
+	    --version $(DENY_VERSION) cargo-deny
+	$(call limit,LIMIT_LINT,check of dependencies) $(DENY)/bin/cargo-deny --all-features check licenses bans sources
+	if [ -n '$(ADVISORY_DB)' ]; then \
+	    mkdir -p $(TARGET)/advisory-dbs && ln -sfn $(abspath $(ADVISORY_DB)) $(TARGET)/advisory-dbs/advisory-db-3157b0e258782691; \
+	    $(call limit,LIMIT_LINT,look-up of advisories) $(DENY)/bin/cargo-deny --offline --all-features check advisories; \
+	else \
+	    echo 'advisories: not looked up, ADVISORY_DB names no clone of advisory-db'; \
+	fi
 
 .PHONY: unit
 unit: setup ## unit tests, and KVM tests with tiny guests

@@ -1,8 +1,10 @@
 //! Events on their way to containerd: in order, one at a time, and patiently.
 //!
 //! containerd may restart at any moment and a lost exit event leaves a pod terminating for ever. So an event is sent
-//! until containerd answers, the following ones queue behind it, and only a full queue drops the oldest. A containerd
-//! that dies in the middle of a call may have seen the event; it is sent again, because the restarted one has not.
+//! until containerd answers, and the following ones queue behind it. A full queue drops its oldest event, but never an
+//! exit: of those there is one per process, and others, such as kills for memory, come as often as a guest likes. A
+//! containerd that dies in the middle of a call may have seen the event; it is sent again, because the restarted one has
+//! not.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -24,8 +26,11 @@ use ttrpc::context;
 
 use crate::events;
 
-/// Most events that wait; some 200 bytes each.
+/// Most events that wait, unless more of them are exits; some 200 bytes each.
 const QUEUE: usize = 1024;
+
+/// What is never dropped.
+const EXIT: &str = "/tasks/exit";
 
 /// How long containerd may take over one event.
 const CALL_PATIENCE: Duration = Duration::from_secs(5);
@@ -133,11 +138,15 @@ impl Queue {
             Ok(envelope) => self.waiting.push_back(envelope),
             Err(error) => tracing::error!(?event, %error, "event does not encode"),
         }
-        if self.waiting.len() > QUEUE
-            && let Some(oldest) = self.waiting.pop_front()
-        {
+        if self.waiting.len() <= QUEUE {
+            return;
+        }
+        let oldest = self.waiting.iter().position(|envelope| envelope.topic != EXIT);
+        if let Some(oldest) = oldest.and_then(|oldest| self.waiting.remove(oldest)) {
             self.dropped += 1;
-            tracing::error!(topic = %oldest.topic, dropped = self.dropped, "event queue is full, oldest event dropped");
+            if self.dropped.is_power_of_two() {
+                tracing::error!(topic = %oldest.topic, dropped = self.dropped, "event queue is full, oldest event dropped");
+            }
         }
     }
 }
@@ -226,5 +235,49 @@ impl Containerd {
             }
             Err(error) => Err(Failure::Away(error.to_string())),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use runtime::types::{ContainerProcess, ProcessExit};
+
+    use super::*;
+
+    #[test]
+    fn queue_when_full_keeps_exits_and_drops_the_oldest_of_the_rest() {
+        let (_sender, events) = mpsc::unbounded_channel();
+        let mut queue = Queue {
+            events,
+            namespace: "ns".to_owned(),
+            waiting: VecDeque::new(),
+            dropped: 0,
+        };
+        let exit = Event::TaskExit {
+            process: ContainerProcess::default(),
+            pid: 1,
+            exit: ProcessExit {
+                status: 1,
+                at: SystemTime::UNIX_EPOCH,
+            },
+        };
+        let oom = Event::TaskOom {
+            container_id: "hog".to_owned(),
+        };
+
+        queue.push(&exit);
+        (0..2 * QUEUE).for_each(|_| queue.push(&oom));
+        queue.push(&exit);
+
+        assert_eq!(queue.waiting.len(), QUEUE);
+        let exits = queue
+            .waiting
+            .iter()
+            .filter(|envelope| envelope.topic == EXIT)
+            .count();
+        assert_eq!((exits, queue.waiting[0].topic.as_str()), (2, EXIT));
+        (0..2 * QUEUE).for_each(|_| queue.push(&exit));
+        assert!(queue.waiting.iter().all(|envelope| envelope.topic == EXIT));
+        assert_eq!(queue.waiting.len(), 2 + 2 * QUEUE);
     }
 }

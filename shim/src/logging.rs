@@ -7,7 +7,9 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
@@ -73,12 +75,35 @@ fn suffix(namespace: &str, sandbox: &str) -> String {
     text
 }
 
-/// Reports a panic in the log before the process aborts: a half-dead shim would hold its pod for ever.
+/// How long a second panic waits for the first one's report.
+const REPORT_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Reports the first panic of any thread in the log, with the thread and the place, and aborts the process.
+///
+/// A panic is a fault of ours, in a device, a library or a request, and nobody knows what it left behind: a ring half
+/// served, a lock half held, a container nobody will report the end of. A half-dead shim would hold its pod for ever; a
+/// dead one is what containerd knows how to handle. It runs `delete`, which undoes what the journal says, and publishes the
+/// exit of every process with status 137.
 pub fn abort_on_panic() {
+    static REPORTING: AtomicBool = AtomicBool::new(false);
     std::panic::set_hook(Box::new(|info| {
+        if REPORTING.swap(true, Ordering::SeqCst) {
+            // The first one's report is about to be written; unless it waits for something of this thread.
+            thread::sleep(REPORT_PATIENCE);
+            std::process::abort();
+        }
+        let current = thread::current();
+        let thread = current.name().unwrap_or("without a name");
+        let message = info.payload_as_str().unwrap_or("no message");
+        let place = info.location().map(ToString::to_string).unwrap_or_default();
+        tracing::error!(
+            thread,
+            place,
+            panic = message,
+            "shim panicked, aborting: its pod ends"
+        );
         let backtrace = std::backtrace::Backtrace::force_capture();
-        tracing::error!(panic = %info, "shim panicked, aborting");
-        tracing::error!(%backtrace, "backtrace");
+        tracing::debug!(%backtrace, "backtrace of the panic");
         std::process::abort();
     }));
 }

@@ -33,6 +33,7 @@ pub mod memory;
 pub mod io_loop;
 pub mod rate_limiter;
 
+mod descriptors;
 mod kvm;
 mod lifecycle;
 

@@ -57,6 +57,30 @@ fn handshake_when_version_1_is_not_accepted_refuses_features_ok() {
     assert_eq!(run_with(&code, vec![rng("rng")]), ["01", "03", "03", "03"]);
 }
 
+/// MMIO writes that came to this process while a guest with an entropy source ran `code`.
+fn mmio_writes(code: Code) -> u64 {
+    let scratch = Scratch::new();
+    let code = code.print("done\n").spin();
+    let vm = Vm::new(config_with(&scratch, &code, vec![rng("rng")])).unwrap();
+    vm.start().unwrap();
+    wait_for(&vm, "done");
+    let writes = vm.metrics().vcpus.iter().map(|vcpu| vcpu.mmio_write).sum();
+    vm.stop().unwrap();
+    writes
+}
+
+#[test]
+fn acknowledgement_when_of_used_buffers_alone_does_not_leave_kvm() {
+    let acknowledge = |value, times| {
+        let code = Code::default().map_devices();
+        (0..times).fold(code, |code, _| code.store32(SLOT + 0x64, value))
+    };
+    // Used buffers are 1, a changed configuration is 2.
+    assert_eq!(mmio_writes(acknowledge(1, 20)), 0);
+    assert_eq!(mmio_writes(acknowledge(3, 20)), 20);
+    assert_eq!(mmio_writes(acknowledge(2, 20)), 20);
+}
+
 /// Up to FEATURES_OK with VIRTIO_F_VERSION_1 only.
 fn negotiated() -> Code {
     let code = Code::default()

@@ -1,7 +1,7 @@
 //! An agent for tests: a ttrpc server on one end of a socket pair. Its containers are scripts in `args`:
 //! `echo WORDS…`, `exit STATUS`, `cat` (stdin to stdout), `sleep` (until signalled), `missing` (start fails).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -28,6 +28,8 @@ pub(crate) struct FakeGuest {
     /// Attached descriptors by host port.
     pub(crate) attached: Mutex<HashMap<u32, OwnedFd>>,
     pub(crate) attached_changed: Condvar,
+    /// Containers that the guest will say were killed for memory.
+    pub(crate) killed_for_memory: Mutex<VecDeque<String>>,
     processes: Mutex<HashMap<(String, String), Arc<Process>>>,
 }
 
@@ -199,7 +201,11 @@ impl AgentService for Service {
     }
 
     async fn exec_process(&self, _: &TtrpcContext, request: wire::ExecProcessRequest) -> Reply<Empty> {
-        self.0.called(format!("ExecProcess {}", request.exec_id));
+        let size = request.process.ConsoleSize.clone().unwrap_or_default();
+        self.0.called(format!(
+            "ExecProcess {} {}x{}",
+            request.exec_id, size.Width, size.Height
+        ));
         if request.process.Args == ["missing"] {
             return Err(status(ttrpc::Code::NOT_FOUND, "missing: command not found"));
         }
@@ -259,6 +265,19 @@ impl AgentService for Service {
         self.0
             .called(format!("TtyWinResize {}x{}", request.column, request.row));
         Ok(Empty::new())
+    }
+
+    async fn get_oom_event(&self, _: &TtrpcContext, _: wire::GetOOMEventRequest) -> Reply<wire::OOMEvent> {
+        loop {
+            let next = self.0.killed_for_memory.lock().unwrap().pop_front();
+            if let Some(container_id) = next {
+                return Ok(wire::OOMEvent {
+                    container_id,
+                    ..Default::default()
+                });
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     async fn pause_container(&self, _: &TtrpcContext, _: wire::PauseContainerRequest) -> Reply<Empty> {

@@ -11,8 +11,8 @@ use super::VirtContainerManager;
 use super::container::{Container, HostSide};
 use super::io::{Owner, ProcessIo};
 use super::process::Process;
-use super::spec::bundle::container_type;
-use super::spec::{GuestSpec, amend};
+use super::spec::bundle::{ContainerType, container_type};
+use super::spec::{GuestSpec, amend, joins_pid_namespace};
 use crate::error::Result;
 use crate::sandbox::SandboxState;
 use crate::timeline;
@@ -121,6 +121,8 @@ impl VirtContainerManager {
     ) -> wire::CreateContainerRequest {
         let id = &request.container_id;
         let kind = container_type(&spec);
+        // A path of the host's in `amend`'s eyes: here it says that the pod's containers see each other's processes.
+        let sandbox_pidns = kind == ContainerType::PodContainer && joins_pid_namespace(&spec);
         let guest = GuestSpec {
             container: id.clone(),
             rootfs: host.rootfs.get_guest_rootfs_path(),
@@ -139,6 +141,7 @@ impl VirtContainerManager {
             storages: rootfs.chain(host.volumes.storages()).collect(),
             devices: device.chain(host.volumes.devices()).collect(),
             OCI: MessageField::some(spec_to_wire(&spec)),
+            sandbox_pidns,
             ..Default::default()
         }
     }

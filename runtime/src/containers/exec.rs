@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use oci_spec::runtime::Process as OciProcess;
+use oci_spec::runtime::{BoxBuilder, Process as OciProcess};
 use protobuf::MessageField;
 use protocols::agent as wire;
 use protocols::oci_convert::process_to_wire;
@@ -57,7 +57,16 @@ impl VirtContainerManager {
         process.begin_start()?;
         let started = match process.spec() {
             None => self.start_init(&container).await,
-            Some(spec) => self.start_exec(&container, &process, spec).await,
+            Some(spec) => {
+                let mut spec = spec.clone();
+                // Programs ask for it when they start.
+                if let Some((width, height)) = process.take_size() {
+                    let size = BoxBuilder::default().width(width).height(height).build();
+                    // It only fails for a side that was left out.
+                    spec.set_console_size(size.ok());
+                }
+                self.start_exec(&container, &process, &spec).await
+            }
         };
         if let Err(error) = started {
             // 127 as shells say for a command that cannot be found.
@@ -81,6 +90,12 @@ impl VirtContainerManager {
     }
 
     async fn start_init(&self, container: &Container) -> Result<()> {
+        // Its terminal exists since its creation.
+        if let Some((width, height)) = container.init.take_size()
+            && let Err(error) = self.resize_in_guest(&container.init, width, height).await
+        {
+            tracing::warn!(container = container.id, %error, "terminal size");
+        }
         let request = wire::StartContainerRequest {
             container_id: container.id.clone(),
             ..Default::default()

@@ -104,12 +104,14 @@ impl VirtContainerManager {
 
     /// Fills the place of a reserved id.
     pub(super) fn enter(&self, container: Arc<Container>) {
+        self.sandbox.members().enter(&container.id);
         self.containers()
             .insert(container.id.clone(), Slot::Ready(container));
     }
 
     /// Gives the id back.
     pub(super) fn remove(&self, id: &str) {
+        self.sandbox.members().leave(id);
         self.containers().remove(id);
     }
 

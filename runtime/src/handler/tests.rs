@@ -733,3 +733,47 @@ async fn terminal_size_before_the_start_is_applied() {
     assert_eq!(sizes, ["TtyWinResize 80x24", "TtyWinResize 132x50"]);
     bench.manager.shutdown().await;
 }
+
+#[tokio::test]
+async fn kills_for_memory_when_of_strangers_or_too_many_are_not_events() {
+    let mut bench = bench(Boot::Announced);
+    bench.create("c1", &["sleep"]).await.unwrap();
+    bench.start(init("c1")).await.unwrap();
+    bench.events();
+    let claims = ["stranger", "c1", "c1", "", "../c1", "c1"].map(str::to_owned);
+    *bench.vm.guest.killed_for_memory.lock().unwrap() = claims.into();
+
+    while !bench.vm.guest.killed_for_memory.lock().unwrap().is_empty() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    bench.kill(init("c1"), 9).await.unwrap();
+    bench.wait(init("c1")).await;
+
+    // The last claim came seconds after the first.
+    let events = bench.events();
+    let claimed = events.iter().filter(|event| *event == "oom c1").count();
+    assert!((1..=2).contains(&claimed), "{events:?}");
+    assert_eq!(events.len(), claimed + 1, "{events:?}");
+    bench.manager.shutdown().await;
+}
+
+#[tokio::test]
+async fn terminal_size_of_an_exec_before_its_start_is_what_it_starts_with() {
+    let bench = bench(Boot::Announced);
+    bench.create("c1", &["sleep"]).await.unwrap();
+    bench.start(init("c1")).await.unwrap();
+    bench.exec("e1", &["sleep"]).await.unwrap();
+    answer(bench.manager.resize_process_pty(&exec("e1"), 132, 50))
+        .await
+        .unwrap();
+
+    bench.start(exec("e1")).await.unwrap();
+
+    let calls = bench.vm.guest.calls.lock().unwrap().clone();
+    assert!(calls.contains(&"ExecProcess e1 132x50".to_owned()), "{calls:?}");
+    assert!(
+        !calls.iter().any(|call| call.starts_with("TtyWinResize")),
+        "{calls:?}"
+    );
+    bench.manager.shutdown().await;
+}

@@ -1,10 +1,12 @@
 //! Tasks that watch a sandbox: the VM's end, the agent's health, out-of-memory kills.
 
-use std::sync::Arc;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use protocols::agent as wire;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
 use super::SandboxState;
 use crate::agent::Agent;
@@ -16,6 +18,8 @@ use crate::types::Event;
 const CONSOLE_LINES: usize = 8;
 const CONSOLE_WIDTH: usize = 160;
 const HEALTH_INTERVAL: Duration = Duration::from_secs(30);
+/// A container that has its processes killed over and over is an event this often.
+const OOM_INTERVAL: Duration = Duration::from_secs(1);
 /// Pause after an unexpected answer to a long poll: never a hot loop.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -68,11 +72,45 @@ pub(super) async fn health(agent: Arc<dyn Agent>, sandbox: String) {
     }
 }
 
-/// Turns the guest's out-of-memory kills into events.
-pub(super) async fn oom(agent: Arc<dyn Agent>, events: mpsc::UnboundedSender<Event>) {
+/// Ids of the pod's containers.
+#[derive(Default)]
+pub struct Members {
+    ids: Mutex<HashSet<String>>,
+}
+
+impl Members {
+    /// Adds one.
+    pub fn enter(&self, id: &str) {
+        self.ids().insert(id.to_owned());
+    }
+
+    /// Takes one away.
+    pub fn leave(&self, id: &str) {
+        self.ids().remove(id);
+    }
+
+    fn contains(&self, id: &str) -> bool {
+        self.ids().contains(id)
+    }
+
+    fn ids(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.ids.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Turns the guest's out-of-memory kills into events: of the pod's own containers, and of each at most one in
+/// [`OOM_INTERVAL`]. The guest may claim what it likes, as fast as it likes.
+pub(super) async fn oom(agent: Arc<dyn Agent>, members: Arc<Members>, events: mpsc::UnboundedSender<Event>) {
+    let mut last: HashMap<String, Instant> = HashMap::new();
     loop {
         match agent.get_oom_event(wire::GetOOMEventRequest::default()).await {
-            Ok(event) if !event.container_id.is_empty() => {
+            Ok(event) if members.contains(&event.container_id) => {
+                last.retain(|_, at| at.elapsed() < OOM_INTERVAL);
+                if last.contains_key(&event.container_id) {
+                    tokio::time::sleep(RETRY).await;
+                    continue;
+                }
+                last.insert(event.container_id.clone(), Instant::now());
                 // Nobody listens once the shim ends.
                 let _ = events.send(Event::TaskOom {
                     container_id: event.container_id,

@@ -8,7 +8,8 @@ use protocols::agent as wire;
 use tokio::sync::{OnceCell, mpsc, watch};
 use tokio::task::JoinSet;
 
-use super::{Sandbox, SandboxConfig, SandboxState, SandboxStatus, monitor};
+use super::monitor::{self, Members};
+use super::{Sandbox, SandboxConfig, SandboxState, SandboxStatus};
 use crate::agent::{Agent, wait_ready};
 use crate::config::TomlConfig;
 use crate::error::{Error, ErrorKind, Result};
@@ -19,8 +20,9 @@ use crate::types::Event;
 
 /// Bound of building the VM on the host.
 const START_VM: Duration = Duration::from_secs(120);
-/// How long a guest may take to say goodbye; the VM is stopped afterwards anyway.
-const GOODBYE: Duration = Duration::from_secs(2);
+/// How long a guest may take to say goodbye, which includes writing back what is dirty on its shares and disks; the VM is
+/// stopped afterwards anyway.
+const GOODBYE: Duration = Duration::from_secs(10);
 /// Bound of the VM's own end.
 const STOP_VM: Duration = Duration::from_secs(10);
 
@@ -32,6 +34,7 @@ pub struct VirtSandbox {
     hypervisor: Arc<dyn Hypervisor>,
     agent: Arc<dyn Agent>,
     resources: Arc<ResourceManager>,
+    members: Arc<Members>,
     state: watch::Sender<SandboxState>,
     /// What the VM is built with is there.
     prepared: OnceCell<()>,
@@ -57,6 +60,7 @@ impl VirtSandbox {
             hypervisor,
             agent,
             resources,
+            members: Arc::default(),
             state: watch::Sender::new(SandboxState::Init),
             prepared: OnceCell::new(),
             events,
@@ -97,6 +101,11 @@ impl VirtSandbox {
     /// Its resources on the host.
     pub fn resources(&self) -> &Arc<ResourceManager> {
         &self.resources
+    }
+
+    /// Its containers, which their manager enters here.
+    pub fn members(&self) -> &Members {
+        &self.members
     }
 
     /// Its configuration.
@@ -194,7 +203,11 @@ impl VirtSandbox {
             self.id.clone(),
         ));
         background.spawn(monitor::health(agent.clone(), self.id.clone()));
-        background.spawn(monitor::oom(agent.clone(), self.events.clone()));
+        background.spawn(monitor::oom(
+            agent.clone(),
+            self.members.clone(),
+            self.events.clone(),
+        ));
     }
 
     async fn ended(&self) -> VmExit {

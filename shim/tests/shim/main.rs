@@ -5,6 +5,7 @@ mod containerd;
 mod delete;
 mod fake;
 mod harness;
+mod panic;
 mod publisher;
 mod start;
 mod task;

@@ -76,7 +76,18 @@ fn container_when_it_exits_while_containerd_is_down_is_stopped_afterwards() {
 
 #[test]
 fn host_when_shim_was_killed_is_cleaned_by_delete() {
-    let case = Case::begin_alone("shim-killed");
+    is_cleaned_after("shim-killed", rustix::process::Signal::KILL);
+}
+
+/// What a panic in any thread of the shim comes to: its hook logs it and aborts (`shim/tests/shim/panic.rs`).
+#[test]
+fn host_when_shim_aborted_is_cleaned_by_delete() {
+    is_cleaned_after("shim-aborted", rustix::process::Signal::ABORT);
+}
+
+/// A shim that dies of `signal` leaves nothing behind; containerd says that its container has exited.
+fn is_cleaned_after(name: &'static str, signal: rustix::process::Signal) {
+    let case = Case::begin_alone(name);
     let events = Events::subscribe(case.daemon()).unwrap();
     let before = Host::look(case.daemon());
     let container = case.container();
@@ -86,7 +97,7 @@ fn host_when_shim_was_killed_is_cleaned_by_delete() {
         .exec(&["-d", "--exec-id", "second"], &["sleep", "10000"])
         .expect_code(0);
     let shim = rustix::process::Pid::from_raw(container.shim()).unwrap();
-    rustix::process::kill_process(shim, rustix::process::Signal::KILL).unwrap();
+    rustix::process::kill_process(shim, signal).unwrap();
     let exited = |e: &[tests::events::Event]| position(e, "/tasks/exit", id).is_some();
     let seen = events.wait(id, "the exit event", case.limit(), exited).unwrap();
     assert_eq!(

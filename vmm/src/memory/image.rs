@@ -16,6 +16,7 @@ use vm_memory::{GuestAddress, GuestMemory as _};
 use super::GuestMemory;
 use super::layout::{MemoryLayout, RegionKind};
 use super::page_set::PageSet;
+use super::seal;
 
 const PAGE: usize = 4096;
 /// Bytes of the file that have one checksum; regions are multiples of it.
@@ -239,6 +240,13 @@ pub fn write(
     };
     let pagemap = File::open("/proc/self/pagemap")?;
     for place in places(memory, layout)? {
+        // Blocks the guest has not plugged: there is nothing in them, whatever is below.
+        let sealed = seal::sealed_in(place.host as usize, place.len);
+        let is_sealed = |page: usize| {
+            let at = place.host as usize + page * PAGE;
+            let behind = sealed.partition_point(|range| range.end <= at);
+            sealed.get(behind).is_some_and(|range| range.contains(&at))
+        };
         if let Pages::Changed {
             among: Some(among), ..
         } = pages
@@ -246,6 +254,9 @@ pub fn write(
         {
             let first = place.offset / PAGE as u64;
             for page in among.within(first..first + (place.len / PAGE) as u64) {
+                if is_sealed((page - first) as usize) {
+                    continue;
+                }
                 // SAFETY: as below.
                 let bytes = unsafe {
                     std::slice::from_raw_parts(place.host.add((page - first) as usize * PAGE), PAGE)
@@ -262,6 +273,9 @@ pub fn write(
             let wanted = entries.get_mut(..count * 8).unwrap_or_default();
             pagemap.read_exact_at(wanted, (place.host as u64 / PAGE as u64 + page as u64) * 8)?;
             for (index, entry) in wanted.as_chunks::<8>().0.iter().enumerate() {
+                if is_sealed(page + index) {
+                    continue;
+                }
                 let offset = place.offset + ((page + index) * PAGE) as u64;
                 if holds_data(u64::from_le_bytes(*entry), place.kind, backing, offset, pages)? {
                     // SAFETY: the page is inside the region's mapping, and nobody writes it (the caller's promise).
@@ -496,6 +510,7 @@ pub fn map_private(memory: &GuestMemory, layout: &MemoryLayout, file: &File) -> 
         if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
+        super::keep_out_of_dumps(mapped, place.len);
     }
     Ok(())
 }
@@ -574,6 +589,43 @@ mod tests {
         let extents = contents.extents;
         let offsets: Vec<_> = extents.iter().map(|e| (e.offset, e.len)).collect();
         assert_eq!(offsets, [(0x10_0000, 4096), (0x30_0000, 4096)]);
+    }
+
+    #[test]
+    fn write_when_blocks_are_sealed_leaves_them_out_whatever_is_below() {
+        let (memory, layout) = filled();
+        let window = layout.window(RegionKind::Hotplug).unwrap();
+        let block = GuestAddress(window.start + seal::BLOCK);
+        memory.write_obj(5u8, block).unwrap();
+        let base = TempFile::new().unwrap();
+        write(&memory, &layout, None, Pages::All, base.as_file()).unwrap();
+        let clone = std::sync::Arc::new(allocate(&layout).unwrap());
+        map_private(&clone, &layout, base.as_file()).unwrap();
+        let host = clone.get_host_address(GuestAddress(window.start)).unwrap() as usize;
+        let seal = seal::Seal::new(&clone, host, window.size as usize).unwrap();
+        // The first block is plugged, the second has been, and its page is in the file.
+        seal.open(0, 2 * seal::BLOCK).unwrap();
+        assert_eq!(clone.read_obj::<u8>(block).unwrap(), 5);
+        seal.close(seal::BLOCK, seal::BLOCK).unwrap();
+
+        let at = file_size(&layout) - window.size;
+        let among = {
+            let mut pages = PageSet::new(file_size(&layout) / PAGE as u64);
+            pages.insert(at / PAGE as u64..file_size(&layout) / PAGE as u64);
+            pages
+        };
+        let changed = Pages::Changed {
+            base: base.as_file(),
+            among: Some(&among),
+        };
+        for (pages, expected) in [(Pages::All, 4), (changed, 0)] {
+            let file = TempFile::new().unwrap();
+            let backing = Some(base.as_file());
+            let written = write(&clone, &layout, backing, pages, file.as_file()).unwrap();
+            let total: u64 = written.contents.extents.iter().map(|e| e.len).sum();
+            assert_eq!(total, expected * 4096);
+        }
+        assert_eq!(seal.strays(), 0);
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! Guest physical memory.
 //!
 //! RAM and the windows above it are mapped once, at boot, as one [`GuestMemory`] that every device holds. Windows cost
-//! nothing until they are touched, and the vCPUs see only the parts that are plugged ([`window`]). Devices can reach all
-//! of a window: descriptors may point into it (pages of a DAX file system are given to other devices), and a hostile guest
-//! can make devices fill parts that are not plugged. What that can cost the host is bounded by the configured sizes of the
-//! windows, as if all of it were plugged.
+//! nothing until they are touched, and the vCPUs see only the parts that are plugged ([`window`]). Descriptors may point into
+//! a window (pages of a DAX file system are given to other devices). Blocks of the window of virtio-mem that are not plugged
+//! are sealed ([`seal`]): neither vCPUs nor devices can make the host hold memory there. The window of virtio-pmem is bounded
+//! by its configured size.
 
 mod discard;
 pub mod image;
@@ -12,6 +12,7 @@ pub mod layout;
 mod memslots;
 pub mod page_set;
 pub mod pager;
+pub mod seal;
 pub mod userfaultfd;
 pub mod window;
 pub mod write_log;
@@ -65,6 +66,7 @@ pub fn allocate(layout: &MemoryLayout) -> Result<GuestMemory, MemoryError> {
         let Ok(address) = region.get_host_address(MemoryRegionAddress(0)) else {
             continue;
         };
+        keep_out_of_dumps(address.cast(), region.len() as usize);
         if description.kind == RegionKind::Pmem {
             continue;
         }
@@ -75,9 +77,58 @@ pub fn allocate(layout: &MemoryLayout) -> Result<GuestMemory, MemoryError> {
     Ok(memory)
 }
 
+/// Leaves guest memory at `address` out of a core dump of this process: it is large, and not ours to show. For every new
+/// mapping, also one over another.
+pub fn keep_out_of_dumps(address: *mut libc::c_void, len: usize) {
+    // SAFETY: the advice changes nothing but a flag of whatever is mapped there. It cannot fail for a mapping that exists.
+    unsafe { libc::madvise(address, len, libc::MADV_DONTDUMP) };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Whether `VmFlags` of `/proc/self/smaps` say of all mappings in `len` bytes at `start` that they are not dumped.
+    pub fn is_kept_out_of_dumps(start: u64, len: u64) -> bool {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let (mut covered, mut inside) = (0, false);
+        for line in smaps.lines() {
+            let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+            if let Some((from, to)) = range
+                && let (Ok(from), Ok(to)) = (u64::from_str_radix(from, 16), u64::from_str_radix(to, 16))
+            {
+                inside = from < start + len && to > start;
+                covered += if inside {
+                    to.min(start + len) - from.max(start)
+                } else {
+                    0
+                };
+            }
+            if inside && line.starts_with("VmFlags:") && !line.split(' ').any(|flag| flag == "dd") {
+                return false;
+            }
+        }
+        covered == len
+    }
+
+    #[test]
+    fn memory_when_the_process_dumps_core_is_not_in_it() {
+        let layout = MemoryLayout::with_windows(64 << 20, 128 << 20, 128 << 20);
+        let memory = allocate(&layout).unwrap();
+        let all = |memory: &GuestMemory| {
+            memory.iter().all(|region| {
+                let start = region.get_host_address(MemoryRegionAddress(0)).unwrap() as u64;
+                is_kept_out_of_dumps(start, region.len())
+            })
+        };
+        assert!(all(&memory));
+        let file = vmm_sys_util::tempfile::TempFile::new().unwrap();
+        file.as_file().set_len(1 << 30).unwrap();
+        image::map_private(&memory, &layout, file.as_file()).unwrap();
+        assert!(all(&memory));
+        let other = vec![1u8; 1 << 20];
+        assert!(!is_kept_out_of_dumps(other.as_ptr() as u64, 1 << 20));
+    }
 
     #[test]
     fn allocate_when_above_the_hole_has_two_regions() {

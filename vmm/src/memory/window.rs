@@ -1,7 +1,8 @@
 //! Windows: ranges above RAM that devices fill while the guest runs.
 //!
 //! All of a window is mapped in this process from the beginning (see [`allocate`](super::allocate)); a vCPU sees what is
-//! plugged, because only that has a KVM memslot. Elsewhere its accesses leave the guest as MMIO that no device answers.
+//! plugged, because only that has a KVM memslot. Elsewhere its accesses leave the guest as MMIO that no device answers. In
+//! the window of virtio-mem what is plugged is sealed but for the blocks that were opened ([`seal`](super::seal)).
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,6 +15,7 @@ use vm_memory::{GuestAddress, GuestMemory as _};
 
 use super::GuestMemory;
 use super::layout::{MemoryLayout, Region, RegionKind, WINDOW_ALIGN};
+use super::seal::Seal;
 
 /// Memslot of the registers of virtio-mmio slots; RAM has the ones before.
 pub const REGISTER_SLOT: u32 = 0xf;
@@ -118,26 +120,42 @@ pub struct Windows {
 }
 
 impl Windows {
-    /// The windows of `layout`, all empty. `memory` was allocated for this layout.
-    pub fn new(layout: MemoryLayout, memory: &Arc<GuestMemory>, memslots: &Arc<dyn Memslots>) -> Self {
-        let window = |kind, first_slot| {
-            let region = layout.window(kind)?;
-            let host = memory.get_host_address(GuestAddress(region.start)).ok()?;
-            Some(Arc::new(Window {
+    /// The windows of `layout`, all empty. `memory` was allocated for this layout, and has the content it is to begin with.
+    ///
+    /// # Errors
+    /// The window of virtio-mem cannot be sealed, or `memory` is another's.
+    pub fn new(
+        layout: MemoryLayout,
+        memory: &Arc<GuestMemory>,
+        memslots: &Arc<dyn Memslots>,
+    ) -> io::Result<Self> {
+        let window = |kind, first_slot| -> io::Result<_> {
+            let Some(region) = layout.window(kind) else {
+                return Ok(None);
+            };
+            let host = memory.get_host_address(GuestAddress(region.start));
+            let host = host.map_err(|e| io::Error::other(e.to_string()))? as usize;
+            let len = usize::try_from(region.size).map_err(io::Error::other)?;
+            let seal = match kind {
+                RegionKind::Hotplug => Some(Seal::new(memory, host, len)?),
+                RegionKind::Ram | RegionKind::Pmem => None,
+            };
+            Ok(Some(Arc::new(Window {
                 region,
                 first_slot,
-                host: host as usize,
-                memory: memory.clone(),
+                host,
+                seal,
+                _memory: memory.clone(),
                 memslots: memslots.clone(),
                 plugged: Mutex::default(),
                 closed: AtomicBool::new(false),
-            }))
+            })))
         };
-        Self {
-            hotplug: window(RegionKind::Hotplug, HOTPLUG_SLOTS),
-            pmem: window(RegionKind::Pmem, PMEM_SLOTS),
+        Ok(Self {
+            hotplug: window(RegionKind::Hotplug, HOTPLUG_SLOTS)?,
+            pmem: window(RegionKind::Pmem, PMEM_SLOTS)?,
             layout,
-        }
+        })
     }
 
     /// Where everything is.
@@ -163,12 +181,11 @@ impl Windows {
         self.pmem.as_ref().ok_or(WindowError::Missing(RegionKind::Pmem))
     }
 
-    /// Whether all of the `len` bytes at `address` are RAM the guest has: from boot, or in plugged parts of the hotplug
-    /// window.
+    /// Whether all of the `len` bytes at `address` are RAM the guest has: from boot, or in open blocks of the hotplug window.
     pub fn is_ram(&self, address: u64, len: u64) -> bool {
         match self.layout.kind(address, len) {
             Some(RegionKind::Ram) => true,
-            Some(RegionKind::Hotplug) => self.hotplug.as_ref().is_some_and(|w| w.contains(address, len)),
+            Some(RegionKind::Hotplug) => self.hotplug.as_ref().is_some_and(|w| w.is_open(address, len)),
             Some(RegionKind::Pmem) | None => false,
         }
     }
@@ -177,12 +194,8 @@ impl Windows {
     pub fn ram_bytes(&self) -> u64 {
         let ram = |region: &&Region| region.kind == RegionKind::Ram;
         let boot: u64 = self.layout.regions().iter().filter(ram).map(|r| r.size).sum();
-        let plugged = self.hotplug.as_ref().map(|window| window.plugged());
-        boot + plugged
-            .unwrap_or_default()
-            .iter()
-            .map(|(_, size)| size)
-            .sum::<u64>()
+        let seal = self.hotplug.as_ref().and_then(|window| window.seal.as_ref());
+        boot + seal.map_or(0, Seal::open_bytes)
     }
 
     /// The vCPUs are gone: memslots are no longer taken away one by one, they go with the VM.
@@ -199,8 +212,10 @@ pub struct Window {
     first_slot: u32,
     /// Where it is mapped in this process.
     host: usize,
+    /// What may be used of it; `None`: all. Before the memory it is about.
+    seal: Option<Seal>,
     /// Keeps the mapping.
-    memory: Arc<GuestMemory>,
+    _memory: Arc<GuestMemory>,
     memslots: Arc<dyn Memslots>,
     /// Offset to length.
     plugged: Mutex<BTreeMap<u64, u64>>,
@@ -235,16 +250,38 @@ impl Window {
         self.lock().contains_key(&offset)
     }
 
-    /// Frees the host memory of `len` bytes at `offset`, both multiples of a page; see [`discard`](super::discard).
+    /// Lets `len` bytes at `offset`, sealed blocks of the window of virtio-mem, be used by devices, and by vCPUs if they are
+    /// plugged.
     ///
     /// # Errors
-    /// [`WindowError::Range`] or [`WindowError::Host`].
-    pub fn discard(&self, offset: u64, len: u64) -> Result<(), WindowError> {
-        if offset.checked_add(len).is_none_or(|end| end > self.region.size) {
-            return Err(self.range_error(offset, len));
-        }
-        super::discard(&self.memory, self.region.start + offset, len)
-            .map_err(|source| self.host_error("freeing memory", offset, source))
+    /// [`WindowError::Missing`] for another window, or [`WindowError::Host`].
+    pub fn open(&self, offset: u64, len: u64) -> Result<(), WindowError> {
+        let opened = self.seal()?.open(offset, len);
+        opened.map_err(|source| self.host_error("opening memory", offset, source))
+    }
+
+    /// Seals `len` bytes at `offset`, open blocks, and frees their memory.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn close(&self, offset: u64, len: u64) -> Result<(), WindowError> {
+        let closed = self.seal()?.close(offset, len);
+        closed.map_err(|source| self.host_error("sealing memory", offset, source))
+    }
+
+    /// Pages devices used of sealed blocks, each for a moment.
+    pub fn strays(&self) -> u64 {
+        self.seal.as_ref().map_or(0, Seal::strays)
+    }
+
+    fn seal(&self) -> Result<&Seal, WindowError> {
+        self.seal.as_ref().ok_or(WindowError::Missing(self.region.kind))
+    }
+
+    fn is_open(&self, address: u64, len: u64) -> bool {
+        let offset = address.checked_sub(self.region.start);
+        let open = |offset| self.seal.as_ref().is_some_and(|seal| seal.is_open(offset, len));
+        offset.is_some_and(open)
     }
 
     /// Shows `size` bytes at `offset` to the vCPUs. `offset` is a multiple of [`WINDOW_ALIGN`], `size` of a page.
@@ -319,22 +356,6 @@ impl Window {
         })
     }
 
-    fn contains(&self, address: u64, len: u64) -> bool {
-        let Some(mut at) = address.checked_sub(self.region.start) else {
-            return false;
-        };
-        let end = at.saturating_add(len);
-        let plugged = self.lock();
-        // Pieces next to each other count as one.
-        while at < end {
-            match plugged.range(..=at).next_back() {
-                Some((offset, size)) if offset + size > at => at = offset + size,
-                _ => return false,
-            }
-        }
-        true
-    }
-
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, u64>> {
         self.plugged.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -398,10 +419,10 @@ impl Window {
             libc::mmap64(at as *mut _, len, prot, flags | libc::MAP_FIXED, fd, 0)
         };
         if result == libc::MAP_FAILED {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(())
+            return Err(io::Error::last_os_error());
         }
+        super::keep_out_of_dumps(result, len);
+        Ok(())
     }
 
     /// Makes a range as it was in the beginning.

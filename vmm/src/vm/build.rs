@@ -93,7 +93,10 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     let (shared, entry) = contents;
 
     let memslots: Arc<dyn Memslots> = vm.clone();
-    let windows = Windows::new(layout, &memory, &memslots);
+    let windows = Windows::new(layout, &memory, &memslots).map_err(|source| BuildError::Host {
+        what: "sealing hotpluggable memory",
+        source,
+    })?;
     // Files of pmem devices get their memslots here, before the irqchip exists.
     let (devices, mem) = connect(plan.devices, &config.memory, &windows)?;
     wiring::split_irqchip(&vm)?;

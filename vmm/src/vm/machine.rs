@@ -15,9 +15,9 @@ use crate::devices::cpu_hotplug::CpuHotplug;
 use crate::devices::ged::Ged;
 use crate::devices::serial::Serial;
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::transport::mmio::registers::register::QUEUE_NOTIFY;
+use crate::devices::virtio::transport::mmio::registers::register::{INTERRUPT_ACK, QUEUE_NOTIFY};
 use crate::devices::virtio::transport::mmio::slots::{self, Slots};
-use crate::devices::virtio::transport::mmio::{Host, MmioTransport, SlotInterrupt};
+use crate::devices::virtio::transport::mmio::{Host, INTERRUPT_USED_RING, MmioTransport, SlotInterrupt};
 use crate::io_loop::IoLoop;
 use crate::irq::io_apic::IoApic;
 use crate::memory::pager::Pager;
@@ -139,6 +139,8 @@ pub struct Machine {
     /// Everything that is no device of the configuration.
     pub board: Board,
     slot_states: Vec<SlotState>,
+    /// Takes what drivers acknowledge without anybody looking at it; made with the first device.
+    acknowledged: Option<Arc<EventFd>>,
     /// KVM's side of the machine.
     pub vm: Arc<VmFd>,
     /// What devices put into guest memory.
@@ -186,6 +188,7 @@ impl Machine {
             vcpus,
             board,
             slot_states,
+            acknowledged: None,
             vm,
             windows,
             memory,
@@ -294,7 +297,13 @@ impl Machine {
         self.vm
             .register_irqfd(&irqfd, state.gsi)
             .map_err(connect_error("KVM_IRQFD"))?;
-        let kicks = match register_kicks(&self.vm, index, device.queue_sizes().len()) {
+        let queues = device.queue_sizes().len();
+        let registered = register_kicks(&self.vm, index, queues).and_then(|kicks| {
+            register_acknowledged(&self.vm, index, &mut self.acknowledged)
+                .inspect_err(|_| unregister_kicks(&self.vm, index, &kicks))?;
+            Ok(kicks)
+        });
+        let kicks = match registered {
             Ok(kicks) => kicks,
             Err(error) => {
                 unregister("KVM_IRQFD", self.vm.unregister_irqfd(&irqfd, state.gsi));
@@ -327,6 +336,13 @@ impl Machine {
         transport.reset();
         transport.show_empty();
         unregister_kicks(&self.vm, index, transport.kicks());
+        if let Some(acknowledged) = &self.acknowledged {
+            let address = acknowledge_address(index);
+            let undone = self
+                .vm
+                .unregister_ioevent(acknowledged, &address, INTERRUPT_USED_RING);
+            unregister("KVM_IOEVENTFD", undone);
+        }
         let state = self.slot_states.get_mut(index)?;
         if let Some(irqfd) = state.irqfd.take() {
             unregister("KVM_IRQFD", self.vm.unregister_irqfd(&irqfd, state.gsi));
@@ -436,6 +452,26 @@ fn unregister_kicks(vm: &VmFd, slot: usize, kicks: &[Arc<EventFd>]) {
     for (queue, kick) in (0u32..).zip(kicks) {
         unregister("KVM_IOEVENTFD", vm.unregister_ioevent(kick, &address, queue));
     }
+}
+
+fn acknowledge_address(slot: usize) -> IoEventAddress {
+    IoEventAddress::Mmio(Slots::address(slot) + INTERRUPT_ACK)
+}
+
+/// Lets KVM take the acknowledgement of used buffers alone, the usual one: InterruptStatus keeps the bit then, which only tells
+/// a driver to look at its queues. Each interrupt saves the exit to this process. An acknowledgement of a changed configuration
+/// comes here and clears the status.
+fn register_acknowledged(
+    vm: &VmFd,
+    slot: usize,
+    acknowledged: &mut Option<Arc<EventFd>>,
+) -> Result<(), ConnectError> {
+    let eventfd = match acknowledged {
+        Some(eventfd) => eventfd,
+        None => acknowledged.insert(new_eventfd()?),
+    };
+    vm.register_ioevent(eventfd, &acknowledge_address(slot), INTERRUPT_USED_RING)
+        .map_err(connect_error("KVM_IOEVENTFD"))
 }
 
 /// Undoing a registration fails only if it was not there; there is nobody to tell.

@@ -156,6 +156,35 @@ async fn output_when_the_host_hangs_up_does_not_stop_the_program() {
 }
 
 #[tokio::test]
+async fn connection_when_the_host_closes_it_after_the_exit_is_given_back() {
+    let agent = Agent::start_with_ports().await;
+    agent.create("one", &agent.spec("sleep 1000")).await.unwrap();
+    agent.start_container("one").await.unwrap();
+    let (before, _) = agent.descriptors_and_zombies();
+    let stdout = agent.connect(6401).await;
+    let script = "sleep 1000 & exit 0";
+    agent
+        .exec("one", "background", &process(&["sh", "-c", script]), [0, 6401, 0])
+        .await
+        .unwrap();
+    assert_eq!(agent.wait("one", "background").await.unwrap(), 0);
+    let settled = async |count: usize| {
+        let reached = async {
+            while agent.descriptors_and_zombies().0 != count {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(PATIENCE, reached).await.is_ok()
+    };
+    // The pipe, which the silent child could still write to, and the connection.
+    assert!(settled(before + 2).await);
+
+    drop(stdout);
+
+    assert!(settled(before + 1).await);
+}
+
+#[tokio::test]
 async fn port_when_nobody_connects_fails_the_call_with_its_number() {
     let agent = Agent::start_with_ports().await;
 

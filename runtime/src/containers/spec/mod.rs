@@ -5,7 +5,7 @@ pub(super) mod bundle;
 
 use std::path::PathBuf;
 
-use oci_spec::runtime::{Hooks, LinuxNamespaceType, Process, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxResources, Process, Spec};
 use protocols::oci_convert::uncarried;
 
 use bundle::ContainerType;
@@ -103,7 +103,7 @@ fn amend_linux(spec: &mut Spec, container: &str, disable_seccomp: bool, warnings
         return;
     };
     // Device numbers, processors and nodes of the host; limits on them are the host cgroup's business.
-    resources.set_devices(None);
+    keep_rules_without_numbers(resources);
     resources.set_block_io(None);
     resources.set_network(None);
     if resources
@@ -117,6 +117,29 @@ fn amend_linux(spec: &mut Spec, container: &str, disable_seccomp: bool, warnings
         cpu.set_cpus(None);
         cpu.set_mems(None);
     }
+}
+
+/// Of the rules for devices, those that name none: the numbers are the host's, but a privileged container is one in the
+/// guest, too.
+fn keep_rules_without_numbers(resources: &mut LinuxResources) {
+    let names_none = |number: Option<i64>| number.is_none_or(|number| number < 0);
+    let rules = resources.devices_mut().take().map(|mut rules| {
+        rules.retain(|rule| names_none(rule.major()) && names_none(rule.minor()));
+        rules
+    });
+    resources.set_devices(rules.filter(|rules| !rules.is_empty()));
+}
+
+/// Whether the container is to join a PID namespace that exists, the pod's (`shareProcessNamespace`).
+pub fn joins_pid_namespace(spec: &Spec) -> bool {
+    let namespaces = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_ref());
+    namespaces.into_iter().flatten().any(|namespace| {
+        let path = namespace.path().as_ref();
+        namespace.typ() == LinuxNamespaceType::Pid && path.is_some_and(|path| !path.as_os_str().is_empty())
+    })
 }
 
 fn hook_names(hooks: &Hooks) -> Vec<String> {
@@ -155,7 +178,8 @@ mod tests {
             "devices": [{"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
                 {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}],
             "maskedPaths": ["/proc/kcore"],
-            "resources": {"devices": [{"allow": false, "access": "rwm"}], "memory": {"limit": 1048576},
+            "resources": {"devices": [{"allow": false, "access": "rwm"},
+                    {"allow": true, "type": "b", "major": 8, "minor": 0, "access": "rw"}], "memory": {"limit": 1048576},
                 "cpu": {"shares": 512, "cpus": "0-1", "mems": "0"}, "pids": {"limit": 10},
                 "hugepageLimits": [{"pageSize": "2MB", "limit": 4}]}
         }
@@ -196,7 +220,9 @@ mod tests {
         );
         assert!(linux.seccomp().is_none() && linux.devices().is_none() && linux.mount_label().is_none());
         let resources = linux.resources().as_ref().unwrap();
-        assert!(resources.devices().is_none() && resources.hugepage_limits().is_none());
+        let rules = resources.devices().as_ref().unwrap();
+        assert!(rules.len() == 1 && !rules[0].allow(), "{rules:?}");
+        assert!(resources.hugepage_limits().is_none());
         let cpu = resources.cpu().as_ref().unwrap();
         assert!(cpu.cpus().is_none() && cpu.mems().is_none());
         let process = spec.process().as_ref().unwrap();
@@ -222,6 +248,20 @@ mod tests {
         assert_eq!(resources.memory().unwrap().limit(), Some(1_048_576));
         assert_eq!(resources.cpu().as_ref().unwrap().shares(), Some(512));
         assert!(resources.pids().is_some());
+    }
+
+    #[test]
+    fn pid_namespace_when_it_has_a_path_is_joined() {
+        for (namespace, joined) in [
+            (r#"{"type":"pid","path":"/proc/4711/ns/pid"}"#, true),
+            (r#"{"type":"pid","path":""}"#, false),
+            (r#"{"type":"pid"}"#, false),
+            (r#"{"type":"network","path":"/run/netns/x"}"#, false),
+        ] {
+            let json = format!(r#"{{"ociVersion":"1","linux":{{"namespaces":[{namespace}]}}}}"#);
+            let spec = serde_json::from_str(&json).unwrap();
+            assert_eq!(joins_pid_namespace(&spec), joined, "{namespace}");
+        }
     }
 
     #[test]

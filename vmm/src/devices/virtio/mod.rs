@@ -12,7 +12,7 @@ pub mod config;
 pub mod console;
 pub mod device;
 pub mod fs;
-mod image_lock;
+pub mod image;
 pub mod interrupt;
 pub mod mem;
 pub mod net;

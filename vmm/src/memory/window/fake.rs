@@ -43,7 +43,7 @@ pub fn windows(hotplug: u64, pmem: u64) -> (Windows, Arc<GuestMemory>, Arc<FakeM
     let memory = Arc::new(allocate(&layout).unwrap());
     let fake = Arc::new(FakeMemslots::default());
     let memslots: Arc<dyn Memslots> = fake.clone();
-    (Windows::new(layout, &memory, &memslots), memory, fake)
+    (Windows::new(layout, &memory, &memslots).unwrap(), memory, fake)
 }
 
 /// An unnamed file.

@@ -46,7 +46,6 @@ proptest! {
     #[test]
     fn window_when_plugged_at_random_shows_the_vcpus_what_succeeded(
         steps in vec((step(), prop::bool::weighted(0.1)), 1..40),
-        queries in vec((0..WINDOW / PAGE, 1..WINDOW / PAGE), 1..20),
     ) {
         let (windows, memory, slots) = windows(WINDOW, 0);
         let window = windows.hotplug().unwrap();
@@ -99,13 +98,6 @@ proptest! {
             let expected: Vec<_> = plugged.iter().map(|(at, size)| (start + at, *size, host + at)).collect();
             prop_assert_eq!(memslots, expected);
         }
-        for (first, count) in queries {
-            let mut pages = (first..first + count).map(|page| page * PAGE);
-            let is_plugged = |page: u64| plugged.iter().any(|(at, size)| (*at..at + size).contains(&page));
-            let expected = first + count <= WINDOW / PAGE && pages.all(is_plugged);
-            prop_assert_eq!(windows.is_ram(start + first * PAGE, count * PAGE), expected);
-        }
-        prop_assert_eq!(windows.ram_bytes(), (16 << 20) + plugged.iter().map(|piece| piece.1).sum::<u64>());
         slots.broken.store(false, Ordering::SeqCst);
         windows.close();
     }

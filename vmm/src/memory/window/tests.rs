@@ -62,12 +62,19 @@ fn is_ram_when_in_a_window_depends_on_what_is_plugged() {
     let window = windows.hotplug().unwrap();
     let start = window.region().start;
     window.plug(0, WINDOW_ALIGN).unwrap();
-    window.plug(WINDOW_ALIGN, WINDOW_ALIGN).unwrap();
     assert!(windows.is_ram(0, 16 * MIB));
     assert!(!windows.is_ram(0, 16 * MIB + 1));
-    assert!(windows.is_ram(start + MIB, WINDOW_ALIGN));
-    assert!(!windows.is_ram(start + MIB, 2 * WINDOW_ALIGN));
-    assert!(!windows.is_ram(start + 2 * WINDOW_ALIGN, 1));
+    assert!(!windows.is_ram(start, 1), "sealed");
+    window.open(2 * MIB, 4 * MIB).unwrap();
+    window.open(6 * MIB, 2 * MIB).unwrap();
+    assert!(windows.is_ram(start + 3 * MIB, 5 * MIB));
+    assert!(!windows.is_ram(start + 3 * MIB, 5 * MIB + 1));
+    assert!(!windows.is_ram(start + 2 * MIB - 1, 2));
+    assert_eq!(windows.ram_bytes(), 22 * MIB);
+    window.close(4 * MIB, 2 * MIB).unwrap();
+    assert!(!windows.is_ram(start + 4 * MIB, 1));
+    assert_eq!(windows.ram_bytes(), 20 * MIB);
+    assert!(windows.pmem().unwrap().open(0, 2 * MIB).is_err());
     let pmem = windows.pmem().unwrap();
     let mapping = pmem
         .map_file(&file(b"x"), (1, 2 * MIB), FilePlace::FirstGap, Sharing::Private)

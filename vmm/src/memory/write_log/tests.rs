@@ -11,6 +11,7 @@ use vmm_sys_util::tempfile::TempFile;
 use super::*;
 use crate::memory::image::{Contents, Pages};
 use crate::memory::pager::Pager;
+use crate::memory::seal::{BLOCK, Seal};
 use crate::memory::{allocate, discard};
 
 const FIRST: [u8; 16] = [1; 16];
@@ -81,6 +82,45 @@ fn log_when_pages_are_written_has_exactly_those_even_of_huge_pages() {
     assert!(written(&log, SECOND).is_empty());
     memory.write_obj(1u8, address(page(3))).unwrap();
     assert_eq!(written(&log, SECOND), [page(3)]);
+}
+
+#[test]
+fn log_when_blocks_are_opened_and_sealed_goes_on() {
+    let (memory, mut log) = anonymous();
+    let layout = layout();
+    let window = layout.window(RegionKind::Hotplug).unwrap();
+    let host = memory.get_host_address(GuestAddress(window.start)).unwrap() as usize;
+    let seal = Seal::new(&memory, host, window.size as usize).unwrap();
+    let at = |block: u64| GuestAddress(window.start + block * BLOCK);
+    // The blocks of pages, and how many pages of each; a block may be one huge page. The window follows the RAM in a file.
+    let blocks = |pages: Vec<u64>| -> Vec<(u64, usize)> {
+        let block = |page: &u64| (page * PAGE - (64 << 20)) / BLOCK;
+        pages
+            .chunk_by(|a, b| block(a) == block(b))
+            .map(|run| (block(&run[0]), run.len()))
+            .collect()
+    };
+    seal.open(0, 2 * BLOCK).unwrap();
+    memory.write_obj(1u8, at(0)).unwrap();
+    memory.write_obj(1u8, at(1)).unwrap();
+    log.restart(FIRST).unwrap();
+    assert!(written(&log, FIRST).is_empty());
+    seal.open(2 * BLOCK, 2 * BLOCK).unwrap();
+    memory.write_obj(1u8, at(1)).unwrap();
+    memory.write_obj(1u8, at(3)).unwrap();
+    seal.close(0, BLOCK).unwrap();
+    // Block 0 was there and is not any more.
+    let changed = blocks(written(&log, FIRST));
+    assert_eq!(
+        changed.iter().map(|(block, _)| *block).collect::<Vec<_>>(),
+        [0, 1, 3]
+    );
+    assert_eq!(changed[1], (1, 1));
+    log.restart(SECOND).unwrap();
+    assert!(written(&log, SECOND).is_empty());
+    seal.open(0, BLOCK).unwrap();
+    memory.write_obj(1u8, at(0)).unwrap();
+    assert_eq!(blocks(written(&log, SECOND))[0].0, 0);
 }
 
 /// Reads a page of the file to `to` by io_uring, as the block device does.

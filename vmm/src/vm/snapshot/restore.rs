@@ -236,7 +236,10 @@ fn restore(dir: &Path, state: MachineState, options: &RestoreOptions) -> Result<
     memory::set_memory(&vm, &memory, &layout).map_err(BuildError::from)?;
     let registers = wiring::set_registers(&vm)?;
     let memslots: Arc<dyn Memslots> = vm.clone();
-    let windows = Windows::new(layout.clone(), &memory, &memslots);
+    let windows = Windows::new(layout.clone(), &memory, &memslots).map_err(|source| BuildError::Host {
+        what: "sealing hotpluggable memory",
+        source,
+    })?;
     wiring::split_irqchip(&vm).map_err(BuildError::from)?;
     let (vcpus, clock) = make_vcpus(&kvm, &vm, &state)?;
 

@@ -84,6 +84,7 @@ mod tests {
         let released = release(&memory, &windows, &ranges);
         assert_eq!((released.bytes, released.refused), (0, 7));
         windows.hotplug().unwrap().plug(0, 128 << 20).unwrap();
+        windows.hotplug().unwrap().open(0, 128 << 20).unwrap();
         let ranges = [(hotplug, 8192), (4097, 12_000), (hotplug + 4096, 8192)];
         let released = release(&memory, &windows, &ranges);
         assert_eq!((released.bytes, released.refused), (12_288 + 4096, 0));

@@ -94,6 +94,7 @@ fn target_when_set_is_in_the_configuration_and_signalled() {
     ));
     assert!(device.set_target(u64::MAX).is_err());
     windows.hotplug().unwrap().plug(0, 128 << 20).unwrap();
+    windows.hotplug().unwrap().open(0, 128 << 20).unwrap();
     device.set_target(too_large).unwrap();
 }
 

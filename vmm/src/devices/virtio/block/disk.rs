@@ -1,16 +1,16 @@
 //! The host side of a disk: an open, locked image, its size and its block sizes.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 
 use super::config::BlockConfig;
-use crate::devices::virtio::image_lock;
+use crate::devices::virtio::image::{self, ImageError};
 
 /// Unit of addresses and of the capacity, whatever the disk's block size (5.2.6).
 pub(super) const SECTOR: u64 = 512;
@@ -24,25 +24,25 @@ const RAMFS_MAGIC: u64 = 0x8584_58f6;
 /// A disk that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
-    /// The image cannot be opened.
-    #[error("disk {id}: cannot open {path:?} {mode}: {source}")]
-    Open {
+    /// The image cannot be opened, is none, or is in use.
+    #[error("disk {id}: {source}")]
+    Image {
+        /// Device id.
+        id: String,
+        /// What is wrong with it.
+        source: ImageError,
+    },
+    /// The host does not tell what it has to.
+    #[error("disk {id}: {path:?}: {what}: {source}")]
+    Measure {
         /// Device id.
         id: String,
         /// Image.
         path: PathBuf,
-        /// `read-only` or `read-write`.
-        mode: &'static str,
+        /// What was asked.
+        what: &'static str,
         /// Cause.
         source: io::Error,
-    },
-    /// Neither a regular file nor a block device.
-    #[error("disk {id}: {path:?} is neither a regular file nor a block device")]
-    Type {
-        /// Device id.
-        id: String,
-        /// Image.
-        path: PathBuf,
     },
     /// Less than one block.
     #[error("disk {id}: {path:?} has {size} bytes, a disk needs at least {block_size}")]
@@ -55,14 +55,6 @@ pub enum BlockError {
         size: u64,
         /// Logical block size in bytes.
         block_size: u32,
-    },
-    /// Somebody else writes the image, or uses it while we want to write it.
-    #[error("disk {id}: {path:?} is in use by another virtual machine or process")]
-    Locked {
-        /// Device id.
-        id: String,
-        /// Image.
-        path: PathBuf,
     },
     /// The file system has no O_DIRECT.
     #[error(
@@ -124,27 +116,25 @@ pub(super) struct Disk {
 }
 
 impl Disk {
-    /// Opens and locks the image: many readers or one writer, by open file description (F_OFD_SETLK), so the lock
-    /// lasts as long as the file is open and dies with the process.
+    /// Opens and locks the image.
     pub(super) fn open(config: &BlockConfig) -> Result<Self, BlockError> {
         let (id, path) = (config.id.clone(), config.path.clone());
-        let open_error = |source| BlockError::Open {
-            id: id.clone(),
-            path: path.clone(),
-            mode: if config.read_only {
-                "read-only"
-            } else {
-                "read-write"
-            },
-            source,
+        let measure = |what| {
+            let (id, path) = (&id, &path);
+            move |source| BlockError::Measure {
+                id: id.clone(),
+                path: path.clone(),
+                what,
+                source,
+            }
         };
-        let file = open_image(config).map_err(open_error)?;
-        let metadata = file.metadata().map_err(open_error)?;
+        let opened = image::open(&id, &path, config.read_only);
+        let file = opened.map_err(|source| BlockError::Image {
+            id: id.clone(),
+            source,
+        })?;
+        let metadata = file.metadata().map_err(measure("fstat"))?;
         let is_device = metadata.file_type().is_block_device();
-        if !metadata.file_type().is_file() && !is_device {
-            return Err(BlockError::Type { id, path });
-        }
-        lock(&file, config)?;
         let direct_error = |source| BlockError::Direct {
             id: id.clone(),
             path: path.clone(),
@@ -153,8 +143,8 @@ impl Disk {
         let sector = SECTOR as u32;
         let (mut block_size, mut physical) = (sector, u32::try_from(metadata.blksize()).unwrap_or(sector));
         if is_device {
-            block_size = rustix::fs::ioctl_blksszget(&file).map_err(|e| open_error(e.into()))?;
-            physical = rustix::fs::ioctl_blkpbszget(&file).map_err(|e| open_error(e.into()))?;
+            block_size = rustix::fs::ioctl_blksszget(&file).map_err(|e| measure("BLKSSZGET")(e.into()))?;
+            physical = rustix::fs::ioctl_blkpbszget(&file).map_err(|e| measure("BLKPBSZGET")(e.into()))?;
         }
         let mut direct = None;
         if config.direct {
@@ -171,7 +161,7 @@ impl Disk {
             physical_block_size: usable_physical(physical, block_size),
             read_only: config.read_only,
         };
-        let size = disk.measure().map_err(open_error)?;
+        let size = disk.measure().map_err(measure("its size"))?;
         let whole = size - size % u64::from(block_size);
         if whole == 0 {
             return Err(BlockError::Empty {
@@ -190,8 +180,7 @@ impl Disk {
 
     /// Size of the image now, in bytes.
     pub(super) fn measure(&self) -> io::Result<u64> {
-        // Works for block devices, whose metadata has no size. Nobody uses the file's position.
-        (&self.file).seek(SeekFrom::End(0))
+        image::size(&self.file)
     }
 
     /// Whether the image's file system keeps files in memory only (tmpfs, ramfs). False when it cannot be found out.
@@ -272,19 +261,6 @@ impl Disk {
     }
 }
 
-fn open_image(config: &BlockConfig) -> io::Result<File> {
-    // O_NONBLOCK: opening a FIFO by mistake must not hang.
-    let file = OpenOptions::new()
-        .read(true)
-        .write(!config.read_only)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(&config.path)?;
-    // It must not stay: io_uring answers EAGAIN on such a file where it would have to wait for the disk.
-    let flags = rustix::fs::fcntl_getfl(&file)?;
-    rustix::fs::fcntl_setfl(&file, flags & !OFlags::NONBLOCK)?;
-    Ok(file)
-}
-
 /// The same file, whatever its path names by now, as a new open file description.
 fn reopen(file: &File, read_only: bool) -> io::Result<File> {
     OpenOptions::new()
@@ -331,20 +307,4 @@ fn usable_physical(physical: u32, block_size: u32) -> u32 {
     } else {
         block_size
     }
-}
-
-fn lock(file: &File, config: &BlockConfig) -> Result<(), BlockError> {
-    match image_lock::lock(file, config.read_only) {
-        Ok(true) => {}
-        Ok(false) => {
-            return Err(BlockError::Locked {
-                id: config.id.clone(),
-                path: config.path.clone(),
-            });
-        }
-        Err(error) => {
-            tracing::warn!(device = %config.id, path = ?config.path, %error, "disk: the file system has no locks");
-        }
-    }
-    Ok(())
 }

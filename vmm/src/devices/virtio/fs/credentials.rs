@@ -6,6 +6,7 @@
 //!
 //! fsuid and fsgid belong to the thread and, unlike setresuid, are not spread over the process by libc.
 
+use std::cell::Cell;
 use std::io;
 
 /// `_LINUX_CAPABILITY_VERSION_3`.
@@ -55,6 +56,33 @@ impl Drop for Owner {
     fn drop(&mut self) {
         restore();
     }
+}
+
+thread_local! {
+    /// The calling thread's umask, once it has one of its own.
+    static UMASK: Cell<Option<u32>> = const { Cell::new(None) };
+}
+
+/// Makes `umask` that of what the calling thread creates from now on. The host's kernel then applies it as it would for
+/// the guest's process: not where the directory has a default ACL.
+///
+/// # Errors
+/// What unshare(2) says: threads share the umask until they ask for one of their own.
+pub(super) fn set_umask(umask: u32) -> io::Result<()> {
+    let umask = umask & 0o777;
+    UMASK.with(|now| {
+        if now.get() == Some(umask) {
+            return Ok(());
+        }
+        // SAFETY: takes a number; root, directory and umask of the thread stay what they are.
+        if now.get().is_none() && unsafe { libc::unshare(libc::CLONE_FS) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: takes a number, cannot fail.
+        unsafe { libc::umask(umask) };
+        now.set(Some(umask));
+        Ok(())
+    })
 }
 
 /// Takes CAP_FSETID away, so that a write or truncation clears setuid and setgid bits and file capabilities, as it

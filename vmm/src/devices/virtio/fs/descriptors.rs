@@ -1,14 +1,14 @@
-//! Descriptors the guest makes us hold: one budget for all of them, and the few that stay open although no file is,
+//! Descriptors the guest makes us hold: each has a place in the process's budget, and few stay open although no file is,
 //! because the next request is likely to need them.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::inodes::Inode;
-use super::sys::errno;
+use crate::descriptors::{Budget, Ticket};
 
 /// Most descriptors that stay open for known files. A tree of any size is walked with a few directories at hand; more
 /// than these are opened again when they are needed.
@@ -17,51 +17,13 @@ const KEPT: usize = 256;
 const DIRECTORY_CHANCES: u8 = 4;
 const FILE_CHANCES: u8 = 1;
 
-/// How many descriptors the guest may make us hold. The rest of the process needs some too.
-#[derive(Debug)]
-pub(super) struct FdBudget {
-    used: AtomicUsize,
-    limit: usize,
-}
-
-impl FdBudget {
-    pub(super) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self {
-            used: AtomicUsize::new(0),
-            limit,
-        })
-    }
-
-    /// A place for one descriptor.
-    ///
-    /// # Errors
-    /// ENFILE when there is none.
-    fn take(self: &Arc<Self>) -> io::Result<FdTicket> {
-        let ticket = FdTicket(self.clone());
-        if self.used.fetch_add(1, Ordering::Relaxed) < self.limit {
-            return Ok(ticket);
-        }
-        Err(errno(libc::ENFILE))
-    }
-}
-
-/// One descriptor's place in the budget, given back when dropped.
-#[derive(Debug)]
-pub(super) struct FdTicket(Arc<FdBudget>);
-
-impl Drop for FdTicket {
-    fn drop(&mut self) {
-        self.0.used.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 /// An O_PATH descriptor of a file the guest knows. Closed when it is not kept any more and no request uses it.
 #[derive(Debug)]
 pub(super) struct PathFd {
     fd: OwnedFd,
     /// How often it is still passed over.
     chances: AtomicU8,
-    _ticket: FdTicket,
+    _ticket: Ticket,
 }
 
 impl AsFd for PathFd {
@@ -103,15 +65,15 @@ impl Kept {
 pub(super) struct Descriptors {
     kept: Mutex<Kept>,
     limit: usize,
-    budget: Arc<FdBudget>,
+    budget: Arc<Budget>,
 }
 
 impl Descriptors {
     /// Keeps at most a quarter of what the guest may make us hold.
-    pub(super) fn new(budget: Arc<FdBudget>) -> Self {
+    pub(super) fn new(budget: Arc<Budget>) -> Self {
         Self {
             kept: Mutex::default(),
-            limit: KEPT.min(budget.limit / 4).max(1),
+            limit: KEPT.min(budget.limit() / 4).max(1),
             budget,
         }
     }
@@ -120,14 +82,14 @@ impl Descriptors {
     ///
     /// # Errors
     /// ENFILE when all are in use.
-    pub(super) fn ticket(&self) -> io::Result<FdTicket> {
-        self.budget.take().or_else(|error| {
+    pub(super) fn ticket(&self) -> io::Result<Ticket> {
+        self.budget.take(1).or_else(|error| {
             let evicted = self.lock().evict();
             match evicted {
                 Some(fd) => drop(fd),
                 None => return Err(error),
             }
-            self.budget.take()
+            self.budget.take(1)
         })
     }
 

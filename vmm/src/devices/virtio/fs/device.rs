@@ -16,6 +16,7 @@ use super::mounts::{MAX_MOUNTS, Mount, Names, ROOT_MOUNT, Root};
 use super::share::{Options, Share};
 use super::state::FsState;
 use super::worker::{FsWorkers, Service, lock};
+use crate::descriptors::Budget;
 use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};
@@ -29,8 +30,6 @@ const HIPRIO_SIZE: u16 = 128;
 const CONFIG_BYTES: usize = 40;
 const TAG_BYTES: usize = 36;
 const REQUEST_QUEUES: u32 = QUEUES as u32 - 1;
-/// Descriptors left to the rest of the process.
-const RESERVED_FDS: u64 = 1024;
 
 /// A share that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -78,10 +77,9 @@ pub struct Fs {
 impl Fs {
     /// Opens the shared directories; they are these directories from now on, wherever they are moved.
     ///
-    /// The guest makes the process hold one descriptor for every file in its dentry cache. The soft limit of open files
-    /// of the whole process is therefore raised to the hard one; the guest gets ENFILE when less than a reserve is
-    /// left. (File handles instead of descriptors would need CAP_DAC_READ_SEARCH and are not confined to a directory:
-    /// open_by_handle_at(2) opens any file of the file system.)
+    /// What the guest makes the process hold comes out of the process's [`Budget`]; when that is used up it gets ENFILE.
+    /// (File handles instead of descriptors would not be confined to a directory: open_by_handle_at(2) opens any file of
+    /// the file system.)
     ///
     /// # Errors
     /// [`FsError`] when the directory or `/proc/self/fd` cannot be opened.
@@ -97,22 +95,19 @@ impl Fs {
         };
         let proc_fds =
             open_directory(Path::new("/proc/self/fd")).map_err(host("cannot open /proc/self/fd"))?;
-        let limit = raise_fd_limit().map_err(host("cannot read the limit of open files"))?;
         let mut space = [0; CONFIG_BYTES];
         let (tag, queues) = space.split_at_mut(TAG_BYTES);
         for (to, from) in tag.iter_mut().zip(config.tag.bytes()) {
             *to = from;
         }
         queues.copy_from_slice(&REQUEST_QUEUES.to_le_bytes());
-        let fd_limit = limit.saturating_sub(RESERVED_FDS).max(limit / 2);
         let options = Options {
             cache: config.cache,
             writeback: config.writeback,
             xattr: config.xattr,
         };
-        let fd_limit = usize::try_from(fd_limit).unwrap_or(usize::MAX);
-        let share =
-            Share::new(root, proc_fds, options, fd_limit).map_err(host("cannot look at the directory"))?;
+        let share = Share::new(root, proc_fds, options, Budget::of_process())
+            .map_err(host("cannot look at the directory"))?;
         let limiter = RateLimiter::new(&config.rate_limiter).map_err(host("cannot create a timer"))?;
         Ok(Self {
             config: config.clone(),
@@ -174,25 +169,6 @@ fn open_root(config: &FsConfig) -> Result<Root, FsError> {
 pub(super) fn open_directory(path: &Path) -> io::Result<OwnedFd> {
     let flags = libc::O_PATH | libc::O_DIRECTORY;
     Ok(File::options().read(true).custom_flags(flags).open(path)?.into())
-}
-
-/// Raises the soft limit of open files to the hard one and returns it.
-fn raise_fd_limit() -> io::Result<u64> {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: `limit` has room for the answer.
-    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let soft = limit.rlim_cur;
-    limit.rlim_cur = limit.rlim_max;
-    // SAFETY: `limit` is valid during the call.
-    if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } == 0 {
-        return Ok(limit.rlim_max);
-    }
-    Ok(soft)
 }
 
 impl VirtioDevice for Fs {
@@ -265,6 +241,7 @@ impl VirtioDevice for Fs {
             ("write_bytes", read(&share.moved.write_bytes)),
             ("inodes", share.inodes.len() as u64),
             ("open_files", share.handles.len() as u64),
+            ("kept_descriptors", share.descriptors.len() as u64),
             ("mounts", share.root().mounts().len() as u64),
             ("throttled", lock(&self.service.limiter).throttled()),
         ]

@@ -16,7 +16,8 @@ use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, GetxattrReply, ListxattrReply, ZeroCopyReader, ZeroCopyWriter,
 };
 
-use super::credentials::{KillPrivileges, Owner};
+use super::credentials::{KillPrivileges, Owner, set_umask};
+use super::device_nodes;
 use super::inodes::Inode;
 use super::mounts::Root;
 use super::open_files::Handle;
@@ -74,6 +75,7 @@ impl FileSystem for Share {
             | FsOptions::ASYNC_READ
             | FsOptions::ATOMIC_O_TRUNC
             | FsOptions::BIG_WRITES
+            | FsOptions::DONT_MASK
             | FsOptions::AUTO_INVAL_DATA
             | FsOptions::DO_READDIRPLUS
             | FsOptions::READDIRPLUS_AUTO
@@ -117,13 +119,17 @@ impl FileSystem for Share {
         &self,
         _ctx: &Context,
         inode: u64,
-        attr: stat64,
+        mut attr: stat64,
         handle: Option<u64>,
         valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
         let handle = self.handle(handle, inode)?;
         let inode = self.inodes.get(inode)?;
         inode.check_writable()?;
+        if inode.is_device() {
+            let old = sys::stat(self.fd(&inode)?.as_fd())?.attr;
+            device_nodes::amend_attributes(&old, valid, &mut attr)?;
+        }
         if valid.contains(SetattrValid::MODE) {
             sys::chmod(self.proc_fds.as_fd(), self.fd(&inode)?.as_fd(), attr.st_mode)?;
         }
@@ -182,8 +188,10 @@ impl FileSystem for Share {
         parent.check_writable()?;
         let directory = self.fd(&parent)?;
         {
+            set_umask(umask)?;
             let _owner = Owner::become_owner(ctx.uid, ctx.gid)?;
-            sys::mknod(directory.as_fd(), name, mode & !(umask & 0o777), device)?;
+            let mode = device_nodes::mode_of_new(mode, device, ctx.uid)?;
+            sys::mknod(directory.as_fd(), name, mode, device)?;
         }
         self.find_below(&parent, directory.as_fd(), name)
     }
@@ -193,8 +201,9 @@ impl FileSystem for Share {
         parent.check_writable()?;
         let directory = self.fd(&parent)?;
         {
+            set_umask(umask)?;
             let _owner = Owner::become_owner(ctx.uid, ctx.gid)?;
-            sys::mkdir(directory.as_fd(), name, mode & !(umask & 0o777))?;
+            sys::mkdir(directory.as_fd(), name, mode)?;
         }
         self.find_below(&parent, directory.as_fd(), name)
     }
@@ -265,13 +274,13 @@ impl FileSystem for Share {
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
         let parent = self.inodes.get(parent)?;
         let flags = args.flags.cast_signed();
-        let mode = args.mode & !(args.umask & 0o777);
         parent.check_writable()?;
         let (directory, ticket) = (self.fd(&parent)?, self.descriptors.ticket()?);
         let created = {
+            set_umask(args.umask)?;
             let _owner = Owner::become_owner(ctx.uid, ctx.gid)?;
-            let exclusive = libc::O_CREAT | libc::O_EXCL;
-            sys::open_child(directory.as_fd(), name, self.open_flags(flags) | exclusive, mode)
+            let flags = self.open_flags(flags) | libc::O_CREAT | libc::O_EXCL;
+            sys::open_child(directory.as_fd(), name, flags, args.mode)
         };
         let (entry, created) = match created {
             Ok(fd) => {
@@ -356,13 +365,14 @@ impl FileSystem for Share {
 
     fn fallocate(
         &self,
-        _ctx: &Context,
+        ctx: &Context,
         inode: u64,
         handle: u64,
         mode: u32,
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
+        let _guard = KillPrivileges::when(kills_privileges(ctx))?;
         sys::fallocate(self.handles.get(handle, inode)?.as_fd(), mode, offset, length)
     }
 
@@ -392,7 +402,12 @@ impl FileSystem for Share {
     fn setxattr(&self, _ctx: &Context, inode: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
         let inode = self.xattr_inode(inode)?;
         inode.check_writable()?;
-        xattr::set(self.fd(&inode)?.as_fd(), name, value, flags)
+        let fd = self.fd(&inode)?;
+        // An access list would let others in.
+        if inode.is_device() && device_nodes::stays_own(&sys::stat(fd.as_fd())?.attr) {
+            return Err(errno(libc::EPERM));
+        }
+        xattr::set(fd.as_fd(), name, value, flags)
     }
 
     fn getxattr(&self, _ctx: &Context, inode: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
@@ -529,6 +544,12 @@ impl Share {
         }
         self.inodes.get(inode)
     }
+}
+
+/// Whether a change by this caller takes setuid and setgid off a file, where the guest does not say so: of FALLOCATE and
+/// COPY_FILE_RANGE it says nothing, so only root is taken to have CAP_FSETID.
+pub(super) fn kills_privileges(ctx: &Context) -> bool {
+    ctx.uid != 0
 }
 
 /// Both inodes must be in one share, which the guest may change.

@@ -108,6 +108,11 @@ impl Inode {
         self.file_type
     }
 
+    /// Whether it is a device node.
+    pub(super) fn is_device(&self) -> bool {
+        matches!(self.file_type, libc::S_IFBLK | libc::S_IFCHR)
+    }
+
     pub(super) fn is_directory(&self) -> bool {
         self.file_type == libc::S_IFDIR
     }
@@ -125,11 +130,6 @@ impl Inode {
     /// See [`Found::births`].
     pub(super) fn births(&self) -> bool {
         self.births
-    }
-
-    /// See [`Found::foreign`].
-    pub(super) fn foreign(&self) -> bool {
-        self.foreign
     }
 
     /// References the guest holds.

@@ -80,7 +80,13 @@ pub(super) mod opcode {
         READDIRPLUS = Readdirplus,
         RENAME2 = Rename2,
         LSEEK = Lseek,
+        COPY_FILE_RANGE = CopyFileRange,
     }
+
+    // Newer than fuse-backend-rs.
+    pub(in super::super) const SYNCFS: u32 = 50;
+    pub(in super::super) const TMPFILE: u32 = 51;
+    pub(in super::super) const STATX: u32 = 52;
 }
 
 /// A message that is none, or whose answer does not fit.

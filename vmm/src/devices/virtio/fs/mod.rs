@@ -13,12 +13,15 @@
 //!
 //! | thread | works on |
 //! |---|---|
-//! | `fs-<id>-0..n` | all queues, in parallel; own mount namespace with nothing in it, own umask and directory |
+//! | `fs-<id>-0..n` | all queues, in parallel; own mount namespace with nothing in it, own umask, directory and capabilities |
 
+mod additions;
+mod capabilities;
 pub mod config;
 mod credentials;
 mod descriptors;
 mod device;
+mod device_nodes;
 mod directory;
 mod filesystem;
 mod handle;

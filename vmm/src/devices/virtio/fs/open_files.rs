@@ -7,10 +7,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use super::descriptors::FdTicket;
 use super::directory::Listing;
 use super::mounts::Mount;
 use super::sys::errno;
+use crate::descriptors::Ticket;
 
 /// A file or directory the guest opened.
 #[derive(Debug)]
@@ -20,12 +20,12 @@ pub(super) struct Handle {
     mount: Arc<Mount>,
     /// Held while the position of `file` matters: reading a directory, seeking.
     pub(super) listing: Mutex<Listing>,
-    _ticket: FdTicket,
+    _ticket: Ticket,
 }
 
 impl Handle {
     /// `file` is open for reading and writing as the guest asked, `ticket` its place in the budget.
-    pub(super) fn new(inode: u64, mount: &Arc<Mount>, file: File, ticket: FdTicket) -> Self {
+    pub(super) fn new(inode: u64, mount: &Arc<Mount>, file: File, ticket: Ticket) -> Self {
         Self {
             inode,
             file,

@@ -16,6 +16,7 @@ use fuse_backend_rs::abi::fuse_abi::{
 use fuse_backend_rs::api::filesystem::{Context, DirEntry, Entry, FileSystem, GetxattrReply, ListxattrReply};
 use vm_memory::ByteValued;
 
+use super::additions::StatxIn;
 use super::message::{Arguments, GuestData, MAX_DATA, MessageError, Request, Room, opcode, read_header};
 use super::share::Share;
 use super::sys::errno;
@@ -149,16 +150,21 @@ fn answer(share: &Share, memory: &GuestMemory, request: &Request<'_>, room: &Roo
         opcode::INTERRUPT => Ok(Reply::Body(Vec::new())),
         opcode::IOCTL => Err(errno(libc::ENOTTY).into()),
         opcode::LOOKUP => entry(share.lookup(ctx, node, args.name()?)),
-        opcode::GETATTR | opcode::SETATTR | opcode::STATFS | opcode::ACCESS => {
-            of_node(share, ctx, request, &mut args)
-        }
+        opcode::GETATTR
+        | opcode::SETATTR
+        | opcode::STATX
+        | opcode::STATFS
+        | opcode::SYNCFS
+        | opcode::ACCESS => of_node(share, ctx, request, &mut args),
         opcode::SETXATTR | opcode::GETXATTR | opcode::LISTXATTR | opcode::REMOVEXATTR => {
             extended_attribute(share, ctx, request, &mut args)
         }
         opcode::READ => read(share, ctx, memory, node, &mut args, room),
         opcode::WRITE => write(share, ctx, node, &mut args, request.data()),
         opcode::READDIR | opcode::READDIRPLUS => list(share, ctx, request, &mut args, room),
-        opcode::OPEN | opcode::OPENDIR | opcode::CREATE => open(share, ctx, request, &mut args),
+        opcode::OPEN | opcode::OPENDIR | opcode::CREATE | opcode::TMPFILE => {
+            open(share, ctx, request, &mut args)
+        }
         opcode::READLINK
         | opcode::SYMLINK
         | opcode::MKNOD
@@ -226,6 +232,13 @@ fn of_node(share: &Share, ctx: &Context, request: &Request<'_>, args: &mut Argum
             let valid = SetattrValid::from_bits_truncate(new.valid);
             attributes(share.setattr(ctx, node, new.into(), handle, valid))
         }
+        opcode::STATX => {
+            let StatxIn {
+                getattr_flags, fh, ..
+            } = args.take()?;
+            body(&share.statx(node, (getattr_flags & GETATTR_FH != 0).then_some(fh))?)
+        }
+        opcode::SYNCFS => done(share.syncfs(node)),
         opcode::STATFS => body(&Kstatfs::from(share.statfs(ctx, node)?)),
         opcode::ACCESS => done(share.access(ctx, node, args.take::<AccessIn>()?.mask)),
         _ => Err(errno(libc::ENOSYS).into()),
@@ -278,6 +291,11 @@ fn open(share: &Share, ctx: &Context, request: &Request<'_>, args: &mut Argument
             let (entry, handle, options, passthrough) = share.create(ctx, node, args.name()?, wanted)?;
             reply.extend_from_slice(EntryOut::from(entry).as_slice());
             (handle, options, passthrough)
+        }
+        opcode::TMPFILE => {
+            let (entry, handle, options) = share.tmpfile(ctx, node, args.take()?)?;
+            reply.extend_from_slice(EntryOut::from(entry).as_slice());
+            (Some(handle), options, None)
         }
         opcode::OPENDIR => {
             let (handle, options) = share.opendir(ctx, node, args.take::<OpenIn>()?.flags)?;
@@ -454,6 +472,10 @@ fn of_handle(share: &Share, ctx: &Context, request: &Request<'_>, args: &mut Arg
             } = args.take()?;
             done(share.fallocate(ctx, node, fh, mode, offset, length))
         }
+        opcode::COPY_FILE_RANGE => body(&WriteOut {
+            size: share.copy_file_range(ctx, node, &args.take()?)?,
+            padding: 0,
+        }),
         opcode::LSEEK => {
             let LseekIn {
                 fh, offset, whence, ..

@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{ATTR_SUBMOUNT, OpenOptions, stat64};
@@ -20,12 +20,13 @@ use fuse_backend_rs::api::filesystem::{DirEntry, Entry, ROOT_ID};
 
 use super::config::FsCache;
 use super::credentials::KillPrivileges;
-use super::descriptors::{Descriptors, FdBudget, FdTicket};
+use super::descriptors::Descriptors;
 use super::directory::ReadAhead;
 use super::inodes::{Found, Inode, Inodes, Place};
 use super::mounts::{MAX_MOUNTS, Mount, Root};
 use super::open_files::{Handle, Handles};
 use super::sys::{self, Stat, errno};
+use crate::descriptors::{Budget, Ticket};
 
 /// Flags of open(2) the guest may choose. O_DIRECT is not among them (the guest's buffers and offsets need not be
 /// aligned, and the host's page cache is wanted), neither is anything that changes what is opened (O_PATH, O_TMPFILE).
@@ -91,6 +92,13 @@ pub(super) struct Moved {
     pub(super) write_bytes: AtomicU64,
 }
 
+impl Moved {
+    pub(super) fn add_copied(&self, bytes: u64) {
+        self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.write_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
 /// Everything the guest sees, served by any number of threads.
 #[derive(Debug)]
 pub(super) struct Share {
@@ -106,14 +114,20 @@ pub(super) struct Share {
     /// Agreed on with the guest: it makes a mount of its own of each of the host's.
     submounts: AtomicBool,
     pub(super) moved: Moved,
+    /// Held while a file system is written back.
+    pub(super) syncing: Mutex<()>,
     /// `/proc/self/fd`, to open O_PATH descriptors again.
     pub(super) proc_fds: OwnedFd,
 }
 
 impl Share {
-    /// `proc_fds` is an O_PATH descriptor of `/proc/self/fd`; the guest can make the share hold at most `fd_limit`
-    /// descriptors.
-    pub(super) fn new(root: Root, proc_fds: OwnedFd, options: Options, fd_limit: usize) -> io::Result<Self> {
+    /// `proc_fds` is an O_PATH descriptor of `/proc/self/fd`; what the guest makes the share hold is taken from `budget`.
+    pub(super) fn new(
+        root: Root,
+        proc_fds: OwnedFd,
+        options: Options,
+        budget: Arc<Budget>,
+    ) -> io::Result<Self> {
         let inodes = Inodes::new();
         if let Root::Directory(mount) = &root {
             let stat = sys::stat(mount.root())?;
@@ -123,13 +137,14 @@ impl Share {
             root: RwLock::new(root),
             inodes,
             handles: Handles::default(),
-            descriptors: Descriptors::new(FdBudget::new(fd_limit)),
+            descriptors: Descriptors::new(budget),
             read_ahead: ReadAhead::default(),
             policy: Policy::new(options.cache),
             options,
             writeback: AtomicBool::new(false),
             submounts: AtomicBool::new(false),
             moved: Moved::default(),
+            syncing: Mutex::new(()),
             proc_fds,
         })
     }
@@ -224,7 +239,7 @@ impl Share {
     }
 
     /// What the guest is told of `inode`, to which it has been given a reference.
-    fn entry(&self, inode: &Inode, stat: &Stat, submount: bool) -> Entry {
+    pub(super) fn entry(&self, inode: &Inode, stat: &Stat, submount: bool) -> Entry {
         Entry {
             inode: inode.id(),
             generation: 0,
@@ -286,7 +301,7 @@ impl Share {
     }
 
     /// A handle of `inode` for `file`, which is open for the guest.
-    pub(super) fn add_handle(&self, inode: &Inode, file: File, ticket: FdTicket) -> io::Result<u64> {
+    pub(super) fn add_handle(&self, inode: &Inode, file: File, ticket: Ticket) -> io::Result<u64> {
         let handle = Handle::new(inode.id(), inode.mount(), file, ticket);
         self.handles.add(handle)
     }

@@ -346,6 +346,36 @@ pub(super) fn getdents(fd: BorrowedFd, buffer: &mut [u8]) -> io::Result<usize> {
     usize::try_from(len).map_err(|_| io::Error::last_os_error())
 }
 
+/// Copies up to `len` bytes from one file to another, sharing blocks where the file system can; returns how many.
+pub(super) fn copy_file_range(
+    from: BorrowedFd,
+    from_offset: u64,
+    to: BorrowedFd,
+    to_offset: u64,
+    len: usize,
+) -> io::Result<usize> {
+    let invalid = |_| errno(libc::EINVAL);
+    let mut from_offset = i64::try_from(from_offset).map_err(invalid)?;
+    let mut to_offset = i64::try_from(to_offset).map_err(invalid)?;
+    let (from, to) = (from.as_raw_fd(), to.as_raw_fd());
+    // SAFETY: both offsets are valid during the call, which takes no flags.
+    let copied = unsafe { libc::copy_file_range(from, &raw mut from_offset, to, &raw mut to_offset, len, 0) };
+    usize::try_from(copied).map_err(|_| io::Error::last_os_error())
+}
+
+/// A file without a name in the file system of the directory `dir`. `proc_fds` is `/proc/self/fd`.
+pub(super) fn tmpfile(proc_fds: BorrowedFd, dir: BorrowedFd, flags: i32, mode: u32) -> io::Result<File> {
+    let name = proc_name(dir);
+    let flags = flags | libc::O_TMPFILE | libc::O_CLOEXEC;
+    // SAFETY: `name` is valid during the call.
+    let fd = unsafe { libc::openat(proc_fds.as_raw_fd(), name.as_ptr(), flags, mode & 0o7777) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call returned a new descriptor that nobody else owns.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
 /// What closing the descriptor would report: NFS and friends write back at close.
 pub(super) fn flush(file: &File) -> io::Result<()> {
     use std::os::fd::IntoRawFd;

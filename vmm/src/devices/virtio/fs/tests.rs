@@ -1,9 +1,11 @@
 //! A FUSE client over the fake ring: what a malicious or ordinary guest kernel can send.
 
+mod additions;
 mod bounds;
 mod client;
 mod confinement;
 mod files;
 mod hostile;
+mod reach;
 mod restore;
 mod shares;

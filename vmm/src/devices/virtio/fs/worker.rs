@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::message::MAX_DESCRIPTORS;
 use super::server::Served;
 use super::share::Share;
-use super::{jail, server};
+use super::{capabilities, jail, server};
 use crate::devices::virtio::chain::Chain;
 use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::QueuePosition;
@@ -162,10 +162,12 @@ impl FsWorkers {
     }
 }
 
-/// Goes to jail, starts the other threads there (they inherit namespace, directory and umask), and becomes a worker.
+/// Goes to jail, starts the other threads there (they inherit namespace, directory, umask and capabilities), and becomes a
+/// worker.
 fn first_thread(pool: &Arc<Pool>, count: u8, report: &Sender<(Vec<Thread>, io::Result<()>)>) {
     let mut others = Vec::new();
-    let result = jail::enter(pool.service.share.proc_fds().as_fd()).and_then(|()| {
+    let jailed = jail::enter(pool.service.share.proc_fds().as_fd());
+    let result = jailed.and_then(|()| capabilities::drop_others()).and_then(|()| {
         for number in 1..count {
             let pool = pool.clone();
             let builder = Builder::new().name(format!("fs-{}-{number}", pool.id));

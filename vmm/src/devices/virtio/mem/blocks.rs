@@ -62,6 +62,16 @@ impl Blocks {
         }
     }
 
+    /// The first run of plugged blocks: first block and count.
+    pub(super) fn first_run(&self) -> Option<(u64, u64)> {
+        let word = self.words.iter().position(|word| *word != 0)? as u64;
+        let first = (word * 64..).find(|index| self.get(*index))?;
+        let end = (first..self.len)
+            .find(|index| !self.get(*index))
+            .unwrap_or(self.len);
+        Some((first, end - first))
+    }
+
     /// Runs of plugged blocks, ascending: first block and count.
     pub(super) fn runs(&self) -> Vec<(u64, u64)> {
         let mut runs: Vec<(u64, u64)> = Vec::new();
@@ -87,10 +97,14 @@ mod tests {
         blocks.set(128, 10, true);
         assert_eq!((blocks.len(), blocks.plugged()), (130, 12));
         assert_eq!(blocks.runs(), [(60, 10), (128, 2)]);
+        assert_eq!(blocks.first_run(), Some((60, 10)));
         assert_eq!(blocks.plugged_in(0, 64), 4);
         assert_eq!(blocks.plugged_in(129, u64::MAX), 1);
         blocks.set(0, u64::MAX, false);
         assert_eq!((blocks.plugged(), blocks.runs().len()), (0, 0));
         assert!(!blocks.get(u64::MAX));
+        assert_eq!(blocks.first_run(), None);
+        blocks.set(129, 1, true);
+        assert_eq!(blocks.first_run(), Some((129, 1)));
     }
 }

@@ -133,6 +133,7 @@ impl VirtioDevice for Mem {
         let mut counters = self.counters.all();
         counters.push(("plugged_bytes", region.map_or(0, Region::plugged)));
         counters.push(("requested_bytes", region.map_or(0, Region::requested)));
+        counters.push(("stray_pages", region.map_or(0, Region::strays)));
         counters
     }
 }

@@ -6,10 +6,15 @@ use std::sync::Arc;
 use super::BLOCK_SIZE;
 use super::blocks::Blocks;
 use crate::memory::layout::WINDOW_ALIGN;
+use crate::memory::seal;
 use crate::memory::window::{Window, WindowError};
 
 /// Blocks of a chunk, the unit that has a memslot.
 const CHUNK_BLOCKS: u64 = WINDOW_ALIGN / BLOCK_SIZE;
+
+/// Blocks unplugged at a time, when all are: 2 GiB. Freeing memory takes a while, and who resets the device waits for it.
+const UNPLUG_BLOCKS: u64 = (2 << 30) / BLOCK_SIZE;
+const _: () = assert!(BLOCK_SIZE == seal::BLOCK);
 
 /// A request of the driver (virtio 1.2, 5.15.6): guest physical address and number of blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,6 +113,11 @@ impl Region {
         self.blocks.runs()
     }
 
+    /// Pages devices used of blocks that are not plugged, each for a moment.
+    pub(super) fn strays(&self) -> u64 {
+        self.window.strays()
+    }
+
     /// Plugs `runs` into an empty region, for a restored device; their memory is not touched.
     ///
     /// # Errors
@@ -115,7 +125,7 @@ impl Region {
     pub(super) fn restore(&mut self, runs: &[(u64, u64)]) -> Result<(), WindowError> {
         for (first, count) in runs {
             if let Err(error) = self.show(*first..first + count) {
-                self.unplug_all();
+                while self.unplug_some()? {}
                 return Err(error);
             }
             self.blocks.set(*first, *count, true);
@@ -123,8 +133,19 @@ impl Region {
         Ok(())
     }
 
-    /// Carries out a request of the driver.
-    pub(super) fn handle(&mut self, request: Request) -> Response {
+    /// Carries out a request of the driver; `None`: only a part of it, call again.
+    pub(super) fn handle(&mut self, request: Request) -> Option<Response> {
+        Some(match request {
+            Request::UnplugAll => match self.unplug_some() {
+                Ok(true) => return None,
+                Ok(false) => Response::Ack,
+                Err(error) => busy(&error),
+            },
+            request => self.handle_range(request),
+        })
+    }
+
+    fn handle_range(&mut self, request: Request) -> Response {
         match request {
             Request::Plug(address, count) => self
                 .range(address, count)
@@ -132,10 +153,7 @@ impl Region {
             Request::Unplug(address, count) => self
                 .range(address, count)
                 .map_or(Response::Error, |r| self.unplug(r)),
-            Request::UnplugAll => {
-                self.unplug_all();
-                Response::Ack
-            }
+            Request::UnplugAll => Response::Error,
             Request::State(address, count) => {
                 let Some(range) = self.range(address, count) else {
                     return Response::Error;
@@ -171,10 +189,7 @@ impl Region {
                 self.blocks.set(range.start, count, true);
                 Response::Ack
             }
-            Err(error) => {
-                guest_log!(WARN, %error, "mem: cannot plug memory, the driver tries again");
-                Response::Busy
-            }
+            Err(error) => busy(&error),
         }
     }
 
@@ -183,58 +198,78 @@ impl Region {
         if self.blocks.plugged_in(range.start, count) < count {
             return Response::Error;
         }
-        self.blocks.set(range.start, count, false);
-        self.hide(range);
-        Response::Ack
-    }
-
-    fn unplug_all(&mut self) {
-        for (first, count) in self.blocks.runs() {
-            self.blocks.set(first, count, false);
-            self.hide(first..first + count);
+        match self.hide(range) {
+            Ok(()) => Response::Ack,
+            Err(error) => busy(&error),
         }
     }
 
-    /// Gives the chunks of `range` memslots if they have none; all of them or none.
+    /// Unplugs a part of what is plugged, [`UNPLUG_BLOCKS`] at most; false when nothing is left.
+    fn unplug_some(&mut self) -> Result<bool, WindowError> {
+        let Some((first, count)) = self.blocks.first_run() else {
+            return Ok(false);
+        };
+        self.hide(first..first + count.min(UNPLUG_BLOCKS))?;
+        Ok(true)
+    }
+
+    /// Opens the blocks of `range`, and gives their chunks memslots if they have none; all of it or nothing.
     fn show(&self, range: Range<u64>) -> Result<(), WindowError> {
         let mut shown = Vec::new();
-        for chunk in chunks(&range) {
+        let result = self.show_chunks(&range, &mut shown).and_then(|()| {
+            let (offset, len) = bytes(&range);
+            self.window.open(offset, len)
+        });
+        if result.is_err() {
+            shown.into_iter().for_each(|offset| self.hide_chunk(offset));
+        }
+        result
+    }
+
+    fn show_chunks(&self, range: &Range<u64>, shown: &mut Vec<u64>) -> Result<(), WindowError> {
+        for chunk in chunks(range) {
             let offset = chunk * WINDOW_ALIGN;
-            if self.window.is_plugged(offset) {
-                continue;
+            if !self.window.is_plugged(offset) {
+                self.window.plug(offset, WINDOW_ALIGN)?;
+                shown.push(offset);
             }
-            if let Err(error) = self.window.plug(offset, WINDOW_ALIGN) {
-                shown.into_iter().for_each(|offset| self.hide_chunk(offset));
-                return Err(error);
-            }
-            shown.push(offset);
         }
         Ok(())
     }
 
-    /// Takes the memslots of chunks in which no block is left, and frees the memory of `range`.
-    fn hide(&self, range: Range<u64>) {
+    /// Unplugs the blocks of `range`: seals and frees their memory, and takes the memslots of chunks in which no block is left.
+    fn hide(&mut self, range: Range<u64>) -> Result<(), WindowError> {
+        let (offset, len) = bytes(&range);
+        self.window.close(offset, len)?;
+        self.blocks.set(range.start, range.end - range.start, false);
         for chunk in chunks(&range) {
             if self.blocks.plugged_in(chunk * CHUNK_BLOCKS, CHUNK_BLOCKS) == 0 {
                 self.hide_chunk(chunk * WINDOW_ALIGN);
             }
         }
-        let (offset, len) = (range.start * BLOCK_SIZE, (range.end - range.start) * BLOCK_SIZE);
-        if let Err(error) = self.window.discard(offset, len) {
-            // The guest gave it up; it stays resident until it is plugged and unplugged again.
-            guest_log!(WARN, %error, "mem: unplugged memory is not freed");
-        }
+        Ok(())
     }
 
     fn hide_chunk(&self, offset: u64) {
         if let Err(error) = self.window.unplug(offset) {
-            // It stays visible, which costs nothing, and is found plugged the next time.
+            // It stays visible, with all its blocks sealed, and is found plugged the next time.
             guest_log!(WARN, %error, "mem: memslot not removed");
         }
     }
 }
 
+/// The host, or a region in too many pieces, does not let the driver have its way now.
+fn busy(error: &WindowError) -> Response {
+    guest_log!(WARN, %error, "mem: the driver has to try again");
+    Response::Busy
+}
+
 /// The chunks that have blocks of `range`, which is not empty.
 fn chunks(range: &Range<u64>) -> Range<u64> {
     range.start / CHUNK_BLOCKS..range.end.div_ceil(CHUNK_BLOCKS)
+}
+
+/// Offset and length of `range`.
+fn bytes(range: &Range<u64>) -> (u64, u64) {
+    (range.start * BLOCK_SIZE, (range.end - range.start) * BLOCK_SIZE)
 }

@@ -40,11 +40,19 @@ struct Driver {
 
 impl Driver {
     fn new() -> Self {
-        let guest = TestGuest::new();
         let (windows, memory, slots) = windows(2 * WINDOW_ALIGN, 0);
         let window = windows.hotplug().unwrap().clone();
-        let start = window.region().start;
-        let mut device = Mem::new("mem", window, 200 * MIB);
+        Self::over(windows, memory, slots, Mem::new("mem", window, 200 * MIB))
+    }
+
+    fn over(
+        windows: Windows,
+        memory: Arc<crate::memory::GuestMemory>,
+        slots: Arc<FakeMemslots>,
+        mut device: Mem,
+    ) -> Self {
+        let guest = TestGuest::new();
+        let start = windows.hotplug().unwrap().region().start;
         let rings = vec![guest.ring(0, 16, true)];
         activate_at(&guest, &mut device, &rings, FEATURES, &[]).unwrap();
         Self {
@@ -129,6 +137,81 @@ fn plug_when_requested_is_acknowledged_and_visible() {
     assert_eq!(driver.request(STATE, driver.start + 6 * MIB, 5), (ACK, 1));
     assert_eq!(driver.request(STATE, driver.start, 5), (ACK, 2));
     driver.guest.wait_interrupt();
+}
+
+/// Whether the host's kernel can write at guest physical `address`, as KVM would for a vCPU.
+fn usable(memory: &crate::memory::GuestMemory, address: u64) -> bool {
+    use std::os::fd::AsRawFd;
+    let zero = std::fs::File::open("/dev/zero").unwrap();
+    let at = vm_memory::GuestMemory::get_host_address(memory, GuestAddress(address)).unwrap();
+    // SAFETY: the kernel checks the address itself.
+    unsafe { libc::read(zero.as_raw_fd(), at.cast(), 1) == 1 }
+}
+
+#[test]
+fn memory_when_not_plugged_cannot_be_used_beside_a_block_that_is() {
+    let mut driver = Driver::new();
+    let start = driver.start;
+    driver.target(8 * MIB);
+    let blocks = |driver: &Driver| -> Vec<bool> {
+        (0..5)
+            .map(|block| usable(&driver.memory, start + block * BLOCK_SIZE))
+            .collect()
+    };
+    assert_eq!(driver.request(PLUG, start + 2 * MIB, 2).0, ACK);
+    assert_eq!(
+        (driver.chunks(), blocks(&driver)),
+        (1, vec![false, true, true, false, false])
+    );
+    assert!(!usable(&driver.memory, start + WINDOW_ALIGN));
+    assert_eq!(driver.request(UNPLUG, start + 2 * MIB, 1).0, ACK);
+    assert_eq!(blocks(&driver), [false, false, true, false, false]);
+    assert_eq!(driver.request(UNPLUG_ALL, 0, 0).0, ACK);
+    assert_eq!((driver.chunks(), blocks(&driver)), (0, vec![false; 5]));
+    // A device that is told to use such a block does, for a moment: the guest gets nothing of it.
+    driver.memory.write_obj(7u8, GuestAddress(start)).unwrap();
+    let strays = |driver: &Driver| {
+        driver
+            .device
+            .counters()
+            .iter()
+            .find(|c| c.0 == "stray_pages")
+            .unwrap()
+            .1
+    };
+    assert_eq!(strays(&driver), 1);
+    assert_eq!(driver.request(PLUG, start, 1).0, ACK);
+    assert_eq!(driver.memory.read_obj::<u8>(GuestAddress(start)).unwrap(), 0);
+}
+
+#[test]
+fn unplug_all_when_much_is_plugged_takes_turns_and_frees_everything() {
+    let (windows, memory, slots) = windows(4096 * MIB, 0);
+    let window = windows.hotplug().unwrap().clone();
+    let mut driver = Driver::over(windows, memory, slots, Mem::new("mem", window, 4096 * MIB));
+    driver.target(4096 * MIB);
+    for part in 0..3 {
+        assert_eq!(driver.request(PLUG, driver.start + part * 1200 * MIB, 600).0, ACK);
+    }
+    assert_eq!(driver.sizes().0, 3600 * MIB);
+    // Suspended somewhere amid the turns, it goes on.
+    driver.submit(UNPLUG_ALL, 0, 0);
+    driver.rings[0].kick();
+    let positions = driver.device.suspend();
+    activate_at(
+        &driver.guest,
+        &mut driver.device,
+        &driver.rings,
+        FEATURES,
+        &positions,
+    )
+    .unwrap();
+    driver.rings[0].wait_used();
+    assert_eq!(
+        (driver.response().0, driver.sizes().0, driver.chunks()),
+        (ACK, 0, 0)
+    );
+    assert!(!usable(&driver.memory, driver.start));
 }
 
 #[test]

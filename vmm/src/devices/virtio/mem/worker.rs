@@ -11,7 +11,7 @@ use super::region::{Request, Response};
 use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::chain::Chain;
 use crate::devices::virtio::queue_thread::ThreadWorker;
-use crate::devices::virtio::served_queue::{Served, ServedQueue};
+use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
 
@@ -78,38 +78,54 @@ impl ThreadWorker for MemWorker {
 
     fn ready(&mut self, _index: usize) {
         self.queue.take_kick();
-        let limit = self.queue.size();
-        let (interrupt, shared, counters) = (&self.interrupt, &self.shared, &self.counters);
-        let served = self.queue.serve(BUDGET, |memory, chain| {
-            let written = answer(shared, counters, memory, chain, limit);
+        self.queue.suppress_kicks();
+        let memory = self.queue.memory().clone();
+        for _ in 0..BUDGET {
+            let Some(chain) = self.queue.pop(&memory) else {
+                if self.queue.enable_kicks() {
+                    self.queue.suppress_kicks();
+                    continue;
+                }
+                self.queue.notify();
+                return;
+            };
+            let head = chain.head_index();
+            let written = answer(&self.shared, &self.counters, &memory, chain, self.queue.size());
             // plugged_size changes with the request, without an interrupt (5.15.6.1).
-            interrupt.show_config(|space| shared.read_config(0, space));
-            written
-        });
-        if served == Served::More {
-            self.queue.kick_self();
+            self.interrupt
+                .show_config(|space| self.shared.read_config(0, space));
+            match written {
+                Some(written) => self.queue.complete(head, written),
+                None => {
+                    self.queue.put_back(1);
+                    break;
+                }
+            }
         }
+        self.queue.notify();
+        self.queue.kick_self();
     }
 }
 
-/// Carries out one chain; returns the bytes written. A chain without room for the response is not carried out.
+/// Carries out one chain; returns the bytes written, or `None` if it has to be taken again for the rest. A chain without room
+/// for the response is not carried out.
 fn answer(
     shared: &Shared,
     counters: &Counters,
     memory: &GuestMemory,
     chain: DescriptorChain<&GuestMemory>,
     limit: u16,
-) -> u32 {
+) -> Option<u32> {
     let chain = match Chain::parse(memory, chain, limit) {
         Ok(chain) if chain.writable.len() >= RESPONSE_BYTES as u64 => chain,
         Ok(_) => {
             counters.invalid.fetch_add(1, Ordering::Relaxed);
-            return 0;
+            return Some(0);
         }
         Err(error) => {
             guest_log!(DEBUG, %error, "mem: chain dropped");
             counters.invalid.fetch_add(1, Ordering::Relaxed);
-            return 0;
+            return Some(0);
         }
     };
     let mut bytes = [0; REQUEST_BYTES];
@@ -118,8 +134,8 @@ fn answer(
     let response = match request {
         Some(request) => shared.update(|state| {
             let region = state.region.as_mut();
-            region.map_or(Response::Error, |region| region.handle(request))
-        }),
+            region.map_or(Some(Response::Error), |region| region.handle(request))
+        })?,
         None => Response::Error,
     };
     guest_log!(DEBUG, ?request, ?response, "mem");
@@ -130,8 +146,8 @@ fn answer(
     };
     counter.fetch_add(1, Ordering::Relaxed);
     match chain.writable.write(memory, 0, &encode(response)) {
-        Ok(()) => RESPONSE_BYTES as u32,
-        Err(_) => 0,
+        Ok(()) => Some(RESPONSE_BYTES as u32),
+        Err(_) => Some(0),
     }
 }
 

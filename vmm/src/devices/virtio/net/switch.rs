@@ -13,8 +13,8 @@ use std::time::Duration;
 use super::control::Command;
 use super::handle::{Shared, lock};
 use super::tap::Backend;
-use crate::config::{RateLimiterConfig, TokenBucketConfig};
 use crate::rate_limiter::RateLimiter;
+use crate::rate_limiter::{RateLimiterConfig, TokenBucketConfig};
 
 /// 16 changes at once, then one in a second. A driver makes one or two when it starts.
 pub(super) const LIMIT: RateLimiterConfig = RateLimiterConfig {

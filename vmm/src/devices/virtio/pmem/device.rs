@@ -8,13 +8,20 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 use super::file::{PmemError, PmemFile};
 use super::state;
 use super::worker::{Counters, PmemWorker};
-use crate::devices::virtio::queue_thread::QueueThread;
+use crate::devices::virtio::queue_thread::{Aside, QueueThread};
 use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::{QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};
 use crate::memory::window::{FileMapping, FilePlace, Windows};
 
 const QUEUE_SIZES: [u16; 1] = [64];
+
+/// The worker's thread, and what stops it while it waits for the disk.
+#[derive(Debug)]
+struct Running {
+    thread: QueueThread<PmemWorker>,
+    aside: Arc<Aside<QueuePosition>>,
+}
 
 /// A file in guest memory.
 #[derive(Debug)]
@@ -25,7 +32,7 @@ pub struct Pmem {
     file: Arc<File>,
     read_only: bool,
     counters: Arc<Counters>,
-    running: Option<QueueThread<PmemWorker>>,
+    running: Option<Running>,
 }
 
 impl Pmem {
@@ -90,12 +97,13 @@ impl VirtioDevice for Pmem {
         // What a guest wrote to a read-only file is not in it: there is nothing to flush.
         let file = (!self.read_only).then(|| self.file.clone());
         let worker = PmemWorker::new(queue, file, self.counters.clone());
+        let aside = worker.aside();
         let thread = QueueThread::spawn("vmm-pmem", worker).map_err(|source| ActivateError::Host {
             device: self.id.clone(),
             what: "cannot start the worker's thread",
             source,
         })?;
-        self.running = Some(thread);
+        self.running = Some(Running { thread, aside });
         Ok(())
     }
 
@@ -104,8 +112,14 @@ impl VirtioDevice for Pmem {
     }
 
     fn suspend(&mut self) -> Vec<QueuePosition> {
-        let worker = self.running.take().and_then(|thread| thread.stop(&self.id));
-        worker.map_or_else(Vec::new, |worker| vec![worker.position()])
+        let Some(Running { thread, aside }) = self.running.take() else {
+            return Vec::new();
+        };
+        // A flush is not waited for: it begins anew with the next activation. The file stays open, and locked, until it ends.
+        match thread.stop_unless(&self.id, &aside) {
+            Ok(worker) => worker.map_or_else(Vec::new, |worker| vec![worker.position()]),
+            Err(standing) => vec![standing],
+        }
     }
 
     fn save(&self) -> Result<Vec<u8>, StateError> {

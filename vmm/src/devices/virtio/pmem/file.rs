@@ -1,12 +1,11 @@
 //! The file behind the device, before it is in guest memory.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::fs::File;
+use std::io;
 use std::path::PathBuf;
 
 use super::config::PmemConfig;
-use crate::devices::virtio::image_lock;
+use crate::devices::virtio::image::{self, ImageError};
 use crate::devices::virtio::state::StateError;
 use crate::memory::layout::WINDOW_ALIGN;
 use crate::memory::window::{FileMapping, FilePlace, Sharing, WindowError, Windows};
@@ -19,25 +18,23 @@ const MAX_BYTES: u64 = 1 << 40;
 /// A file that cannot be persistent memory.
 #[derive(Debug, thiserror::Error)]
 pub enum PmemError {
-    /// The file cannot be opened.
-    #[error("pmem {id}: cannot open {path:?} {mode}: {source}")]
-    Open {
+    /// The file cannot be opened, is none, or is in use.
+    #[error("pmem {id}: {source}")]
+    Image {
+        /// Device id.
+        id: String,
+        /// What is wrong with it.
+        source: ImageError,
+    },
+    /// The size cannot be read.
+    #[error("pmem {id}: {path:?}: its size: {source}")]
+    Measure {
         /// Device id.
         id: String,
         /// The file.
         path: PathBuf,
-        /// `read-only` or `read-write`.
-        mode: &'static str,
         /// Cause.
         source: io::Error,
-    },
-    /// Neither a regular file nor a block device.
-    #[error("pmem {id}: {path:?} is neither a regular file nor a block device")]
-    Type {
-        /// Device id.
-        id: String,
-        /// The file.
-        path: PathBuf,
     },
     /// No bytes, or more than a window can hold.
     #[error("pmem {id}: {path:?} has {size} bytes, need 1 to {MAX_BYTES}")]
@@ -48,14 +45,6 @@ pub enum PmemError {
         path: PathBuf,
         /// Size in bytes.
         size: u64,
-    },
-    /// Somebody else writes the file, or uses it while we want to write it.
-    #[error("pmem {id}: {path:?} is in use by another virtual machine or process")]
-    Locked {
-        /// Device id.
-        id: String,
-        /// The file.
-        path: PathBuf,
     },
     /// It is not the file of a saved device.
     #[error(transparent)]
@@ -85,30 +74,16 @@ impl PmemFile {
     /// [`PmemError`].
     pub fn open(config: &PmemConfig) -> Result<Self, PmemError> {
         let (id, path) = (config.id.clone(), config.path.clone());
-        let open_error = |source| PmemError::Open {
+        let opened = image::open(&id, &path, config.read_only);
+        let file = opened.map_err(|source| PmemError::Image {
+            id: id.clone(),
+            source,
+        })?;
+        let size = image::size(&file).map_err(|source| PmemError::Measure {
             id: id.clone(),
             path: path.clone(),
-            mode: if config.read_only {
-                "read-only"
-            } else {
-                "read-write"
-            },
             source,
-        };
-        // O_NONBLOCK: opening a FIFO by mistake must not hang. It has no meaning for files and disks.
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(!config.read_only)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(&path)
-            .map_err(open_error)?;
-        let file_type = file.metadata().map_err(open_error)?.file_type();
-        if !file_type.is_file() && !file_type.is_block_device() {
-            return Err(PmemError::Type { id, path });
-        }
-        lock(&file, config)?;
-        // Works for block devices, whose metadata has no size.
-        let size = file.seek(SeekFrom::End(0)).map_err(open_error)?;
+        })?;
         if size == 0 || size > MAX_BYTES {
             return Err(PmemError::Size { id, path, size });
         }
@@ -156,20 +131,4 @@ impl PmemFile {
         })?;
         Ok((mapping, self.file, read_only))
     }
-}
-
-fn lock(file: &File, config: &PmemConfig) -> Result<(), PmemError> {
-    match image_lock::lock(file, config.read_only) {
-        Ok(true) => {}
-        Ok(false) => {
-            return Err(PmemError::Locked {
-                id: config.id.clone(),
-                path: config.path.clone(),
-            });
-        }
-        Err(error) => {
-            tracing::warn!(device = %config.id, path = ?config.path, %error, "pmem: the file system has no locks");
-        }
-    }
-    Ok(())
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::file::ALIGN;
 use super::*;
 use crate::config::PmemConfig;
+use crate::devices::virtio::image::ImageError;
 use crate::devices::virtio::test_resume::{activate_at, config};
 use crate::devices::virtio::test_ring::{BUFFERS, Buf, TestGuest, TestRing, flood, survive_malformed_chains};
 use crate::devices::virtio::{CHAIN_FEATURES, VirtioDevice};
@@ -134,10 +135,22 @@ fn file_when_locked_empty_or_no_file_is_refused() {
     let reader = host.open(true).unwrap();
     let second = host.open(true).unwrap();
     assert_ne!(address(&reader), address(&second));
-    assert!(matches!(host.open(false), Err(PmemError::Locked { .. })));
+    assert!(matches!(
+        host.open(false),
+        Err(PmemError::Image {
+            source: ImageError::Locked { .. },
+            ..
+        })
+    ));
     drop((reader, second));
     let writer = host.open(false).unwrap();
-    assert!(matches!(host.open(true), Err(PmemError::Locked { .. })));
+    assert!(matches!(
+        host.open(true),
+        Err(PmemError::Image {
+            source: ImageError::Locked { .. },
+            ..
+        })
+    ));
     drop(writer);
 
     host.file.as_file().set_len(0).unwrap();
@@ -151,8 +164,20 @@ fn file_when_locked_empty_or_no_file_is_refused() {
             read_only: true,
         })
     };
-    assert!(matches!(open("/nowhere/at/all"), Err(PmemError::Open { .. })));
-    assert!(matches!(open("/dev/null"), Err(PmemError::Type { .. })));
+    assert!(matches!(
+        open("/nowhere/at/all"),
+        Err(PmemError::Image {
+            source: ImageError::Open { .. },
+            ..
+        })
+    ));
+    assert!(matches!(
+        open("/dev/null"),
+        Err(PmemError::Image {
+            source: ImageError::Type { .. },
+            ..
+        })
+    ));
 }
 
 #[test]

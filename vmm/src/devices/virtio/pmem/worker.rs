@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use virtio_queue::DescriptorChain;
 
 use crate::devices::virtio::chain::Chain;
-use crate::devices::virtio::queue_thread::ThreadWorker;
-use crate::devices::virtio::served_queue::{Served, ServedQueue};
+use crate::devices::virtio::queue_thread::{Aside, ThreadWorker};
+use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
 
-/// Flushes per turn, so that a reset waits for few of them.
+/// Flushes per turn, so that a reset waits for few of them to be begun.
 const BUDGET: usize = 2;
 /// VIRTIO_PMEM_REQ_TYPE_FLUSH.
 const FLUSH: u32 = 0;
@@ -46,6 +46,8 @@ pub(super) struct PmemWorker {
     /// `None` when writes stay out of the file.
     file: Option<Arc<File>>,
     counters: Arc<Counters>,
+    /// Where it waits for the disk; the queue's position with the flush in hand given back.
+    aside: Arc<Aside<QueuePosition>>,
 }
 
 impl PmemWorker {
@@ -54,7 +56,13 @@ impl PmemWorker {
             queue,
             file,
             counters,
+            aside: Arc::default(),
         }
+    }
+
+    /// What stops it while it waits for the disk.
+    pub(super) fn aside(&self) -> Arc<Aside<QueuePosition>> {
+        self.aside.clone()
     }
 
     /// Where the queue stands.
@@ -70,60 +78,80 @@ impl ThreadWorker for PmemWorker {
 
     fn ready(&mut self, _index: usize) {
         self.queue.take_kick();
-        let limit = self.queue.size();
-        let (file, counters) = (self.file.as_deref(), &self.counters);
-        let served = self.queue.serve(BUDGET, |memory, chain| {
-            answer(file, counters, memory, chain, limit)
-        });
-        if served == Served::More {
-            self.queue.kick_self();
+        self.queue.suppress_kicks();
+        let memory = self.queue.memory().clone();
+        for _ in 0..BUDGET {
+            let Some(chain) = self.queue.pop(&memory) else {
+                if self.queue.enable_kicks() {
+                    self.queue.suppress_kicks();
+                    continue;
+                }
+                self.queue.notify();
+                return;
+            };
+            let head = chain.head_index();
+            match self.answer(&memory, chain) {
+                Some(written) => self.queue.complete(head, written),
+                // Somebody else serves the queue now.
+                None => return,
+            }
         }
+        self.queue.notify();
+        self.queue.kick_self();
     }
 }
 
-/// Carries out one chain; returns the bytes written. A chain without room for the response is not carried out.
-fn answer(
-    file: Option<&File>,
-    counters: &Counters,
-    memory: &GuestMemory,
-    chain: DescriptorChain<&GuestMemory>,
-    limit: u16,
-) -> u32 {
-    let chain = match Chain::parse(memory, chain, limit) {
-        Ok(chain) if chain.writable.len() >= 4 => chain,
-        Ok(_) => {
+impl PmemWorker {
+    /// Carries out one chain; returns the bytes written, or `None` when the worker was stopped meanwhile. A chain without room
+    /// for the response is not carried out.
+    fn answer(&mut self, memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>) -> Option<u32> {
+        let counters = &self.counters;
+        let chain = match Chain::parse(memory, chain, self.queue.size()) {
+            Ok(chain) if chain.writable.len() >= 4 => chain,
+            Ok(_) => {
+                counters.invalid.fetch_add(1, Ordering::Relaxed);
+                return Some(0);
+            }
+            Err(error) => {
+                guest_log!(DEBUG, %error, "pmem: chain dropped");
+                counters.invalid.fetch_add(1, Ordering::Relaxed);
+                return Some(0);
+            }
+        };
+        let mut kind = [0; 4];
+        let read = chain.readable.read(memory, 0, &mut kind);
+        let result = if read.is_ok() && u32::from_le_bytes(kind) == FLUSH {
+            self.flush()?
+        } else {
             counters.invalid.fetch_add(1, Ordering::Relaxed);
-            return 0;
-        }
-        Err(error) => {
-            guest_log!(DEBUG, %error, "pmem: chain dropped");
-            counters.invalid.fetch_add(1, Ordering::Relaxed);
-            return 0;
-        }
-    };
-    let mut kind = [0; 4];
-    let read = chain.readable.read(memory, 0, &mut kind);
-    let result = if read.is_ok() && u32::from_le_bytes(kind) == FLUSH {
-        flush(file, counters)
-    } else {
-        counters.invalid.fetch_add(1, Ordering::Relaxed);
-        FAILED
-    };
-    match chain.writable.write(memory, 0, &result.to_le_bytes()) {
-        Ok(()) => 4,
-        Err(_) => 0,
-    }
-}
-
-/// Stores through a shared mapping made their pages dirty in the page cache, which is what fdatasync writes.
-fn flush(file: Option<&File>, counters: &Counters) -> u32 {
-    counters.flushes.fetch_add(1, Ordering::Relaxed);
-    match file.map(File::sync_data) {
-        None | Some(Ok(())) => 0,
-        Some(Err(error)) => {
-            guest_log!(WARN, %error, "pmem: flush failed");
-            counters.errors.fetch_add(1, Ordering::Relaxed);
             FAILED
+        };
+        match chain.writable.write(memory, 0, &result.to_le_bytes()) {
+            Ok(()) => Some(4),
+            Err(_) => Some(0),
+        }
+    }
+
+    /// Stores through a shared mapping made their pages dirty in the page cache, which is what fdatasync writes. That may take
+    /// as long as there is written data; `None` when the worker was stopped meanwhile.
+    fn flush(&mut self) -> Option<u32> {
+        let Some(file) = &self.file else {
+            self.counters.flushes.fetch_add(1, Ordering::Relaxed);
+            return Some(0);
+        };
+        // What was answered is told before: this may be the last look at the queue.
+        self.queue.notify();
+        let mut standing = self.queue.position();
+        standing.next_avail = standing.next_avail.wrapping_sub(1);
+        let flushed = self.aside.wait(standing, || file.sync_data())?;
+        self.counters.flushes.fetch_add(1, Ordering::Relaxed);
+        match flushed {
+            Ok(()) => Some(0),
+            Err(error) => {
+                guest_log!(WARN, %error, "pmem: flush failed");
+                self.counters.errors.fetch_add(1, Ordering::Relaxed);
+                Some(FAILED)
+            }
         }
     }
 }

@@ -25,6 +25,7 @@ use super::host::{HostFd, WriteOutcome};
 use super::metrics::Counters;
 use super::origin::Origin;
 use super::packet::{Header, Op, Pieces, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use crate::descriptors::Ticket;
 
 /// Names a connection for as long as the device lives; never reused. Also its epoll token.
 pub(super) type ConnId = u64;
@@ -210,8 +211,16 @@ impl Connection {
     }
 
     /// A connection the guest opened with `header`, for which the host has `host`.
-    pub(super) fn accept(id: ConnId, pair: PortPair, host: HostFd, buf_alloc: u32, header: &Header) -> Self {
-        let mut connection = Self::new(id, Phase::Established, Origin::Guest, host, buf_alloc);
+    pub(super) fn accept(
+        id: ConnId,
+        pair: PortPair,
+        host: HostFd,
+        buf_alloc: u32,
+        header: &Header,
+        ticket: Ticket,
+    ) -> Self {
+        let origin = Origin::Guest { _descriptors: ticket };
+        let mut connection = Self::new(id, Phase::Established, origin, host, buf_alloc);
         connection.pair = Some(pair);
         connection.opening = Some(Op::Response);
         connection.outbound.update(header.buf_alloc, header.fwd_cnt);

@@ -15,6 +15,7 @@ use super::state::VsockState;
 use super::transport_reset::EventQueue;
 use super::uds::Endpoint;
 use super::worker::{Transport, Worker};
+use crate::descriptors::Budget;
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, Running, VirtioDevice, read_space};
 
@@ -44,6 +45,14 @@ impl Vsock {
     /// # Errors
     /// [`VsockError::Bind`] or [`VsockError::Create`].
     pub fn new(config: &VsockConfig) -> Result<(Self, VsockHandle), VsockError> {
+        Self::with_descriptors(config, Budget::of_process())
+    }
+
+    /// As [`new`](Self::new); what the guest opens is taken from `descriptors`.
+    pub(super) fn with_descriptors(
+        config: &VsockConfig,
+        descriptors: Arc<Budget>,
+    ) -> Result<(Self, VsockHandle), VsockError> {
         let shared = Shared::new().map_err(|source| VsockError::Create {
             what: "an eventfd",
             source,
@@ -51,7 +60,7 @@ impl Vsock {
         let shared = Arc::new(shared);
         let endpoint = config.uds_path.as_deref().map(Endpoint::bind).transpose()?;
         let guest_cid = u64::from(config.guest_cid);
-        let muxer = Muxer::new(shared.clone(), guest_cid, endpoint)?;
+        let muxer = Muxer::new(shared.clone(), guest_cid, endpoint, descriptors)?;
         let device = Self {
             guest_cid,
             shared: shared.clone(),

@@ -21,9 +21,14 @@ use super::packet::{HOST_CID, Header, Op, TYPE_STREAM, TxPacket};
 use super::rx_queue::RxQueue;
 use super::shared::Shared;
 use super::uds::Endpoint;
+use crate::descriptors::{Budget, Ticket};
 
 /// Most connections at a time, clients that have not said CONNECT and last bytes on their way included.
 pub(super) const MAX_CONNECTIONS: usize = 1024;
+/// Most of them the guest may have opened: the host, which controls the guest through others, always finds room.
+pub(super) const MAX_OF_GUEST: usize = 768;
+/// Descriptors a connection of the guest costs: both ends of a socket pair.
+const DESCRIPTORS: usize = 2;
 /// `buf_alloc` of a connection: four of Linux's largest packets, so that the guest keeps sending while we write.
 const LARGE_BUFFER: u32 = 256 * 1024;
 /// `buf_alloc` when there are more than [`LARGE_BUFFERS`] connections. Together: 88 MiB at the worst, when a guest fills
@@ -63,6 +68,10 @@ pub(super) struct Muxer {
     timers: BTreeSet<(Instant, ConnId)>,
     endpoint: Option<Endpoint>,
     connections: HashMap<ConnId, Connection>,
+    /// Connections of the guest among them.
+    of_guest: usize,
+    /// What connections of the guest are taken from.
+    descriptors: Arc<Budget>,
     by_ports: HashMap<PortPair, ConnId>,
     next_id: ConnId,
     /// Connections that may have something for the guest, each once.
@@ -87,6 +96,7 @@ impl Muxer {
         shared: Arc<Shared>,
         guest_cid: u64,
         endpoint: Option<Endpoint>,
+        descriptors: Arc<Budget>,
     ) -> Result<Self, VsockError> {
         let failed = |what| move |source| VsockError::Create { what, source };
         let epoll = Epoll::new().map_err(failed("an epoll"))?;
@@ -112,6 +122,8 @@ impl Muxer {
             timers: BTreeSet::new(),
             endpoint,
             connections: HashMap::new(),
+            of_guest: 0,
+            descriptors,
             by_ports: HashMap::new(),
             next_id: FIRST_CONNECTION,
             ready: VecDeque::new(),
@@ -169,11 +181,28 @@ impl Muxer {
         }
     }
 
-    /// Makes sure one more connection fits; last bytes for a host that does not read go first.
+    /// Makes sure one more connection of the host fits; last bytes for a host that does not read go first.
     fn make_room(&mut self) -> bool {
-        if self.connections.len() >= MAX_CONNECTIONS
-            && let Some(id) = self.flushing.pop_first()
-        {
+        if self.connections.len() >= MAX_CONNECTIONS {
+            self.give_up_last_bytes(|_| true);
+        }
+        self.connections.len() < MAX_CONNECTIONS
+    }
+
+    /// Makes sure one more connection of the guest fits; last bytes of others of its own go first.
+    fn make_room_for_guest(&mut self) -> bool {
+        let is_full =
+            |muxer: &Self| muxer.of_guest >= MAX_OF_GUEST || muxer.connections.len() >= MAX_CONNECTIONS;
+        if is_full(self) {
+            self.give_up_last_bytes(Origin::is_guest);
+        }
+        !is_full(self)
+    }
+
+    /// Drops the oldest connection that only waits for the host to read, and is of such an origin.
+    fn give_up_last_bytes(&mut self, of: impl Fn(&Origin) -> bool) {
+        let is_of = |id: &&ConnId| self.connections.get(id).is_some_and(|c| of(c.origin()));
+        if let Some(id) = self.flushing.iter().find(is_of).copied() {
             // Once: a guest could make this happen all the time.
             if !std::mem::replace(&mut self.warned_of_loss, true) {
                 guest_log!(
@@ -183,13 +212,13 @@ impl Muxer {
             }
             self.remove(id);
         }
-        self.connections.len() < MAX_CONNECTIONS
     }
 
     fn insert(&mut self, id: ConnId, connection: Connection) {
         if let Some(pair) = connection.pair() {
             self.by_ports.insert(pair, id);
         }
+        self.of_guest += usize::from(connection.origin().is_guest());
         self.connections.insert(id, connection);
         self.shared
             .counters
@@ -269,6 +298,7 @@ impl Muxer {
         let Some(mut connection) = self.connections.remove(&id) else {
             return;
         };
+        self.of_guest -= usize::from(connection.origin().is_guest());
         self.flushing.remove(&id);
         self.waiting.remove(&id);
         if let Some(armed) = connection.armed {
@@ -283,7 +313,7 @@ impl Muxer {
             if self.by_ports.get(&pair) == Some(&id) {
                 self.by_ports.remove(&pair);
             }
-            if !matches!(connection.origin(), Origin::Guest) {
+            if !connection.origin().is_guest() {
                 self.shared.free_port(pair.local);
             }
             if connection.origin().is_attached() {
@@ -363,13 +393,17 @@ impl Muxer {
     fn accept(&mut self, pair: PortPair, header: &Header) {
         // A guest that calls out, to say it is ready for instance, may have started to listen.
         self.retry_waiting();
-        if !self.make_room() {
+        if !self.make_room_for_guest() {
             self.refuse(header, &"table of connections full");
             return;
         }
+        let ticket = match self.descriptors.take(DESCRIPTORS) {
+            Ok(ticket) => ticket,
+            Err(error) => return self.refuse(header, &error),
+        };
         let opened = match self.shared.listener(pair.local) {
             Some(backlog) => UnixStream::pair().and_then(|(ours, theirs)| {
-                let connection = self.prepare_accept(pair, ours.into(), header)?;
+                let connection = self.prepare_accept(pair, ours.into(), header, ticket)?;
                 if backlog.push(theirs) {
                     Ok(connection)
                 } else {
@@ -379,7 +413,7 @@ impl Muxer {
             None => match &self.endpoint {
                 Some(endpoint) => endpoint
                     .connect_out(pair.local)
-                    .and_then(|socket| self.prepare_accept(pair, socket, header)),
+                    .and_then(|socket| self.prepare_accept(pair, socket, header, ticket)),
                 None => Err(io::ErrorKind::ConnectionRefused.into()),
             },
         };
@@ -394,9 +428,15 @@ impl Muxer {
     }
 
     /// The connection the next [`Self::next_id`] will name.
-    fn prepare_accept(&self, pair: PortPair, socket: OwnedFd, header: &Header) -> io::Result<Connection> {
+    fn prepare_accept(
+        &self,
+        pair: PortPair,
+        socket: OwnedFd,
+        header: &Header,
+        ticket: Ticket,
+    ) -> io::Result<Connection> {
         let host = HostFd::new(socket)?;
-        let mut connection = Connection::accept(self.next_id, pair, host, self.buf_alloc(), header);
+        let mut connection = Connection::accept(self.next_id, pair, host, self.buf_alloc(), header, ticket);
         connection.start_host(Context {
             epoll: &self.epoll,
             counters: &self.shared.counters,

@@ -8,6 +8,7 @@ use std::sync::mpsc::SyncSender;
 
 use super::connection::{Direction, PortPair};
 use super::error::{ConnectPhase, VsockError};
+use crate::descriptors::Ticket;
 
 /// How far the muxer got with a connection; read by the caller that waits for it, also when no muxer runs.
 #[derive(Debug, Clone, Default)]
@@ -38,7 +39,10 @@ pub(super) struct Caller {
 #[derive(Debug)]
 pub(super) enum Origin {
     /// The guest.
-    Guest,
+    Guest {
+        /// What the connection costs the process.
+        _descriptors: Ticket,
+    },
     /// A client of the Unix socket.
     Client,
     /// A thread of this process.
@@ -55,8 +59,13 @@ impl Origin {
     pub(super) fn direction(&self) -> Direction {
         match self {
             Self::Attached { direction, .. } => *direction,
-            Self::Guest | Self::Client | Self::Caller(_) => Direction::Both,
+            Self::Guest { .. } | Self::Client | Self::Caller(_) => Direction::Both,
         }
+    }
+
+    /// Whether the guest opened it.
+    pub(super) fn is_guest(&self) -> bool {
+        matches!(self, Self::Guest { .. })
     }
 
     /// Whether the host side outlives its readers.
@@ -74,7 +83,7 @@ impl Origin {
         match self {
             Self::Caller(caller) => Some(&caller.progress),
             Self::Attached { progress, .. } => Some(progress),
-            Self::Guest | Self::Client => None,
+            Self::Guest { .. } | Self::Client => None,
         }
     }
 

@@ -10,6 +10,7 @@ use virtio_bindings::virtio_blk::{
 
 use super::*;
 use crate::devices::virtio::block::BlockError;
+use crate::devices::virtio::image::ImageError;
 use crate::devices::virtio::test_ring::{
     INDIRECT, MEMORY_SIZE, NEXT, Used, WRITE, flood, survive_malformed_chains,
 };
@@ -338,14 +339,26 @@ fn image_when_used_twice_is_locked() {
     let writer = Block::new(&config(&path, false)).unwrap();
     for read_only in [false, true] {
         let error = Block::new(&config(&path, read_only)).unwrap_err();
-        assert!(matches!(error, BlockError::Locked { .. }), "{error}");
+        assert!(
+            matches!(
+                error,
+                BlockError::Image {
+                    source: ImageError::Locked { .. },
+                    ..
+                }
+            ),
+            "{error}"
+        );
     }
     drop(writer);
     let _reader = Block::new(&config(&path, true)).unwrap();
     let _second = Block::new(&config(&path, true)).unwrap();
     assert!(matches!(
         Block::new(&config(&path, false)),
-        Err(BlockError::Locked { .. })
+        Err(BlockError::Image {
+            source: ImageError::Locked { .. },
+            ..
+        })
     ));
 }
 

@@ -6,8 +6,8 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::intake::{Intake, Stopped, Taken};
 use crate::devices::virtio::block::request::Request;
 use crate::devices::virtio::block::step::Step;
+use crate::devices::virtio::queue_thread::Aside;
 
 /// Requests per turn at most, so that the first of many slow ones is not held back by the last.
 const BATCH: usize = 8;
@@ -31,31 +32,17 @@ enum Wait {
     Not,
 }
 
-/// What the thread does, for who wants to stop it.
-#[derive(Debug)]
-enum Phase {
-    /// It will look whether it is to stop after the step in hand.
-    Working,
-    /// It waits for the disk, and touches nothing else. If it is stopped the queue stands so.
-    Flushing(Stopped),
-    /// It was stopped while it waited for the disk: it must not touch the queue any more.
-    Abandoned,
-}
-
 /// How the thread is stopped.
 #[derive(Debug)]
 struct Control {
     stopping: AtomicBool,
     /// Wakes it when it sleeps.
     wake: EventFd,
-    phase: Mutex<Phase>,
+    /// Where it waits for the disk.
+    aside: Aside<Stopped>,
 }
 
 impl Control {
-    fn phase(&self) -> MutexGuard<'_, Phase> {
-        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
     }
@@ -73,7 +60,7 @@ impl SyncWorker {
         let control = Arc::new(Control {
             stopping: AtomicBool::new(false),
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-            phase: Mutex::new(Phase::Working),
+            aside: Aside::default(),
         });
         let controlled = control.clone();
         let thread = std::thread::Builder::new()
@@ -88,18 +75,14 @@ impl SyncWorker {
         if let Err(error) = self.control.wake.write(1) {
             guest_log!(ERROR, device, %error, "block: cannot wake the worker to stop it");
         }
-        let mut phase = self.control.phase();
-        if matches!(*phase, Phase::Flushing(_))
-            && let Phase::Flushing(stopped) = std::mem::replace(&mut *phase, Phase::Abandoned)
-        {
-            return Some(stopped);
+        match self.control.aside.end(self.thread) {
+            Ok(Some(stopped)) => stopped,
+            Ok(None) => {
+                guest_log!(ERROR, device, "block: the worker panicked");
+                None
+            }
+            Err(waiting) => Some(waiting),
         }
-        drop(phase);
-        let stopped = self.thread.join();
-        if stopped.is_err() {
-            guest_log!(ERROR, device, "block: the worker panicked");
-        }
-        stopped.ok().flatten()
     }
 }
 
@@ -177,18 +160,16 @@ fn perform(intake: &mut Intake, control: &Control, mut request: Request) -> Perf
         if control.stopping() {
             return Performed::Stopped(Box::new(request));
         }
-        let flush = matches!(step, Step::Flush);
-        if flush {
-            *control.phase() = Phase::Flushing(intake.standing(request.head()));
-        }
-        let result = step.perform(&intake.target.disk);
-        if flush {
-            let mut phase = control.phase();
-            if matches!(*phase, Phase::Abandoned) {
-                return Performed::Abandoned;
+        let result = if matches!(step, Step::Flush) {
+            let standing = intake.standing(request.head());
+            let flushed = control.aside.wait(standing, || step.perform(&intake.target.disk));
+            match flushed {
+                Some(result) => result,
+                None => return Performed::Abandoned,
             }
-            *phase = Phase::Working;
-        }
+        } else {
+            step.perform(&intake.target.disk)
+        };
         request.step_done(&intake.target.disk, result);
     }
     intake.answer(request);

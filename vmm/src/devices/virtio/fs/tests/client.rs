@@ -31,6 +31,7 @@ pub const SETXATTR: u32 = 21;
 pub const GETXATTR: u32 = 22;
 pub const LISTXATTR: u32 = 23;
 pub const REMOVEXATTR: u32 = 24;
+pub const FLUSH: u32 = 25;
 pub const INIT: u32 = 26;
 pub const OPENDIR: u32 = 27;
 pub const READDIR: u32 = 28;
@@ -41,8 +42,13 @@ pub const DESTROY: u32 = 38;
 pub const IOCTL: u32 = 39;
 pub const BATCH_FORGET: u32 = 42;
 pub const READDIRPLUS: u32 = 44;
+pub const FALLOCATE: u32 = 43;
 pub const RENAME2: u32 = 45;
 pub const LSEEK: u32 = 46;
+pub const COPY_FILE_RANGE: u32 = 47;
+pub const SYNCFS: u32 = 50;
+pub const TMPFILE: u32 = 51;
+pub const STATX: u32 = 52;
 
 pub const ROOT: u64 = 1;
 pub const HIPRIO: usize = 0;
@@ -64,6 +70,8 @@ pub struct Entry {
     pub uid: u32,
     pub gid: u32,
     pub timeout: u64,
+    /// FUSE_ATTR_SUBMOUNT.
+    pub submount: bool,
 }
 
 /// Concatenated little-endian fields.
@@ -99,6 +107,7 @@ pub fn entry(bytes: &[u8]) -> Entry {
     Entry {
         node: u64_at(bytes, 0),
         timeout: u64_at(bytes, 16),
+        submount: u32_at(bytes, 124) & 1 != 0,
         ino: u64_at(bytes, 40),
         size: u64_at(bytes, 48),
         mode: u32_at(bytes, 100),
@@ -304,6 +313,15 @@ impl Client {
             last = Ok(found);
         }
         last
+    }
+
+    pub fn release(&mut self, node: u64, handle: u64) -> Answer {
+        self.call(RELEASE, node, &fields![handle, 0u32, 0u32, 0u64], 0)
+    }
+
+    pub fn rename(&mut self, from: u64, old: &str, to: u64, new: &str, flags: u32) -> Answer {
+        let body = [fields![to, flags, 0u32], name(old), name(new)].concat();
+        self.call(RENAME2, from, &body, 0)
     }
 
     pub fn mkdir(&mut self, parent: u64, text: &str, mode: u32) -> Result<Entry, i32> {

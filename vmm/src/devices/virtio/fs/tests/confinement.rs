@@ -2,6 +2,7 @@ use std::ffi::CString;
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::bounds::held;
 use super::client::*;
 use crate::config::{FsConfig, FsRoot, SharedDir};
+use crate::descriptors::Budget;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::fs::mounts::{Mount, Root};
 use crate::devices::virtio::fs::share::Share;
@@ -237,7 +239,7 @@ fn descriptors_have_a_limit() {
         Root::Directory(Arc::new(mount)),
         open(Path::new("/proc/self/fd")),
         Default::default(),
-        4,
+        Budget::new(4),
     )
     .unwrap();
     use fuse_backend_rs::api::filesystem::{Context, FileSystem};
@@ -333,7 +335,7 @@ fn threads_live_in_an_empty_namespace() {
     assert!(count >= 3, "{count} threads in namespaces of their own");
 }
 
-fn mount(source: &str, target: &Path, kind: &str, flags: u64) {
+pub fn mount(source: &str, target: &Path, kind: &str, flags: u64) {
     let text = |text: &str| CString::new(text).unwrap();
     let (source, kind) = (text(source), text(kind));
     let target = CString::new(target.as_os_str().as_bytes()).unwrap();
@@ -351,7 +353,7 @@ fn mount(source: &str, target: &Path, kind: &str, flags: u64) {
 }
 
 /// Runs `test` on a thread with a mount namespace of its own, so that its mounts end with it.
-fn with_private_mounts(propagation: u64, test: impl FnOnce() + Send) {
+pub fn with_private_mounts(propagation: u64, test: impl FnOnce() + Send) {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             // SAFETY: takes no memory.
@@ -482,4 +484,165 @@ fn shared_directory_when_missing_or_a_file_is_refused_with_its_name() {
             .to_string();
         assert!(error.contains(&format!("{path:?}")), "{error}");
     }
+}
+
+/// `Name:` lines of a thread's `/proc/PID/task/TID/status`.
+fn status_of(task: &Path, name: &str) -> String {
+    let status = fs::read_to_string(task.join("status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
+    line.unwrap().trim().to_owned()
+}
+
+fn fs_threads(c: &Client) -> Vec<std::path::PathBuf> {
+    let prefix = format!("fs-{}-", c.fs.id());
+    let tasks = fs::read_dir("/proc/self/task").unwrap();
+    tasks
+        .map(|task| task.unwrap().path())
+        .filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.starts_with(&prefix)))
+        .collect()
+}
+
+#[test]
+fn threads_keep_no_capability_but_those_for_files() {
+    let mut c = Client::configured(|config| (config.id, config.threads) = ("caps".to_owned(), 3));
+    // Setting the identity back must not bring anything back.
+    (c.uid, c.gid) = (1000, 1000);
+    let (file, handle) = c.create(ROOT, "file", libc::O_RDWR, 0o755).unwrap();
+    const KILL_PRIV: u32 = 1 << 2;
+    for _ in 0..50 {
+        c.write(file.node, handle, 0, b"x", KILL_PRIV).unwrap();
+    }
+    let threads = fs_threads(&c);
+    assert_eq!(threads.len(), 3);
+    let kept = format!("{:016x}", super::super::capabilities::KEPT.bits());
+    // CHOWN 0, DAC_OVERRIDE 1, DAC_READ_SEARCH 2, FOWNER 3, FSETID 4, SETGID 6, SETUID 7, MKNOD 27, SETFCAP 31.
+    assert_eq!(kept, "00000000880000df");
+    for task in threads {
+        for (name, expected) in [
+            ("CapEff:", &*kept),
+            ("CapPrm:", &*kept),
+            ("CapBnd:", &*kept),
+            ("CapInh:", "0000000000000000"),
+            ("CapAmb:", "0000000000000000"),
+            ("NoNewPrivs:", "1"),
+            ("Groups:", ""),
+        ] {
+            assert_eq!(status_of(&task, name), expected, "{name}");
+        }
+    }
+    assert_ne!(
+        status_of(Path::new("/proc/thread-self"), "CapEff:"),
+        kept,
+        "the process keeps its own"
+    );
+}
+
+#[test]
+fn attributes_when_trusted_are_out_of_reach() {
+    let mut c = Client::configured(|config| config.xattr = true);
+    let (file, _) = c.create(ROOT, "file", libc::O_RDWR, 0o644).unwrap();
+    let host = c.share().join("file");
+    let set = |c: &mut Client, key: &str, value: &[u8]| {
+        let body = [fields![value.len() as u32, 0u32], name(key), value.to_vec()].concat();
+        c.call(SETXATTR, file.node, &body, 0).map(drop)
+    };
+    let get = |c: &mut Client, key: &str| {
+        c.call(
+            GETXATTR,
+            file.node,
+            &[fields![64u32, 0u32], name(key)].concat(),
+            64,
+        )
+    };
+    assert_eq!(set(&mut c, "trusted.overlay.opaque", b"y"), Err(libc::EPERM));
+    rustix::fs::setxattr(&host, "trusted.host", b"secret", rustix::fs::XattrFlags::empty()).unwrap();
+    assert_eq!(get(&mut c, "trusted.host"), Err(libc::ENODATA));
+    let names = c
+        .call(LISTXATTR, file.node, &fields![4096u32, 0u32], 4096)
+        .unwrap();
+    assert!(!String::from_utf8_lossy(&names).contains("trusted"));
+    // What packages carry: cap_net_raw+ep.
+    let capability = fields![0x0200_0001u32, 1u32 << 13, 0u32, 0u32, 0u32];
+    set(&mut c, "security.capability", &capability).unwrap();
+    assert_eq!(get(&mut c, "security.capability").unwrap(), capability);
+}
+
+#[test]
+fn device_nodes_when_made_by_the_guest_are_of_no_use_on_the_host() {
+    let mut c = Client::configured(|config| config.xattr = true);
+    let device = |major: u32, minor: u32| minor & 0xff | major << 8 | (minor & !0xff) << 12;
+    let make = |c: &mut Client, text: &str, mode: u32, device: u32| {
+        let body = [fields![mode, device, 0u32, 0u32], name(text)].concat();
+        c.call(MKNOD, ROOT, &body, 128).map(|answer| entry(&answer))
+    };
+    // FATTR_MODE, FATTR_UID, FATTR_GID.
+    let set = |c: &mut Client, node: u64, valid: u32, mode: u32, id: u32| {
+        let body = [
+            fields![
+                valid, 0u32, 0u64, 0u64, 0u64, 0u64, 0u64, 0u64, 0u32, 0u32, 0u32, mode, 0u32
+            ],
+            fields![id, id, 0u32],
+        ];
+        c.call(SETATTR, node, &body.concat(), 104).map(drop)
+    };
+    let on_host = |c: &Client, text: &str| {
+        let meta = fs::metadata(c.share().join(text)).unwrap();
+        (meta.mode() & 0o7777, meta.uid(), meta.rdev())
+    };
+    for (text, kind, major, minor) in [
+        ("disk", libc::S_IFBLK, 8, 0),
+        ("partition", libc::S_IFBLK, 259, 300),
+        ("memory", libc::S_IFCHR, 1, 1),
+        // A block device with the number of /dev/null.
+        ("ram", libc::S_IFBLK, 1, 3),
+    ] {
+        let node = make(&mut c, text, kind | 0o666, device(major, minor)).unwrap();
+        assert_eq!((node.mode & 0o7777, node.uid), (0o600, 0));
+        assert_eq!(
+            on_host(&c, text),
+            (0o600, 0, libc::makedev(major, minor)),
+            "{text}"
+        );
+        set(&mut c, node.node, 1, 0o4777, 0).unwrap();
+        assert_eq!(on_host(&c, text).0, 0o4700, "{text}");
+        assert_eq!(set(&mut c, node.node, 2, 0, 1000), Err(libc::EPERM));
+        // A group has no access to gain.
+        set(&mut c, node.node, 4, 0, 6).unwrap();
+        // `user::rw-,user:1000:rw-,group::---,mask::rw-,other::---`
+        let entry = |tag: u16, access: u16, id: u32| fields![tag, access, id];
+        let list = [
+            fields![2u32],
+            entry(1, 6, u32::MAX),
+            entry(2, 6, 1000),
+            entry(4, 0, u32::MAX),
+            entry(16, 6, u32::MAX),
+            entry(32, 0, u32::MAX),
+        ]
+        .concat();
+        let body = [
+            fields![list.len() as u32, 0u32],
+            name("system.posix_acl_access"),
+            list,
+        ];
+        assert_eq!(
+            c.call(SETXATTR, node.node, &body.concat(), 0),
+            Err(libc::EPERM),
+            "{text}"
+        );
+        assert!(c.open(node.node, libc::O_RDWR).is_err());
+    }
+    for (text, mode, number) in [
+        ("null", libc::S_IFCHR | 0o666, device(1, 3)),
+        ("whiteout", libc::S_IFCHR, 0),
+        ("fifo", libc::S_IFIFO | 0o622, 0),
+    ] {
+        make(&mut c, text, mode, number).unwrap();
+        assert_eq!(on_host(&c, text).0, mode & 0o777, "{text}");
+    }
+    (c.uid, c.gid) = (1000, 1000);
+    assert_eq!(
+        make(&mut c, "theirs", libc::S_IFBLK | 0o600, device(8, 0)).unwrap_err(),
+        libc::EPERM
+    );
+    make(&mut c, "fifo2", libc::S_IFIFO | 0o600, 0).unwrap();
 }

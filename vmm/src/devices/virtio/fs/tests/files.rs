@@ -222,19 +222,22 @@ fn attributes_are_set_listed_and_removed() {
     let mut c = Client::new();
     let (file, _) = c.create(ROOT, "file", libc::O_RDWR, 0o600).unwrap();
     let link = c.symlink(ROOT, "link", "/nowhere").unwrap();
-    for node in [file.node, link.node, ROOT] {
-        let set = [fields![5u32, 0u32], name("trusted.dragonball"), b"value".to_vec()].concat();
+    for node in [file.node, ROOT] {
+        let set = [fields![5u32, 0u32], name("user.dragonball"), b"value".to_vec()].concat();
         c.call(SETXATTR, node, &set, 0).unwrap();
-        let get = |size: u32| [fields![size, 0u32], name("trusted.dragonball")].concat();
+        let get = |size: u32| [fields![size, 0u32], name("user.dragonball")].concat();
         assert_eq!(u32_at(&c.call(GETXATTR, node, &get(0), 8).unwrap(), 0), 5);
         assert_eq!(c.call(GETXATTR, node, &get(100), 100).unwrap(), b"value");
         assert_eq!(c.call(GETXATTR, node, &get(3), 100), Err(libc::ERANGE));
         assert_eq!(c.call(GETXATTR, node, &get(u32::MAX), 100).unwrap(), b"value");
         let names = c.call(LISTXATTR, node, &fields![4096u32, 0u32], 4096).unwrap();
-        assert!(names.windows(19).any(|window| window == b"trusted.dragonball\0"));
-        c.call(REMOVEXATTR, node, &name("trusted.dragonball"), 0).unwrap();
+        assert!(names.windows(16).any(|window| window == b"user.dragonball\0"));
+        c.call(REMOVEXATTR, node, &name("user.dragonball"), 0).unwrap();
         assert_eq!(c.call(GETXATTR, node, &get(100), 100), Err(libc::ENODATA));
     }
+    // A link has none of these, and does not lead to those of another file.
+    let set = [fields![5u32, 0u32], name("user.dragonball"), b"value".to_vec()].concat();
+    assert_eq!(c.call(SETXATTR, link.node, &set, 0), Err(libc::EPERM));
 }
 
 #[test]

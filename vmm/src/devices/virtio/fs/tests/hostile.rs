@@ -168,7 +168,10 @@ fn data_when_more_than_agreed_is_cut() {
 #[test]
 fn operations_when_unknown_are_refused() {
     let mut c = Client::new();
-    for opcode in (47..70).chain([0, 7, 19, 37, 40, 41, 4096, 1 << 20, u32::MAX]) {
+    for opcode in (48..50)
+        .chain(53..70)
+        .chain([0, 7, 19, 37, 40, 41, 4096, 1 << 20, u32::MAX])
+    {
         assert_eq!(
             c.call(opcode, ROOT, &[0; 64], 64),
             Err(libc::ENOSYS),

@@ -11,13 +11,15 @@ use std::time::Duration;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 
-use super::driver::Driver;
+use super::driver::{Driver, GUEST_CID};
 use super::stack::{PATIENCE, Stack, alongside, pattern};
 use super::streams::{bounded, guest_connects, host_connects};
+use crate::config::VsockConfig;
+use crate::descriptors::Budget;
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::vsock::muxer::MAX_CONNECTIONS;
+use crate::devices::virtio::vsock::muxer::{MAX_CONNECTIONS, MAX_OF_GUEST};
 use crate::devices::virtio::vsock::packet::Op;
-use crate::devices::virtio::vsock::{AttachOptions, Direction, VsockError};
+use crate::devices::virtio::vsock::{AttachOptions, Direction, Vsock, VsockError};
 
 #[test]
 fn reset_closes_connections_and_keeps_listeners() {
@@ -165,45 +167,110 @@ fn storm_of_short_connections_leaves_nothing_behind() {
 }
 
 #[test]
-fn table_when_full_refuses_both_sides_and_recovers() {
+fn table_when_the_guest_fills_it_has_room_for_the_host() {
     let mut stack = Stack::new();
     let listener = stack.driver.handle.listen(7).unwrap();
+    stack.listening.insert(8);
     let mut streams = Vec::new();
-    for _ in 0..MAX_CONNECTIONS {
+    for _ in 0..MAX_OF_GUEST {
         let key = stack.connect(7).unwrap();
         streams.push((listener.accept_timeout(PATIENCE).unwrap(), key));
     }
-    assert_eq!(stack.connect(7), None);
+    for _ in MAX_OF_GUEST..MAX_CONNECTIONS {
+        assert_eq!(stack.connect(7), None);
+    }
+    let mut of_host = Vec::new();
+    for _ in MAX_OF_GUEST..MAX_CONNECTIONS {
+        of_host.push(host_connects(&mut stack, 8));
+    }
     let handle = stack.driver.handle.clone();
     let error = alongside(&mut stack, move || handle.connect(8, PATIENCE)).unwrap_err();
     assert_eq!(error.to_string(), "vsock port 8: all 1024 connections are in use");
+    // The host's connections do not make room for the guest's.
+    assert_eq!(stack.connect(7), None);
     let (_, key) = streams.pop().unwrap();
     stack.close(key);
     stack.connect(7).unwrap();
+    assert_eq!(stack.connect(7), None);
 }
 
 #[test]
 fn table_when_full_gives_up_last_bytes_nobody_reads_first() {
     let mut stack = Stack::new();
     let listener = stack.driver.handle.listen(7).unwrap();
-    let key = stack.connect(7).unwrap();
-    let stuck = listener.accept_timeout(PATIENCE).unwrap();
-    let credit = stack.sockets[&key].credit() as usize;
-    let mut sent = 0;
-    while sent < credit {
-        sent += stack.send_some(key, &pattern(credit - sent));
-    }
-    stack.close(key);
+    let leave_bytes = |stack: &mut Stack| {
+        let key = stack.connect(7).unwrap();
+        let stuck = listener.accept_timeout(PATIENCE).unwrap();
+        let credit = stack.sockets[&key].credit() as usize;
+        let mut sent = 0;
+        while sent < credit {
+            sent += stack.send_some(key, &pattern(credit - sent));
+        }
+        stack.close(key);
+        stuck
+    };
+    let stuck = leave_bytes(&mut stack);
     let mut streams = Vec::new();
-    for _ in 0..MAX_CONNECTIONS {
+    for _ in 0..MAX_OF_GUEST {
         stack.connect(7).unwrap();
         streams.push(listener.accept_timeout(PATIENCE).unwrap());
     }
-    assert_eq!(
-        stack.driver.handle.metrics().open_connections,
-        MAX_CONNECTIONS as u64
-    );
+    let open = stack.driver.handle.metrics().open_connections;
+    assert_eq!(open, MAX_OF_GUEST as u64);
     drop(stuck);
+}
+
+#[test]
+fn table_when_the_guest_fills_it_keeps_last_bytes_of_the_hosts_connections() {
+    let mut stack = Stack::new();
+    let listener = stack.driver.handle.listen(7).unwrap();
+    let (mut reader, key) = host_connects(&mut stack, 8);
+    let data = pattern(stack.sockets[&key].credit() as usize);
+    let mut sent = 0;
+    while sent < data.len() {
+        sent += stack.send_some(key, &data[sent..]);
+    }
+    stack.close(key);
+    let mut streams = Vec::new();
+    while stack.connect(7).is_some() {
+        streams.push(listener.accept_timeout(PATIENCE).unwrap());
+    }
+    assert_eq!(streams.len(), MAX_OF_GUEST);
+    let of_host: Vec<_> = (MAX_OF_GUEST + 1..MAX_CONNECTIONS)
+        .map(|_| host_connects(&mut stack, 8))
+        .collect();
+    assert_eq!(stack.connect(7), None);
+    assert_eq!(of_host.len() + streams.len() + 1, MAX_CONNECTIONS);
+    let mut received = vec![0; data.len()];
+    alongside(&mut stack, move || {
+        reader.read_exact(&mut received).unwrap();
+        assert!(received == data);
+    });
+}
+
+#[test]
+fn descriptors_when_used_up_by_other_devices_are_refused_to_the_guest_alone() {
+    let budget = Budget::new(10);
+    let config = VsockConfig {
+        guest_cid: GUEST_CID,
+        uds_path: None,
+    };
+    let (device, handle) = Vsock::with_descriptors(&config, budget.clone()).unwrap();
+    let mut stack = Stack::on(Driver::around(device, handle, true));
+    let listener = stack.driver.handle.listen(7).unwrap();
+    let of_a_share = budget.take(6).unwrap();
+    let mut keys = [stack.connect(7).unwrap(), stack.connect(7).unwrap()];
+    assert_eq!(stack.connect(7), None);
+    stack.listening.insert(8);
+    host_connects(&mut stack, 8);
+    drop(of_a_share);
+    stack.connect(7).unwrap();
+    keys[0] = stack.connect(7).unwrap();
+    for key in keys {
+        stack.close(key);
+    }
+    drop(listener);
+    stack.wait("the descriptors to come back", |_| budget.take(4).is_ok());
 }
 
 /// Learns the loop's thread id.
