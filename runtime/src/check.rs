@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn configuration_findings_name_what_is_missing_and_what_is_unused() {
+    fn configuration_when_checked_names_what_is_missing_and_unused() {
         let body = "[hypervisor.dragonball]\nkernel = \"/nonexistent/vmlinux\"\nno_such_key = 1\n";
 
         let findings = configuration(&options(body));
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_configuration_is_one_finding() {
+    fn configuration_when_bad_is_one_finding() {
         let findings = configuration(&options("[hypervisor.dragonball]\ndefault_memory = 1\n"));
         assert_eq!(findings.len(), 1);
         assert!(

@@ -7,7 +7,7 @@ use oci_spec::runtime::Spec;
 use tokio::sync::{OnceCell, mpsc};
 
 use crate::agent::KataAgent;
-use crate::config::{self, HypervisorConfig, TomlConfig, annotations};
+use crate::config::{self, ConfigFile, HypervisorConfig, TomlConfig, annotations};
 use crate::containers::VirtContainerManager;
 use crate::error::Result;
 use crate::hypervisor::{Hypervisor, make_dragonball};
@@ -27,6 +27,8 @@ pub struct ShimContext {
     pub bundle: PathBuf,
     /// Verbose logs, guest console included.
     pub debug: bool,
+    /// Makes the log verbose: the configuration, which may ask for it, is known later than the log.
+    pub log_verbosely: fn(),
 }
 
 /// A sandbox and its containers.
@@ -93,6 +95,20 @@ impl RuntimeInstance {
     }
 }
 
+/// The configuration of a pod: the file's, changed by annotations and limits, then checked.
+fn pod_config(options: &RuntimeOptions, pod: &SandboxConfig) -> Result<ConfigFile> {
+    let mut file = config::read(options)?;
+    let mut warnings = annotations::apply(&mut file, &pod.annotations)?;
+    if file.config.runtime.static_sandbox_resource_mgmt {
+        warnings.extend(pod.size.setup_config(&mut file));
+    }
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    file.config.validate(&file.origins)?;
+    Ok(file)
+}
+
 /// How a VM is made; tests replace it.
 pub(crate) type MakeHypervisor =
     dyn Fn(&HypervisorConfig, &TomlConfig, &SandboxPaths, bool) -> Arc<dyn Hypervisor> + Send + Sync;
@@ -126,18 +142,15 @@ impl Recipe {
         config: SandboxConfig,
         events: mpsc::UnboundedSender<Event>,
     ) -> Result<VirtSandbox> {
-        let mut file = config::load(options)?;
-        for warning in annotations::apply(&mut file, &config.annotations)? {
-            tracing::warn!("{warning}");
-        }
-        file.config.validate(&file.origins)?;
-        if file.config.runtime.static_sandbox_resource_mgmt {
-            config.size.setup_config(&mut file.config.hypervisor.dragonball);
+        let file = pod_config(options, &config)?;
+        let debug = context.debug || file.config.runtime.enable_debug;
+        if debug && !context.debug {
+            (context.log_verbosely)();
         }
         let hypervisor_config = &file.config.hypervisor.dragonball;
         hypervisor_config.check_assets(&file.origins)?;
-        let paths = SandboxPaths::below(&self.root, &context.sandbox_id)?;
-        let hypervisor = (self.make_hypervisor)(hypervisor_config, &file.config, &paths, context.debug);
+        let paths = SandboxPaths::below(&self.root, &context.namespace, &context.sandbox_id)?;
+        let hypervisor = (self.make_hypervisor)(hypervisor_config, &file.config, &paths, debug);
         let use_cgroups = self.cgroups && file.config.runtime.sandbox_cgroup_only;
         let resources = SandboxResources {
             cgroups_path: config.cgroups_path.clone().filter(|_| use_cgroups),

@@ -21,6 +21,7 @@ pub mod agent;
 pub mod check;
 pub mod config;
 pub mod containers;
+pub mod cri;
 pub mod error;
 pub mod handler;
 pub mod host;

@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn line_is_one_json_object() {
+    fn line_when_written_is_one_json_object() {
         let text = line(
             "agent \"ready\"",
             UNIX_EPOCH + std::time::Duration::from_micros(1_500),

@@ -137,20 +137,111 @@ pub struct ProcessState {
 }
 
 /// Figures of a container, cgroup v2 names.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct ContainerStats {
     /// CPU time, microseconds: total, user, system.
     pub cpu_usec: [u64; 3],
-    /// Memory in use and its limit, bytes.
-    pub memory_usage: u64,
-    /// Limit, bytes; `u64::MAX` for none.
-    pub memory_limit: u64,
+    /// Periods of a CPU limit, those that were throttled, and microseconds of being throttled.
+    pub throttling: [u64; 3],
+    /// Memory.
+    pub memory: MemoryFigures,
+    /// Swap.
+    pub swap: MemoryFigures,
     /// memory.stat of the guest cgroup.
     pub memory_stat: Vec<(String, u64)>,
+    /// memory.events of the guest cgroup.
+    pub memory_events: MemoryEvents,
     /// Processes now.
     pub pids_current: u64,
     /// Process limit; 0 for none.
     pub pids_limit: u64,
+    /// Block devices of the guest.
+    pub io: Vec<IoFigures>,
+    /// Huge pages, by size as the kernel writes it: `2MB`.
+    pub huge_pages: Vec<HugePageFigures>,
+    /// Time stalled for want of CPU, memory and I/O; `None` where the guest's kernel does not tell.
+    pub pressure: [Option<Pressure>; 3],
+    /// Interfaces of the pod; none for a container in a pod of several.
+    pub network: Vec<NetworkFigures>,
+}
+
+/// Memory or swap, bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MemoryFigures {
+    /// Now.
+    pub usage: u64,
+    /// Limit; `u64::MAX` for none.
+    pub limit: u64,
+    /// Most so far.
+    pub peak: u64,
+}
+
+/// How often each line of memory.events happened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MemoryEvents {
+    /// Reclaimed below the protected amount.
+    pub low: u64,
+    /// Throttled at the high limit.
+    pub high: u64,
+    /// About to go over the limit.
+    pub max: u64,
+    /// Allocations about to fail.
+    pub oom: u64,
+    /// Processes killed.
+    pub oom_kill: u64,
+}
+
+/// Traffic of a block device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct IoFigures {
+    /// Major and minor number in the guest.
+    pub device: (u64, u64),
+    /// Bytes read and written.
+    pub bytes: [u64; 2],
+    /// Read and write operations.
+    pub operations: [u64; 2],
+}
+
+/// Huge pages of one size.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HugePageFigures {
+    /// As the kernel writes it.
+    pub size: String,
+    /// Bytes now.
+    pub usage: u64,
+    /// Most so far, bytes.
+    pub peak: u64,
+    /// Allocations that failed at the limit.
+    pub failed: u64,
+}
+
+/// Pressure stall information.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Pressure {
+    /// Some process was stalled.
+    pub some: PressureLine,
+    /// All were.
+    pub full: PressureLine,
+}
+
+/// Percent of the last 10, 60 and 300 s, and microseconds in all.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct PressureLine {
+    /// Percent.
+    pub average: [f64; 3],
+    /// Microseconds.
+    pub total: u64,
+}
+
+/// Traffic of an interface: bytes, packets, errors, dropped.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NetworkFigures {
+    /// Name in the guest.
+    pub name: String,
+    /// Received.
+    pub received: [u64; 4],
+    /// Sent.
+    pub sent: [u64; 4],
 }
 
 /// Something containerd must hear about, in this order per process.

@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn address_is_the_one_containerd_computes() {
+    fn address_when_computed_is_containerds() {
         // printf '/run/containerd/containerd.sock/default/hello' | sha256sum
         let address = Address::of_sandbox(
             Path::new(DEFAULT_SOCKET_DIR),
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn join_cleans_like_go() {
+    fn join_when_paths_are_odd_cleans_like_go() {
         assert_eq!(go_join(&["/run//c.sock/", "ns", "id"]), "/run/c.sock/ns/id");
         assert_eq!(go_join(&["", "ns", "id"]), "ns/id");
         assert_eq!(go_join(&["/a/./b/../c", "ns"]), "/a/c/ns");
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn longest_namespace_and_id_fit() {
+    fn address_when_names_are_longest_fits() {
         let (namespace, id) = ("n".repeat(76), "i".repeat(64));
 
         let address =
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn long_socket_dir_is_refused_by_name() {
+    fn socket_dir_when_too_long_is_refused() {
         let dir = format!("/{}", "d".repeat(60));
 
         let error = Address::of_sandbox(Path::new(&dir), "/run/c.sock", "ns", "id").unwrap_err();
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn parse_reads_back_and_refuses_the_rest() {
+    fn address_when_parsed_is_read_back() {
         let address = Address::of_path(PathBuf::from("/run/x")).unwrap();
 
         assert_eq!(Address::parse(&format!("{address}\n")), Some(address));

@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn start_line_of_containerd_is_understood() {
+    fn args_when_containerds_are_understood() {
         let args = parse(
             "-namespace k8s.io -address /run/containerd/containerd.sock -publish-binary /usr/bin/containerd \
              -id abc -debug start",
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn double_dash_and_equals_are_understood() {
+    fn args_when_with_dashes_or_equals_are_understood() {
         let args = parse("--namespace=ns --id=a=b --debug=false --bundle /b delete").unwrap();
 
         assert_eq!(
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_flags_warn_and_do_not_swallow_the_action() {
+    fn flags_when_unknown_do_not_swallow_the_action() {
         for line in [
             "-id i -namespace n -new start",
             "-id i -new value -namespace n start",
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn version_info_and_help_need_nothing_else() {
+    fn args_when_version_info_or_help_need_nothing_else() {
         for (line, action) in [
             ("-v", Action::Version),
             ("-version", Action::Version),
@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_lines_are_refused_by_name() {
+    fn args_when_bad_are_refused_by_name() {
         let cases = [
             ("-id", "flag -id needs a value"),
             ("-debug=maybe -v", "flag -debug: \"maybe\" is not a boolean"),

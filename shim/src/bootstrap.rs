@@ -104,12 +104,12 @@ mod tests {
     }
 
     #[test]
-    fn params_of_this_instance_are_accepted() {
+    fn bootstrap_when_of_this_instance_is_accepted() {
         assert!(params(&encoded("i", "n"), "n", "i").is_some());
     }
 
     #[test]
-    fn anything_else_is_legacy() {
+    fn bootstrap_when_anything_else_is_legacy() {
         // `Any{type_url, value}` has the same field numbers and wire types as instance_id and namespace.
         let any = encoded("runtimeoptions.v1.Options", "\u{12}\u{2}/c");
         for stdin in [
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn reply_is_bare_for_legacy_and_version_3_for_bootstrap() {
+    fn reply_when_legacy_is_the_bare_address() {
         let address = Address::of_path("/s".into()).unwrap();
 
         let bare = reply(None, &address).unwrap();
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn open_stdin_does_not_hang() {
+    fn stdin_when_left_open_does_not_hang() {
         let (reader, mut writer) = io::pipe().unwrap();
         writer.write_all(b"abc").unwrap();
 
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn endless_stdin_is_cut_at_the_limit() {
+    fn stdin_when_endless_is_cut() {
         let zero = std::fs::File::open("/dev/zero").unwrap();
 
         assert_eq!(read_bounded(zero, 10_000, Duration::from_secs(5)).len(), 10_000);

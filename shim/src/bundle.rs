@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use runtime::cri::{self, ContainerKind, NoSandboxId};
 use serde::Deserialize;
 
 use crate::address::Address;
@@ -17,20 +18,6 @@ const PID: &str = "shim.pid";
 #[derive(Debug, Clone)]
 pub struct Bundle {
     dir: PathBuf,
-}
-
-/// What a container is to its pod.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ContainerKind {
-    /// Not part of a pod: `ctr`, nerdctl, docker. It is its own sandbox.
-    Single,
-    /// The pod's sandbox ("pause") container.
-    Sandbox,
-    /// A container in a pod's sandbox.
-    Member {
-        /// Id of the sandbox.
-        sandbox_id: String,
-    },
 }
 
 /// Why a file of the bundle cannot be used.
@@ -57,40 +44,14 @@ pub enum BundleError {
         source: serde_json::Error,
     },
     /// A pod's container that does not say which pod.
-    #[error("{}: {type_key} is {type_value:?} but annotation {id_key} is missing", path.display())]
+    #[error("{}: {source}", path.display())]
     NoSandboxId {
         /// File.
         path: PathBuf,
-        /// Annotation with the type.
-        type_key: &'static str,
-        /// Its value.
-        type_value: String,
-        /// Annotation that should hold the sandbox id.
-        id_key: &'static str,
+        /// Which annotation is missing.
+        source: NoSandboxId,
     },
 }
-
-/// Annotation keys of the CRI implementations: type, its value for a sandbox, its value for a member, sandbox id.
-const CRI_KEYS: [(&str, &str, &str, &str); 3] = [
-    (
-        "io.kubernetes.cri.container-type",
-        "sandbox",
-        "container",
-        "io.kubernetes.cri.sandbox-id",
-    ),
-    (
-        "io.kubernetes.cri-o.ContainerType",
-        "sandbox",
-        "container",
-        "io.kubernetes.cri-o.SandboxID",
-    ),
-    (
-        "io.kubernetes.docker.type",
-        "podsandbox",
-        "container",
-        "io.kubernetes.sandbox.id",
-    ),
-];
 
 /// The part of config.json that decides about `start`.
 #[derive(Deserialize)]
@@ -127,28 +88,7 @@ impl Bundle {
             source,
         })?;
         let annotations = config.annotations.unwrap_or_default();
-        for (type_key, sandbox, member, id_key) in CRI_KEYS {
-            match annotations.get(type_key).map(String::as_str) {
-                Some(value) if value == sandbox => return Ok(ContainerKind::Sandbox),
-                Some(value) if value == member => {
-                    let sandbox_id =
-                        annotations
-                            .get(id_key)
-                            .filter(|id| !id.is_empty())
-                            .ok_or_else(|| BundleError::NoSandboxId {
-                                path: path.clone(),
-                                type_key,
-                                type_value: value.to_owned(),
-                                id_key,
-                            })?;
-                    return Ok(ContainerKind::Member {
-                        sandbox_id: sandbox_id.clone(),
-                    });
-                }
-                _ => {}
-            }
-        }
-        Ok(ContainerKind::Single)
+        cri::kind(&annotations).map_err(|source| BundleError::NoSandboxId { path, source })
     }
 
     /// Records the address; containerd ≤ 1.6 reads it to find the shim again after a restart.
@@ -215,31 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn kind_follows_the_annotations_of_every_cri() {
-        for (type_key, sandbox, member, id_key) in CRI_KEYS {
-            let (_dir, bundle) = bundle(&format!(
-                r#"{{"annotations":{{"{type_key}":"{sandbox}","{id_key}":"s"}}}}"#
-            ));
-            assert_eq!(bundle.kind().unwrap(), ContainerKind::Sandbox);
-
-            let (_dir, bundle) = self::bundle(&format!(
-                r#"{{"annotations":{{"{type_key}":"{member}","{id_key}":"s"}}}}"#
-            ));
-            assert_eq!(
-                bundle.kind().unwrap(),
-                ContainerKind::Member {
-                    sandbox_id: "s".into()
-                }
-            );
-
-            let (_dir, bundle) = self::bundle(&format!(r#"{{"annotations":{{"{type_key}":"{member}"}}}}"#));
-            let error = bundle.kind().unwrap_err().to_string();
-            assert!(error.contains(type_key) && error.contains(id_key), "{error}");
-        }
-    }
-
-    #[test]
-    fn container_without_annotations_is_single() {
+    fn kind_when_annotated_is_read() {
         for config in [
             r#"{"ociVersion":"1.0.2"}"#,
             r#"{"annotations":null}"#,
@@ -247,10 +163,17 @@ mod tests {
         ] {
             assert_eq!(bundle(config).1.kind().unwrap(), ContainerKind::Single);
         }
+        let (dir, member) = bundle(r#"{"annotations":{"io.kubernetes.cri.container-type":"container"}}"#);
+        let error = member.kind().unwrap_err().to_string();
+        let path = dir.path().join(CONFIG).display().to_string();
+        assert!(
+            error.starts_with(&path) && error.contains("io.kubernetes.cri.sandbox-id"),
+            "{error}"
+        );
     }
 
     #[test]
-    fn missing_and_broken_config_are_named() {
+    fn config_when_missing_or_broken_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let error = Bundle::new(dir.path()).kind().unwrap_err().to_string();
         assert!(
@@ -265,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn address_and_pid_are_read_back_and_cleared() {
+    fn bundle_when_cleared_has_no_address_and_pid() {
         let (dir, bundle) = bundle("{}");
         let address = Address::of_path("/run/x".into()).unwrap();
         bundle.write_address(&address).unwrap();
@@ -287,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn pids_that_could_hurt_are_not_believed() {
+    fn pid_when_it_could_hurt_is_not_believed() {
         let (dir, bundle) = bundle("{}");
         for text in ["", "0", "1", "-1", "12 13", "x"] {
             fs::write(dir.path().join(PID), text).unwrap();

@@ -10,8 +10,8 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, Message, MessageField};
 use runtime::error::{Error, ErrorKind, Result};
 use runtime::types::{
-    ContainerProcess, ContainerStats, CreateContainerRequest, ExecProcessRequest, Mount, ProcessState,
-    ProcessStatus, Stdio,
+    ContainerProcess, ContainerStats, CreateContainerRequest, ExecProcessRequest, HugePageFigures, IoFigures,
+    Mount, NetworkFigures, Pressure, PressureLine, ProcessState, ProcessStatus, Stdio,
 };
 
 /// Type of [`stats`]; containerd looks for exactly this, without a host.
@@ -168,20 +168,9 @@ pub fn state_response(state: ProcessState) -> api::StateResponse {
 /// # Errors
 /// `Internal` when they do not encode.
 pub fn stats(stats: &ContainerStats) -> Result<Any> {
+    let [cpu_pressure, memory_pressure, io_pressure] = stats.pressure.map(psi);
     let [usage_usec, user_usec, system_usec] = stats.cpu_usec;
-    let mut memory = metrics::MemoryStat {
-        usage: stats.memory_usage,
-        usage_limit: stats.memory_limit,
-        ..Default::default()
-    };
-    let mut events = metrics::MemoryEvents::default();
-    for (name, value) in &stats.memory_stat {
-        if let Some(field) = memory_field(&mut memory, name) {
-            *field = *value;
-        } else if name == "oom_kill" {
-            events.oom_kill = *value;
-        }
-    }
+    let [nr_periods, nr_throttled, throttled_usec] = stats.throttling;
     let message = metrics::Metrics {
         pids: MessageField::some(metrics::PidsStat {
             current: stats.pids_current,
@@ -192,10 +181,31 @@ pub fn stats(stats: &ContainerStats) -> Result<Any> {
             usage_usec,
             user_usec,
             system_usec,
+            nr_periods,
+            nr_throttled,
+            throttled_usec,
+            psi: cpu_pressure,
             ..Default::default()
         }),
-        memory: MessageField::some(memory),
-        memory_events: MessageField::some(events),
+        memory: MessageField::some(metrics::MemoryStat {
+            psi: memory_pressure,
+            ..memory(stats)
+        }),
+        memory_events: MessageField::some(metrics::MemoryEvents {
+            low: stats.memory_events.low,
+            high: stats.memory_events.high,
+            max: stats.memory_events.max,
+            oom: stats.memory_events.oom,
+            oom_kill: stats.memory_events.oom_kill,
+            ..Default::default()
+        }),
+        io: MessageField::some(metrics::IOStat {
+            usage: stats.io.iter().map(io_entry).collect(),
+            psi: io_pressure,
+            ..Default::default()
+        }),
+        hugetlb: stats.huge_pages.iter().map(huge_pages).collect(),
+        network: stats.network.iter().map(network).collect(),
         ..Default::default()
     };
     let value = message
@@ -206,6 +216,84 @@ pub fn stats(stats: &ContainerStats) -> Result<Any> {
         value,
         ..Default::default()
     })
+}
+
+fn memory(stats: &ContainerStats) -> metrics::MemoryStat {
+    let mut memory = metrics::MemoryStat {
+        usage: stats.memory.usage,
+        usage_limit: stats.memory.limit,
+        max_usage: stats.memory.peak,
+        swap_usage: stats.swap.usage,
+        swap_limit: stats.swap.limit,
+        swap_max_usage: stats.swap.peak,
+        ..Default::default()
+    };
+    for (name, value) in &stats.memory_stat {
+        if let Some(field) = memory_field(&mut memory, name) {
+            *field = *value;
+        }
+    }
+    memory
+}
+
+fn psi(pressure: Option<Pressure>) -> MessageField<metrics::PSIStats> {
+    let line = |line: PressureLine| {
+        let [avg10, avg60, avg300] = line.average;
+        MessageField::some(metrics::PSIData {
+            avg10,
+            avg60,
+            avg300,
+            total: line.total,
+            ..Default::default()
+        })
+    };
+    let stats = pressure.map(|pressure| metrics::PSIStats {
+        some: line(pressure.some),
+        full: line(pressure.full),
+        ..Default::default()
+    });
+    MessageField::from_option(stats)
+}
+
+fn io_entry(figures: &IoFigures) -> metrics::IOEntry {
+    let (major, minor) = figures.device;
+    let ([rbytes, wbytes], [rios, wios]) = (figures.bytes, figures.operations);
+    metrics::IOEntry {
+        major,
+        minor,
+        rbytes,
+        wbytes,
+        rios,
+        wios,
+        ..Default::default()
+    }
+}
+
+fn huge_pages(figures: &HugePageFigures) -> metrics::HugeTlbStat {
+    metrics::HugeTlbStat {
+        pagesize: figures.size.clone(),
+        current: figures.usage,
+        max: figures.peak,
+        failcnt: figures.failed,
+        ..Default::default()
+    }
+}
+
+fn network(figures: &NetworkFigures) -> metrics::NetworkStat {
+    let [rx_bytes, rx_packets, rx_errors, rx_dropped] = figures.received;
+    let [tx_bytes, tx_packets, tx_errors, tx_dropped] = figures.sent;
+    metrics::NetworkStat {
+        name: figures.name.clone(),
+        rx_bytes,
+        rx_packets,
+        rx_errors,
+        rx_dropped,
+        tx_bytes,
+        tx_packets,
+        tx_errors,
+        tx_dropped,
+        ..Default::default()
+    }
 }
 
 /// The message field of a line of the kernel's memory.stat.
@@ -230,6 +318,18 @@ fn memory_field<'a>(memory: &'a mut metrics::MemoryStat, name: &str) -> Option<&
         "slab_unreclaimable" => &mut memory.slab_unreclaimable,
         "pgfault" => &mut memory.pgfault,
         "pgmajfault" => &mut memory.pgmajfault,
+        "workingset_refault" => &mut memory.workingset_refault,
+        "workingset_activate" => &mut memory.workingset_activate,
+        "workingset_nodereclaim" => &mut memory.workingset_nodereclaim,
+        "pgrefill" => &mut memory.pgrefill,
+        "pgscan" => &mut memory.pgscan,
+        "pgsteal" => &mut memory.pgsteal,
+        "pgactivate" => &mut memory.pgactivate,
+        "pgdeactivate" => &mut memory.pgdeactivate,
+        "pglazyfree" => &mut memory.pglazyfree,
+        "pglazyfreed" => &mut memory.pglazyfreed,
+        "thp_fault_alloc" => &mut memory.thp_fault_alloc,
+        "thp_collapse_alloc" => &mut memory.thp_collapse_alloc,
         _ => return None,
     })
 }
@@ -237,11 +337,11 @@ fn memory_field<'a>(memory: &'a mut metrics::MemoryStat, name: &str) -> Option<&
 #[cfg(test)]
 mod tests {
     use super::*;
-    use runtime::types::ProcessExit;
+    use runtime::types::{MemoryEvents, MemoryFigures, ProcessExit};
     use std::time::Duration;
 
     #[test]
-    fn create_carries_everything_over() {
+    fn create_when_converted_carries_everything() {
         let request = api::CreateTaskRequest {
             id: "c1".into(),
             bundle: "/b".into(),
@@ -281,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn restore_from_a_checkpoint_is_unimplemented() {
+    fn create_when_from_a_checkpoint_is_unimplemented() {
         let request = api::CreateTaskRequest {
             id: "c1".into(),
             checkpoint: "/cp".into(),
@@ -295,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn exec_needs_an_id_and_an_oci_process() {
+    fn exec_when_without_id_or_process_is_refused() {
         let mut request = api::ExecProcessRequest {
             id: "c".into(),
             ..Default::default()
@@ -332,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn stopped_state_has_exit_status_and_time() {
+    fn state_when_stopped_has_exit_status_and_time() {
         let at = UNIX_EPOCH + Duration::new(7, 9);
         let state = ProcessState {
             process: process("c", "e"),
@@ -358,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn running_state_has_no_exit_time() {
+    fn state_when_running_has_no_exit_time() {
         let state = ProcessState {
             process: process("c", ""),
             bundle: "/b".into(),
@@ -372,14 +472,46 @@ mod tests {
     }
 
     #[test]
-    fn stats_are_cgroup_v2_metrics() {
+    fn stats_when_converted_are_cgroup_v2_metrics() {
         let figures = ContainerStats {
             cpu_usec: [30, 20, 10],
-            memory_usage: 4096,
-            memory_limit: u64::MAX,
-            memory_stat: vec![("inactive_file".into(), 5), ("not_a_field".into(), 1)],
+            throttling: [3, 2, 1],
+            memory: MemoryFigures {
+                usage: 4096,
+                limit: u64::MAX,
+                peak: 8192,
+            },
+            swap: MemoryFigures {
+                usage: 6,
+                ..Default::default()
+            },
+            memory_stat: vec![
+                ("inactive_file".into(), 5),
+                ("pgscan".into(), 8),
+                ("not_a_field".into(), 1),
+            ],
+            memory_events: MemoryEvents {
+                oom_kill: 7,
+                ..Default::default()
+            },
             pids_current: 2,
-            pids_limit: 0,
+            io: vec![IoFigures {
+                device: (8, 1),
+                bytes: [1, 2],
+                operations: [3, 4],
+            }],
+            huge_pages: vec![HugePageFigures {
+                size: "2MB".into(),
+                failed: 9,
+                ..Default::default()
+            }],
+            pressure: [None, Some(Pressure::default()), None],
+            network: vec![NetworkFigures {
+                name: "eth0".into(),
+                sent: [1, 2, 3, 4],
+                ..Default::default()
+            }],
+            ..Default::default()
         };
 
         let any = stats(&figures).unwrap();
@@ -394,7 +526,24 @@ mod tests {
             ),
             (30, 20, 10)
         );
-        assert_eq!((message.memory.usage, message.memory.inactive_file), (4096, 5));
-        assert_eq!(message.pids.current, 2);
+        let memory = &message.memory;
+        assert_eq!((memory.usage, memory.inactive_file, memory.pgscan), (4096, 5, 8));
+        assert_eq!((memory.max_usage, memory.swap_usage), (8192, 6));
+        assert_eq!((message.cpu.nr_periods, message.cpu.throttled_usec), (3, 1));
+        assert_eq!((message.memory_events.oom_kill, message.pids.current), (7, 2));
+        let io = &message.io.usage[0];
+        assert_eq!((io.major, io.wbytes, io.rios), (8, 2, 3));
+        assert_eq!(
+            (message.hugetlb[0].pagesize.as_str(), message.hugetlb[0].failcnt),
+            ("2MB", 9)
+        );
+        assert!(
+            message.memory.psi.is_some() && message.cpu.psi.is_none(),
+            "what is not known is not 0"
+        );
+        assert_eq!(
+            (message.network[0].name.as_str(), message.network[0].tx_dropped),
+            ("eth0", 4)
+        );
     }
 }

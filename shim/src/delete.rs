@@ -8,10 +8,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use containerd_shim_protos::api::DeleteResponse;
 use protobuf::{Message, MessageField};
+use runtime::cri::ContainerKind;
 
 use crate::address::Address;
 use crate::args::Args;
-use crate::bundle::{Bundle, ContainerKind};
+use crate::bundle::Bundle;
 use crate::process::ShimProcess;
 use crate::{convert, logging, socket};
 
@@ -74,7 +75,7 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, DeleteError> {
 }
 
 fn delete_sandbox(args: &Args, bundle: &Bundle, pid: Option<u32>) -> Result<(), DeleteError> {
-    let process = pid.and_then(|pid| ShimProcess::find(pid, &args.id));
+    let process = pid.and_then(|pid| ShimProcess::find(pid, &args.namespace, &args.id));
     if process.is_some_and(|process| !process.end(SHIM_PATIENCE)) {
         tracing::warn!(pid, "shim process does not end");
     }
@@ -85,7 +86,7 @@ fn delete_sandbox(args: &Args, bundle: &Bundle, pid: Option<u32>) -> Result<(), 
     let cleanup = runtime.block_on(async {
         tokio::time::timeout(
             CLEANUP_PATIENCE,
-            runtime::handler::cleanup(&args.id, bundle.dir()),
+            runtime::handler::cleanup(&args.namespace, &args.id, bundle.dir()),
         )
         .await
     });

@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn every_event_has_its_topic_and_type() {
+    fn event_when_packed_has_its_topic_and_type() {
         let exit = ProcessExit {
             status: 1,
             at: UNIX_EPOCH,
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn exit_of_init_goes_by_the_container_id() {
+    fn exit_when_of_init_goes_by_the_container_id() {
         let exit = ProcessExit {
             status: 137,
             at: UNIX_EPOCH,

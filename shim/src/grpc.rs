@@ -29,7 +29,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn status_carries_code_and_message() {
+    fn status_when_made_carries_code_and_message() {
         let error = Error::new(ErrorKind::NotFound, "container c1 does not exist");
 
         let ttrpc::Error::RpcStatus(status) = status(&error) else {

@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn unused_shim_becomes_idle_after_the_limit() {
+    async fn shim_when_unused_becomes_idle() {
         let activity = Activity::new();
 
         assert!(!becomes_idle_within(&activity, LIMIT - Duration::from_secs(1)).await);
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn container_keeps_it_alive_until_deleted() {
+    async fn shim_when_it_has_a_container_is_not_idle() {
         let activity = Activity::new();
         drop(activity.request());
         activity.created("c");
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn request_in_flight_keeps_it_alive() {
+    async fn shim_when_a_request_is_in_flight_is_not_idle() {
         let activity = Activity::new();
         let request = activity.request();
         advance(LIMIT * 3).await;

@@ -35,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn info_names_the_runtime_and_its_version() {
+    fn info_when_asked_names_runtime_and_version() {
         let info = RuntimeInfo::parse_from_bytes(&info(b"").unwrap()).unwrap();
 
         assert_eq!(info.name, "io.containerd.kata.v2");
@@ -48,7 +48,7 @@ mod tests {
     }
 
     #[test]
-    fn garbage_options_are_refused() {
+    fn info_when_options_are_garbage_is_refused() {
         assert_eq!(info(b"\x0a\xff").unwrap_err().kind, ErrorKind::InvalidArgument);
     }
 }

@@ -7,6 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use std::time::Duration;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::prelude::*;
+use tracing_subscriber::{Registry, reload};
 
 use crate::logfmt::{self, Logfmt};
 use crate::version;
@@ -48,19 +50,54 @@ pub fn to_stderr(namespace: &str, sandbox: &str, debug: bool) {
     install(io::stderr, namespace, sandbox, level);
 }
 
+/// Changes what is logged of the running process.
+static FILTER: OnceLock<reload::Handle<LevelFilter, Registry>> = OnceLock::new();
+
+/// Logs as much as with `-debug` from now on.
+pub fn verbosely() {
+    if let Some(filter) = FILTER.get() {
+        make_verbose(filter);
+    }
+}
+
+fn make_verbose(filter: &reload::Handle<LevelFilter, Registry>) {
+    if let Err(error) = filter.reload(LevelFilter::DEBUG) {
+        tracing::warn!(%error, "the log stays as it is");
+    }
+}
+
 fn install<W>(writer: W, namespace: &str, sandbox: &str, level: LevelFilter)
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
+    let (subscriber, filter) = subscriber(writer, namespace, sandbox, level);
+    // Fails only if a subscriber is installed already, which then keeps serving.
+    if subscriber.try_init().is_ok() {
+        let _ = FILTER.set(filter);
+    }
+}
+
+fn subscriber<W>(
+    writer: W,
+    namespace: &str,
+    sandbox: &str,
+    level: LevelFilter,
+) -> (
+    impl tracing::Subscriber + Send + Sync,
+    reload::Handle<LevelFilter, Registry>,
+)
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let (filter, handle) = reload::Layer::new(level);
     let layer = tracing_subscriber::fmt::layer()
         .with_ansi(false)
         .event_format(Logfmt {
             suffix: suffix(namespace, sandbox),
         })
         .with_writer(writer)
-        .with_filter(level);
-    // Fails only if a subscriber is installed already, which then keeps serving.
-    let _ = tracing_subscriber::registry().with(layer).try_init();
+        .with_filter(filter);
+    (tracing_subscriber::registry().with(layer), handle)
 }
 
 fn suffix(namespace: &str, sandbox: &str) -> String {
@@ -199,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn full_fifo_drops_lines_and_says_how_many() {
+    fn log_fifo_when_full_drops_lines_and_counts() {
         let (_dir, fifo) = fifo();
         let line = format!("{}\n", "x".repeat(999));
         for _ in 0..100 {
@@ -218,7 +255,21 @@ mod tests {
     }
 
     #[test]
-    fn long_line_is_cut_to_one_atomic_write() {
+    fn log_when_made_verbose_in_use_is() {
+        let (dir, fifo) = fifo();
+        let writer = Fifo::open(&dir.path().join(FIFO)).unwrap();
+        let (subscriber, filter) = subscriber(writer, "ns", "s", LevelFilter::INFO);
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::debug!("before");
+            make_verbose(&filter);
+            tracing::debug!("after");
+        });
+        let text = drain(&fifo);
+        assert!(text.contains("after") && !text.contains("before"), "{text}");
+    }
+
+    #[test]
+    fn log_line_when_long_is_cut_to_one_write() {
         let (_dir, fifo) = fifo();
 
         fifo.make_writer()
@@ -231,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn regular_file_and_missing_file_are_refused() {
+    fn log_file_when_no_fifo_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         assert!(Fifo::open(&dir.path().join(FIFO)).is_none());
         std::fs::write(dir.path().join(FIFO), "").unwrap();

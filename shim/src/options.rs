@@ -48,7 +48,7 @@ mod tests {
     }
 
     #[test]
-    fn config_path_is_found_under_every_type_url() {
+    fn options_when_of_any_type_url_have_the_path() {
         // Field 2 (config_path), length 2, "/c"; field 3 (config_body), length 1, "x".
         let value = b"\x12\x02/c\x1a\x01x";
         for url in [
@@ -67,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn absent_and_foreign_options_are_the_default() {
+    fn options_when_absent_or_foreign_are_the_default() {
         assert_eq!(decode(None).unwrap(), RuntimeOptions::default());
         assert_eq!(decode(Some(&Any::new())).unwrap(), RuntimeOptions::default());
         assert_eq!(
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn garbage_is_an_invalid_argument() {
+    fn options_when_garbage_are_an_invalid_argument() {
         let error = decode(Some(&any(OPTIONS, b"\x12\xff"))).unwrap_err();
 
         assert_eq!(error.kind, ErrorKind::InvalidArgument);

@@ -17,13 +17,13 @@ pub struct ShimProcess {
 }
 
 impl ShimProcess {
-    /// The process `pid`, if it is a shim of ours that serves sandbox `id`.
-    pub fn find(pid: u32, id: &str) -> Option<Self> {
+    /// The process `pid`, if it is a shim of ours that serves sandbox `id` of containerd's `namespace`.
+    pub fn find(pid: u32, namespace: &str, id: &str) -> Option<Self> {
         let pid = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
         // Opened before the check: the descriptor and /proc cannot then mean two different processes.
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
         let cmdline = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).ok()?;
-        is_ours(&cmdline, id).then_some(Self { pidfd })
+        is_ours(&cmdline, namespace, id).then_some(Self { pidfd })
     }
 
     /// Asks the process to end, waits up to `patience`, then kills it and waits as long again. True once it is gone.
@@ -52,8 +52,8 @@ impl ShimProcess {
     }
 }
 
-/// Whether a command line (NUL-separated) is that of the serving shim of sandbox `id`.
-fn is_ours(cmdline: &[u8], id: &str) -> bool {
+/// Whether a command line (NUL-separated) is that of the serving shim of sandbox `id` in `namespace`.
+fn is_ours(cmdline: &[u8], namespace: &str, id: &str) -> bool {
     let words: Vec<&str> = cmdline
         .split(|b| *b == 0)
         .filter_map(|word| std::str::from_utf8(word).ok())
@@ -62,11 +62,9 @@ fn is_ours(cmdline: &[u8], id: &str) -> bool {
         .first()
         .and_then(|word| Path::new(word).file_name())
         .is_some_and(|name| name == version::NAME);
-    let serves = words
-        .windows(2)
-        .any(|pair| matches!(pair, ["-id", value] if *value == id));
+    let has = |flag: &str, value: &str| words.windows(2).any(|pair| pair == [flag, value]);
     let helper = words.iter().any(|word| matches!(*word, "start" | "delete"));
-    named && serves && !helper
+    named && has("-namespace", namespace) && has("-id", id) && !helper
 }
 
 #[cfg(test)]
@@ -74,21 +72,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_serving_shim_of_the_sandbox_is_ours() {
-        let cases: [(&[u8], bool); 6] = [
+    fn process_when_another_sandboxs_is_not_ours() {
+        let cases: [(&[u8], bool); 7] = [
             (
                 b"/usr/local/bin/containerd-shim-kata-v2\0-namespace\0n\0-id\0abc\0",
                 true,
             ),
-            (b"containerd-shim-kata-v2\0-id\0abc\0-debug\0", true),
-            (b"/usr/bin/containerd-shim-runc-v2\0-id\0abc\0", false),
-            (b"containerd-shim-kata-v2\0-id\0abcd\0", false),
-            (b"containerd-shim-kata-v2\0-id\0abc\0delete\0", false),
+            (
+                b"containerd-shim-kata-v2\0-id\0abc\0-debug\0-namespace\0n\0",
+                true,
+            ),
+            (b"containerd-shim-kata-v2\0-namespace\0m\0-id\0abc\0", false),
+            (
+                b"/usr/bin/containerd-shim-runc-v2\0-namespace\0n\0-id\0abc\0",
+                false,
+            ),
+            (b"containerd-shim-kata-v2\0-namespace\0n\0-id\0abcd\0", false),
+            (
+                b"containerd-shim-kata-v2\0-namespace\0n\0-id\0abc\0delete\0",
+                false,
+            ),
             (b"", false),
         ];
         for (cmdline, expected) in cases {
             assert_eq!(
-                is_ours(cmdline, "abc"),
+                is_ours(cmdline, "n", "abc"),
                 expected,
                 "{:?}",
                 String::from_utf8_lossy(cmdline)
@@ -97,14 +105,14 @@ mod tests {
     }
 
     #[test]
-    fn foreign_process_is_not_found() {
-        assert!(ShimProcess::find(std::process::id(), "abc").is_none());
-        assert!(ShimProcess::find(u32::MAX, "abc").is_none());
-        assert!(ShimProcess::find(0, "abc").is_none());
+    fn process_when_foreign_is_not_found() {
+        assert!(ShimProcess::find(std::process::id(), "n", "abc").is_none());
+        assert!(ShimProcess::find(u32::MAX, "n", "abc").is_none());
+        assert!(ShimProcess::find(0, "n", "abc").is_none());
     }
 
     #[test]
-    fn stubborn_process_is_killed() {
+    fn process_when_stubborn_is_killed() {
         let mut child = std::process::Command::new("sh")
             .args(["-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done"])
             .stdout(std::process::Stdio::piped())

@@ -119,6 +119,7 @@ fn serve_bundle(
             namespace: args.namespace.clone(),
             bundle: bundle.dir().to_owned(),
             debug: args.debug,
+            log_verbosely: logging::verbosely,
         };
         let handler = Arc::new(RuntimeHandlerManager::new(context, events));
         let publisher = Publisher::spawn(receiver, &args.namespace, &ttrpc_address);

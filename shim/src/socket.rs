@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn folder_and_socket_are_private() {
+    fn socket_when_made_is_private() {
         let dir = tempfile::tempdir().unwrap();
         let address = address(&dir);
 
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn stale_socket_is_replaced_and_a_served_one_is_not() {
+    fn socket_when_stale_is_replaced_and_when_served_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let address = address(&dir);
         drop(bind(&address).unwrap());
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn full_backlog_counts_as_served() {
+    fn socket_when_its_backlog_is_full_counts_as_served() {
         let dir = tempfile::tempdir().unwrap();
         let address = address(&dir);
         let _listener = bind(&address).unwrap();
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn file_in_the_way_is_not_removed() {
+    fn socket_when_a_file_is_in_the_way_leaves_it() {
         let dir = tempfile::tempdir().unwrap();
         let address = address(&dir);
         fs::create_dir_all(address.path().parent().unwrap()).unwrap();
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn unusable_folder_is_named() {
+    fn socket_folder_when_unusable_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         fs::write(&file, "").unwrap();

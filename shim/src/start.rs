@@ -10,10 +10,11 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::bootstrap_api::BootstrapParams;
+use runtime::cri::ContainerKind;
 
 use crate::address::{Address, AddressError, DEFAULT_SOCKET_DIR};
 use crate::args::Args;
-use crate::bundle::{Bundle, BundleError, ContainerKind};
+use crate::bundle::{Bundle, BundleError};
 use crate::socket::SocketError;
 use crate::spawn::SpawnError;
 use crate::{bootstrap, logging, socket, spawn};
@@ -177,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn socket_dir_of_the_parameters_wins() {
+    fn socket_dir_when_in_the_parameters_wins() {
         let params = BootstrapParams {
             socket_dir: Some("/run/other".into()),
             ..Default::default()
@@ -192,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn oom_score_is_a_number() {
+    fn oom_score_when_read_is_a_number() {
         assert!((-1000..=1000).contains(&read_oom_score(Path::new("/proc/self/oom_score_adj")).unwrap()));
     }
 }

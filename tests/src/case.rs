@@ -168,6 +168,7 @@ impl<'a> Container<'a> {
     pub fn run<'c>(&'c self, command: &[&str]) -> Run<'c> {
         Run {
             container: self,
+            namespace: None,
             flags: Vec::new(),
             image: Some(BUSYBOX.to_owned()),
             command: command.iter().map(|&word| word.to_owned()).collect(),
@@ -257,19 +258,19 @@ impl<'a> Container<'a> {
     /// The process id of this container's shim.
     #[track_caller]
     pub fn shim(&self) -> i32 {
+        self.find_shim()
+            .unwrap_or_else(|| panic!("no shim of {} among the processes", self.id))
+    }
+
+    /// The process id of this container's shim; `None` while there is none.
+    pub fn find_shim(&self) -> Option<i32> {
         let daemon = &self.case.daemon;
         let name = daemon.settings.shim_name();
         let id = format!("-id {} ", self.id);
         let found = crate::diagnosis::processes_mentioning(&name);
         let ours = |line: &&String| format!("{line} ").contains(&id) && line.contains(daemon.namespace());
-        let line = found
-            .iter()
-            .find(ours)
-            .unwrap_or_else(|| panic!("no shim of {} in {found:#?}", self.id));
-        line.split(' ')
-            .next()
-            .and_then(|pid| pid.parse().ok())
-            .unwrap_or_else(|| panic!("no pid in {line}"))
+        let line = found.iter().find(ours)?;
+        line.split(' ').next()?.parse().ok()
     }
 }
 
@@ -286,6 +287,7 @@ impl Drop for Container<'_> {
 /// A `ctr run` being put together.
 pub struct Run<'a> {
     container: &'a Container<'a>,
+    namespace: Option<String>,
     flags: Vec<String>,
     image: Option<String>,
     command: Vec<String>,
@@ -301,6 +303,12 @@ impl Run<'_> {
     /// Adds a flag with its value.
     pub fn option(self, flag: &str, value: &str) -> Self {
         self.flag(flag).flag(value)
+    }
+
+    /// Uses another namespace of the same containerd; the image must be there, and nobody cleans up.
+    pub fn namespace(mut self, namespace: &str) -> Self {
+        self.namespace = Some(namespace.to_owned());
+        self
     }
 
     /// Uses another image.
@@ -319,6 +327,10 @@ impl Run<'_> {
     pub fn command(&self) -> Command {
         let daemon = &self.container.case.daemon;
         let mut ctr = daemon.ctr_command();
+        if let Some(namespace) = &self.namespace {
+            // The last one counts.
+            ctr.args(["-n", namespace]);
+        }
         ctr.args(["run", "--runtime", &daemon.settings.runtime]);
         if let Some(config) = &daemon.settings.config
             && !self.flags.iter().any(|flag| flag == "--runtime-config-path")

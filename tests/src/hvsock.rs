@@ -8,9 +8,12 @@ use std::time::Duration;
 
 use prost::Message;
 
-/// Where the runtime puts the socket of a sandbox.
-pub fn socket(sandbox: &str) -> PathBuf {
-    Path::new("/run/kata").join(sandbox).join("root/kata.hvsock")
+/// Where the runtime puts the socket of a sandbox: Kata's folder, which carries containerd's namespace outside of
+/// Kubernetes.
+pub fn socket(namespace: &str, sandbox: &str) -> PathBuf {
+    Path::new("/run/kata")
+        .join(format!("{namespace}@{sandbox}"))
+        .join("root/kata.hvsock")
 }
 
 /// Connects to a vsock port of the guest.

@@ -1,5 +1,6 @@
 //! An agent for tests: a ttrpc server on one end of a socket pair. Its containers are scripts in `args`:
-//! `echo WORDS…`, `exit STATUS`, `cat` (stdin to stdout), `sleep` (until signalled), `missing` (start fails).
+//! `echo WORDS…`, `exit STATUS`, `cat` (stdin to stdout), `sleep` (until signalled), `missing` (start fails),
+//! `slow` (its creation takes a moment).
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
@@ -179,6 +180,9 @@ impl AgentService for Service {
         let process = &request.OCI.Process;
         if process.Args == ["refused"] {
             return Err(status(ttrpc::Code::INVALID_ARGUMENT, "refused by the test"));
+        }
+        if process.Args == ["slow"] {
+            tokio::time::sleep(Duration::from_millis(300)).await;
         }
         self.0.add(
             &request.container_id,

@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn json_lines_keep_level_message_and_fields() {
+    fn agent_line_when_json_keeps_level_message_and_fields() {
         let line = r#"{"msg":"container created","level":"DEBG","ts":"x","pid":"1","container":"c1"}"#;
         assert_eq!(
             parse(line),
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn other_lines_pass_unchanged() {
+    fn agent_line_when_not_json_passes_unchanged() {
         assert_eq!(parse("plain text"), (Level::Info, "plain text".to_owned()));
         assert_eq!(parse("[1]"), (Level::Info, "[1]".to_owned()));
     }

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::str::FromStr;
 
-use super::{ConfigError, ConfigFile};
+use super::{ConfigError, ConfigFile, UnknownWord};
 
 const PREFIX: &str = "io.katacontainers.config.";
 
@@ -80,14 +80,8 @@ fn hypervisor(file: &mut ConfigFile, name: &str, key: &str, value: &str) -> Resu
         "default_vcpus" => set(&mut config.default_vcpus, name, value, key)?,
         "default_max_vcpus" => set(&mut config.default_maxvcpus, name, value, "default_maxvcpus")?,
         "default_memory" => set(&mut config.default_memory, name, value, key)?,
-        "shared_fs" => {
-            config.shared_fs = value.into();
-            key
-        }
-        "virtio_fs_cache" => {
-            config.virtio_fs_cache = value.into();
-            key
-        }
+        "shared_fs" => set_word(&mut config.shared_fs, name, value, key)?,
+        "virtio_fs_cache" => set_word(&mut config.virtio_fs_cache, name, value, key)?,
         "enable_debug" => set(&mut config.enable_debug, name, value, key)?,
         _ => return Ok(false),
     };
@@ -140,6 +134,22 @@ fn runtime(file: &mut ConfigFile, name: &str, key: &str, value: &str) -> Result<
     }
     file.origins.annotated(name, &format!("runtime.{key}"));
     Ok(true)
+}
+
+/// As [`set`], for a key whose values are words.
+fn set_word<'a, T: FromStr<Err = UnknownWord>>(
+    field: &mut T,
+    name: &str,
+    value: &str,
+    key: &'a str,
+) -> Result<&'a str, ConfigError> {
+    *field = value.parse().map_err(|error: UnknownWord| ConfigError::Value {
+        origin: format!("annotation {name}"),
+        key: error.key.to_owned(),
+        value: format!("{value:?}"),
+        allowed: error.allowed,
+    })?;
+    Ok(key)
 }
 
 fn set<'a, T: FromStr>(field: &mut T, name: &str, value: &str, key: &'a str) -> Result<&'a str, ConfigError> {

@@ -101,7 +101,11 @@ const AGENT: &[(&str, &[&str])] = &[
     ("visible_cdi_devices", &["\"\"", "[]"]),
     ("policy", &["\"\""]),
     ("dial_timeout", &[]),
+    // The muxer tries again by itself.
+    ("dial_timeout_ms", &["10"]),
 ];
+
+const FACTORY: &[(&str, &[&str])] = &[("template_path", &["\"/run/vc/vm/template\""])];
 
 const RUNTIME: &[(&str, &[&str])] = &[
     ("log_level", &["\"info\""]),
@@ -130,6 +134,7 @@ pub(super) fn judge(path: &str, value: &str) -> Verdict {
     let (table, key) = path.rsplit_once('.').unwrap_or(("", path));
     let known = match table {
         "hypervisor.dragonball" => HYPERVISOR,
+        "hypervisor.dragonball.factory" => FACTORY,
         "agent.kata" => AGENT,
         "runtime" => RUNTIME,
         _ => return Verdict::Unknown,

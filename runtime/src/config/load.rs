@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use toml::de::DeTable;
 
 use super::inert::{Verdict, judge};
 use super::{ConfigError, TomlConfig};
@@ -31,6 +32,8 @@ pub enum Origin {
     Request,
     /// An annotation of the pod, by its full name.
     Annotation(String),
+    /// The limits of the pod's containers.
+    Limits,
 }
 
 impl std::fmt::Display for Origin {
@@ -39,6 +42,7 @@ impl std::fmt::Display for Origin {
             Self::File(path) => write!(f, "configuration {}", path.display()),
             Self::Request => f.write_str("configuration of the create request"),
             Self::Annotation(name) => write!(f, "annotation {name}"),
+            Self::Limits => f.write_str("limits of the pod"),
         }
     }
 }
@@ -62,19 +66,19 @@ impl Origins {
             )
     }
 
-    /// Whether anyone set the dotted `key`.
-    pub fn is_set(&self, key: &str) -> bool {
-        self.layers.iter().any(|(_, table)| lookup(table, key).is_some())
-    }
-
     /// Notes that the annotation `name` has set the dotted `key`.
     pub fn annotated(&mut self, name: &str, key: &str) {
+        self.set_by(Origin::Annotation(name.to_owned()), key);
+    }
+
+    /// Notes that `origin` has set the dotted `key`.
+    pub fn set_by(&mut self, origin: Origin, key: &str) {
         let mut value = toml::Value::Boolean(true);
         for part in key.rsplit('.') {
             value = toml::Value::Table(toml::Table::from_iter([(part.to_owned(), value)]));
         }
         if let toml::Value::Table(table) = value {
-            self.layers.push((Origin::Annotation(name.to_owned()), table));
+            self.layers.push((origin, table));
         }
     }
 }
@@ -97,11 +101,21 @@ pub struct ConfigFile {
     pub warnings: Vec<String>,
 }
 
-/// Loads and checks the configuration for `options`; warnings go to the log.
+/// Reads and checks the configuration for `options`; warnings go to the log.
 ///
 /// # Errors
 /// A [`ConfigError`] naming file, key and value.
 pub fn load(options: &RuntimeOptions) -> Result<ConfigFile, ConfigError> {
+    let file = read(options)?;
+    file.config.validate(&file.origins)?;
+    Ok(file)
+}
+
+/// As [`load`] without checking the values: a pod's annotations and limits still change them.
+///
+/// # Errors
+/// A [`ConfigError`] naming file, key and value.
+pub fn read(options: &RuntimeOptions) -> Result<ConfigFile, ConfigError> {
     let environment = std::env::var_os(ENVIRONMENT)
         .filter(|path| !path.is_empty())
         .map(PathBuf::from);
@@ -109,7 +123,6 @@ pub fn load(options: &RuntimeOptions) -> Result<ConfigFile, ConfigError> {
     for warning in &file.warnings {
         tracing::warn!("{warning}");
     }
-    file.config.validate(&file.origins)?;
     Ok(file)
 }
 
@@ -200,10 +213,13 @@ impl ConfigFile {
             }),
             message: error.message().replace('\n', " "),
         };
-        let table: toml::Table = text.parse().map_err(|error| parse_error(&error))?;
+        // Parsed once: as the typed values, for what is wrong with them and where, and as a table to merge.
+        let parsed = DeTable::parse(text).map_err(|error| parse_error(&error))?;
         let mut ignored = Vec::new();
-        let deserializer = toml::Deserializer::parse(text).map_err(|error| parse_error(&error))?;
-        let _: TomlConfig = serde_ignored::deserialize(deserializer, |path| ignored.push(path.to_string()))
+        let typed = toml::Deserializer::from(parsed.clone());
+        let _: TomlConfig = serde_ignored::deserialize(typed, |path| ignored.push(path.to_string()))
+            .map_err(|error| parse_error(&error))?;
+        let table = toml::Table::deserialize(toml::Deserializer::from(parsed))
             .map_err(|error| parse_error(&error))?;
         for key in ignored {
             let value = lookup(&table, &key).map(ToString::to_string).unwrap_or_default();

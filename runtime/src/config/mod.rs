@@ -7,6 +7,7 @@ pub mod annotations;
 mod inert;
 mod load;
 mod validate;
+mod words;
 
 #[cfg(test)]
 mod tests;
@@ -16,8 +17,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use load::{ConfigFile, Origin, Origins, load, load_with};
+pub use load::{ConfigFile, Origin, Origins, load, load_with, read};
 pub use validate::{MAX_VCPUS, MIN_MEMORY_MIB};
+pub use words::{AgentName, HypervisorName, RootfsType, RuntimeName, SharedFs, UnknownWord, VirtioFsCache};
 
 /// A configuration that cannot be used; each message names file, key, value and what is allowed.
 #[derive(Debug, thiserror::Error)]
@@ -128,15 +130,15 @@ pub struct HypervisorConfig {
     /// Guest root filesystem as an initramfs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initrd: Option<PathBuf>,
-    /// Filesystem of `image`: ext4, xfs or erofs.
-    pub rootfs_type: String,
+    /// Filesystem of `image`.
+    pub rootfs_type: RootfsType,
     /// Appended to the guest's kernel command line.
     pub kernel_params: String,
     /// Regular names of the hypervisor annotations a pod may set; `.*` allows all.
     pub enable_annotations: Vec<String>,
     /// vCPUs at boot; negative means all of the host's; fractions round up.
     pub default_vcpus: f64,
-    /// vCPUs the VM can grow to; 0 means the host's.
+    /// Most vCPUs of a VM, whatever the pod's limits ask for; 0 means as many as the host has.
     pub default_maxvcpus: u32,
     /// MiB of guest memory; taken from the host only when touched.
     pub default_memory: u64,
@@ -144,10 +146,10 @@ pub struct HypervisorConfig {
     pub overhead_vcpus: f64,
     /// MiB added to a pod's limit for the guest's own needs.
     pub overhead_memory: u64,
-    /// How container files reach the guest: `inline-virtio-fs` (also spelled `virtio-fs`).
-    pub shared_fs: String,
-    /// Guest caching of shared files: never, auto or always.
-    pub virtio_fs_cache: String,
+    /// How container files reach the guest.
+    pub shared_fs: SharedFs,
+    /// Guest caching of shared files.
+    pub virtio_fs_cache: VirtioFsCache,
     /// `--thread-pool-size=N` is used; anything else is reported.
     pub virtio_fs_extra_args: Vec<String>,
     /// Empty virtio-mmio slots for devices added to a running VM.
@@ -164,7 +166,7 @@ impl Default for HypervisorConfig {
             kernel: "/usr/share/kata-containers/vmlinux".into(),
             image: None,
             initrd: None,
-            rootfs_type: "erofs".into(),
+            rootfs_type: RootfsType::Erofs,
             kernel_params: String::new(),
             enable_annotations: ["kernel_params", "default_vcpus", "default_memory"]
                 .map(String::from)
@@ -174,8 +176,8 @@ impl Default for HypervisorConfig {
             default_memory: 2048,
             overhead_vcpus: 0.2,
             overhead_memory: 32,
-            shared_fs: "inline-virtio-fs".into(),
-            virtio_fs_cache: "auto".into(),
+            shared_fs: SharedFs::InlineVirtioFs,
+            virtio_fs_cache: VirtioFsCache::Auto,
             virtio_fs_extra_args: vec!["--thread-pool-size=1".into()],
             hotplug_slots: 8,
             enable_debug: false,
@@ -219,14 +221,16 @@ impl HypervisorConfig {
 
     /// vCPUs the VM can grow to, at least [`Self::boot_vcpus`].
     pub fn max_vcpus(&self) -> u8 {
-        let wanted = if self.default_maxvcpus == 0 {
-            host_cpus()
-        } else {
-            self.default_maxvcpus
+        self.vcpu_limit().max(self.boot_vcpus())
+    }
+
+    /// Most vCPUs that limits of a pod can ask for, 1 to [`MAX_VCPUS`].
+    pub fn vcpu_limit(&self) -> u8 {
+        let limit = match self.default_maxvcpus {
+            0 => host_cpus(),
+            limit => limit,
         };
-        u8::try_from(wanted)
-            .unwrap_or(MAX_VCPUS)
-            .clamp(self.boot_vcpus(), MAX_VCPUS)
+        u8::try_from(limit).unwrap_or(MAX_VCPUS).clamp(1, MAX_VCPUS)
     }
 
     /// Worker threads of the share, from `virtio_fs_extra_args`.
@@ -246,22 +250,11 @@ fn host_cpus() -> u32 {
 }
 
 /// `[hypervisor.dragonball.factory]`: accepted so that Kata files load; templates are reported as not provided.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default)]
 pub struct FactoryConfig {
     /// Start VMs from a template.
     pub enable_template: bool,
-    /// Folder of the template.
-    pub template_path: PathBuf,
-}
-
-impl Default for FactoryConfig {
-    fn default() -> Self {
-        Self {
-            enable_template: false,
-            template_path: "/run/vc/vm/template".into(),
-        }
-    }
 }
 
 /// `[agent.kata]`
@@ -274,8 +267,6 @@ pub struct AgentConfig {
     pub debug_console_enabled: bool,
     /// Milliseconds the guest has from VM start to a working agent; [`AgentConfig::boot_timeout`] sets a floor.
     pub reconnect_timeout_ms: u64,
-    /// Milliseconds between connection attempts to a guest that does not announce its agent.
-    pub dial_timeout_ms: u64,
     /// Seconds a CreateContainer may take in the guest.
     pub create_container_timeout: u64,
     /// Milliseconds a health check may take.
@@ -298,7 +289,6 @@ impl Default for AgentConfig {
             enable_debug: false,
             debug_console_enabled: false,
             reconnect_timeout_ms: 3000,
-            dial_timeout_ms: 10,
             create_container_timeout: 30,
             health_check_request_timeout_ms: 90_000,
             server_port: 1024,
@@ -314,13 +304,13 @@ impl Default for AgentConfig {
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 #[serde(default)]
 pub struct RuntimeConfig {
-    /// `virt_container`
-    pub name: String,
-    /// `dragonball`
-    pub hypervisor_name: String,
-    /// `kata`
-    pub agent_name: String,
-    /// Verbose runtime.
+    /// What runs containers.
+    pub name: RuntimeName,
+    /// The VMM.
+    pub hypervisor_name: HypervisorName,
+    /// The guest's agent.
+    pub agent_name: AgentName,
+    /// Verbose log of the shim, the guest's console in it.
     pub enable_debug: bool,
     /// Do not apply the container's seccomp profile in the guest.
     pub disable_guest_seccomp: bool,
@@ -328,7 +318,7 @@ pub struct RuntimeConfig {
     pub sandbox_cgroup_only: bool,
     /// Size the VM once, from the pod's limits.
     pub static_sandbox_resource_mgmt: bool,
-    /// Do not end the shim when the agent stops answering.
+    /// Do not end a VM whose agent has stopped answering.
     pub keep_abnormal: bool,
     /// vsock port the agent takes container streams on.
     pub passfd_listener_port: u32,
@@ -337,9 +327,9 @@ pub struct RuntimeConfig {
 impl Default for RuntimeConfig {
     fn default() -> Self {
         Self {
-            name: "virt_container".into(),
-            hypervisor_name: "dragonball".into(),
-            agent_name: "kata".into(),
+            name: RuntimeName::VirtContainer,
+            hypervisor_name: HypervisorName::Dragonball,
+            agent_name: AgentName::Kata,
             enable_debug: false,
             disable_guest_seccomp: true,
             sandbox_cgroup_only: true,

@@ -24,7 +24,7 @@ fn message(text: &str) -> String {
 }
 
 #[test]
-fn shipped_file_is_the_defaults_without_warnings() {
+fn shipped_file_when_loaded_is_the_defaults() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/configuration-dragonball.toml");
     let options = RuntimeOptions {
         config_path: path.display().to_string(),
@@ -54,7 +54,7 @@ fn defaults_apply_when_nothing_is_found() {
 }
 
 #[test]
-fn search_order_prefers_body_then_options_then_environment_then_list() {
+fn search_when_several_are_given_prefers_body_options_environment() {
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, memory: u32| -> PathBuf {
         let path = folder.path().join(name);
@@ -84,7 +84,7 @@ fn search_order_prefers_body_then_options_then_environment_then_list() {
 }
 
 #[test]
-fn named_file_that_is_missing_is_not_found() {
+fn file_when_named_and_missing_is_not_found() {
     let options = RuntimeOptions {
         config_path: "/nonexistent/kata.toml".into(),
         ..Default::default()
@@ -100,7 +100,7 @@ fn named_file_that_is_missing_is_not_found() {
 }
 
 #[test]
-fn drop_ins_apply_in_alphabetical_order_and_are_named_in_errors() {
+fn drop_ins_when_several_apply_in_order_and_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let base = folder.path().join("configuration.toml");
     let drop_ins = folder.path().join("config.d");
@@ -138,7 +138,7 @@ fn drop_ins_apply_in_alphabetical_order_and_are_named_in_errors() {
 }
 
 #[test]
-fn unknown_and_unusable_keys_are_warned_about_by_name() {
+fn keys_when_unknown_or_unusable_are_named() {
     let file = body(
         "[hypervisor.dragonball]\ndefault_memroy = 1\nenable_hugepages = true\ndisable_seccomp = false\n\
          [hypervisor.qemu]\npath = \"/usr/bin/qemu\"\n[runtime]\nuse_passfd_io = false\n[agent.kata.mem_agent]\n\
@@ -161,7 +161,7 @@ fn unknown_and_unusable_keys_are_warned_about_by_name() {
 }
 
 #[test]
-fn bad_values_name_key_value_and_range() {
+fn values_when_bad_name_key_value_and_range() {
     let table = "[hypervisor.dragonball]\n";
     for (line, expected) in [
         ("default_vcpus = 0", "default_vcpus = 0: must be 1 to 254"),
@@ -179,11 +179,6 @@ fn bad_values_name_key_value_and_range() {
             "default_memory = 8: must be 64 to 1048576 MiB",
         ),
         (
-            "shared_fs = \"virtio-9p\"",
-            "shared_fs = \"virtio-9p\": must be one of inline-virtio-fs, virtio-fs",
-        ),
-        ("virtio_fs_cache = \"some\"", "must be one of never, auto, always"),
-        (
             "image = \"/a\"\ninitrd = \"/b\"",
             "image = \"/a\": and initrd exclude each other",
         ),
@@ -196,15 +191,31 @@ fn bad_values_name_key_value_and_range() {
             "{text}"
         );
     }
-    let text = message("[runtime]\nhypervisor_name = \"qemu\"\n");
-    assert!(
-        text.contains("runtime.hypervisor_name = \"qemu\": must be one of dragonball"),
-        "{text}"
-    );
 }
 
 #[test]
-fn malformed_files_name_the_line() {
+fn words_when_unknown_name_line_key_and_what_is_allowed() {
+    for (text, expected) in [
+        (
+            "[hypervisor.dragonball]\nshared_fs = \"virtio-9p\"\n",
+            "hypervisor.dragonball.shared_fs = \"virtio-9p\": must be one of inline-virtio-fs, virtio-fs",
+        ),
+        (
+            "[hypervisor.dragonball]\nvirtio_fs_cache = \"some\"\n",
+            "hypervisor.dragonball.virtio_fs_cache = \"some\": must be one of never, auto, always",
+        ),
+        (
+            "[runtime]\nhypervisor_name = \"qemu\"\n",
+            "runtime.hypervisor_name = \"qemu\": must be one of dragonball",
+        ),
+    ] {
+        let expected = format!("configuration of the create request, line 2: {expected}");
+        assert_eq!(message(text), expected);
+    }
+}
+
+#[test]
+fn files_when_malformed_name_the_line() {
     let text = message("[hypervisor.dragonball]\ndefault_memory = [\n");
     assert!(text.contains("line 2") || text.contains("line 3"), "{text}");
     let text = message("[hypervisor.dragonball]\n\ndefault_memory = \"much\"\n");
@@ -212,7 +223,7 @@ fn malformed_files_name_the_line() {
 }
 
 #[test]
-fn missing_assets_are_named_with_their_path() {
+fn assets_when_missing_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let kernel = folder.path().join("vmlinux");
     let mut file = body(&format!(
@@ -252,7 +263,7 @@ fn missing_assets_are_named_with_their_path() {
 }
 
 #[test]
-fn sizes_round_up_and_stay_in_range() {
+fn sizes_when_fractional_round_up_in_range() {
     let mut config = HypervisorConfig {
         default_vcpus: 1.2,
         ..Default::default()
@@ -277,7 +288,7 @@ fn annotated(text: &str, annotations: &[(&str, &str)]) -> (ConfigFile, Vec<Strin
 }
 
 #[test]
-fn allowed_annotations_apply_and_others_are_warned_about() {
+fn annotations_when_not_allowed_are_warned_about() {
     let (file, warnings) = annotated(
         "",
         &[
@@ -310,7 +321,7 @@ fn allowed_annotations_apply_and_others_are_warned_about() {
 }
 
 #[test]
-fn enable_annotations_understands_names_and_wildcards() {
+fn enable_annotations_when_a_pattern_matches_allows() {
     let (file, warnings) = annotated(
         "[hypervisor.dragonball]\nenable_annotations = [\".*\"]\ninitrd = \"/initrd\"\n",
         &[
@@ -329,7 +340,7 @@ fn enable_annotations_understands_names_and_wildcards() {
 }
 
 #[test]
-fn bad_annotation_value_names_the_annotation() {
+fn annotation_when_its_value_is_bad_is_named() {
     let mut file = body("").unwrap();
     let name = "io.katacontainers.config.hypervisor.default_memory";
     let annotations = HashMap::from([(name.to_owned(), "lots".to_owned())]);
@@ -345,7 +356,7 @@ fn bad_annotation_value_names_the_annotation() {
 }
 
 #[test]
-fn a_pod_cannot_switch_guest_seccomp_off() {
+fn seccomp_when_a_pod_asks_cannot_be_switched_off() {
     let on = "[runtime]\ndisable_guest_seccomp = false\n";
     let (file, warnings) = annotated(on, &[("runtime.disable_guest_seccomp", "true")]);
     assert!(!file.config.runtime.disable_guest_seccomp);
@@ -353,4 +364,94 @@ fn a_pod_cannot_switch_guest_seccomp_off() {
 
     let (file, _) = annotated("", &[("runtime.disable_guest_seccomp", "false")]);
     assert!(!file.config.runtime.disable_guest_seccomp);
+}
+
+/// Code of the runtime without tests, apart from the parts of the configuration that only write it down.
+fn code_that_acts() -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let (mut folders, mut code) = (vec![root], String::new());
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            if path.is_dir() {
+                folders.push(path);
+            } else if !["tests.rs", "validate.rs", "annotations.rs", "inert.rs"].contains(&name) {
+                let text = fs::read_to_string(&path).unwrap();
+                code.push_str(text.split("#[cfg(test)]\nmod tests {").next().unwrap());
+            }
+        }
+    }
+    code
+}
+
+/// Keys whose only use is that a value other than what this runtime does is refused.
+const ONE_CHOICE: [&str; 4] = [
+    "hypervisor.dragonball.shared_fs",
+    "runtime.name",
+    "runtime.hypervisor_name",
+    "runtime.agent_name",
+];
+
+#[test]
+fn keys_when_in_the_shipped_file_reach_code_that_acts_on_them() {
+    let text = include_str!("../../config/configuration-dragonball.toml");
+    // Keys that are shown as comments count, too.
+    let text = text.replace("\n# initrd = ", "\ninitrd = ");
+    let shipped: toml::Table = text.parse().unwrap();
+    // A chain of calls may be broken into lines.
+    let code: String = code_that_acts().split_whitespace().collect();
+    let reads = |owners: &[&str], key: &str| {
+        owners.iter().any(|owner| {
+            let field = format!("{owner}.{key}");
+            code.match_indices(&field).any(|(at, _)| {
+                let rest = &code[at + field.len()..];
+                // A longer name, or a value being given to it, is no reading.
+                !rest.starts_with(|c: char| c.is_alphanumeric() || c == '_')
+                    && (!rest.starts_with('=') || rest.starts_with("=="))
+            })
+        })
+    };
+    let mut keys = Vec::new();
+    for (section, owners) in [
+        ("hypervisor.dragonball", &["self", "config", "hypervisor"][..]),
+        ("hypervisor.dragonball.factory", &["factory"]),
+        ("agent.kata", &["self", "config", "kata"]),
+        ("runtime", &["runtime"]),
+    ] {
+        let table = section
+            .split('.')
+            .fold(&shipped, |table, part| table[part].as_table().unwrap());
+        for (key, _) in table.iter().filter(|(_, value)| !value.is_table()) {
+            keys.push((format!("{section}.{key}"), reads(owners, key)));
+        }
+    }
+    assert!(keys.len() > 30, "{keys:?}");
+    let annotated = "hypervisor.dragonball.enable_annotations";
+    let unread: Vec<_> = keys
+        .iter()
+        .filter(|(key, read)| !read && !ONE_CHOICE.contains(&key.as_str()) && key != annotated)
+        .collect();
+    assert_eq!(unread, Vec::<&(String, bool)>::new());
+}
+
+#[test]
+fn keys_when_no_longer_honoured_are_named() {
+    let file =
+        body("[agent.kata]\ndial_timeout_ms = 20\n[hypervisor.dragonball.factory]\ntemplate_path = \"/x\"\n")
+            .unwrap();
+    let all = file.warnings.join("\n");
+    assert!(
+        all.contains("agent.kata.dial_timeout_ms = 20 has no effect"),
+        "{all}"
+    );
+    assert!(all.contains("template_path = \"/x\" has no effect"), "{all}");
+
+    let kata = "[agent.kata]\ndial_timeout_ms = 10\n[hypervisor.dragonball.factory]\n\
+                template_path = \"/run/vc/vm/template\"\n";
+    assert_eq!(
+        body(kata).unwrap().warnings,
+        Vec::<String>::new(),
+        "Kata's shipped values"
+    );
 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 
-use super::{BootAsset, ConfigError, HypervisorConfig, Origins, RuntimeConfig, TomlConfig};
+use super::{BootAsset, ConfigError, HypervisorConfig, Origins, TomlConfig};
 
 /// Smallest guest memory, MiB (Kata's figure).
 pub const MIN_MEMORY_MIB: u64 = 64;
@@ -19,7 +19,6 @@ impl TomlConfig {
     /// The first bad value, as [`ConfigError::Value`].
     pub fn validate(&self, origins: &Origins) -> Result<(), ConfigError> {
         self.hypervisor.dragonball.validate(origins)?;
-        self.runtime.validate(origins)?;
         let agent = &self.agent.kata;
         for (key, port) in [("server_port", agent.server_port), ("log_port", agent.log_port)] {
             if port == 0 || port == u32::MAX {
@@ -62,24 +61,6 @@ impl HypervisorConfig {
         if !(0.0..=f64::from(MAX_VCPUS)).contains(&self.overhead_vcpus) {
             return Err(value("overhead_vcpus", &self.overhead_vcpus, "must be 0 or more"));
         }
-        one_of(
-            &value,
-            "shared_fs",
-            &self.shared_fs,
-            &["inline-virtio-fs", "virtio-fs"],
-        )?;
-        one_of(
-            &value,
-            "virtio_fs_cache",
-            &self.virtio_fs_cache,
-            &["never", "auto", "always"],
-        )?;
-        one_of(
-            &value,
-            "rootfs_type",
-            &self.rootfs_type,
-            &["ext4", "xfs", "erofs"],
-        )?;
         if self.hotplug_slots > 32 {
             return Err(value("hotplug_slots", &self.hotplug_slots, "must be 0 to 32"));
         }
@@ -121,17 +102,6 @@ impl HypervisorConfig {
     }
 }
 
-impl RuntimeConfig {
-    fn validate(&self, origins: &Origins) -> Result<(), ConfigError> {
-        let value = |key: &str, value: &dyn std::fmt::Display, allowed: &str| {
-            bad(origins, &format!("runtime.{key}"), value, allowed)
-        };
-        one_of(&value, "name", &self.name, &["virt_container"])?;
-        one_of(&value, "hypervisor_name", &self.hypervisor_name, &["dragonball"])?;
-        one_of(&value, "agent_name", &self.agent_name, &["kata"])
-    }
-}
-
 fn bad(origins: &Origins, key: &str, value: impl std::fmt::Display, allowed: &str) -> ConfigError {
     ConfigError::Value {
         origin: origins.of(key),
@@ -139,22 +109,6 @@ fn bad(origins: &Origins, key: &str, value: impl std::fmt::Display, allowed: &st
         value: value.to_string(),
         allowed: allowed.to_owned(),
     }
-}
-
-fn one_of(
-    error: &dyn Fn(&str, &dyn std::fmt::Display, &str) -> ConfigError,
-    key: &str,
-    value: &str,
-    allowed: &[&str],
-) -> Result<(), ConfigError> {
-    if allowed.contains(&value) {
-        return Ok(());
-    }
-    Err(error(
-        key,
-        &format!("{value:?}"),
-        &format!("must be one of {}", allowed.join(", ")),
-    ))
 }
 
 fn check_file(origins: &Origins, key: &str, path: &Path) -> Result<(), ConfigError> {

@@ -9,20 +9,22 @@ use protocols::oci_convert::spec_to_wire;
 
 use super::VirtContainerManager;
 use super::container::{Container, HostSide};
-use super::io::{Owner, ProcessIo};
+use super::io::{Owner, ProcessIo, Streams};
 use super::process::Process;
-use super::spec::bundle::{ContainerType, container_type};
+use super::spec::bundle::container_kind;
 use super::spec::{GuestSpec, amend, joins_pid_namespace};
-use crate::error::Result;
+use crate::cri::ContainerKind;
+use crate::error::{Error, ErrorKind, Result};
 use crate::sandbox::SandboxState;
 use crate::timeline;
-use crate::types::{ContainerProcess, CreateContainerRequest, Event};
+use crate::types::{ContainerProcess, CreateContainerRequest, Event, Stdio};
 
 /// A container that is ready on the host. Its id is taken: [`VirtContainerManager::create_prepared`] or
 /// [`VirtContainerManager::abandon`] has to follow.
 pub(crate) struct Prepared {
     request: CreateContainerRequest,
     host: HostSide,
+    streams: Streams,
     /// All that the agent is told, but for the streams.
     message: wire::CreateContainerRequest,
 }
@@ -34,20 +36,39 @@ impl VirtContainerManager {
     /// `AlreadyExists` for a taken id; otherwise naming the mount that cannot be had. Nothing is left then.
     pub(crate) async fn prepare(&self, request: CreateContainerRequest, spec: Spec) -> Result<Prepared> {
         self.reserve(&request.container_id)?;
-        let spec = Arc::new(spec);
-        let host = match self.host_side(&request, &spec).await {
-            Ok(host) => host,
+        match self.prepare_reserved(&request, spec).await {
+            Ok((host, streams, message)) => Ok(Prepared {
+                request,
+                host,
+                streams,
+                message,
+            }),
             Err(error) => {
                 self.remove(&request.container_id);
-                return Err(error);
+                Err(error)
             }
-        };
-        let message = self.message(&request, Arc::unwrap_or_clone(spec), &host);
-        Ok(Prepared {
-            request,
-            host,
-            message,
-        })
+        }
+    }
+
+    /// Rootfs and volumes beside the streams, whose logger may take a while; then the message to the agent.
+    async fn prepare_reserved(
+        &self,
+        request: &CreateContainerRequest,
+        spec: Spec,
+    ) -> Result<(HostSide, Streams, wire::CreateContainerRequest)> {
+        let spec = Arc::new(spec);
+        let streams = self.open_streams(&request.container_id, &request.stdio);
+        let (host, streams) = tokio::join!(self.host_side(request, &spec), streams);
+        let host = host?;
+        let message = self.message(request, Arc::unwrap_or_clone(spec), &host);
+        let context = |error: Error| error.context(format!("container {}", request.container_id));
+        match (streams, message) {
+            (Ok(streams), Ok(message)) => Ok((host, streams, message)),
+            (Err(error), _) | (_, Err(error)) => {
+                host.cleanup().await;
+                Err(context(error))
+            }
+        }
     }
 
     /// Undoes [`Self::prepare`].
@@ -61,37 +82,55 @@ impl VirtContainerManager {
     /// # Errors
     /// Those of the agent, and of streams that cannot be opened; nothing is left then.
     pub(crate) async fn create_prepared(&self, prepared: Prepared) -> Result<u32> {
-        let init = match self
-            .create_in_guest(&prepared.request, prepared.message.clone())
-            .await
-        {
+        let Prepared {
+            request,
+            host,
+            streams,
+            message,
+        } = prepared;
+        let id = request.container_id.clone();
+        let init = match self.create_in_guest(&request, streams, message).await {
             Ok(init) => init,
             Err(error) => {
-                let id = prepared.request.container_id.clone();
-                self.abandon(prepared).await;
+                host.cleanup().await;
+                self.remove(&id);
                 return Err(error.context(format!("create container {id}")));
             }
         };
         timeline::mark("container created");
-        let Prepared { request, host, .. } = prepared;
-        let id = request.container_id.clone();
         let container = Arc::new(Container::new(id, request.bundle.clone(), init, host));
         let pid = std::process::id();
-        // Before anything can happen to it, so that no other event comes first.
-        self.publish(Event::TaskCreate {
+        let created = Event::TaskCreate {
             container_id: request.container_id,
             bundle: request.bundle,
             rootfs: request.rootfs,
             stdio: request.stdio,
             pid,
-        });
-        self.enter(container.clone());
+        };
+        if !self.enter(container.clone(), created) {
+            return Err(self.take_back(container).await);
+        }
         if matches!(*self.sandbox.watch_state().borrow(), SandboxState::Stopped(_)) {
             // The VM ended between the agent's answer and the entry in the map.
             container.killed();
         }
         self.spawn_waiter(container.clone(), container.init.clone());
         Ok(pid)
+    }
+
+    /// Removes a container that was deleted before it was there: its client has gone.
+    async fn take_back(&self, container: Arc<Container>) -> Error {
+        let id = &container.id;
+        if let Some(io) = container.init.io() {
+            io.close();
+        }
+        self.remove_in_guest(id).await;
+        container.host.cleanup().await;
+        self.remove(id);
+        Error::new(
+            ErrorKind::FailedPrecondition,
+            format!("container {id} was deleted while it was created"),
+        )
     }
 
     async fn host_side(&self, request: &CreateContainerRequest, spec: &Arc<Spec>) -> Result<HostSide> {
@@ -118,11 +157,11 @@ impl VirtContainerManager {
         request: &CreateContainerRequest,
         mut spec: Spec,
         host: &HostSide,
-    ) -> wire::CreateContainerRequest {
+    ) -> Result<wire::CreateContainerRequest> {
         let id = &request.container_id;
-        let kind = container_type(&spec);
+        let kind = container_kind(&spec)?;
         // A path of the host's in `amend`'s eyes: here it says that the pod's containers see each other's processes.
-        let sandbox_pidns = kind == ContainerType::PodContainer && joins_pid_namespace(&spec);
+        let sandbox_pidns = matches!(kind, ContainerKind::Member { .. }) && joins_pid_namespace(&spec);
         let guest = GuestSpec {
             container: id.clone(),
             rootfs: host.rootfs.get_guest_rootfs_path(),
@@ -131,24 +170,25 @@ impl VirtContainerManager {
             terminal: request.stdio.terminal,
             disable_seccomp: self.sandbox.config().runtime.disable_guest_seccomp,
         };
-        for warning in amend(&mut spec, guest, kind) {
+        for warning in amend(&mut spec, guest, &kind)? {
             tracing::warn!(container = id, "{warning}");
         }
         let rootfs = host.rootfs.get_storage().into_iter();
         let device = host.rootfs.get_device().into_iter();
-        wire::CreateContainerRequest {
+        Ok(wire::CreateContainerRequest {
             container_id: id.clone(),
             storages: rootfs.chain(host.volumes.storages()).collect(),
             devices: device.chain(host.volumes.devices()).collect(),
             OCI: MessageField::some(spec_to_wire(&spec)),
             sandbox_pidns,
             ..Default::default()
-        }
+        })
     }
 
     async fn create_in_guest(
         &self,
         request: &CreateContainerRequest,
+        streams: Streams,
         mut message: wire::CreateContainerRequest,
     ) -> Result<Arc<Process>> {
         let init = ContainerProcess {
@@ -156,7 +196,7 @@ impl VirtContainerManager {
             exec_id: String::new(),
         };
         let init = Arc::new(Process::new(init, request.stdio.clone(), self.events()));
-        let io = self.open_io(&init)?;
+        let io = self.attach(streams)?;
         message.stdin_port = io.stdin_port;
         message.stdout_port = io.stdout_port;
         message.stderr_port = io.stderr_port;
@@ -176,12 +216,16 @@ impl VirtContainerManager {
         Ok(init)
     }
 
-    pub(super) fn open_io(&self, process: &Process) -> Result<Arc<ProcessIo>> {
-        let port = self.sandbox.config().runtime.passfd_listener_port;
+    pub(super) async fn open_streams(&self, container: &str, stdio: &Stdio) -> Result<Streams> {
         let owner = Owner {
-            container: &process.id().container_id,
-            namespace: &self.namespace,
+            container: container.to_owned(),
+            namespace: self.namespace.clone(),
         };
-        ProcessIo::open(self.sandbox.hypervisor().clone(), process.stdio(), port, owner)
+        Streams::open(stdio, owner).await
+    }
+
+    pub(super) fn attach(&self, streams: Streams) -> Result<Arc<ProcessIo>> {
+        let port = self.sandbox.config().runtime.passfd_listener_port;
+        ProcessIo::attach(self.sandbox.hypervisor().clone(), streams, port)
     }
 }

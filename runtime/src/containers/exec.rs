@@ -104,7 +104,8 @@ impl VirtContainerManager {
     }
 
     async fn start_exec(&self, container: &Container, process: &Process, spec: &OciProcess) -> Result<()> {
-        let io = self.open_io(process)?;
+        let streams = self.open_streams(&container.id, process.stdio()).await?;
+        let io = self.attach(streams)?;
         let request = wire::ExecProcessRequest {
             container_id: container.id.clone(),
             exec_id: process.id().exec_id.clone(),

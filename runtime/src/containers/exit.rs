@@ -62,18 +62,20 @@ impl VirtContainerManager {
         container: Arc<Container>,
         process: Arc<Process>,
     ) -> Result<ProcessExit> {
-        let id = process.id().clone();
-        let exit = if process.is_init() {
-            self.delete_container(container).await?
-        } else {
-            self.delete_exec(&container, &process).await?
+        let removal = async {
+            let exit = if process.is_init() {
+                self.delete_container(container).await?
+            } else {
+                self.delete_exec(&container, &process).await?
+            };
+            self.publish(Event::TaskDelete {
+                process: process.id().clone(),
+                pid: std::process::id(),
+                exit,
+            });
+            Ok(exit)
         };
-        self.publish(Event::TaskDelete {
-            process: id,
-            pid: std::process::id(),
-            exit,
-        });
-        Ok(exit)
+        process.remove_once(removal).await
     }
 
     async fn delete_container(&self, container: Arc<Container>) -> Result<ProcessExit> {
@@ -92,19 +94,28 @@ impl VirtContainerManager {
         if let Some(io) = init.io() {
             io.drain(DRAIN).await;
         }
+        if container.id == self.sandbox_id {
+            // The VM goes with it: one farewell to the whole guest, which writes everything back, says it all.
+            self.sandbox.say_goodbye().await;
+        } else {
+            self.remove_in_guest(&container.id).await;
+        }
+        container.host.cleanup().await;
+        self.remove(&container.id);
+        Ok(exit)
+    }
+
+    pub(super) async fn remove_in_guest(&self, container: &str) {
         let remove = wire::RemoveContainerRequest {
-            container_id: container.id.clone(),
+            container_id: container.to_owned(),
             ..Default::default()
         };
         match self.sandbox.agent().remove_container(remove).await {
             Ok(()) => {}
             Err(error) if matches!(error.kind, ErrorKind::NotFound | ErrorKind::Unavailable) => {}
             // The guest keeps something; the host side must not.
-            Err(error) => tracing::warn!(container = container.id, %error, "remove in the guest"),
+            Err(error) => tracing::warn!(container, %error, "remove in the guest"),
         }
-        container.host.cleanup().await;
-        self.remove(&container.id);
-        Ok(exit)
     }
 
     async fn delete_exec(&self, container: &Container, process: &Process) -> Result<ProcessExit> {

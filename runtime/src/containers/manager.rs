@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 
 use super::container::Container;
 use super::process::Process;
+use super::spec::amend_resources;
 use super::{ContainerManager, stats};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::VmExit;
@@ -25,13 +26,16 @@ use crate::types::{
 
 /// An entry of the map: the id is taken from the beginning of a create.
 enum Slot {
-    Creating,
+    Creating {
+        /// It was deleted in the meantime: nobody will ask for it when it is there.
+        unwanted: bool,
+    },
     Ready(Arc<Container>),
 }
 
 /// The containers of one sandbox.
 pub struct VirtContainerManager {
-    sandbox_id: String,
+    pub(super) sandbox_id: String,
     pub(super) namespace: String,
     pub(super) sandbox: Arc<VirtSandbox>,
     events: mpsc::UnboundedSender<Event>,
@@ -59,6 +63,13 @@ impl VirtContainerManager {
     /// Whether any container is left.
     pub fn is_empty(&self) -> bool {
         self.containers().is_empty()
+    }
+
+    /// Whether any container is left, one that is being created for nobody not counted.
+    pub fn has_wanted(&self) -> bool {
+        self.containers()
+            .values()
+            .any(|slot| !matches!(slot, Slot::Creating { unwanted: true }))
     }
 
     /// The VM is gone, and every process with it. Exits are published, waiters released.
@@ -96,17 +107,34 @@ impl VirtContainerManager {
                 format!("container {id} exists already"),
             )),
             Entry::Vacant(entry) => {
-                entry.insert(Slot::Creating);
+                entry.insert(Slot::Creating { unwanted: false });
                 Ok(())
             }
         }
     }
 
-    /// Fills the place of a reserved id.
-    pub(super) fn enter(&self, container: Arc<Container>) {
+    /// Fills the place of a reserved id and publishes that, before anything can happen to the container and no other event
+    /// comes first. False, and nothing done, when it is not wanted any more.
+    pub(super) fn enter(&self, container: Arc<Container>, created: Event) -> bool {
+        let mut containers = self.containers();
+        if matches!(
+            containers.get(&container.id),
+            Some(Slot::Creating { unwanted: true })
+        ) {
+            return false;
+        }
         self.sandbox.members().enter(&container.id);
-        self.containers()
-            .insert(container.id.clone(), Slot::Ready(container));
+        self.publish(created);
+        containers.insert(container.id.clone(), Slot::Ready(container));
+        true
+    }
+
+    /// Notes that a container which is being created will not be asked for.
+    fn disown(&self, id: &str) {
+        if let Some(Slot::Creating { unwanted }) = self.containers().get_mut(id) {
+            tracing::info!(container = id, "deleted while it is created");
+            *unwanted = true;
+        }
     }
 
     /// Gives the id back.
@@ -129,7 +157,7 @@ impl VirtContainerManager {
 impl Slot {
     fn ready(&self) -> Option<Arc<Container>> {
         match self {
-            Self::Creating => None,
+            Self::Creating { .. } => None,
             Self::Ready(container) => Some(container.clone()),
         }
     }
@@ -156,21 +184,16 @@ impl ContainerManager for VirtContainerManager {
             container_id: container.id.clone(),
             ..Default::default()
         };
-        self.sandbox
-            .agent()
-            .stats_container(request)
-            .await
-            .map(stats::convert)
+        let response = self.sandbox.agent().stats_container(request).await?;
+        Ok(stats::convert(response, container.id == self.sandbox_id))
     }
 
     async fn update_container(&self, container: &str, resources: &[u8]) -> Result<()> {
         let container = self.container(container)?;
-        let resources: LinuxResources = serde_json::from_slice(resources).map_err(|error| {
-            Error::new(
-                ErrorKind::InvalidArgument,
-                format!("resources of container {}: {error}", container.id),
-            )
-        })?;
+        let what = format!("resources of container {}", container.id);
+        let mut resources: LinuxResources = serde_json::from_slice(resources)
+            .map_err(|error| Error::new(ErrorKind::InvalidArgument, format!("{what}: {error}")))?;
+        amend_resources(&mut resources).map_err(|error| error.context(what))?;
         let request = wire::UpdateContainerRequest {
             container_id: container.id.clone(),
             resources: MessageField::some(resources_to_wire(&resources)),
@@ -186,14 +209,17 @@ impl ContainerManager for VirtContainerManager {
 
     async fn close_process_io(&self, process: &ContainerProcess) -> Result<()> {
         let (_, process) = self.process(process)?;
-        if let Some(io) = process.io() {
-            io.close_stdin();
-        }
+        process.close_stdin();
         Ok(())
     }
 
     async fn delete_process(&self, id: &ContainerProcess) -> Result<ProcessExit> {
-        let (container, process) = self.process(id)?;
+        // Not found, as runc's shim answers; what is on its way must not stay behind its client's back.
+        let (container, process) = self.process(id).inspect_err(|_| {
+            if id.exec_id.is_empty() {
+                self.disown(&id.container_id);
+            }
+        })?;
         self.delete(container, process).await
     }
 

@@ -19,7 +19,8 @@ use crate::types::{
 };
 
 pub use manager::VirtContainerManager;
-pub use spec::bundle::{ContainerType, container_type, load_spec};
+pub use spec::bundle::{container_kind, load_spec};
+pub use spec::check;
 
 /// Kata's container manager; `pid` and `need_shutdown_sandbox` are for the Sandbox API, which shares it. Errors have the kinds of containerd's shim contract: `NotFound` for an unknown id,
 /// `AlreadyExists` for a taken one, `FailedPrecondition` for a call in the wrong state.

@@ -1,9 +1,10 @@
 //! One process: a state machine that publishes its events in order, each exactly once.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OnceCell, mpsc, watch};
 
 use super::io::ProcessIo;
 use crate::error::{Error, ErrorKind, Result};
@@ -48,6 +49,10 @@ pub(super) struct Process {
     phase: watch::Sender<Phase>,
     events: mpsc::UnboundedSender<Event>,
     io: Mutex<Option<Arc<ProcessIo>>>,
+    /// CloseIO has been asked for, maybe before there was anything to close.
+    stdin_closed: AtomicBool,
+    /// Set by the one removal.
+    deleted: OnceCell<ProcessExit>,
     /// Terminal size (width, height) asked for before the start.
     size: Mutex<Option<(u32, u32)>>,
 }
@@ -62,6 +67,8 @@ impl Process {
             phase,
             events,
             io: Mutex::default(),
+            stdin_closed: AtomicBool::new(false),
+            deleted: OnceCell::new(),
             size: Mutex::default(),
         }
     }
@@ -209,13 +216,48 @@ impl Process {
 
     /// Takes the streams into use.
     pub(super) fn set_io(&self, io: Arc<ProcessIo>) {
-        *self.io.lock().unwrap_or_else(PoisonError::into_inner) = Some(io);
+        *self.io.lock().unwrap_or_else(PoisonError::into_inner) = Some(io.clone());
+        if self.stdin_closed.load(Ordering::SeqCst) {
+            io.close_stdin();
+        }
         // It may have ended in the meantime.
         self.after_exit();
     }
 
     pub(super) fn io(&self) -> Option<Arc<ProcessIo>> {
         self.io.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Ends stdin once the client has let go of it, now or as soon as there are streams.
+    pub(super) fn close_stdin(&self) {
+        self.stdin_closed.store(true, Ordering::SeqCst);
+        if let Some(io) = self.io() {
+            io.close_stdin();
+        }
+    }
+
+    /// Runs `removal`, once: a removal at the same time waits for the first one and then finds nothing, and one that has
+    /// failed can be tried again.
+    ///
+    /// # Errors
+    /// Of `removal`, and `NotFound` when the process has been removed already.
+    pub(super) async fn remove_once(
+        &self,
+        removal: impl Future<Output = Result<ProcessExit>>,
+    ) -> Result<ProcessExit> {
+        let mut mine = false;
+        let exit = self
+            .deleted
+            .get_or_try_init(|| async {
+                let exit = removal.await?;
+                mine = true;
+                Ok::<_, Error>(exit)
+            })
+            .await?;
+        if mine {
+            return Ok(*exit);
+        }
+        Err(Error::new(ErrorKind::NotFound, format!("{self} does not exist")))
     }
 
     /// Remembers a terminal size for the start; false once it runs.
@@ -329,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn exit_during_start_is_published_after_the_start() {
+    fn exit_when_seen_during_start_is_published_after_it() {
         let (process, mut events) = process("");
         process.begin_start().unwrap();
         process.exited(exit(3));
@@ -345,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn exit_is_published_once_and_the_first_one_counts() {
+    fn exit_when_reported_twice_is_published_once() {
         let (process, mut events) = process("e");
         process.begin_start().unwrap();
         process.finish_start();
@@ -360,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn start_is_refused_in_every_phase_but_created() {
+    fn start_when_not_created_is_refused() {
         let (process, _events) = process("");
         process.begin_start().unwrap();
         assert_eq!(
@@ -378,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn failed_start_of_init_is_an_exit_and_of_an_exec_is_not() {
+    fn start_when_it_fails_is_an_exit_of_init_only() {
         let (init, mut events) = process("");
         init.begin_start().unwrap();
         init.fail_start(127);
@@ -395,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn death_of_a_created_init_is_published_and_of_a_created_exec_is_not() {
+    fn death_when_only_created_is_published_for_init_only() {
         let (init, mut events) = process("");
         init.exited(exit(137));
         assert_eq!(names(&mut events), ["exit"]);
@@ -405,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn pause_only_applies_to_running() {
+    fn pause_when_not_running_does_nothing() {
         let (process, _events) = process("");
         process.pause();
         assert_eq!(process.phase(), Phase::Created);
@@ -418,7 +460,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn many_waiters_before_and_after_the_exit_see_the_same_status() {
+    async fn waiters_when_before_and_after_the_exit_see_one_status() {
         let (process, _events) = process("");
         let waiters: Vec<_> = (0..20)
             .map(|_| {

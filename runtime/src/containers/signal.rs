@@ -12,6 +12,9 @@ use crate::types::{Event, ProcessExit};
 
 /// As the wire has it.
 pub(super) const SIGKILL: u32 = libc::SIGKILL as u32;
+const SIGTERM: u32 = libc::SIGTERM as u32;
+/// The last real-time signal of Linux.
+const LAST_SIGNAL: u32 = 64;
 
 impl VirtContainerManager {
     /// Signals a process, or every process of its container.
@@ -22,11 +25,17 @@ impl VirtContainerManager {
         signal: u32,
         all: bool,
     ) -> Result<()> {
+        if signal > LAST_SIGNAL {
+            let message = format!("signal {signal} to {process}: signals are 0 to {LAST_SIGNAL}");
+            return Err(Error::new(ErrorKind::InvalidArgument, message));
+        }
         match process.phase() {
             Phase::Stopped(_) => Err(Error::new(
                 ErrorKind::NotFound,
                 format!("cannot kill {process}: it has already exited"),
             )),
+            // What waits for its start is the runtime's own process and ignores everything else.
+            Phase::Created if signal != SIGKILL && signal != SIGTERM => Ok(()),
             Phase::Created if process.is_init() => {
                 self.kill_created(container, signal).await;
                 Ok(())
@@ -46,31 +55,25 @@ impl VirtContainerManager {
     }
 
     async fn signal(&self, process: &Process, signal: u32, all: bool) -> Result<()> {
-        // The agent takes an empty exec id for the container as a whole.
-        let exec_id = if all {
-            String::new()
-        } else {
-            process.id().exec_id.clone()
-        };
         let request = wire::SignalProcessRequest {
             container_id: process.id().container_id.clone(),
-            exec_id,
+            exec_id: process.id().exec_id.clone(),
             signal,
+            all,
             ..Default::default()
         };
         self.sandbox.agent().signal_process(request).await
     }
 
-    /// A created container ends; by decree when the agent cannot signal what does not run yet.
+    /// A created container ends, by decree: of the signal sent, whatever it takes in the guest.
     pub(super) async fn kill_created(&self, container: &Container, signal: u32) {
-        let status = 128 + signal;
+        container.all_exited(ProcessExit {
+            status: 128 + signal,
+            at: SystemTime::now(),
+        });
         // What waits there for its start is PID 1 of a namespace: it ignores everything but SIGKILL.
         if let Err(error) = self.signal(&container.init, SIGKILL, false).await {
-            tracing::debug!(container = container.id, %error, "created container is declared dead");
-            container.all_exited(ProcessExit {
-                status,
-                at: SystemTime::now(),
-            });
+            tracing::debug!(container = container.id, %error, "created container in the guest");
         }
     }
 

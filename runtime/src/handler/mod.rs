@@ -11,12 +11,14 @@ use oci_spec::runtime::Spec;
 use tokio::sync::{mpsc, watch};
 
 use crate::config::{self, ConfigFile};
-use crate::containers::{ContainerManager, ContainerType, container_type, load_spec};
+use crate::containers::{self, ContainerManager, container_kind, load_spec};
+use crate::cri::ContainerKind;
 use crate::error::{Error, ErrorKind, Result};
-use crate::host::{journal, mounts};
+use crate::host::journal::{self, JournalError};
+use crate::host::mounts;
 use crate::instance::{Recipe, RuntimeInstance};
 use crate::paths::SandboxPaths;
-use crate::resource::rootfs;
+use crate::resource::{rootfs, volume};
 use crate::sandbox::{Sandbox, SandboxConfig, VirtSandbox};
 use crate::types::{CreateContainerRequest, Event, RuntimeOptions};
 
@@ -82,8 +84,12 @@ impl RuntimeHandlerManager {
 
     async fn create(&self, request: CreateContainerRequest) -> Result<u32> {
         let spec = load_spec(&request.bundle)?;
+        // What cannot be had is said before a VM is booted for it.
         rootfs::check(&request.bundle, &request.rootfs, &spec)
             .map_err(|error| error.context(format!("rootfs of container {}", request.container_id)))?;
+        volume::check(&self.context.sandbox_id, &request.container_id, &spec)?;
+        containers::check(&spec)
+            .map_err(|error| error.context(format!("container {}", request.container_id)))?;
         if let Some(instance) = self.existing().await? {
             return instance.containers.create_container(request, spec).await;
         }
@@ -138,7 +144,7 @@ impl RuntimeHandlerManager {
         request: CreateContainerRequest,
         spec: Spec,
     ) -> Result<(Arc<RuntimeInstance>, u32)> {
-        if container_type(&spec) == ContainerType::PodContainer {
+        if matches!(container_kind(&spec)?, ContainerKind::Member { .. }) {
             let message = format!(
                 "container {}: its sandbox {} does not run",
                 request.container_id, self.context.sandbox_id
@@ -172,7 +178,7 @@ impl RuntimeHandlerManager {
         let current = self.instance.borrow().clone();
         if let Instance::Ready(instance) = current
             && !now
-            && !instance.containers.is_empty()
+            && instance.containers.has_wanted()
         {
             tracing::debug!(container_id, "shutdown: containers are left");
             return Ok(false);
@@ -216,16 +222,23 @@ impl RuntimeHandlerManager {
 /// Undoes what a dead shim left behind; idempotent. Only for a sandbox whose shim is gone.
 ///
 /// # Errors
-/// `Internal` naming everything that could not be removed.
-pub async fn cleanup(sandbox_id: &str, bundle: &Path) -> Result<()> {
-    let paths = SandboxPaths::new(sandbox_id)?;
+/// `AlreadyExists` when the shim is alive: nothing has been undone then. `Internal` naming everything that could not be
+/// removed.
+pub async fn cleanup(namespace: &str, sandbox_id: &str, bundle: &Path) -> Result<()> {
+    let paths = SandboxPaths::new(namespace, sandbox_id)?;
     let bundle = bundle.to_owned();
     let done = tokio::task::spawn_blocking(move || cleanup_paths(&paths, &bundle)).await;
     done.unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("cleanup: {error}"))))
 }
 
 pub(crate) fn cleanup_paths(paths: &SandboxPaths, bundle: &Path) -> Result<()> {
-    let mut errors = journal::replay(&paths.journal()).err().unwrap_or_default();
+    let mut errors = Vec::new();
+    match journal::replay(&paths.journal()) {
+        Ok(()) => {}
+        Err(JournalError::Left { left, .. }) => errors.extend(left),
+        Err(error @ JournalError::InUse(_)) => return Err(error.into()),
+        Err(error) => errors.push(error.to_string()),
+    }
     // Without a journal (a crash before its first line) these are all there can be.
     for result in [
         mounts::unmount(&bundle.join("rootfs")),

@@ -1,5 +1,7 @@
 //! The whole runtime over a fake VM and agent: requests in, responses and events out.
 
+mod races;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -40,6 +42,7 @@ fn bench(boot: Boot) -> Bench {
         namespace: "test".into(),
         bundle: folder.path().join("c1"),
         debug: false,
+        log_verbosely: || {},
     };
     let manager = RuntimeHandlerManager::with_recipe(context, sender, recipe);
     Bench {
@@ -215,7 +218,7 @@ fn fifo(path: &Path) -> String {
 }
 
 #[tokio::test]
-async fn container_runs_and_leaves_nothing_behind() {
+async fn container_when_deleted_leaves_nothing_behind() {
     let mut bench = bench(Boot::Announced);
 
     let created = bench.create("c1", &["exit", "42"]).await.unwrap();
@@ -240,7 +243,6 @@ async fn container_runs_and_leaves_nothing_behind() {
             "CreateSandbox",
             "CreateContainer c1",
             "StartContainer c1",
-            "RemoveContainer c1",
             "DestroySandbox"
         ]
     );
@@ -251,11 +253,11 @@ async fn container_runs_and_leaves_nothing_behind() {
 }
 
 #[tokio::test]
-async fn guest_gets_share_rootfs_and_volumes() {
+async fn container_when_created_has_share_rootfs_and_volumes() {
     let bench = bench(Boot::Silent);
     bench.create("c1", &["sleep"]).await.unwrap();
 
-    let share = bench.path("run/kata-containers/shared/sandboxes/c1/shared");
+    let share = bench.path("run/kata-containers/shared/sandboxes/test@c1/shared");
     assert_eq!(
         fs::read_to_string(share.join("passthrough/c1/rootfs/file")).unwrap(),
         "c1"
@@ -297,7 +299,7 @@ async fn guest_gets_share_rootfs_and_volumes() {
 }
 
 #[tokio::test]
-async fn streams_reach_the_client_and_end() {
+async fn streams_when_closed_end_at_the_client() {
     let bench = bench(Boot::Announced);
     let stdio = Stdio {
         stdin: fifo(&bench.path("stdin")),
@@ -344,7 +346,7 @@ async fn streams_reach_the_client_and_end() {
 }
 
 #[tokio::test]
-async fn unread_output_delays_neither_exit_nor_kill() {
+async fn output_when_unread_delays_neither_exit_nor_kill() {
     let bench = bench(Boot::Announced);
     let stdio = Stdio {
         stdout: fifo(&bench.path("stdout")),
@@ -364,7 +366,7 @@ async fn unread_output_delays_neither_exit_nor_kill() {
 }
 
 #[tokio::test]
-async fn execs_have_their_own_life_and_init_exits_last() {
+async fn execs_when_init_ends_exit_before_it() {
     let mut bench = bench(Boot::Announced);
     bench.create("c1", &["sleep"]).await.unwrap();
     bench.start(init("c1")).await.unwrap();
@@ -414,7 +416,7 @@ async fn execs_have_their_own_life_and_init_exits_last() {
 }
 
 #[tokio::test]
-async fn wrong_calls_have_their_codes() {
+async fn calls_when_wrong_have_their_codes() {
     let mut bench = bench(Boot::Announced);
     assert_eq!(
         bench.start(init("c1")).await.unwrap_err().kind,
@@ -476,7 +478,7 @@ async fn wrong_calls_have_their_codes() {
 }
 
 #[tokio::test]
-async fn many_clients_wait_before_start_and_after_exit() {
+async fn clients_when_many_wait_before_start_and_after_exit() {
     let bench = Arc::new(bench(Boot::Announced));
     bench.create("c1", &["exit", "255"]).await.unwrap();
     let waiters: Vec<_> = (0..50)
@@ -495,19 +497,29 @@ async fn many_clients_wait_before_start_and_after_exit() {
 }
 
 #[tokio::test]
-async fn created_container_can_be_killed_and_deleted() {
+async fn container_when_only_created_can_be_killed_and_deleted() {
     let mut bench = bench(Boot::Announced);
     bench.create("c1", &["sleep"]).await.unwrap();
+    for signal in [0, 10, 37] {
+        bench.kill(init("c1"), signal).await.unwrap();
+        assert_eq!(
+            bench.status(init("c1")).await,
+            ProcessStatus::Created,
+            "signal {signal}"
+        );
+    }
+    let error = bench.kill(init("c1"), 65).await.unwrap_err();
+    assert_eq!(error.kind, ErrorKind::InvalidArgument);
     bench.kill(init("c1"), 15).await.unwrap();
-    assert_eq!(bench.wait(init("c1")).await, 137);
+    assert_eq!(bench.wait(init("c1")).await, 143);
     bench.delete(init("c1")).await.unwrap();
-    assert_eq!(bench.events(), ["create c1", "exit c1 137", "delete c1 137"]);
+    assert_eq!(bench.events(), ["create c1", "exit c1 143", "delete c1 143"]);
     bench.manager.shutdown().await;
     assert_eq!(bench.leftovers(), Vec::<String>::new());
 }
 
 #[tokio::test]
-async fn command_not_found_names_the_command_and_can_be_deleted() {
+async fn command_when_not_found_is_named() {
     let mut bench = bench(Boot::Announced);
     bench.create("c1", &["missing"]).await.unwrap();
     let error = bench.start(init("c1")).await.unwrap_err();
@@ -524,7 +536,7 @@ async fn command_not_found_names_the_command_and_can_be_deleted() {
 }
 
 #[tokio::test]
-async fn failed_exec_leaves_the_container_running() {
+async fn exec_when_it_fails_leaves_the_container_running() {
     let bench = bench(Boot::Announced);
     bench.create("c1", &["sleep"]).await.unwrap();
     bench.start(init("c1")).await.unwrap();
@@ -541,7 +553,7 @@ async fn failed_exec_leaves_the_container_running() {
 }
 
 #[tokio::test]
-async fn death_of_the_vm_ends_every_process_in_order() {
+async fn vm_when_it_dies_ends_every_process_in_order() {
     let mut bench = bench(Boot::Announced);
     bench.create("c1", &["sleep"]).await.unwrap();
     bench.start(init("c1")).await.unwrap();
@@ -565,7 +577,7 @@ async fn death_of_the_vm_ends_every_process_in_order() {
 }
 
 #[tokio::test]
-async fn failed_boots_say_why_and_leave_nothing() {
+async fn boot_when_it_fails_says_why_and_leaves_nothing() {
     for (boot, kind, parts) in [
         (
             Boot::Refused,
@@ -595,7 +607,7 @@ async fn failed_boots_say_why_and_leave_nothing() {
 }
 
 #[tokio::test]
-async fn boot_is_interrupted_by_shutdown() {
+async fn boot_when_shut_down_is_interrupted() {
     let bench = Arc::new(bench(Boot::Hangs));
     let creating = {
         let bench = bench.clone();
@@ -608,13 +620,13 @@ async fn boot_is_interrupted_by_shutdown() {
 }
 
 #[tokio::test]
-async fn container_is_prepared_while_its_guest_boots() {
+async fn container_when_its_guest_boots_is_prepared() {
     let bench = Arc::new(bench(Boot::Hangs));
     let creating = {
         let bench = bench.clone();
         tokio::spawn(async move { bench.create("c1", &["sleep"]).await })
     };
-    let share = bench.path("run/kata-containers/shared/sandboxes/c1/shared/passthrough");
+    let share = bench.path("run/kata-containers/shared/sandboxes/test@c1/shared/passthrough");
     let begin = Instant::now();
     while !share.join("c1/rootfs/file").exists() || !share.join("c1-00000001-data").exists() {
         assert!(begin.elapsed() < LIMIT, "rootfs and volume wait for the guest");
@@ -628,7 +640,7 @@ async fn container_is_prepared_while_its_guest_boots() {
 }
 
 #[tokio::test]
-async fn bad_mount_interrupts_the_boot() {
+async fn boot_when_a_mount_is_bad_is_interrupted() {
     let mut bench = bench(Boot::Hangs);
     let mut create = bench.create_request("c1", &["sleep"], Stdio::default());
     create.rootfs = vec![Mount {
@@ -647,7 +659,7 @@ async fn bad_mount_interrupts_the_boot() {
 }
 
 #[tokio::test]
-async fn bad_bundles_and_mounts_are_named_and_leave_nothing() {
+async fn bundle_when_bad_is_named_and_leaves_nothing() {
     let mut bench = bench(Boot::Announced);
     let request = |bench: &Bench| bench.create_request("c1", &["sleep"], Stdio::default());
 
@@ -702,13 +714,21 @@ async fn bad_bundles_and_mounts_are_named_and_leave_nothing() {
 }
 
 #[tokio::test]
-async fn cleanup_after_a_crash_removes_everything_twice_over() {
+async fn cleanup_when_the_shim_crashed_removes_everything() {
     let bench = bench(Boot::Announced);
     bench.create("c1", &["sleep"]).await.unwrap();
     assert_ne!(bench.leftovers(), Vec::<String>::new());
-    let paths = SandboxPaths::below(&bench.path("run"), "c1").unwrap();
+    let paths = SandboxPaths::below(&bench.path("run"), "test", "c1").unwrap();
 
-    // The shim is "dead": nothing of it is asked.
+    let before = bench.leftovers();
+    let error = cleanup_paths(&paths, &bench.path("c1")).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::AlreadyExists, "{error}");
+    assert_eq!(bench.leftovers(), before, "of a living shim nothing is touched");
+
+    // The shim is "dead": nothing of it is asked, and nobody holds the lock of the file that is found.
+    let copy = paths.state().join("copy");
+    fs::copy(paths.journal(), &copy).unwrap();
+    fs::rename(&copy, paths.journal()).unwrap();
     cleanup_paths(&paths, &bench.path("c1")).unwrap();
     cleanup_paths(&paths, &bench.path("c1")).unwrap();
 
@@ -718,7 +738,7 @@ async fn cleanup_after_a_crash_removes_everything_twice_over() {
 }
 
 #[tokio::test]
-async fn terminal_size_before_the_start_is_applied() {
+async fn terminal_size_when_set_before_the_start_is_applied() {
     let bench = bench(Boot::Announced);
     bench.create("c1", &["sleep"]).await.unwrap();
     bench.resize(80, 24).await.unwrap();
@@ -758,7 +778,7 @@ async fn kills_for_memory_when_of_strangers_or_too_many_are_not_events() {
 }
 
 #[tokio::test]
-async fn terminal_size_of_an_exec_before_its_start_is_what_it_starts_with() {
+async fn terminal_size_when_set_before_an_exec_starts_is_its_first() {
     let bench = bench(Boot::Announced);
     bench.create("c1", &["sleep"]).await.unwrap();
     bench.start(init("c1")).await.unwrap();

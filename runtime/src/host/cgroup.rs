@@ -125,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hierarchies_are_one_or_one_per_controller() {
+    fn hierarchies_when_v1_are_one_per_controller() {
         let root = tempfile::tempdir().unwrap();
         for controller in ["cpu,cpuacct", "memory", "not-a-hierarchy"] {
             fs::create_dir(root.path().join(controller)).unwrap();

@@ -2,11 +2,17 @@
 //!
 //! Each line of `/run/kata/<sandbox>/journal` is one [`Undo`] as JSON. A shim that ends properly replays its own list;
 //! after a crash `delete` replays it. Replaying is idempotent: undoing what never happened is fine.
+//!
+//! A living shim holds a lock (flock(2)) on its journal, which the kernel gives back with the process: a journal that can
+//! be locked is a dead shim's. Nobody else ever replays one that cannot.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -39,68 +45,187 @@ impl Undo {
     }
 }
 
+/// How long a shim that is being killed may take to give its lock back.
+const DYING: Duration = Duration::from_millis(1000);
+
+/// How often a journal may vanish between its opening and its locking before that is no coincidence.
+const VANISHED: u32 = 100;
+
+/// A journal that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The shim that writes it lives.
+    #[error("journal {}: the shim that writes it is alive", .0.display())]
+    InUse(PathBuf),
+    /// A file operation failed.
+    #[error("{what} journal {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The journal.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Something is left; everything else has been undone.
+    #[error("journal {}: not undone: {}", path.display(), left.join("; "))]
+    Left {
+        /// The journal.
+        path: PathBuf,
+        /// What could not be undone, and why.
+        left: Vec<String>,
+    },
+}
+
+impl From<JournalError> for crate::error::Error {
+    fn from(error: JournalError) -> Self {
+        use crate::error::ErrorKind;
+        let kind = match &error {
+            JournalError::InUse(_) => ErrorKind::AlreadyExists,
+            JournalError::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+                ErrorKind::ResourceExhausted
+            }
+            JournalError::Io { .. } | JournalError::Left { .. } => ErrorKind::Internal,
+        };
+        Self::new(kind, error.to_string())
+    }
+}
+
 /// The open journal of a living sandbox.
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,
+    /// Locked as long as it is open.
     file: Mutex<File>,
 }
 
 impl Journal {
-    /// Opens the journal at `path`, making its folder.
+    /// Opens and locks the journal at `path`, making its folder. What a dead shim has left there is undone first.
     ///
     /// # Errors
-    /// What creating the file said.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder)?;
+    /// [`JournalError::InUse`] when a living shim has it, [`JournalError::Left`] when what a dead one left cannot be
+    /// undone, otherwise what creating the file said.
+    pub fn open(path: &Path) -> Result<Self, JournalError> {
+        let failed = |what| move |source| io_error(what, path, source);
+        for _ in 0..VANISHED {
+            if let Some(folder) = path.parent() {
+                fs::create_dir_all(folder).map_err(failed("make the folder of"))?;
+            }
+            let file = OpenOptions::new().create(true).read(true).append(true).open(path);
+            let Some(journal) = Self::lock(path, file.map_err(failed("open"))?, Duration::ZERO)? else {
+                continue;
+            };
+            if journal.read()?.is_empty() {
+                return Ok(journal);
+            }
+            // What a crashed shim of the same sandbox left; its `delete` may not have run.
+            tracing::warn!(journal = %path.display(), "state of an earlier sandbox is cleaned up");
+            journal.replay()?;
+            // Usually gone with its folder.
+            mounts::remove_file(path)
+                .map_err(|error| failed("remove")(io::Error::other(error.to_string())))?;
         }
-        let file = OpenOptions::new().create(true).append(true).open(path)?;
-        Ok(Self {
+        Err(io_error("lock", path, io::ErrorKind::Interrupted.into()))
+    }
+
+    /// Takes the lock within `patience`; `None` when `file` is no longer what is at `path`.
+    fn lock(path: &Path, file: File, patience: Duration) -> Result<Option<Self>, JournalError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match file.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    thread::sleep(Duration::from_millis(10));
+                }
+                Err(TryLockError::WouldBlock) => return Err(JournalError::InUse(path.to_owned())),
+                Err(TryLockError::Error(source)) => return Err(io_error("lock", path, source)),
+            }
+        }
+        let mine = file
+            .metadata()
+            .map_err(|source| io_error("look at", path, source))?;
+        let current =
+            fs::metadata(path).is_ok_and(|there| (there.dev(), there.ino()) == (mine.dev(), mine.ino()));
+        Ok(current.then(|| Self {
             path: path.to_owned(),
             file: Mutex::new(file),
-        })
+        }))
     }
 
     /// Writes `undo` down. Call it before doing what it undoes.
     ///
     /// # Errors
-    /// What writing said; do not go on then.
-    pub fn record(&self, undo: &Undo) -> io::Result<()> {
-        let mut line = serde_json::to_vec(undo)?;
+    /// [`JournalError::Io`]; do not go on then.
+    pub fn record(&self, undo: &Undo) -> Result<(), JournalError> {
+        let failed = |source| io_error("write", &self.path, source);
+        let mut line = serde_json::to_vec(undo).map_err(|error| failed(error.into()))?;
         line.push(b'\n');
-        // One write: a crash leaves at most one torn line, the last.
-        self.file
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .write_all(&line)
+        let mut file = self.file();
+        let before = file.metadata().map_err(failed)?.len();
+        // One write: a crash leaves at most one torn line, the last. A full /run must not leave one in the middle.
+        file.write_all(&line).map_err(|source| {
+            if let Err(error) = file.set_len(before) {
+                tracing::error!(journal = %self.path.display(), %error, "torn line stays");
+            }
+            failed(source)
+        })
     }
 
     /// Undoes everything, last first. The journal itself is left: the last entries usually remove its folder.
     ///
     /// # Errors
-    /// What could not be undone, one line each; everything else has been.
-    pub fn replay(&self) -> Result<(), Vec<String>> {
-        replay(&self.path)
+    /// [`JournalError::Left`] naming what could not be undone; everything else has been.
+    pub fn replay(&self) -> Result<(), JournalError> {
+        let left: Vec<String> = entries(&self.path, &self.read()?)
+            .iter()
+            .rev()
+            .filter_map(|undo| undo.run().err())
+            .collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        Err(JournalError::Left {
+            path: self.path.clone(),
+            left,
+        })
+    }
+
+    /// All of it, through the open descriptor: the file may have lost its name.
+    fn read(&self) -> Result<Vec<u8>, JournalError> {
+        let mut bytes = Vec::new();
+        let mut file = self.file();
+        file.rewind()
+            .and_then(|()| file.read_to_end(&mut bytes))
+            .map_err(|source| io_error("read", &self.path, source))?;
+        Ok(bytes)
+    }
+
+    fn file(&self) -> std::sync::MutexGuard<'_, File> {
+        self.file.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Undoes what the journal at `path` lists, last first. Fine when there is no journal.
+/// Undoes what the journal of a dead shim at `path` lists, last first. Fine when there is no journal. Blocks for a second
+/// at most when its shim is still dying.
 ///
 /// # Errors
-/// What could not be undone, one line each; everything else has been.
-pub fn replay(path: &Path) -> Result<(), Vec<String>> {
-    let bytes = match fs::read(path) {
-        Ok(bytes) => bytes,
+/// [`JournalError::InUse`] when the shim is alive: nothing has been undone then. Otherwise as [`Journal::replay`].
+pub fn replay(path: &Path) -> Result<(), JournalError> {
+    let file = match OpenOptions::new().read(true).append(true).open(path) {
+        Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(vec![format!("journal {}: {error}", path.display())]),
+        Err(source) => return Err(io_error("open", path, source)),
     };
-    let errors: Vec<String> = entries(path, &bytes)
-        .iter()
-        .rev()
-        .filter_map(|undo| undo.run().err())
-        .collect();
-    if errors.is_empty() { Ok(()) } else { Err(errors) }
+    match Journal::lock(path, file, DYING)? {
+        Some(journal) => journal.replay(),
+        // Its shim has undone everything itself in the meantime.
+        None => Ok(()),
+    }
+}
+
+fn io_error(what: &'static str, path: &Path, source: io::Error) -> JournalError {
+    let path = path.to_owned();
+    JournalError::Io { what, path, source }
 }
 
 fn entries(path: &Path, bytes: &[u8]) -> Vec<Undo> {
@@ -132,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn replay_undoes_everything_last_first() {
+    fn replay_when_run_undoes_the_last_first() {
         let (folder, journal) = journal();
         let tree = folder.path().join("tree");
         let (source, target) = (folder.path().join("source"), tree.join("mnt"));
@@ -141,7 +266,7 @@ mod tests {
         journal.record(&Undo::RemoveTree(tree.clone())).unwrap();
         fs::create_dir_all(&target).unwrap();
         journal.record(&Undo::Unmount(target.clone())).unwrap();
-        mounts::bind(&source, &target, false).unwrap();
+        crate::host::bind::bind(&source, &target, crate::host::bind::Bind::tree()).unwrap();
 
         journal.replay().unwrap();
 
@@ -150,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn replay_is_idempotent_and_needs_nothing_done() {
+    fn replay_when_repeated_or_needless_is_fine() {
         let (folder, journal) = journal();
         journal
             .record(&Undo::RemoveFile(folder.path().join("never")))
@@ -171,17 +296,12 @@ mod tests {
     }
 
     #[test]
-    fn torn_last_line_does_not_hide_the_others() {
+    fn journal_when_its_last_line_is_torn_keeps_the_others() {
         let (folder, journal) = journal();
         let file = folder.path().join("file");
         fs::write(&file, "x").unwrap();
         journal.record(&Undo::RemoveFile(file.clone())).unwrap();
-        journal
-            .file
-            .lock()
-            .unwrap()
-            .write_all(b"{\"undo\":\"unmount\",\"pa")
-            .unwrap();
+        journal.file().write_all(b"{\"undo\":\"unmount\",\"pa").unwrap();
 
         journal.replay().unwrap();
 
@@ -189,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_undone_is_named_and_the_rest_goes_on() {
+    fn replay_when_something_stays_names_it_and_goes_on() {
         let (folder, journal) = journal();
         let (file, directory) = (folder.path().join("file"), folder.path().join("directory"));
         fs::write(&file, "x").unwrap();
@@ -197,10 +317,70 @@ mod tests {
         journal.record(&Undo::RemoveFile(file.clone())).unwrap();
         journal.record(&Undo::RemoveFile(directory.clone())).unwrap();
 
-        let errors = journal.replay().unwrap_err();
+        let Err(JournalError::Left { left, .. }) = journal.replay() else {
+            panic!("a folder is no file");
+        };
 
-        assert_eq!(errors.len(), 1);
-        assert!(errors[0].contains(&directory.display().to_string()), "{errors:?}");
+        assert_eq!(left.len(), 1);
+        assert!(left[0].contains(&directory.display().to_string()), "{left:?}");
         assert!(!file.exists());
+    }
+
+    #[test]
+    fn journal_when_its_shim_lives_is_neither_opened_nor_replayed() {
+        let (folder, journal) = journal();
+        let (path, file) = (folder.path().join("state/journal"), folder.path().join("file"));
+        fs::write(&file, "x").unwrap();
+        journal.record(&Undo::RemoveFile(file.clone())).unwrap();
+
+        assert!(matches!(Journal::open(&path), Err(JournalError::InUse(_))));
+        assert!(matches!(replay(&path), Err(JournalError::InUse(_))));
+        assert!(file.exists());
+
+        // As when the process ends.
+        drop(journal);
+        replay(&path).unwrap();
+        assert!(!file.exists());
+    }
+
+    #[test]
+    fn journal_when_its_shim_is_dead_is_undone_before_a_new_one() {
+        let (folder, journal) = journal();
+        let state = folder.path().join("state");
+        journal.record(&Undo::RemoveTree(state.clone())).unwrap();
+        fs::write(state.join("left"), "x").unwrap();
+        drop(journal);
+
+        let journal = Journal::open(&state.join("journal")).unwrap();
+
+        assert!(!state.join("left").exists());
+        assert_eq!(journal.read().unwrap(), b"");
+        assert!(matches!(
+            Journal::open(&state.join("journal")),
+            Err(JournalError::InUse(_))
+        ));
+    }
+
+    #[test]
+    fn journal_when_the_file_system_is_full_has_no_torn_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let small = crate::types::Mount {
+            fs_type: "tmpfs".into(),
+            source: "tmpfs".into(),
+            options: vec!["size=4k".into()],
+            ..Default::default()
+        };
+        mounts::mount_request(&small, folder.path()).unwrap();
+        let journal = Journal::open(&folder.path().join("journal")).unwrap();
+        let never = Undo::RemoveFile(folder.path().join("never"));
+
+        let written = (0..1000).take_while(|_| journal.record(&never).is_ok()).count();
+
+        assert!((1..1000).contains(&written), "{written}");
+        let bytes = journal.read().unwrap();
+        assert_eq!(bytes.last(), Some(&b'\n'));
+        assert_eq!(entries(Path::new("journal"), &bytes).len(), written);
+        drop(journal);
+        mounts::unmount(folder.path()).unwrap();
     }
 }

@@ -4,11 +4,13 @@
 //! names a primitive of this module, never a resource. So nothing here imports `resource`, `sandbox` or anything else
 //! above it.
 
+pub mod bind;
 pub mod cgroup;
 pub mod journal;
 pub mod mountinfo;
 pub mod mounts;
 pub mod netns;
+mod overlay;
 
 use crate::error::{Error, ErrorKind, Result};
 

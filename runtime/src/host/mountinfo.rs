@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mount_points_are_unescaped_in_order() {
+    fn mount_points_when_escaped_are_read_in_order() {
         let table = b"22 1 0:20 / / rw - ext4 a rw\n23 22 0:21 / /a\\040b/c\\134 rw shared:1 - tmpfs t rw\n";
 
         assert_eq!(
@@ -66,7 +66,7 @@ mod tests {
     }
 
     #[test]
-    fn broken_escapes_stay_as_they_are() {
+    fn escapes_when_broken_stay_as_they_are() {
         assert_eq!(unescape(b"a\\9xy\\0"), b"a\\9xy\\0");
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use super::mountinfo;
+use super::{mountinfo, overlay};
 use crate::types::Mount;
 
 /// A mount that did not work.
@@ -105,6 +105,9 @@ pub fn mount_request(request: &Mount, target: &Path) -> Result<(), MountError> {
         }
     };
     let source = request.source.as_str();
+    if data.len() > overlay::MAX_OPTIONS {
+        return mount_long(request, target, flags, &data);
+    }
     mount(
         Some(source),
         target,
@@ -124,59 +127,26 @@ pub fn mount_request(request: &Mount, target: &Path) -> Result<(), MountError> {
     Ok(())
 }
 
-/// Binds `source` (and what is mounted below it) to `target`, which must exist.
-///
-/// # Errors
-/// [`MountError::Mount`]; nothing is left mounted then.
-pub fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), MountError> {
-    let error = |errno: nix::Error| MountError::Mount {
-        source_path: source.display().to_string(),
-        target: target.to_owned(),
-        fs_type: "bind".into(),
-        options: if read_only { "rbind,ro" } else { "rbind" }.into(),
-        source: errno.into(),
+/// More options than mount(2) takes; it would cut them off without a word.
+fn mount_long(request: &Mount, target: &Path, flags: MsFlags, data: &str) -> Result<(), MountError> {
+    let mounted = match request.fs_type.as_str() {
+        "overlay" => overlay::mount_long(&request.source, target, flags, data),
+        _ => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!(
+                "{} bytes of options, {} is the most",
+                data.len(),
+                overlay::MAX_OPTIONS
+            ),
+        )),
     };
-    let none = None::<&str>;
-    mount(
-        Some(source),
-        target,
-        none,
-        MsFlags::MS_BIND | MsFlags::MS_REC,
-        none,
-    )
-    .map_err(error)?;
-    // Unmounts below the copy must not travel back to the original.
-    let mut result = mount(none, target, none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none);
-    if result.is_ok() && read_only {
-        result = remount(target, MsFlags::MS_RDONLY);
-    }
-    result.map_err(|errno| {
-        if let Err(undo) = unmount(target) {
-            tracing::warn!(%undo, "after a failed bind mount");
-        }
-        error(errno)
-    })
-}
-
-/// Makes `folder` a mount point of its own whose later submounts reach other mount namespaces.
-///
-/// # Errors
-/// [`MountError::Mount`].
-pub fn bind_shared(folder: &Path) -> Result<(), MountError> {
-    bind(folder, folder, false)?;
-    mount(
-        None::<&str>,
-        folder,
-        None::<&str>,
-        MsFlags::MS_SHARED,
-        None::<&str>,
-    )
-    .map_err(|errno| MountError::Mount {
-        source_path: folder.display().to_string(),
-        target: folder.to_owned(),
-        fs_type: "none".into(),
-        options: "shared".into(),
-        source: errno.into(),
+    mounted.map_err(|source| MountError::Mount {
+        source_path: request.source.clone(),
+        target: target.to_owned(),
+        fs_type: request.fs_type.clone(),
+        // Not all of them: nobody reads pages.
+        options: format!("{} bytes", data.len()),
+        source,
     })
 }
 
@@ -214,6 +184,15 @@ pub fn unmount_below(folder: &Path) -> Result<(), MountError> {
         result = result.and(unmount(point));
     }
     result
+}
+
+/// Whether anything is mounted below `folder`, itself not counted.
+///
+/// # Errors
+/// [`MountError::MountInfo`].
+pub fn has_mounts_below(folder: &Path) -> Result<bool, MountError> {
+    let real = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+    Ok(mounts_below(&real)?.iter().any(|point| *point != real))
 }
 
 /// Removes `folder` with everything in it, after making sure that nothing is mounted there: through a mount, removing
@@ -316,9 +295,10 @@ fn parse_options(options: &[String]) -> (MsFlags, MsFlags, String) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::bind::{Bind, ReadOnly, bind};
 
     #[test]
-    fn options_split_into_flags_and_data() {
+    fn options_when_split_are_flags_and_data() {
         let options = [
             "ro",
             "rbind",
@@ -338,14 +318,18 @@ mod tests {
     }
 
     #[test]
-    fn remove_tree_leaves_the_source_of_a_bind_mount_alone() {
+    fn remove_tree_when_bound_leaves_the_source_alone() {
         let folder = tempfile::tempdir().unwrap();
         let (source, tree) = (folder.path().join("source"), folder.path().join("tree"));
         let target = tree.join("target");
         fs::create_dir_all(&source).unwrap();
         fs::create_dir_all(&target).unwrap();
         fs::write(source.join("precious"), "x").unwrap();
-        bind(&source, &target, true).unwrap();
+        let read_only = Bind {
+            read_only: ReadOnly::Top,
+            ..Bind::tree()
+        };
+        bind(&source, &target, read_only).unwrap();
         assert!(fs::write(target.join("new"), "x").is_err(), "read-only");
 
         remove_tree(&tree).unwrap();
@@ -356,7 +340,20 @@ mod tests {
     }
 
     #[test]
-    fn failed_mount_names_everything() {
+    fn options_when_beyond_a_page_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let request = Mount {
+            fs_type: "tmpfs".into(),
+            source: "tmpfs".into(),
+            options: vec!["size=4k,".repeat(600), "nonsense".into()],
+            ..Default::default()
+        };
+        let text = mount_request(&request, folder.path()).unwrap_err().to_string();
+        assert!(text.contains("4095"), "{text}");
+    }
+
+    #[test]
+    fn mount_when_it_fails_names_everything() {
         let request = Mount {
             fs_type: "ext4".into(),
             source: "/nonexistent".into(),

@@ -36,7 +36,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn net_dev_lists_interfaces_without_loopback() {
+    fn net_dev_when_parsed_has_no_loopback() {
         let text = "Inter-|   Receive\n face |bytes\n    lo: 1 2\n  eth0: 3 4\n";
         assert_eq!(parse_net_dev(text), ["eth0"]);
     }

@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn file_gets_the_console_and_stays_bounded() {
+    fn console_file_when_flooded_stays_bounded() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("console.log");
         let mut writer = start(&path, "s", true).unwrap();

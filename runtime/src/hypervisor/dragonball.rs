@@ -21,7 +21,7 @@ use super::{
     Attach, AttachDirection, BlockDevice, Capabilities, DeviceType, GuestListener, Hypervisor, READY_PORT,
     ShareFsDevice, VcpuThreadIds, VmExit, console,
 };
-use crate::config::{BootAsset, HypervisorConfig, TomlConfig};
+use crate::config::{BootAsset, HypervisorConfig, TomlConfig, VirtioFsCache};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::blocking;
 use crate::paths::SandboxPaths;
@@ -164,10 +164,10 @@ fn block(device: &BlockDevice) -> vmm::DeviceConfig {
 
 fn share(device: &ShareFsDevice) -> vmm::DeviceConfig {
     vmm::DeviceConfig::Fs(vmm::FsConfig {
-        cache: match device.cache.as_str() {
-            "never" => vmm::FsCache::Never,
-            "always" => vmm::FsCache::Always,
-            _ => vmm::FsCache::Auto,
+        cache: match device.cache {
+            VirtioFsCache::Never => vmm::FsCache::Never,
+            VirtioFsCache::Auto => vmm::FsCache::Auto,
+            VirtioFsCache::Always => vmm::FsCache::Always,
         },
         threads: device.threads,
         ..vmm::FsConfig::new(
@@ -597,7 +597,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cmdline_has_what_guest_and_agent_need_and_the_user_last() {
+    fn cmdline_when_made_has_the_users_words_last() {
         let mut config = TomlConfig::default();
         config.hypervisor.dragonball.kernel_params = " loglevel=8  foo=bar ".into();
         let text = cmdline(&config.hypervisor.dragonball, &config, false);
@@ -619,7 +619,7 @@ mod tests {
     }
 
     #[test]
-    fn image_is_the_root_disk_and_its_partition_is_found() {
+    fn image_when_partitioned_is_found() {
         let folder = tempfile::tempdir().unwrap();
         let image = folder.path().join("image");
         std::fs::write(&image, [0; 4096]).unwrap();
@@ -631,7 +631,7 @@ mod tests {
 
         let mut config = TomlConfig::default();
         config.hypervisor.dragonball.image = Some(image.clone());
-        let paths = SandboxPaths::below(folder.path(), "s1").unwrap();
+        let paths = SandboxPaths::below(folder.path(), "k8s.io", "s1").unwrap();
         let hypervisor = Dragonball::new(&config.hypervisor.dragonball, &config, &paths, false);
         assert!(
             hypervisor.cmdline.contains("root=/dev/vda1 ro rootfstype=erofs"),
@@ -647,10 +647,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn calls_in_the_wrong_order_are_refused() {
+    async fn calls_when_in_the_wrong_order_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let config = TomlConfig::default();
-        let paths = SandboxPaths::below(folder.path(), "s1").unwrap();
+        let paths = SandboxPaths::below(folder.path(), "k8s.io", "s1").unwrap();
         let vm = Dragonball::new(&config.hypervisor.dragonball, &config, &paths, false);
 
         assert_eq!(

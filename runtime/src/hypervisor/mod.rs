@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use crate::config::HypervisorConfig;
+use crate::config::{HypervisorConfig, VirtioFsCache};
 use crate::error::{Error, Result};
 
 pub use dragonball::{Dragonball, make_dragonball};
@@ -92,8 +92,8 @@ pub struct ShareFsDevice {
     pub tag: String,
     /// Host directory.
     pub shared_dir: PathBuf,
-    /// `never`, `auto` or `always`.
-    pub cache: String,
+    /// What the guest may keep.
+    pub cache: VirtioFsCache,
     /// Worker threads.
     pub threads: u8,
 }

@@ -36,9 +36,7 @@ impl CgroupsResource {
             if folder.exists() {
                 tracing::debug!(cgroup = %folder.display(), "joins an existing cgroup");
             } else {
-                journal
-                    .record(&Undo::RemoveCgroup(folder.clone()))
-                    .map_err(|error| Error::new(ErrorKind::Internal, format!("journal: {error}")))?;
+                journal.record(&Undo::RemoveCgroup(folder.clone()))?;
             }
             if let Err(error) = cgroup::join(folder) {
                 tracing::warn!(cgroup = %folder.display(), %error, "sandbox cgroup is not used");
@@ -86,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_and_systemd_names_become_folders() {
+    fn cgroups_path_when_systemds_becomes_a_folder() {
         let path = |text: &str| relative(Path::new(text)).map(|path| path.display().to_string());
         assert_eq!(path("/default/c1").unwrap(), "default/c1");
         assert_eq!(

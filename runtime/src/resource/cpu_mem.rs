@@ -1,10 +1,9 @@
 //! How big a VM is: once, from the pod's limits, before it starts.
 
-use std::collections::HashMap;
-
 use oci_spec::runtime::{LinuxResources, Spec};
 
-use crate::config::HypervisorConfig;
+use crate::config::{ConfigFile, Origin};
+use crate::cri;
 
 /// Least memory of a VM sized by limits, MiB: kernel and agent must boot. The host gives it page by page.
 const MIN_SIZED_MIB: u64 = 256;
@@ -19,30 +18,17 @@ pub struct InitialSizeManager {
 impl InitialSizeManager {
     /// Reads the limits: those of the pod as CRI annotates them, or those of the one container.
     pub fn new(spec: &Spec) -> Self {
-        let empty = HashMap::new();
-        let annotations = spec.annotations().as_ref().unwrap_or(&empty);
-        let number = |name: &str| -> Option<i64> {
-            annotations
-                .get(&format!("io.kubernetes.cri.sandbox-{name}"))
-                .and_then(|text| text.parse().ok())
-        };
-        let annotated = Self {
-            vcpus: vcpus(
-                number("cpu-quota"),
-                number("cpu-period").and_then(|period| u64::try_from(period).ok()),
-            ),
-            memory_mib: mib(number("memory")),
-        };
-        if annotations
-            .keys()
-            .any(|name| name.starts_with("io.kubernetes.cri.sandbox-"))
-        {
-            return annotated;
+        let pod = spec.annotations().as_ref().and_then(cri::pod_limits);
+        if let Some(pod) = pod {
+            return Self {
+                vcpus: vcpus(pod.cpu_quota, pod.cpu_period),
+                memory_mib: mib(pod.memory),
+            };
         }
         spec.linux()
             .as_ref()
             .and_then(|linux| linux.resources().as_ref())
-            .map_or(annotated, Self::of_resources)
+            .map_or_else(Self::default, Self::of_resources)
     }
 
     /// Limits as a CRI has them: microseconds of CPU time in each period, bytes of memory; 0 for none.
@@ -61,19 +47,33 @@ impl InitialSizeManager {
         }
     }
 
-    /// Puts the size into `config`: limit plus overhead; without a limit the configured default stays.
-    pub fn setup_config(&self, config: &mut HypervisorConfig) {
+    /// Puts the size into `file`: limit plus overhead; without a limit the configured default stays. The result has still
+    /// to be validated. Returns the warnings.
+    pub fn setup_config(&self, file: &mut ConfigFile) -> Vec<String> {
+        let config = &mut file.config.hypervisor.dragonball;
+        let mut warnings = Vec::new();
         if let Some(vcpus) = self.vcpus {
-            config.default_vcpus = (vcpus + config.overhead_vcpus)
-                .ceil()
-                .clamp(1.0, f64::from(crate::config::MAX_VCPUS));
+            let (wanted, most) = ((vcpus + config.overhead_vcpus).ceil(), config.vcpu_limit());
+            if wanted > f64::from(most) {
+                warnings.push(format!(
+                    "the pod's limit asks for {wanted} vCPUs: {most} is the most (hypervisor.dragonball.default_maxvcpus = {})",
+                    config.default_maxvcpus
+                ));
+            }
+            config.default_vcpus = wanted.clamp(1.0, f64::from(most));
+            file.origins
+                .set_by(Origin::Limits, "hypervisor.dragonball.default_vcpus");
         }
         if let Some(memory) = self.memory_mib {
             config.default_memory = memory
                 .saturating_add(config.overhead_memory)
-                .next_multiple_of(2)
+                .checked_next_multiple_of(2)
+                .unwrap_or(u64::MAX)
                 .max(MIN_SIZED_MIB);
+            file.origins
+                .set_by(Origin::Limits, "hypervisor.dragonball.default_memory");
         }
+        warnings
     }
 }
 
@@ -95,21 +95,59 @@ mod tests {
     use super::*;
 
     fn sized(json: &str) -> (f64, u64) {
-        let spec: Spec = serde_json::from_str(json).unwrap();
-        let mut config = HypervisorConfig::default();
-        InitialSizeManager::new(&spec).setup_config(&mut config);
+        let (file, warnings) = sized_file(json, 8);
+        assert_eq!(warnings, Vec::<String>::new());
+        let config = file.config.hypervisor.dragonball;
         (config.default_vcpus, config.default_memory)
     }
 
+    fn sized_file(json: &str, default_maxvcpus: u32) -> (ConfigFile, Vec<String>) {
+        let spec: Spec = serde_json::from_str(json).unwrap();
+        let mut file = ConfigFile::default();
+        file.config.hypervisor.dragonball.default_maxvcpus = default_maxvcpus;
+        let warnings = InitialSizeManager::new(&spec).setup_config(&mut file);
+        (file, warnings)
+    }
+
     #[test]
-    fn limits_of_a_single_container_size_the_vm() {
+    fn vcpus_when_beyond_the_maximum_are_cut_and_told() {
+        let json = r#"{"ociVersion":"1.0.2","linux":{"resources":{"cpu":{"quota":900000,"period":100000}}}}"#;
+        let (file, warnings) = sized_file(json, 4);
+        assert_eq!(file.config.hypervisor.dragonball.boot_vcpus(), 4);
+        assert!(
+            warnings[0].contains("10 vCPUs") && warnings[0].contains("default_maxvcpus = 4"),
+            "{warnings:?}"
+        );
+        file.config.validate(&file.origins).unwrap();
+
+        let (file, _) = sized_file(json, 0);
+        let host = std::thread::available_parallelism().unwrap().get();
+        assert_eq!(
+            usize::from(file.config.hypervisor.dragonball.boot_vcpus()),
+            host.min(10)
+        );
+    }
+
+    #[test]
+    fn size_when_no_vm_can_have_it_is_an_error_of_the_limits() {
+        let json = r#"{"ociVersion":"1.0.2","linux":{"resources":{"memory":{"limit":2199023255552}}}}"#;
+        let (file, _) = sized_file(json, 0);
+        let error = file.config.validate(&file.origins).unwrap_err().to_string();
+        assert!(
+            error.starts_with("limits of the pod: hypervisor.dragonball.default_memory = "),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn size_when_a_single_container_has_limits_follows_them() {
         let json = r#"{"ociVersion":"1.0.2","linux":{"resources":{"cpu":{"quota":150000,"period":100000},
             "memory":{"limit":1073741824}}}}"#;
         assert_eq!(sized(json), (2.0, 1056));
     }
 
     #[test]
-    fn annotations_of_a_pod_win_over_its_pause_container() {
+    fn size_when_a_pod_is_annotated_ignores_its_pause_container() {
         let json = r#"{"ociVersion":"1.0.2","annotations":{"io.kubernetes.cri.sandbox-cpu-quota":"400000",
             "io.kubernetes.cri.sandbox-cpu-period":"100000","io.kubernetes.cri.sandbox-memory":"536870912"},
             "linux":{"resources":{"memory":{"limit":1}}}}"#;
@@ -117,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn no_limits_keep_the_default_and_small_ones_boot() {
+    fn size_when_unlimited_or_tiny_still_boots() {
         assert_eq!(sized(r#"{"ociVersion":"1.0.2"}"#), (1.0, 2048));
         let json =
             r#"{"ociVersion":"1.0.2","linux":{"resources":{"cpu":{"quota":-1},"memory":{"limit":-1}}}}"#;

@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn same_device_is_added_once_and_removed_with_its_last_user() {
+    async fn device_when_wanted_twice_is_added_once() {
         let (vm, manager) = manager();
         let (one, two) = tokio::join!(
             manager.attach(disk("/dev/x", true)),
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn writable_and_read_only_disks_of_one_file_are_two() {
+    async fn disks_when_one_may_be_written_are_two() {
         let (vm, manager) = manager();
         let writable = manager.attach(disk("/dev/x", false)).await.unwrap();
         let read_only = manager.attach(disk("/dev/x", true)).await.unwrap();
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn device_that_cannot_be_added_leaves_nothing_and_can_be_tried_again() {
+    async fn device_when_it_cannot_be_added_leaves_nothing() {
         let (vm, manager) = manager();
         vm.refuse_devices(true);
         assert!(manager.attach(disk("/dev/x", false)).await.is_err());
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn device_wanted_again_while_it_is_removed_is_added_anew() {
+    async fn device_when_wanted_while_removed_is_added_anew() {
         let (vm, manager) = manager();
         let id = manager
             .attach(disk("/dev/x", false))

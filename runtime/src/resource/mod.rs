@@ -139,7 +139,7 @@ impl ResourceManager {
     /// Naming the mount that is missing or not supported; nothing is left shared then.
     pub async fn handle_volumes(&self, container: &str, spec: &Arc<Spec>) -> Result<Volumes> {
         let share = self.share_fs.get_share_fs_mount();
-        Volumes::new(share, &self.devices, container, spec).await
+        Volumes::new(share, &self.devices, self.paths.id(), container, spec).await
     }
 
     /// Undoes everything, also what a caller forgot. Blocks. Idempotent.
@@ -148,10 +148,9 @@ impl ResourceManager {
     /// `Internal` naming everything that is left.
     pub fn cleanup(&self) -> Result<()> {
         self.share_fs.stop();
-        self.journal.replay().map_err(|errors| {
-            let left = errors.join("; ");
-            Error::new(ErrorKind::Internal, format!("cleanup of sandbox: {left}"))
-        })
+        self.journal
+            .replay()
+            .map_err(|error| Error::from(error).context("cleanup of sandbox"))
     }
 
     /// Figures of the host side, for the sandbox's status.
@@ -164,28 +163,12 @@ impl ResourceManager {
 }
 
 fn open_journal(paths: &SandboxPaths) -> Result<Journal> {
-    let journal = paths.journal();
-    if journal.exists() {
-        // What a crashed shim of the same sandbox left; its `delete` may not have run.
-        tracing::warn!(journal = %journal.display(), "state of an earlier sandbox is cleaned up");
-        crate::host::journal::replay(&journal).map_err(|errors| {
-            Error::new(
-                ErrorKind::AlreadyExists,
-                format!("sandbox state {}: {}", paths.state().display(), errors.join("; ")),
-            )
-        })?;
-    }
-    let failed = |error| {
-        Error::new(
-            ErrorKind::Internal,
-            format!("journal {}: {error}", journal.display()),
-        )
-    };
-    let open = Journal::open(&journal).map_err(failed)?;
+    let journal = Journal::open(&paths.journal())?;
     // First in, last out: the state folder goes when everything else is gone.
-    open.record(&Undo::RemoveTree(paths.state())).map_err(failed)?;
-    open.record(&Undo::RemoveTree(paths.sandbox_share()))
-        .map_err(failed)?;
-    std::fs::create_dir_all(paths.jail()).map_err(failed)?;
-    Ok(open)
+    journal.record(&Undo::RemoveTree(paths.state()))?;
+    journal.record(&Undo::RemoveTree(paths.sandbox_share()))?;
+    let jail = paths.jail();
+    std::fs::create_dir_all(&jail)
+        .map_err(|error| Error::new(ErrorKind::Internal, format!("create {}: {error}", jail.display())))?;
+    Ok(journal)
 }

@@ -88,9 +88,7 @@ impl ShareFsRootfs {
                 relative => below(bundle, relative)?,
             };
             make_folder(&target)?;
-            journal
-                .record(&Undo::Unmount(target.clone()))
-                .map_err(|error| Error::new(ErrorKind::Internal, format!("journal: {error}")))?;
+            journal.record(&Undo::Unmount(target.clone()))?;
             self.targets.insert(0, target.clone());
             mounts::mount_request(&request, &target)?;
         }
@@ -101,7 +99,7 @@ impl ShareFsRootfs {
             ));
         }
         // Shared writable even for a read-only root: mount points may have to be made first. The guest remounts it.
-        self.guest_path = self.mount.share_rootfs(&self.container, &folder, false)?;
+        self.guest_path = self.mount.share_rootfs(&self.container, &folder)?;
         Ok(())
     }
 

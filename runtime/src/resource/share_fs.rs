@@ -12,6 +12,7 @@ use protocols::agent::Storage;
 use super::device_manager::DeviceManager;
 use crate::config::HypervisorConfig;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::bind::{Bind, bind, bind_to_itself};
 use crate::host::journal::{Journal, Undo};
 use crate::host::mounts;
 use crate::hypervisor::{DeviceType, ShareFsDevice};
@@ -36,12 +37,12 @@ pub trait ShareFsMount: Send + Sync {
     ///
     /// # Errors
     /// Naming source and target.
-    fn share_rootfs(&self, container: &str, source: &Path, read_only: bool) -> Result<String>;
+    fn share_rootfs(&self, container: &str, source: &Path) -> Result<String>;
     /// Shares a file or folder under `name`; returns its path in the guest.
     ///
     /// # Errors
     /// Naming source and target.
-    fn share_volume(&self, name: &str, source: &Path, read_only: bool) -> Result<String>;
+    fn share_volume(&self, name: &str, source: &Path, how: Bind) -> Result<String>;
     /// Stops sharing a volume.
     ///
     /// # Errors
@@ -72,7 +73,7 @@ impl InlineVirtioFs {
             id: "share".into(),
             tag: SHARE_TAG.into(),
             shared_dir: paths.share(),
-            cache: config.virtio_fs_cache.clone(),
+            cache: config.virtio_fs_cache,
             threads: config.virtio_fs_threads(),
         };
         let mount = ShareMounts {
@@ -100,8 +101,8 @@ impl ShareFs for InlineVirtioFs {
         // Guest root owns what it makes here; nobody else on the host has business in it.
         fs::set_permissions(&share, fs::Permissions::from_mode(0o700)).map_err(failed)?;
         self.mount.record(&Undo::Unmount(share.clone()))?;
-        // Later bind mounts must reach the mount namespace of the threads that serve the share.
-        mounts::bind_shared(&share)?;
+        // The threads that serve the share look into this mount namespace: nothing has to be propagated to them.
+        bind_to_itself(&share)?;
         devices
             .attach(DeviceType::ShareFs(self.device.clone()))
             .await
@@ -135,12 +136,10 @@ struct ShareMounts {
 
 impl ShareMounts {
     fn record(&self, undo: &Undo) -> Result<()> {
-        self.journal
-            .record(undo)
-            .map_err(|error| Error::new(ErrorKind::Internal, format!("journal: {error}")))
+        Ok(self.journal.record(undo)?)
     }
 
-    fn share(&self, name: &str, source: &Path, read_only: bool) -> Result<String> {
+    fn share(&self, name: &str, source: &Path, how: Bind) -> Result<String> {
         let target = self.paths.passthrough(name);
         let metadata = fs::metadata(source).map_err(|error| {
             let kind = match error.kind() {
@@ -156,7 +155,7 @@ impl ShareMounts {
             )
         })?;
         self.record(&Undo::Unmount(target.clone()))?;
-        mounts::bind(source, &target, read_only)?;
+        bind(source, &target, how)?;
         self.shared
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -201,12 +200,12 @@ fn make_target(target: &PathBuf, folder: bool) -> std::io::Result<()> {
 }
 
 impl ShareFsMount for ShareMounts {
-    fn share_rootfs(&self, container: &str, source: &Path, read_only: bool) -> Result<String> {
-        self.share(&format!("{container}/rootfs"), source, read_only)
+    fn share_rootfs(&self, container: &str, source: &Path) -> Result<String> {
+        self.share(&format!("{container}/rootfs"), source, Bind::tree())
     }
 
-    fn share_volume(&self, name: &str, source: &Path, read_only: bool) -> Result<String> {
-        self.share(name, source, read_only)
+    fn share_volume(&self, name: &str, source: &Path, how: Bind) -> Result<String> {
+        self.share(name, source, how)
     }
 
     fn umount_volume(&self, name: &str) -> Result<()> {

@@ -1,7 +1,7 @@
-//! A container's mounts: what the guest makes itself, what is shared from the host, what cannot be had.
+//! A container's mounts: what the guest makes itself, what is shared from the host, what cannot be had and is refused.
 
 use std::fs;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,7 +12,8 @@ use protocols::agent::{Device, Storage};
 use super::device_manager::DeviceManager;
 use super::share_fs::ShareFsMount;
 use crate::error::{Error, ErrorKind, Result};
-use crate::host::blocking;
+use crate::host::bind::{Bind, Propagation, ReadOnly};
+use crate::host::{blocking, mounts};
 use crate::paths::GUEST_SANDBOX;
 
 /// Default size of a pod's /dev/shm, bytes.
@@ -50,21 +51,14 @@ impl Volumes {
     pub async fn new(
         share: Arc<dyn ShareFsMount>,
         devices: &DeviceManager,
+        sandbox_id: &str,
         container: &str,
         spec: &Arc<Spec>,
     ) -> Result<Self> {
-        let failed = |error: Error, mount: &OciMount| {
-            let destination = mount.destination().display();
-            error.context(format!("mount {destination} of container {container}"))
-        };
-        let looked_at = spec.clone();
+        let (looked_at, sandbox) = (spec.clone(), sandbox_id.to_owned());
         let kinds = blocking("volumes", move || {
-            Ok(looked_at
-                .mounts()
-                .iter()
-                .flatten()
-                .map(classify)
-                .collect::<Vec<_>>())
+            let mounts = looked_at.mounts().iter().flatten();
+            Ok(mounts.map(|mount| classify(mount, &sandbox)).collect::<Vec<_>>())
         });
         let mut volumes = Self::default();
         for (index, (mount, kind)) in spec.mounts().iter().flatten().zip(kinds.await?).enumerate() {
@@ -76,7 +70,7 @@ impl Volumes {
                 Ok(volume) => volumes.volumes.push(volume),
                 Err(error) => {
                     volumes.cleanup(devices).await;
-                    return Err(failed(error, mount));
+                    return Err(named(error, mount, container));
                 }
             }
         }
@@ -117,6 +111,23 @@ impl Volumes {
     }
 }
 
+/// Checks every mount of `spec` without setting anything up: before a VM is booted for it.
+///
+/// # Errors
+/// As [`Volumes::new`].
+pub fn check(sandbox_id: &str, container: &str, spec: &Spec) -> Result<()> {
+    spec.mounts().iter().flatten().try_for_each(|mount| {
+        classify(mount, sandbox_id)
+            .map(drop)
+            .map_err(|error| named(error, mount, container))
+    })
+}
+
+fn named(error: Error, mount: &OciMount, container: &str) -> Error {
+    let destination = mount.destination().display();
+    error.context(format!("mount {destination} of container {container}"))
+}
+
 /// What becomes of a mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Kind {
@@ -125,39 +136,89 @@ enum Kind {
     /// The pod's shared memory.
     Shm,
     /// Bind of a host file or folder.
-    Share { source: PathBuf, read_only: bool },
-    /// Left out, with a warning.
-    Dropped,
+    Share { source: PathBuf, how: Bind },
 }
 
-fn classify(mount: &OciMount) -> Result<Kind> {
-    let destination = mount.destination();
+/// Devices that every kernel has by itself, the guest's as well as the host's.
+const KERNEL_DEVICES: [&str; 10] = [
+    "null", "zero", "full", "random", "urandom", "tty", "console", "ptmx", "fuse", "net/tun",
+];
+
+/// Filesystems the guest makes from nothing.
+const GUEST_FILESYSTEMS: [&str; 11] = [
+    "proc",
+    "sysfs",
+    "tmpfs",
+    "devpts",
+    "mqueue",
+    "cgroup",
+    "cgroup2",
+    "securityfs",
+    "debugfs",
+    "tracefs",
+    "bpf",
+];
+
+fn classify(mount: &OciMount, sandbox_id: &str) -> Result<Kind> {
     let options = mount.options().as_deref().unwrap_or_default();
     let option = |name: &str| options.iter().any(|option| option == name);
     let fs_type = mount.typ().as_deref().unwrap_or_default();
-    let bind = fs_type == "bind" || option("bind") || option("rbind");
-    if !bind {
-        return match fs_type {
-            "proc" | "sysfs" | "tmpfs" | "devpts" | "mqueue" | "cgroup" | "cgroup2" | "securityfs"
-            | "debugfs" | "tracefs" | "bpf" => Ok(Kind::Guest),
-            other => Err(Error::new(
-                ErrorKind::Unimplemented,
-                format!(
-                    "filesystem type {other:?} is not supported inside the VM; bind-mount a host folder instead"
-                ),
-            )),
+    if !(fs_type == "bind" || option("bind") || option("rbind")) {
+        return if GUEST_FILESYSTEMS.contains(&fs_type) {
+            Ok(Kind::Guest)
+        } else {
+            refused(format!(
+                "filesystem type {fs_type:?} is not supported inside the VM; bind-mount a host folder instead"
+            ))
         };
     }
     let source = mount.source().clone().unwrap_or_default();
-    if destination == Path::new("/dev/shm") {
+    if mount.destination() == Path::new("/dev/shm") && is_sandbox_shm(&source, sandbox_id) {
         return Ok(Kind::Shm);
     }
     // /proc and /sys of the host would show the wrong kernel: the guest's own are bound.
     if source.starts_with("/proc") || source.starts_with("/sys") {
         return Ok(Kind::Guest);
     }
-    let read_only = option("ro");
-    let metadata = fs::metadata(&source).map_err(|error| {
+    if let Some(own) = device(&source)? {
+        return Ok(own);
+    }
+    if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
+        return refused("id-mapped mounts are not supported: files would have the wrong owners".into());
+    }
+    if let Some(shared) = ["shared", "rshared"].iter().find(|name| option(name)) {
+        return refused(format!(
+            "propagation {shared}: what is mounted inside the VM cannot appear on the host; use rslave"
+        ));
+    }
+    let how = Bind {
+        recursive: !option("bind"),
+        read_only: if option("rro") {
+            ReadOnly::All
+        } else if option("ro") {
+            ReadOnly::Top
+        } else {
+            ReadOnly::No
+        },
+        propagation: if option("rslave") || option("slave") {
+            Propagation::Slave
+        } else {
+            Propagation::Private
+        },
+    };
+    Ok(Kind::Share { source, how })
+}
+
+fn refused<T>(message: String) -> Result<T> {
+    Err(Error::new(ErrorKind::Unimplemented, message))
+}
+
+/// What a source that is no ordinary file or folder becomes; `None` for those that can be shared.
+///
+/// # Errors
+/// `NotFound` for one that does not exist, `Unimplemented` for those whose data would silently be someone else's.
+fn device(source: &Path) -> Result<Option<Kind>> {
+    let metadata = fs::metadata(source).map_err(|error| {
         let kind = if error.kind() == std::io::ErrorKind::NotFound {
             ErrorKind::NotFound
         } else {
@@ -166,19 +227,62 @@ fn classify(mount: &OciMount) -> Result<Kind> {
         Error::new(kind, format!("source {}: {error}", source.display()))
     })?;
     let file_type = metadata.file_type();
-    if source == Path::new("/dev") || file_type.is_char_device() {
-        // The guest's devtmpfs has the same standard devices; others exist on the host only.
-        tracing::warn!(source = %source.display(), destination = %destination.display(), "the guest's own device is mounted");
-        return Ok(Kind::Guest);
+    let shown = source.display();
+    // Kata's meaning of the whole folder: the devices of the container's own kernel.
+    let kernels_own = source == Path::new("/dev")
+        || KERNEL_DEVICES
+            .iter()
+            .any(|name| source == Path::new("/dev").join(name));
+    if kernels_own {
+        tracing::debug!(source = %shown, "the guest's own device is mounted");
+        return Ok(Some(Kind::Guest));
     }
     if file_type.is_block_device() {
-        tracing::warn!(source = %source.display(), destination = %destination.display(), "block devices are not passed to the guest: mount left out");
-        return Ok(Kind::Dropped);
+        return refused(format!(
+            "source {shown} is a block device, which is not passed to the guest; mount its filesystem on the host and \
+             bind-mount that"
+        ));
+    }
+    if file_type.is_char_device() {
+        return refused(format!(
+            "source {shown} is a device of the host, which is not passed to the guest"
+        ));
     }
     if file_type.is_socket() || file_type.is_fifo() {
-        tracing::warn!(source = %source.display(), destination = %destination.display(), "sockets and FIFOs of the host cannot be used inside the VM");
+        return refused(format!(
+            "source {shown} is a socket or FIFO: its other end on the host cannot be reached from inside the VM"
+        ));
     }
-    Ok(Kind::Share { source, read_only })
+    if file_type.is_dir() && fs::metadata("/dev").is_ok_and(|devices| devices.dev() == metadata.dev()) {
+        return refused(format!(
+            "source {shown} is a folder of devices of the host, which are not passed to the guest"
+        ));
+    }
+    Ok(None)
+}
+
+/// Whether `source` is the shared memory that the CRI (`…/sandboxes/<id>/shm`), CRI-O (`…/<id>/userdata/shm`) or Docker
+/// (`…/containers/<id>/mounts/shm`) makes for the sandbox. Anything else on /dev/shm is a volume like others.
+fn is_sandbox_shm(source: &Path, sandbox_id: &str) -> bool {
+    source.file_name().is_some_and(|name| name == "shm")
+        && source.components().any(|part| part.as_os_str() == sandbox_id)
+}
+
+/// The options of a shared mount for the guest, where the share is one mount whatever is mounted below `source`.
+fn guest_options(options: &[String], source: &Path, how: Bind) -> Result<Vec<String>> {
+    // `ro` of the top mount would be one of everything below it in the guest. The host's mount refuses to be written.
+    let drop_ro = how.read_only == ReadOnly::Top
+        && how.recursive
+        && (how.propagation == Propagation::Slave || mounts::has_mounts_below(source)?);
+    let options = options.iter().filter(|option| !(drop_ro && *option == "ro"));
+    let plain = options.map(|option| match option.as_str() {
+        // Recursive attributes (mount_setattr(2)): there is one mount to set them on.
+        "rro" | "rrw" | "rnosuid" | "rsuid" | "rnodev" | "rdev" | "rnoexec" | "rexec" | "rnodiratime"
+        | "rdiratime" | "rrelatime" | "rnorelatime" | "rnoatime" | "ratime" | "rstrictatime"
+        | "rnostrictatime" => option[1..].to_owned(),
+        other => other.to_owned(),
+    });
+    Ok(plain.collect())
 }
 
 async fn set_up(
@@ -189,29 +293,32 @@ async fn set_up(
     kind: Kind,
 ) -> Result<Box<dyn Volume>> {
     match kind {
-        Kind::Guest => Ok(Box::new(GuestVolume {
-            mount: Some(mount.clone()),
-        })),
-        Kind::Dropped => Ok(Box::new(GuestVolume { mount: None })),
+        Kind::Guest => Ok(Box::new(GuestVolume { mount: mount.clone() })),
         Kind::Shm => {
             let mut mount = mount.clone();
             mount.set_typ(Some("bind".into()));
             mount.set_source(Some(format!("{GUEST_SANDBOX}/shm").into()));
             mount.set_options(Some(vec!["rbind".into()]));
-            Ok(Box::new(GuestVolume { mount: Some(mount) }))
+            Ok(Box::new(GuestVolume { mount }))
         }
-        Kind::Share { source, read_only } => {
+        Kind::Share { source, how } => {
             // Kata's naming: container, something unique, and the name people know it by.
             let base = mount
                 .destination()
                 .file_name()
                 .map_or("root".into(), |name| name.to_string_lossy());
             let name = format!("{container}-{index:08x}-{base}");
-            let guest_path = {
+            let options = mount.options().clone().unwrap_or_default();
+            let (options, guest_path) = {
                 let (share, name) = (share.clone(), name.clone());
-                blocking("share", move || share.share_volume(&name, &source, read_only)).await?
+                blocking("share", move || {
+                    let options = guest_options(&options, &source, how)?;
+                    Ok((options, share.share_volume(&name, &source, how)?))
+                })
+                .await?
             };
             let mut mount = mount.clone();
+            mount.set_options(Some(options));
             mount.set_typ(Some("bind".into()));
             mount.set_source(Some(guest_path.into()));
             Ok(Box::new(ShareFsVolume {
@@ -224,13 +331,13 @@ async fn set_up(
 }
 
 struct GuestVolume {
-    mount: Option<OciMount>,
+    mount: OciMount,
 }
 
 #[async_trait]
 impl Volume for GuestVolume {
     fn get_volume_mount(&self) -> Option<OciMount> {
-        self.mount.clone()
+        Some(self.mount.clone())
     }
     fn get_storage(&self) -> Option<Storage> {
         None
@@ -260,16 +367,16 @@ impl Volume for ShareFsVolume {
     }
 }
 
-/// Size of the pod's shared memory: that of the host folder bound to /dev/shm, or the default.
-pub fn shm_size(spec: &Spec) -> u64 {
+/// Size of the pod's shared memory: that of the host folder the CRI made for it, or the default.
+pub fn shm_size(spec: &Spec, sandbox_id: &str) -> u64 {
     let bound = spec
         .mounts()
         .iter()
         .flatten()
         .find(|mount| mount.destination() == Path::new("/dev/shm"));
     let source = bound
-        .filter(|mount| mount.typ().as_deref() == Some("bind"))
-        .and_then(|mount| mount.source().as_ref());
+        .and_then(|mount| mount.source().as_ref())
+        .filter(|source| is_sandbox_shm(source, sandbox_id));
     let Some(source) = source else {
         return DEFAULT_SHM_SIZE;
     };
@@ -308,46 +415,185 @@ mod tests {
         mount
     }
 
+    /// Id of the sandbox in these tests.
+    const SANDBOX: &str = "s1";
+
     #[test]
-    fn mounts_are_made_in_the_guest_shared_or_refused() {
+    fn mounts_when_classified_are_made_or_shared() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().to_str().unwrap();
-        let share = |read_only| Kind::Share {
+        let share = |recursive, read_only, propagation| Kind::Share {
             source: path.into(),
-            read_only,
+            how: Bind {
+                recursive,
+                read_only,
+                propagation,
+            },
         };
+        use Propagation::{Private, Slave};
         for (mount, expected) in [
             (mount("/proc", "proc", "proc", &["nosuid"]), Kind::Guest),
             (mount("/dev", "tmpfs", "tmpfs", &["mode=755"]), Kind::Guest),
             (mount("/dev/shm", "tmpfs", "shm", &["size=65536k"]), Kind::Guest),
-            (mount("/dev/shm", "bind", path, &["rbind"]), Kind::Shm),
             (mount("/sys/fs/cgroup", "cgroup", "cgroup", &["ro"]), Kind::Guest),
-            (mount("/data", "bind", path, &["rbind", "rw"]), share(false)),
-            (mount("/data", "none", path, &["bind", "ro"]), share(true)),
+            (
+                mount("/data", "bind", path, &["rbind", "rw"]),
+                share(true, ReadOnly::No, Private),
+            ),
+            (
+                mount("/data", "none", path, &["bind", "ro"]),
+                share(false, ReadOnly::Top, Private),
+            ),
+            (
+                mount("/data", "bind", path, &["rbind", "rro"]),
+                share(true, ReadOnly::All, Private),
+            ),
+            (
+                mount("/data", "bind", path, &["rbind", "ro", "rslave"]),
+                share(true, ReadOnly::Top, Slave),
+            ),
             (mount("/host/proc", "bind", "/proc", &["rbind"]), Kind::Guest),
+            (mount("/dev", "bind", "/dev", &["rbind"]), Kind::Guest),
             (mount("/dev/null", "bind", "/dev/null", &["bind"]), Kind::Guest),
         ] {
-            assert_eq!(classify(&mount).unwrap(), expected, "{mount:?}");
+            assert_eq!(classify(&mount, SANDBOX).unwrap(), expected, "{mount:?}");
         }
     }
 
     #[test]
-    fn missing_source_and_foreign_filesystems_are_named() {
-        let error = classify(&mount("/data", "bind", "/nonexistent/x", &["rbind"])).unwrap_err();
-        assert_eq!(error.kind, ErrorKind::NotFound);
-        assert!(error.message.contains("/nonexistent/x"), "{error}");
+    fn dev_shm_when_its_source_is_the_pods_is_the_pods() {
+        let folder = tempfile::tempdir().unwrap();
+        for (path, pods) in [
+            ("sandboxes/s1/shm", true),
+            ("s1/userdata/shm", true),
+            ("containers/s1/mounts/shm", true),
+            ("sandboxes/s2/shm", false),
+            ("pods/uid/volumes/kubernetes.io~empty-dir/shm", false),
+            ("s1/memory", false),
+        ] {
+            let source = folder.path().join(path);
+            fs::create_dir_all(&source).unwrap();
+            let mount = mount("/dev/shm", "bind", source.to_str().unwrap(), &["rbind"]);
+            assert_eq!(classify(&mount, SANDBOX).unwrap() == Kind::Shm, pods, "{path}");
+        }
+    }
 
-        let error = classify(&mount("/data", "nfs", "host:/x", &[])).unwrap_err();
-        assert_eq!(error.kind, ErrorKind::Unimplemented);
-        assert!(error.message.contains("\"nfs\""), "{error}");
+    /// A file of every kind that cannot be had in the guest, and a word its refusal must have.
+    fn foreign(folder: &Path) -> Vec<(PathBuf, &'static str)> {
+        use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+        let node = |name: &str, kind, major, minor| {
+            let path = folder.join(name);
+            mknod(&path, kind, Mode::S_IRWXU, makedev(major, minor)).unwrap();
+            path
+        };
+        let socket = folder.join("socket");
+        drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+        vec![
+            (node("disk", SFlag::S_IFBLK, 7, 0), "block device"),
+            (node("device", SFlag::S_IFCHR, 10, 232), "device of the host"),
+            (node("fifo", SFlag::S_IFIFO, 0, 0), "FIFO"),
+            (socket, "socket"),
+            ("/dev/pts/..".into(), "folder of devices"),
+        ]
     }
 
     #[test]
-    fn shm_takes_the_size_of_a_bound_tmpfs_only() {
-        let mut spec = Spec::default();
-        spec.set_mounts(Some(vec![mount("/dev/shm", "tmpfs", "shm", &["size=1k"])]));
-        assert_eq!(shm_size(&spec), DEFAULT_SHM_SIZE);
-        spec.set_mounts(Some(vec![mount("/dev/shm", "bind", "/nonexistent", &["rbind"])]));
-        assert_eq!(shm_size(&spec), DEFAULT_SHM_SIZE);
+    fn source_when_it_would_not_be_the_hosts_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        for (source, word) in foreign(folder.path()) {
+            let mount = mount("/data", "bind", source.to_str().unwrap(), &["rbind"]);
+            let mut spec = Spec::default();
+            spec.set_mounts(Some(vec![mount]));
+
+            let error = check(SANDBOX, "c1", &spec).unwrap_err();
+
+            assert_eq!(error.kind, ErrorKind::Unimplemented, "{error}");
+            let names_all = error.message.contains("mount /data of container c1")
+                && error.message.contains(&*source.to_string_lossy());
+            assert!(names_all && error.message.contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn mount_when_it_cannot_be_had_is_named() {
+        let error = classify(&mount("/data", "bind", "/nonexistent/x", &["rbind"]), SANDBOX).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::NotFound);
+        assert!(error.message.contains("/nonexistent/x"), "{error}");
+
+        let error = classify(&mount("/data", "nfs", "host:/x", &[]), SANDBOX).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Unimplemented);
+        assert!(error.message.contains("\"nfs\""), "{error}");
+
+        let error = classify(&mount("/data", "bind", "/tmp", &["rbind", "rshared"]), SANDBOX).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Unimplemented);
+        assert!(error.message.contains("rshared"), "{error}");
+    }
+
+    #[test]
+    fn read_only_when_of_the_top_mount_leaves_those_below_writable() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = ["rbind", "ro"].map(String::from);
+        let of = |read_only, propagation| {
+            let how = Bind {
+                read_only,
+                propagation,
+                ..Bind::tree()
+            };
+            guest_options(&options, folder.path(), how).unwrap()
+        };
+        assert_eq!(
+            of(ReadOnly::Top, Propagation::Private),
+            ["rbind", "ro"],
+            "nothing below"
+        );
+        assert_eq!(
+            of(ReadOnly::Top, Propagation::Slave),
+            ["rbind"],
+            "something may come"
+        );
+
+        let below = folder.path().join("below");
+        fs::create_dir(&below).unwrap();
+        crate::host::bind::bind_to_itself(&below).unwrap();
+        assert_eq!(of(ReadOnly::Top, Propagation::Private), ["rbind"]);
+        mounts::unmount(&below).unwrap();
+
+        let options = ["rbind", "rro", "rnoexec", "rslave"].map(String::from);
+        let how = Bind {
+            read_only: ReadOnly::All,
+            ..Bind::tree()
+        };
+        let all = guest_options(&options, folder.path(), how).unwrap();
+        assert_eq!(all, ["rbind", "ro", "noexec", "rslave"]);
+    }
+
+    #[test]
+    fn shm_when_not_the_sandboxs_own_has_the_default_size() {
+        let folder = tempfile::tempdir().unwrap();
+        let own = folder.path().join("s1/shm");
+        fs::create_dir_all(&own).unwrap();
+        let tmpfs = crate::types::Mount {
+            fs_type: "tmpfs".into(),
+            source: "shm".into(),
+            options: vec!["size=1m".into()],
+            ..Default::default()
+        };
+        mounts::mount_request(&tmpfs, &own).unwrap();
+        let size = |mount| {
+            let mut spec = Spec::default();
+            spec.set_mounts(Some(vec![mount]));
+            shm_size(&spec, SANDBOX)
+        };
+        let source = own.to_str().unwrap();
+        assert_eq!(size(mount("/dev/shm", "bind", source, &["rbind"])), 1 << 20);
+        assert_eq!(
+            size(mount("/dev/shm", "tmpfs", "shm", &["size=1k"])),
+            DEFAULT_SHM_SIZE
+        );
+        assert_eq!(
+            size(mount("/dev/shm", "bind", "/nonexistent", &["rbind"])),
+            DEFAULT_SHM_SIZE
+        );
+        mounts::unmount(&own).unwrap();
     }
 }

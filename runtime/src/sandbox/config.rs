@@ -45,7 +45,7 @@ impl SandboxConfig {
             netns: netns(spec),
             cgroups_path,
             annotations: spec.annotations().clone().unwrap_or_default(),
-            shm_size: shm_size(spec),
+            shm_size: shm_size(spec, id),
             size: InitialSizeManager::new(spec),
         }
     }
@@ -105,16 +105,18 @@ fn dns(spec: &Spec) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::HypervisorConfig;
+    use crate::config::ConfigFile;
 
     fn sized(config: &SandboxConfig) -> (f64, u64) {
-        let mut hypervisor = HypervisorConfig::default();
-        config.size.setup_config(&mut hypervisor);
+        let mut file = ConfigFile::default();
+        file.config.hypervisor.dragonball.default_maxvcpus = 8;
+        config.size.setup_config(&mut file);
+        let hypervisor = file.config.hypervisor.dragonball;
         (hypervisor.default_vcpus, hypervisor.default_memory)
     }
 
     #[test]
-    fn spec_and_sandbox_request_describe_the_same_pod() {
+    fn pod_when_asked_for_by_spec_or_request_is_the_same() {
         let folder = tempfile::tempdir().unwrap();
         let resolv_conf = folder.path().join("resolv.conf");
         fs::write(&resolv_conf, "# comment\nnameserver 10.0.0.1\n\nsearch a.b\n").unwrap();
@@ -149,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_asked_for_is_a_pod_of_the_default_size() {
+    fn pod_when_nothing_is_asked_for_has_the_default_size() {
         let from_spec =
             SandboxConfig::from_spec("s", &serde_json::from_str(r#"{"ociVersion":"1"}"#).unwrap());
         let from_request = SandboxConfig::from_request(CreateSandboxRequest {

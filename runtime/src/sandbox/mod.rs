@@ -28,6 +28,15 @@ pub enum SandboxState {
     Stopped(VmExit),
 }
 
+/// State of a sandbox as the Sandbox API knows it: `SANDBOX_READY`, `SANDBOX_NOTREADY`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readiness {
+    /// The VM runs.
+    Ready,
+    /// It does not run yet, or any more.
+    NotReady,
+}
+
 /// A sandbox as the Sandbox API reports it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SandboxStatus {
@@ -35,8 +44,8 @@ pub struct SandboxStatus {
     pub sandbox_id: String,
     /// Live host pid.
     pub pid: u32,
-    /// `SANDBOX_READY` or `SANDBOX_NOTREADY`.
-    pub state: String,
+    /// Whether containers can be created.
+    pub state: Readiness,
     /// For people.
     pub info: std::collections::HashMap<String, String>,
 }

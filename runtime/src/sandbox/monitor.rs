@@ -18,6 +18,8 @@ use crate::types::Event;
 const CONSOLE_LINES: usize = 8;
 const CONSOLE_WIDTH: usize = 160;
 const HEALTH_INTERVAL: Duration = Duration::from_secs(30);
+/// Health checks in a row without an answer that end a VM: six minutes with the default timeout.
+const UNANSWERED: u32 = 3;
 /// A container that has its processes killed over and over is an event this often.
 const OOM_INTERVAL: Duration = Duration::from_secs(1);
 /// Pause after an unexpected answer to a long poll: never a hot loop.
@@ -59,17 +61,41 @@ pub(super) fn console_line(hypervisor: &dyn Hypervisor) -> String {
     }
 }
 
-/// Asks the agent for its health from time to time. A guest that does not answer is reported, not killed: it may be
-/// frozen with its host, swapping, or debugged.
-pub(super) async fn health(agent: Arc<dyn Agent>, sandbox: String) {
+/// Asks the agent for its health from time to time. A guest that does not answer may be frozen with its host, swapping or
+/// debugged: it is reported. After [`UNANSWERED`] times in a row it is ended, unless `keep_abnormal`.
+pub(super) async fn health(
+    agent: Arc<dyn Agent>,
+    hypervisor: Arc<dyn Hypervisor>,
+    sandbox: String,
+    keep_abnormal: bool,
+) {
+    let mut unanswered = 0;
     loop {
         tokio::time::sleep(HEALTH_INTERVAL).await;
         match agent.check().await {
-            Ok(_) => {}
+            Ok(_) => unanswered = 0,
             Err(error) if error.kind == ErrorKind::Unavailable => return,
-            Err(error) => tracing::warn!(sandbox, %error, "agent health check"),
+            Err(error) => {
+                unanswered += 1;
+                tracing::warn!(sandbox, unanswered, %error, "agent health check");
+            }
+        }
+        if gives_up(unanswered, keep_abnormal) {
+            tracing::error!(
+                sandbox,
+                unanswered,
+                "the agent does not answer: the VM is ended (runtime.keep_abnormal = false)"
+            );
+            if let Err(error) = hypervisor.stop_vm().await {
+                tracing::error!(sandbox, %error, "ending the VM");
+            }
+            return;
         }
     }
+}
+
+fn gives_up(unanswered: u32, keep_abnormal: bool) -> bool {
+    unanswered >= UNANSWERED && !keep_abnormal
 }
 
 /// Ids of the pod's containers.
@@ -123,5 +149,17 @@ pub(super) async fn oom(agent: Arc<dyn Agent>, members: Arc<Members>, events: mp
                 tokio::time::sleep(RETRY).await;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vm_when_its_agent_is_silent_is_given_up_unless_kept() {
+        assert!(!gives_up(UNANSWERED - 1, false));
+        assert!(gives_up(UNANSWERED, false));
+        assert!(!gives_up(UNANSWERED + 100, true));
     }
 }

@@ -9,7 +9,7 @@ use tokio::sync::{OnceCell, mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::monitor::{self, Members};
-use super::{Sandbox, SandboxConfig, SandboxState, SandboxStatus};
+use super::{Readiness, Sandbox, SandboxConfig, SandboxState, SandboxStatus};
 use crate::agent::{Agent, wait_ready};
 use crate::config::TomlConfig;
 use crate::error::{Error, ErrorKind, Result};
@@ -38,6 +38,8 @@ pub struct VirtSandbox {
     state: watch::Sender<SandboxState>,
     /// What the VM is built with is there.
     prepared: OnceCell<()>,
+    /// The guest knows of its end.
+    goodbye: OnceCell<()>,
     events: mpsc::UnboundedSender<Event>,
     /// Log forwarding, health checks: end with the sandbox.
     background: Mutex<JoinSet<()>>,
@@ -63,6 +65,7 @@ impl VirtSandbox {
             members: Arc::default(),
             state: watch::Sender::new(SandboxState::Init),
             prepared: OnceCell::new(),
+            goodbye: OnceCell::new(),
             events,
             background: Mutex::default(),
         }
@@ -86,6 +89,24 @@ impl VirtSandbox {
             .await
             .copied()
             .map_err(|error| error.context(format!("sandbox {}", self.id)))
+    }
+
+    /// Tells a running guest, once, that it ends: it stops its containers and writes back what it has not yet. Nothing
+    /// can be created afterwards, [`Sandbox::stop`] is what is left to do. Bounded.
+    pub async fn say_goodbye(&self) {
+        let goodbye = async {
+            if !self.enter(&SandboxState::Running, SandboxState::Stopping) {
+                return;
+            }
+            let destroy = self.agent.destroy_sandbox(wire::DestroySandboxRequest::default());
+            if !matches!(tokio::time::timeout(GOODBYE, destroy).await, Ok(Ok(()))) {
+                tracing::debug!(
+                    sandbox = self.id,
+                    "the agent did not confirm the end of the sandbox"
+                );
+            }
+        };
+        self.goodbye.get_or_init(|| goodbye).await;
     }
 
     /// Its VM.
@@ -202,7 +223,9 @@ impl VirtSandbox {
             kata.boot_timeout(),
             self.id.clone(),
         ));
-        background.spawn(monitor::health(agent.clone(), self.id.clone()));
+        let keep = self.config.runtime.keep_abnormal;
+        let health = monitor::health(agent.clone(), hypervisor.clone(), self.id.clone(), keep);
+        background.spawn(health);
         background.spawn(monitor::oom(
             agent.clone(),
             self.members.clone(),
@@ -269,18 +292,8 @@ impl Sandbox for VirtSandbox {
         if self.enter(&SandboxState::Init, SandboxState::Stopped(VmExit::Stopped)) {
             return Ok(());
         }
-        let was_running = self.enter(&SandboxState::Running, SandboxState::Stopping);
-        if was_running {
-            let goodbye = self.agent.destroy_sandbox(wire::DestroySandboxRequest::default());
-            if !matches!(tokio::time::timeout(GOODBYE, goodbye).await, Ok(Ok(()))) {
-                tracing::debug!(
-                    sandbox = self.id,
-                    "the agent did not confirm the end of the sandbox"
-                );
-            }
-        } else {
-            self.enter(&SandboxState::Starting, SandboxState::Stopping);
-        }
+        self.say_goodbye().await;
+        self.enter(&SandboxState::Starting, SandboxState::Stopping);
         self.background
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -317,11 +330,10 @@ impl Sandbox for VirtSandbox {
             sandbox_id: self.id.clone(),
             pid: std::process::id(),
             state: if ready {
-                "SANDBOX_READY"
+                Readiness::Ready
             } else {
-                "SANDBOX_NOTREADY"
-            }
-            .into(),
+                Readiness::NotReady
+            },
             info: self.resources.info(),
         })
     }

@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn report_has_a_line_per_finding_and_a_verdict() {
+    fn report_when_made_has_a_line_per_finding() {
         let good = [finding("/dev/kvm", Ok("API version 12"))];
         let bad = [
             finding("/dev/kvm", Ok("API version 12")),
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn text_is_indented_by_depth() {
+    fn text_when_nested_is_indented() {
         let value = json!({ "a": { "b": "c", "d": true } });
 
         assert_eq!(as_text(&value), "a:\n  b: c\n  d: true");

@@ -19,13 +19,13 @@ fn stderr(output: &Output) -> String {
 }
 
 #[test]
-fn version_is_the_shims() {
+fn version_when_asked_is_the_shims() {
     assert!(stdout(&ctl(&["version"])).contains(env!("CARGO_PKG_VERSION")));
     assert!(stdout(&ctl(&["--version"])).contains(env!("CARGO_PKG_VERSION")));
 }
 
 #[test]
-fn kvm_check_is_one_line_that_agrees_with_the_exit_status() {
+fn kvm_check_when_run_agrees_with_the_exit_status() {
     let output = ctl(&["check", "--kvm-can-run-linux"]);
 
     let text = stdout(&output);
@@ -38,7 +38,7 @@ fn kvm_check_is_one_line_that_agrees_with_the_exit_status() {
 }
 
 #[test]
-fn check_fails_on_a_missing_kernel_and_names_it() {
+fn check_when_the_kernel_is_missing_names_it() {
     let folder = tempfile::tempdir().unwrap();
     let config = folder.path().join("configuration.toml");
     std::fs::write(
@@ -57,7 +57,7 @@ fn check_fails_on_a_missing_kernel_and_names_it() {
 }
 
 #[test]
-fn env_is_json_on_demand() {
+fn env_when_asked_for_json_is_json() {
     let output = ctl(&["env", "--json"]);
 
     let env: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -67,7 +67,7 @@ fn env_is_json_on_demand() {
 }
 
 #[test]
-fn unknown_command_fails_on_stderr() {
+fn command_when_unknown_fails_on_stderr() {
     let output = ctl(&["frobnicate"]);
 
     assert!(!output.status.success() && stderr(&output).contains("frobnicate"));

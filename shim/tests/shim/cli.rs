@@ -13,7 +13,7 @@ fn shim(words: &[&str], stdin: &[u8]) -> std::process::Output {
 }
 
 #[test]
-fn version_names_program_version_revision_and_runtime() {
+fn version_when_asked_names_program_revision_and_runtime() {
     for flag in ["-v", "-version", "--version"] {
         let output = shim(&[flag], b"");
 
@@ -32,14 +32,14 @@ fn version_names_program_version_revision_and_runtime() {
 }
 
 #[test]
-fn help_lists_the_flags() {
+fn help_when_asked_lists_the_flags() {
     let output = shim(&["-help"], b"");
 
     assert!(output.status.success() && stdout(&output).contains("-publish-binary"));
 }
 
 #[test]
-fn info_is_protobuf() {
+fn info_when_asked_is_protobuf() {
     // Any{type_url: "runtimeoptions.v1.Options", value: Options{config_path: "/c"}}
     let stdin = b"\x0a\x19runtimeoptions.v1.Options\x12\x04\x12\x02/c";
 
@@ -54,7 +54,7 @@ fn info_is_protobuf() {
 }
 
 #[test]
-fn unusable_command_lines_fail_with_one_line() {
+fn command_line_when_unusable_fails_with_one_line() {
     let cases: [(&[&str], &str); 5] = [
         (&["-id"], "containerd-shim-kata-v2: flag -id needs a value"),
         (
@@ -76,7 +76,7 @@ fn unusable_command_lines_fail_with_one_line() {
 }
 
 #[test]
-fn unknown_flag_is_only_a_warning() {
+fn flag_when_unknown_is_only_a_warning() {
     let output = shim(&["-frobnicate", "-version"], b"");
 
     assert!(output.status.success());

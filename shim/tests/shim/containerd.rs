@@ -76,7 +76,7 @@ impl Drop for Containerd {
 }
 
 #[test]
-fn failed_create_names_the_problem_and_leaves_nothing() {
+fn create_when_it_fails_names_the_problem_and_leaves_nothing() {
     let containerd = Containerd::start();
     let at = |name: &str| containerd.folder.path().join(name).display().to_string();
     fs::write(
@@ -108,7 +108,7 @@ fn failed_create_names_the_problem_and_leaves_nothing() {
     );
     wait_until("the shim has ended", || containerd.shims().is_empty());
     assert_eq!(fs::read_to_string("/proc/self/mountinfo").unwrap(), mounts);
-    assert!(!Path::new("/run/kata/shim-smoke").exists());
+    assert!(!Path::new("/run/kata/default@shim-smoke").exists());
     let socket = shim::address::Address::of_sandbox(
         Path::new(shim::address::DEFAULT_SOCKET_DIR),
         &at("socket"),

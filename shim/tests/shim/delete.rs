@@ -17,7 +17,7 @@ fn response(output: &std::process::Output) -> DeleteResponse {
 }
 
 #[test]
-fn delete_after_a_crash_removes_everything_and_again_is_fine() {
+fn delete_when_the_shim_crashed_removes_everything() {
     let pod = Pod::new("crashed", Some(CONFIG));
     pod.start();
     let pid = pod.pid().unwrap();
@@ -41,7 +41,7 @@ fn delete_after_a_crash_removes_everything_and_again_is_fine() {
 }
 
 #[test]
-fn delete_ends_a_shim_that_still_lives() {
+fn delete_when_the_shim_lives_ends_it() {
     let pod = Pod::new("alive", Some(CONFIG));
     pod.start();
     let pid = pod.pid().unwrap();
@@ -53,7 +53,7 @@ fn delete_ends_a_shim_that_still_lives() {
 }
 
 #[test]
-fn process_with_a_reused_pid_is_left_alone() {
+fn delete_when_the_pid_is_reused_leaves_it_alone() {
     let pod = Pod::new("reused", Some(CONFIG));
     let mut bystander = Command::new("sleep")
         .arg("60")
@@ -72,7 +72,7 @@ fn process_with_a_reused_pid_is_left_alone() {
 }
 
 #[test]
-fn deleting_a_member_leaves_its_sandbox_alone() {
+fn delete_when_of_a_member_leaves_its_sandbox_alone() {
     let pod = Pod::new("sandbox", Some(CONFIG));
     pod.start();
     let config = r#"{"annotations":{"io.kubernetes.cri.container-type":"container","io.kubernetes.cri.sandbox-id":"sandbox"}}"#;
@@ -86,7 +86,7 @@ fn deleting_a_member_leaves_its_sandbox_alone() {
 }
 
 #[test]
-fn bundle_flag_wins_over_the_working_folder_and_a_missing_bundle_is_fine() {
+fn delete_when_a_bundle_is_named_takes_that() {
     let pod = Pod::new("missing", Some(CONFIG));
     let mut command = pod.command(&pod.id, "");
     command = {
@@ -102,7 +102,7 @@ fn bundle_flag_wins_over_the_working_folder_and_a_missing_bundle_is_fine() {
 }
 
 #[test]
-fn root_filesystem_is_unmounted_recursively() {
+fn delete_when_the_rootfs_is_mounted_unmounts_it_recursively() {
     let pod = Pod::new("mounts", Some(CONFIG));
     let rootfs = pod.bundle().join("rootfs");
     fs::create_dir(&rootfs).unwrap();

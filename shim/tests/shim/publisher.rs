@@ -111,7 +111,7 @@ fn numbers(range: std::ops::Range<usize>) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn events_arrive_in_order_and_flush_waits_for_them() {
+async fn events_when_flushed_have_arrived_in_order() {
     let shim = Shim::new();
     let containerd = Containerd {
         delay: Duration::from_millis(1),
@@ -126,7 +126,7 @@ async fn events_arrive_in_order_and_flush_waits_for_them() {
 }
 
 #[tokio::test]
-async fn events_of_a_restart_arrive_once_and_in_order() {
+async fn events_when_containerd_restarts_arrive_once_and_in_order() {
     let shim = Shim::new();
     let containerd = Containerd::default();
     let mut server = containerd.listen(&shim.socket()).await;
@@ -147,7 +147,7 @@ async fn events_of_a_restart_arrive_once_and_in_order() {
 }
 
 #[tokio::test]
-async fn events_before_containerd_listens_are_not_lost() {
+async fn events_when_containerd_does_not_listen_yet_are_kept() {
     let shim = Shim::new();
     shim.send(0..5);
     sleep(Duration::from_millis(200)).await;
@@ -160,7 +160,7 @@ async fn events_before_containerd_listens_are_not_lost() {
 }
 
 #[tokio::test]
-async fn refusal_that_may_pass_is_tried_again_and_a_final_one_is_not() {
+async fn event_when_refused_for_a_while_is_tried_again() {
     let shim = Shim::new();
     let containerd = Containerd::default();
     *containerd.refusals.lock().unwrap() = [Code::INTERNAL, Code::INTERNAL].into();
@@ -176,7 +176,7 @@ async fn refusal_that_may_pass_is_tried_again_and_a_final_one_is_not() {
 }
 
 #[tokio::test]
-async fn event_that_is_always_refused_does_not_hold_the_others_up() {
+async fn event_when_always_refused_does_not_hold_others_up() {
     let shim = Shim::new();
     let containerd = Containerd::default();
     *containerd.refusals.lock().unwrap() = vec![Code::UNKNOWN; 6].into();
@@ -189,7 +189,7 @@ async fn event_that_is_always_refused_does_not_hold_the_others_up() {
 }
 
 #[tokio::test]
-async fn queue_is_bounded_and_keeps_the_newest() {
+async fn queue_when_full_keeps_the_newest() {
     let shim = Shim::new();
     shim.send(0..1500);
     sleep(Duration::from_millis(300)).await;
@@ -216,7 +216,7 @@ async fn flush_gives_up_when_containerd_is_not_there() {
 }
 
 #[tokio::test]
-async fn without_an_address_events_are_only_logged() {
+async fn events_when_there_is_no_address_are_only_logged() {
     let (events, receiver) = unbounded_channel();
     let publisher = Publisher::spawn(receiver, "ns", "");
     events
@@ -229,7 +229,7 @@ async fn without_an_address_events_are_only_logged() {
 }
 
 #[tokio::test]
-async fn publisher_ends_with_its_source() {
+async fn publisher_when_its_source_ends_ends() {
     let Shim {
         folder,
         events,

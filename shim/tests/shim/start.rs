@@ -31,7 +31,7 @@ fn nothing_left(pod: &Pod, id: &str) {
 }
 
 #[test]
-fn legacy_containerd_gets_the_bare_address_of_a_served_private_socket() {
+fn start_when_containerd_is_old_answers_the_bare_address() {
     let pod = Pod::new("legacy", Some(CONFIG));
 
     let output = pod.start();
@@ -46,7 +46,7 @@ fn legacy_containerd_gets_the_bare_address_of_a_served_private_socket() {
 }
 
 #[test]
-fn serving_process_is_detached() {
+fn start_when_done_leaves_a_detached_process() {
     let pod = Pod::new("detached", Some(CONFIG));
     pod.start();
     let pid = pod.pid().unwrap().as_raw_nonzero();
@@ -77,7 +77,7 @@ fn serving_process_is_detached() {
 }
 
 #[test]
-fn oom_score_is_one_above_containerds() {
+fn oom_score_when_serving_is_one_above_containerds() {
     let read = |pid: &str| -> i32 {
         fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))
             .unwrap()
@@ -96,7 +96,7 @@ fn oom_score_is_one_above_containerds() {
 }
 
 #[test]
-fn bootstrap_parameters_get_a_version_3_result() {
+fn start_when_given_bootstrap_parameters_answers_version_3() {
     let pod = Pod::new("bootstrap", Some(CONFIG));
     let other = tempfile::tempdir().unwrap();
     let params = BootstrapParams {
@@ -116,7 +116,7 @@ fn bootstrap_parameters_get_a_version_3_result() {
 }
 
 #[test]
-fn runtime_options_on_stdin_are_not_mistaken_for_bootstrap_parameters() {
+fn start_when_options_are_on_stdin_is_legacy() {
     let pod = Pod::new("options", Some(CONFIG));
     let any = b"\x0a\x19runtimeoptions.v1.Options\x12\x04\x12\x02/c";
 
@@ -126,7 +126,7 @@ fn runtime_options_on_stdin_are_not_mistaken_for_bootstrap_parameters() {
 }
 
 #[test]
-fn flags_of_the_future_do_not_disturb_the_answer() {
+fn start_when_flags_are_unknown_answers_all_the_same() {
     let pod = Pod::new("future", Some(CONFIG));
     let mut command = pod.command(&pod.id, "");
     command = {
@@ -151,7 +151,7 @@ fn flags_of_the_future_do_not_disturb_the_answer() {
 }
 
 #[test]
-fn stale_socket_is_replaced() {
+fn start_when_the_socket_is_stale_replaces_it() {
     let pod = Pod::new("stale", Some(CONFIG));
     fs::create_dir(pod.sockets()).unwrap();
     drop(UnixListener::bind(pod.socket()).unwrap());
@@ -164,7 +164,7 @@ fn stale_socket_is_replaced() {
 }
 
 #[test]
-fn second_shim_for_the_same_id_is_refused() {
+fn start_when_the_id_is_served_is_refused() {
     let pod = Pod::new("twice", Some(CONFIG));
     pod.start();
     let first = pod.pid();
@@ -181,7 +181,7 @@ fn second_shim_for_the_same_id_is_refused() {
 }
 
 #[test]
-fn container_of_a_pod_joins_its_sandbox() {
+fn start_when_a_pods_container_joins_its_sandbox() {
     let pod = Pod::new(
         "sandbox",
         Some(r#"{"annotations":{"io.kubernetes.cri.container-type":"sandbox"}}"#),
@@ -198,7 +198,7 @@ fn container_of_a_pod_joins_its_sandbox() {
 }
 
 #[test]
-fn container_of_a_dead_sandbox_is_refused() {
+fn start_when_its_sandbox_is_dead_is_refused() {
     let pod = Pod::new("orphan", Some(&member_of("gone")));
 
     let output = pod.start();
@@ -212,7 +212,7 @@ fn container_of_a_dead_sandbox_is_refused() {
 }
 
 #[test]
-fn bundle_without_config_is_refused_by_name() {
+fn start_when_config_is_missing_names_it() {
     let pod = Pod::new("empty", None);
 
     let output = pod.start();
@@ -226,7 +226,7 @@ fn bundle_without_config_is_refused_by_name() {
 }
 
 #[test]
-fn broken_config_is_refused_by_name() {
+fn start_when_config_is_broken_names_it() {
     let pod = Pod::new("broken", Some("{"));
 
     let line = pod.start();
@@ -235,7 +235,7 @@ fn broken_config_is_refused_by_name() {
 }
 
 #[test]
-fn unusable_socket_folder_is_named_and_leaves_nothing() {
+fn start_when_the_socket_folder_is_unusable_names_it() {
     let pod = Pod::new("nodir", Some(CONFIG));
     let file = pod.bundle().join("config.json");
     let mut command = pod.command(&pod.id, "start");
@@ -252,7 +252,7 @@ fn unusable_socket_folder_is_named_and_leaves_nothing() {
 }
 
 #[test]
-fn too_long_socket_folder_is_named() {
+fn start_when_the_socket_folder_is_too_long_names_it() {
     let pod = Pod::new("long", Some(CONFIG));
     let mut command = pod.command(&pod.id, "start");
     command.env("SHIM_SOCKET_DIR", format!("/tmp/{}", "d".repeat(60)));
@@ -266,7 +266,7 @@ fn too_long_socket_folder_is_named() {
 }
 
 #[test]
-fn child_that_cannot_serve_fails_the_start() {
+fn start_when_the_child_cannot_serve_fails() {
     let pod = Pod::new("refused", Some(CONFIG));
     // The child cannot record its pid: something that is not a file is in the way.
     fs::create_dir(pod.bundle().join("shim.pid")).unwrap();
@@ -279,7 +279,7 @@ fn child_that_cannot_serve_fails_the_start() {
 }
 
 #[test]
-fn termination_ends_the_shim_and_removes_its_socket() {
+fn shim_when_terminated_removes_its_socket() {
     let pod = Pod::new("term", Some(CONFIG));
     pod.start();
     let pid = pod.pid().unwrap();
@@ -291,7 +291,7 @@ fn termination_ends_the_shim_and_removes_its_socket() {
 }
 
 #[test]
-fn logs_reach_the_fifo_and_nothing_blocks_without_a_reader() {
+fn logs_when_nobody_reads_block_nothing() {
     let pod = Pod::new("logs", Some(CONFIG));
     let fifo = pod.bundle().join("log");
     rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();

@@ -97,7 +97,7 @@ fn exit(status: u32) -> ProcessExit {
 }
 
 #[tokio::test]
-async fn v2_and_v3_reach_the_same_runtime() {
+async fn service_when_v2_or_v3_reaches_the_same_runtime() {
     let runtime = FakeRuntime::new(|_| Ok(Answer::Pid(7)));
     let served = Served::new(&runtime);
 
@@ -128,7 +128,7 @@ async fn v2_and_v3_reach_the_same_runtime() {
 }
 
 #[tokio::test]
-async fn every_error_kind_has_its_grpc_code() {
+async fn error_when_of_any_kind_has_its_grpc_code() {
     let kinds = [
         (ErrorKind::NotFound, Code::NOT_FOUND),
         (ErrorKind::AlreadyExists, Code::ALREADY_EXISTS),
@@ -152,7 +152,7 @@ async fn every_error_kind_has_its_grpc_code() {
 }
 
 #[tokio::test]
-async fn requests_carry_their_arguments() {
+async fn request_when_served_carries_its_arguments() {
     let runtime = FakeRuntime::new(|request| match request {
         Call::Create(_) => Ok(Answer::Pid(7)),
         _ => Ok(Answer::Done),
@@ -281,7 +281,7 @@ async fn requests_carry_their_arguments() {
 }
 
 #[tokio::test]
-async fn answers_carry_what_the_runtime_says() {
+async fn answer_when_given_carries_what_the_runtime_says() {
     let runtime = FakeRuntime::new(|request| {
         Ok(match request {
             Call::State(process) => Answer::State(ProcessState {
@@ -340,7 +340,7 @@ async fn answers_carry_what_the_runtime_says() {
 }
 
 #[tokio::test]
-async fn connect_to_a_shim_without_the_container_works() {
+async fn connect_when_the_container_is_gone_works() {
     let runtime = FakeRuntime::new(|_| Err(Error::new(ErrorKind::NotFound, "container c does not exist")));
     let served = Served::new(&runtime);
 
@@ -355,7 +355,7 @@ async fn connect_to_a_shim_without_the_container_works() {
 }
 
 #[tokio::test]
-async fn what_is_not_provided_is_unimplemented_by_name() {
+async fn method_when_not_provided_is_unimplemented_by_name() {
     let runtime = FakeRuntime::new(|_| Ok(Answer::Done));
     let served = Served::new(&runtime);
 
@@ -392,7 +392,7 @@ async fn what_is_not_provided_is_unimplemented_by_name() {
 }
 
 #[tokio::test]
-async fn malformed_requests_do_not_reach_the_runtime() {
+async fn request_when_malformed_does_not_reach_the_runtime() {
     let runtime = FakeRuntime::new(|_| Ok(Answer::Done));
     let served = Served::new(&runtime);
     let client = served.task().await;
@@ -420,7 +420,7 @@ async fn malformed_requests_do_not_reach_the_runtime() {
 }
 
 #[tokio::test]
-async fn many_clients_wait_while_others_are_served() {
+async fn clients_when_they_wait_do_not_hold_others_up() {
     let runtime = FakeRuntime::gated(0, |request| match request {
         Call::Wait(_) => Ok(Answer::Exit(exit(3))),
         _ => Ok(Answer::Pids(vec![7])),
@@ -453,7 +453,7 @@ async fn many_clients_wait_while_others_are_served() {
 }
 
 #[tokio::test]
-async fn create_runs_to_its_end_although_the_client_is_gone() {
+async fn create_when_the_client_is_gone_runs_to_its_end() {
     let runtime = FakeRuntime::gated(0, |_| Ok(Answer::Pid(7)));
     let served = Served::new(&runtime);
     let client = served.task().await;
@@ -476,7 +476,7 @@ async fn create_runs_to_its_end_although_the_client_is_gone() {
 }
 
 #[tokio::test]
-async fn shutdown_ends_the_process_only_when_nothing_is_left() {
+async fn shutdown_when_nothing_is_left_ends_the_process() {
     let runtime = FakeRuntime::new(|request| match request {
         Call::Shutdown(container, _) => Ok(Answer::Shutdown(container == "last")),
         _ => Ok(Answer::Done),
@@ -511,7 +511,7 @@ async fn shutdown_ends_the_process_only_when_nothing_is_left() {
 }
 
 #[tokio::test]
-async fn failing_shutdown_still_ends_an_empty_shim() {
+async fn shutdown_when_it_fails_ends_an_empty_shim() {
     let runtime = FakeRuntime::new(|_| Err(Error::new(ErrorKind::Internal, "stuck")));
     let served = Served::new(&runtime);
 
@@ -526,7 +526,7 @@ async fn failing_shutdown_still_ends_an_empty_shim() {
 }
 
 #[tokio::test]
-async fn shutdown_does_not_wait_for_a_pending_wait() {
+async fn shutdown_when_a_client_waits_does_not_wait() {
     let waiting = FakeRuntime::gated(0, |_| Ok(Answer::Shutdown(true)));
     let served = Served::new(&waiting);
     let client = served.task().await;
@@ -547,7 +547,7 @@ async fn shutdown_does_not_wait_for_a_pending_wait() {
 }
 
 #[tokio::test]
-async fn forgotten_shim_ends_itself() {
+async fn shim_when_forgotten_ends_itself() {
     let runtime = FakeRuntime::new(|_| Err(Error::new(ErrorKind::Unavailable, "no VM")));
     let served = Served::with_idle(&runtime, Duration::from_millis(100));
     let create = served
@@ -561,7 +561,7 @@ async fn forgotten_shim_ends_itself() {
 }
 
 #[tokio::test]
-async fn shim_with_a_container_stays() {
+async fn shim_when_it_has_a_container_stays() {
     let runtime = FakeRuntime::new(|request| match request {
         Call::Create(_) => Ok(Answer::Pid(7)),
         _ => Ok(Answer::Exit(exit(0))),

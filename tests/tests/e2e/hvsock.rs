@@ -14,7 +14,7 @@ fn hvsock_when_a_tool_connects_reaches_the_agent_and_only_open_ports() {
     let case = Case::begin("hvsock");
     let container = case.container();
     container.sleeping();
-    let socket = hvsock::socket(container.id());
+    let socket = hvsock::socket(case.daemon().namespace(), container.id());
     let connect = |port| hvsock::connect(&socket, port, case.limit());
     // Two at once, and the runtime's own connection beside them.
     let (mut first, mut second) = (connect(1024).unwrap(), connect(1024).unwrap());

@@ -3,6 +3,7 @@
 use sha2::{Digest, Sha256};
 use tests::Case;
 use tests::command::{Input, tail};
+use tests::task_api::TaskApi;
 
 const MIB: usize = 1 << 20;
 
@@ -148,4 +149,27 @@ fn output_when_a_background_child_outlives_the_shell_ends_with_the_container() {
         .flag("--rm")
         .output();
     assert_eq!(done.expect_code(5).out(), "started\n");
+}
+
+#[test]
+fn output_when_the_client_does_not_read_does_not_hold_the_exit() {
+    let case = Case::begin("backed-up");
+    let container = case.container();
+    let client = container
+        .run(&["sh", "-c", "echo up; exec yes"])
+        .start(Input::Null);
+    client
+        .wait_out("the first line", case.limit(), |out| out.starts_with("up\n"))
+        .unwrap();
+    let pid = rustix::process::Pid::from_raw(i32::try_from(client.pid()).unwrap()).unwrap();
+    let send = |signal| rustix::process::kill_process(pid, signal).unwrap();
+    send(rustix::process::Signal::STOP);
+    let api = TaskApi::connect(case.daemon()).unwrap();
+    let waiter = api.start_wait(container.id());
+
+    container.kill("KILL").expect_code(0);
+
+    assert_eq!(api.join(waiter).unwrap(), 137, "while nobody reads");
+    send(rustix::process::Signal::CONT);
+    client.finish(case.limit()).unwrap().expect_code(137);
 }

@@ -14,6 +14,9 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// How long a logger may take to say that it is ready.
 const READY: Duration = Duration::from_secs(10);
+/// How often, and with which pause, a logger that says it is ready is looked at again.
+const GONE_CHECKS: u32 = 5;
+const GONE_PAUSE: Duration = Duration::from_millis(1);
 /// How long a logger may go on after the end of the output.
 const FINISH: Duration = Duration::from_secs(10);
 
@@ -23,11 +26,11 @@ pub(super) struct Logger {
 }
 
 impl Logger {
-    /// Starts the program of `uri` and waits until it is ready; returns the write ends for stdout and stderr.
+    /// Starts the program of `uri` and waits until it is ready; returns the write ends for stdout and stderr. Blocks.
     ///
     /// # Errors
-    /// Naming the program.
-    pub(super) fn spawn(uri: &str, owner: Owner<'_>) -> Result<(Self, OwnedFd, OwnedFd)> {
+    /// Naming the program, which does not run then.
+    pub(super) fn spawn(uri: &str, owner: &Owner) -> Result<(Self, OwnedFd, OwnedFd)> {
         let (program, args) = parse(uri);
         let failed = |error: std::io::Error| {
             let kind = match error.kind() {
@@ -48,23 +51,47 @@ impl Logger {
         let mut command = Command::new(&program);
         command
             .args(args)
-            .env("CONTAINER_ID", owner.container)
-            .env("CONTAINER_NAMESPACE", owner.namespace)
+            .env("CONTAINER_ID", &owner.container)
+            .env("CONTAINER_NAMESPACE", &owner.namespace)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         // SAFETY: `place` only calls dup and dup2, which are async-signal-safe, on descriptors open in the child.
         unsafe { command.pre_exec(move || place(fds)) };
         let child = command.spawn().map_err(failed)?;
-        let logger = Self { child };
+        let mut logger = Self { child };
         // Only the child may hold these ends now, or the end of a stream would never be seen.
         drop((stdout_read, stderr_read, ready_write));
-        wait_ready(ready_read).map_err(failed)?;
+        let ready = wait_ready(ready_read).and_then(|()| logger.still_runs());
+        if let Err(error) = ready {
+            logger.kill();
+            return Err(failed(error));
+        }
         Ok((
             logger,
             nonblocking(stdout_write).map_err(failed)?,
             nonblocking(stderr_write).map_err(failed)?,
         ))
+    }
+
+    /// A program that ends closes its descriptors as well: that is not being ready.
+    fn still_runs(&mut self) -> std::io::Result<()> {
+        // The kernel closes the descriptors of a process a moment before it can be waited for.
+        for _ in 0..GONE_CHECKS {
+            if let Some(status) = self.child.try_wait()? {
+                return Err(std::io::Error::other(format!(
+                    "ended before it was ready: {status}"
+                )));
+            }
+            std::thread::sleep(GONE_PAUSE);
+        }
+        Ok(())
+    }
+
+    fn kill(&mut self) {
+        // Both only fail for a process that is gone.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 
     /// Reaps the program in the background, now that its input ends; kills it when it does not end by itself.
@@ -82,9 +109,7 @@ impl Logger {
                 pid = self.child.id(),
                 "logger does not end after its output: killed"
             );
-            // Both only fail for a process that is gone.
-            let _ = self.child.kill();
-            let _ = self.child.wait();
+            self.kill();
         });
     }
 }
@@ -176,15 +201,40 @@ mod tests {
     use super::*;
     use std::io::Write;
 
+    fn owner() -> Owner {
+        Owner {
+            container: "c1".into(),
+            namespace: "ns".into(),
+        }
+    }
+
+    /// A script that can be a logger, and its URI.
+    fn script(folder: &std::path::Path, text: &str) -> String {
+        let script = folder.join("logger");
+        std::fs::write(&script, format!("#!/bin/sh\n{text}\n")).unwrap();
+        std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        format!("binary://{}", script.display())
+    }
+
     #[test]
-    fn uri_becomes_program_and_arguments() {
+    fn logger_when_it_ends_at_once_is_not_ready() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = Logger::spawn(&script(folder.path(), "exit 3"), &owner())
+            .err()
+            .unwrap();
+        assert!(error.message.contains("ended before it was ready"), "{error}");
+        assert!(error.message.contains("exit status: 3"), "{error}");
+    }
+
+    #[test]
+    fn logger_uri_when_parsed_is_program_and_arguments() {
         let (program, args) = parse("binary:///usr/bin/log%20ger?tag=a%3Db&verbose&x=");
         assert_eq!(program, "/usr/bin/log ger");
         assert_eq!(args, ["tag", "a=b", "verbose", "x"]);
     }
 
     #[test]
-    fn logger_reads_both_streams_and_sees_its_environment() {
+    fn logger_when_started_reads_both_streams() {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("out");
         let script = folder.path().join("logger");
@@ -196,14 +246,7 @@ mod tests {
         std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let uri = format!("binary://{}?{}", script.display(), out.display());
 
-        let (mut logger, stdout, stderr) = Logger::spawn(
-            &uri,
-            Owner {
-                container: "c1",
-                namespace: "ns",
-            },
-        )
-        .unwrap();
+        let (mut logger, stdout, stderr) = Logger::spawn(&uri, &owner()).unwrap();
         std::fs::File::from(stdout).write_all(b"to stdout\n").unwrap();
         std::fs::File::from(stderr).write_all(b"to stderr\n").unwrap();
         assert!(logger.child.wait().unwrap().success());
@@ -213,16 +256,10 @@ mod tests {
     }
 
     #[test]
-    fn missing_logger_is_named() {
-        let error = Logger::spawn(
-            "binary:///nonexistent/logger",
-            Owner {
-                container: "c",
-                namespace: "n",
-            },
-        )
-        .err()
-        .unwrap();
+    fn logger_when_missing_is_named() {
+        let error = Logger::spawn("binary:///nonexistent/logger", &owner())
+            .err()
+            .unwrap();
         assert_eq!(error.kind, ErrorKind::NotFound);
         assert!(error.message.contains("/nonexistent/logger"), "{error}");
     }

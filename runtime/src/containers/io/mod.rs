@@ -19,16 +19,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::blocking;
 use crate::hypervisor::{Attach, AttachDirection, Hypervisor};
 use crate::types::Stdio;
 
 /// Who a logger logs for.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Owner<'a> {
+#[derive(Debug, Clone)]
+pub(super) struct Owner {
     /// Container id.
-    pub container: &'a str,
+    pub container: String,
     /// containerd namespace.
-    pub namespace: &'a str,
+    pub namespace: String,
 }
 
 /// A stream as containerd names it.
@@ -74,56 +75,30 @@ pub(super) struct ProcessIo {
 }
 
 impl ProcessIo {
-    /// Opens the streams and connects them to the agent's port `port`.
+    /// Connects `streams` to the agent's port `port`.
     ///
     /// # Errors
-    /// Naming the stream and its path; nothing is left open then.
-    pub(super) fn open(
+    /// Those of [`Hypervisor::vsock_attach`]; nothing is left open then.
+    pub(super) fn attach(
         hypervisor: Arc<dyn Hypervisor>,
-        stdio: &Stdio,
+        mut streams: Streams,
         port: u32,
-        owner: Owner<'_>,
     ) -> Result<Arc<Self>> {
         let mut io = Self {
             hypervisor,
             stdin_port: 0,
             stdout_port: 0,
             stderr_port: 0,
-            stdin: Mutex::default(),
-            logger: Mutex::default(),
+            stdin: Mutex::new(streams.stdin_writer.take()),
+            logger: Mutex::new(streams.logger.take()),
         };
-        io.open_stdin(&stdio.stdin, port)?;
-        let ((stdout, stderr), logger) = outputs(stdio, owner)?;
-        *io.logger.lock().unwrap_or_else(PoisonError::into_inner) = logger;
-        if stdout.is_some() {
-            first_output::watch(&stdio.stdout);
+        if let Some(fd) = streams.stdin.take() {
+            let direction = AttachDirection::ToGuest;
+            io.stdin_port = io.hypervisor.vsock_attach(Attach { fd, port, direction })?;
         }
-        io.stdout_port = io.attach_output(stdout, port)?;
-        io.stderr_port = io.attach_output(stderr, port)?;
+        io.stdout_port = io.attach_output(streams.stdout.take(), port)?;
+        io.stderr_port = io.attach_output(streams.stderr.take(), port)?;
         Ok(Arc::new(io))
-    }
-
-    fn open_stdin(&mut self, uri: &str, port: u32) -> Result<()> {
-        let named = |error: io::Error| stream_error("stdin", uri, &error);
-        let fd: OwnedFd = match parse("stdin", uri)? {
-            Target::None | Target::Binary(_) => return Ok(()),
-            Target::File(path) => File::open(path).map_err(named)?.into(),
-            Target::Fifo(path) => {
-                let Some(read) = open_fifo(&path, OpenOptions::new().read(true)).map_err(named)? else {
-                    return Ok(());
-                };
-                // Cannot block or fail with ENXIO: the read end is open.
-                let write = OpenOptions::new()
-                    .write(true)
-                    .custom_flags(libc::O_NONBLOCK)
-                    .open(&path);
-                *self.stdin.lock().unwrap_or_else(PoisonError::into_inner) = Some(write.map_err(named)?);
-                read.into()
-            }
-        };
-        let direction = AttachDirection::ToGuest;
-        self.stdin_port = self.hypervisor.vsock_attach(Attach { fd, port, direction })?;
-        Ok(())
     }
 
     fn attach_output(&self, fd: Option<OwnedFd>, port: u32) -> Result<u32> {
@@ -187,31 +162,93 @@ impl Drop for ProcessIo {
     }
 }
 
-type Outputs = (Option<OwnedFd>, Option<OwnedFd>);
+/// The host's ends of a process' streams, before there is a process. Dropping them ends the logger.
+#[derive(Default)]
+pub(super) struct Streams {
+    stdin: Option<OwnedFd>,
+    /// See [`ProcessIo::stdin`].
+    stdin_writer: Option<File>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+    logger: Option<logger::Logger>,
+}
 
-fn outputs(stdio: &Stdio, owner: Owner<'_>) -> Result<(Outputs, Option<logger::Logger>)> {
-    let stdout = parse("stdout", &stdio.stdout)?;
-    // With a terminal everything comes out of the one pty.
-    let stderr = if stdio.terminal {
-        Target::None
-    } else {
-        parse("stderr", &stdio.stderr)?
-    };
-    if let Target::Binary(uri) = &stdout {
-        if !matches!(&stderr, Target::None) && stdio.stderr != stdio.stdout {
-            let message = format!("stderr {:?}: must be the logger of stdout, {uri:?}", stdio.stderr);
-            return Err(Error::new(ErrorKind::InvalidArgument, message));
-        }
-        let (logger, stdout, stderr) = logger::Logger::spawn(uri, owner)?;
-        return Ok((
-            (Some(stdout), Some(stderr).filter(|_| !stdio.terminal)),
-            Some(logger),
-        ));
+impl Streams {
+    /// Opens the streams and starts the logger; needs no guest.
+    ///
+    /// # Errors
+    /// Naming the stream and its path; nothing is left open then.
+    pub(super) async fn open(stdio: &Stdio, owner: Owner) -> Result<Self> {
+        let stdio = stdio.clone();
+        // Off the async threads: a logger has ten seconds to get ready, and files may be anywhere.
+        blocking("streams", move || Self::open_now(&stdio, &owner)).await
     }
-    Ok((
-        (open_output("stdout", stdout)?, open_output("stderr", stderr)?),
-        None,
-    ))
+
+    fn open_now(stdio: &Stdio, owner: &Owner) -> Result<Self> {
+        let mut opened = Self::default();
+        opened.open_stdin(&stdio.stdin)?;
+        opened.open_outputs(stdio, owner)?;
+        if opened.stdout.is_some() {
+            first_output::watch(&stdio.stdout);
+        }
+        Ok(opened)
+    }
+
+    fn open_stdin(&mut self, uri: &str) -> Result<()> {
+        let named = |error: io::Error| stream_error("stdin", uri, &error);
+        match parse("stdin", uri)? {
+            Target::None | Target::Binary(_) => {}
+            Target::File(path) => self.stdin = Some(File::open(path).map_err(named)?.into()),
+            Target::Fifo(path) => {
+                let Some(read) = open_fifo(&path, OpenOptions::new().read(true)).map_err(named)? else {
+                    return Ok(());
+                };
+                // Cannot block or fail with ENXIO: the read end is open.
+                let write = OpenOptions::new()
+                    .write(true)
+                    .custom_flags(libc::O_NONBLOCK)
+                    .open(&path);
+                self.stdin_writer = Some(write.map_err(named)?);
+                self.stdin = Some(read.into());
+            }
+        }
+        Ok(())
+    }
+
+    fn open_outputs(&mut self, stdio: &Stdio, owner: &Owner) -> Result<()> {
+        let stdout = parse("stdout", &stdio.stdout)?;
+        // With a terminal everything comes out of the one pty.
+        let stderr = if stdio.terminal {
+            Target::None
+        } else {
+            parse("stderr", &stdio.stderr)?
+        };
+        if let Target::Binary(uri) = &stdout {
+            if !matches!(&stderr, Target::None) && stdio.stderr != stdio.stdout {
+                let message = format!("stderr {:?}: must be the logger of stdout, {uri:?}", stdio.stderr);
+                return Err(Error::new(ErrorKind::InvalidArgument, message));
+            }
+            let (logger, stdout, stderr) = logger::Logger::spawn(uri, owner)?;
+            self.stdout = Some(stdout);
+            self.stderr = Some(stderr).filter(|_| !stdio.terminal);
+            self.logger = Some(logger);
+            return Ok(());
+        }
+        self.stdout = open_output("stdout", stdout)?;
+        self.stderr = open_output("stderr", stderr)?;
+        Ok(())
+    }
+}
+
+impl Drop for Streams {
+    fn drop(&mut self) {
+        // Its input ends first.
+        self.stdout.take();
+        self.stderr.take();
+        if let Some(logger) = self.logger.take() {
+            logger.finish();
+        }
+    }
 }
 
 fn open_output(stream: &'static str, target: Target) -> Result<Option<OwnedFd>> {
@@ -265,7 +302,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn uris_are_told_apart() {
+    fn uri_when_parsed_is_of_its_kind() {
         assert_eq!(parse("stdin", "").unwrap(), Target::None);
         assert_eq!(parse("stdout", "/run/x").unwrap(), Target::Fifo("/run/x".into()));
         assert_eq!(
@@ -286,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_fifo_means_nothing_attached_and_opening_never_blocks() {
+    fn fifo_when_missing_or_without_a_peer_opens_at_once() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("fifo");
         assert!(

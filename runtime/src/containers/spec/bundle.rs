@@ -1,23 +1,14 @@
 //! A bundle's `config.json`.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::Path;
 
 use oci_spec::runtime::Spec;
 
+use crate::cri::{self, ContainerKind};
 use crate::error::{Error, ErrorKind, Result};
-
-/// What a container is to its pod.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ContainerType {
-    /// The pause container that stands for the pod.
-    PodSandbox,
-    /// A container in an existing pod.
-    PodContainer,
-    /// A container that is its own pod (`ctr run`, `nerdctl run`).
-    SingleContainer,
-}
 
 /// Reads `config.json` of `bundle`.
 ///
@@ -50,19 +41,14 @@ pub fn load_spec(bundle: &Path) -> Result<Spec> {
     Ok(spec)
 }
 
-/// What the annotations of containerd's CRI, CRI-O or dockershim say.
-pub fn container_type(spec: &Spec) -> ContainerType {
-    let annotations = spec.annotations().as_ref();
-    let get = |name: &str| annotations.and_then(|map| map.get(name)).map(String::as_str);
-    let text = get("io.kubernetes.cri.container-type")
-        .or_else(|| get("io.kubernetes.cri-o.ContainerType"))
-        .or_else(|| get("io.kubernetes.docker.type"))
-        .or_else(|| get("io.katacontainers.pkg.oci.container_type"));
-    match text {
-        Some("sandbox" | "podsandbox" | "pod_sandbox") => ContainerType::PodSandbox,
-        Some("container" | "pod_container") => ContainerType::PodContainer,
-        _ => ContainerType::SingleContainer,
-    }
+/// What the spec's annotations say the container is to its pod.
+///
+/// # Errors
+/// `InvalidArgument` for a member that does not say of which pod.
+pub fn container_kind(spec: &Spec) -> Result<ContainerKind> {
+    let none = HashMap::new();
+    cri::kind(spec.annotations().as_ref().unwrap_or(&none))
+        .map_err(|error| Error::new(ErrorKind::InvalidArgument, format!("config.json: {error}")))
 }
 
 #[cfg(test)]
@@ -70,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn missing_and_broken_specs_are_named() {
+    fn spec_when_missing_or_broken_is_named() {
         let bundle = tempfile::tempdir().unwrap();
         let path = bundle.path().join("config.json").display().to_string();
 
@@ -89,19 +75,5 @@ mod tests {
             assert_eq!(error.kind, ErrorKind::InvalidArgument, "{text}");
             assert!(error.message.starts_with(&path), "{error}");
         }
-    }
-
-    #[test]
-    fn container_type_follows_the_annotations() {
-        let of = |json: &str| container_type(&serde_json::from_str(json).unwrap());
-        assert_eq!(of(r#"{"ociVersion":"1"}"#), ContainerType::SingleContainer);
-        assert_eq!(
-            of(r#"{"ociVersion":"1","annotations":{"io.kubernetes.cri.container-type":"sandbox"}}"#),
-            ContainerType::PodSandbox
-        );
-        assert_eq!(
-            of(r#"{"ociVersion":"1","annotations":{"io.kubernetes.cri-o.ContainerType":"container"}}"#),
-            ContainerType::PodContainer
-        );
     }
 }

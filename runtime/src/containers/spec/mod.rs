@@ -3,12 +3,13 @@
 
 pub(super) mod bundle;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxResources, Process, Spec};
+use oci_spec::runtime::{Hooks, LinuxBlockIo, LinuxNamespaceType, LinuxResources, Process, Spec};
 use protocols::oci_convert::uncarried;
 
-use bundle::ContainerType;
+use crate::cri::ContainerKind;
+use crate::error::{Error, ErrorKind, Result};
 
 /// What the guest's spec gets in place of the host's.
 #[derive(Debug, Clone, Default)]
@@ -27,8 +28,110 @@ pub struct GuestSpec {
     pub disable_seccomp: bool,
 }
 
+/// Refuses what the guest cannot have and a container cannot do without: devices and limits. To be asked before a VM is
+/// booted for it.
+///
+/// # Errors
+/// `Unimplemented` naming all of them, in config.json notation.
+pub fn check(spec: &Spec) -> Result<()> {
+    let mut lost = Vec::new();
+    if let Some(linux) = spec.linux() {
+        let devices = linux.devices().iter().flatten();
+        let foreign = devices
+            .map(|device| device.path())
+            .filter(|path| !is_standard(path));
+        lost.extend(foreign.map(|path| {
+            format!(
+                "linux.devices {}: devices of the host are not passed to the guest (containerd's \
+                 privileged_without_host_devices leaves them out)",
+                path.display()
+            )
+        }));
+        lost.extend(linux.resources().iter().flat_map(lost_limits));
+    }
+    refuse(lost)
+}
+
+fn refuse(lost: Vec<String>) -> Result<()> {
+    if lost.is_empty() {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Unimplemented, lost.join("; ")))
+}
+
+/// The limits of `resources` that the guest cannot keep.
+fn lost_limits(resources: &LinuxResources) -> Vec<String> {
+    let mut lost = Vec::new();
+    let pages = resources.hugepage_limits().iter().flatten();
+    // Kubernetes sets every size to 0.
+    if pages.clone().any(|limit| limit.limit() > 0) {
+        lost.push("linux.resources.hugepageLimits: the guest has no huge pages".to_owned());
+    }
+    if resources.block_io().as_ref().is_some_and(limits_block_io) {
+        lost.push("linux.resources.blockIO: the guest's files are not on a block device".to_owned());
+    }
+    if resources.rdma().as_ref().is_some_and(|rdma| !rdma.is_empty()) {
+        lost.push("linux.resources.rdma: the guest has no RDMA devices".to_owned());
+    }
+    if let Some(unified) = resources.unified().as_ref().filter(|unified| !unified.is_empty()) {
+        let mut files: Vec<_> = unified.keys().map(String::as_str).collect();
+        files.sort_unstable();
+        lost.push(format!(
+            "linux.resources.unified: {} cannot be passed to the guest",
+            files.join(", ")
+        ));
+    }
+    lost
+}
+
+fn limits_block_io(block_io: &LinuxBlockIo) -> bool {
+    let throttles = [
+        block_io.throttle_read_bps_device(),
+        block_io.throttle_write_bps_device(),
+        block_io.throttle_read_iops_device(),
+        block_io.throttle_write_iops_device(),
+    ];
+    let weights = block_io.weight_device().iter().flatten().count();
+    // Docker writes a weight of 0 for none.
+    block_io.weight().is_some_and(|weight| weight > 0)
+        || weights + throttles.into_iter().flatten().flatten().count() > 0
+}
+
+/// Devices that every container gets from the guest.
+fn is_standard(path: &Path) -> bool {
+    [
+        "null", "zero", "full", "random", "urandom", "tty", "ptmx", "console",
+    ]
+    .iter()
+    .any(|name| path == Path::new("/dev").join(name))
+}
+
+/// Takes out of `resources` what only means something on the host: for a new container and for an update alike.
+///
+/// # Errors
+/// `Unimplemented` naming the limits that the guest cannot keep.
+pub fn amend_resources(resources: &mut LinuxResources) -> Result<()> {
+    refuse(lost_limits(resources))?;
+    // Numbers of devices, processors and nodes of the host. The host's cgroup holds the pod to its processors.
+    keep_rules_without_numbers(resources);
+    resources.set_block_io(None);
+    resources.set_network(None);
+    resources.set_hugepage_limits(None);
+    resources.set_rdma(None);
+    resources.set_unified(None);
+    if let Some(cpu) = resources.cpu_mut() {
+        cpu.set_cpus(None);
+        cpu.set_mems(None);
+    }
+    Ok(())
+}
+
 /// Changes `spec` for the guest; returns the warnings.
-pub fn amend(spec: &mut Spec, guest: GuestSpec, kind: ContainerType) -> Vec<String> {
+///
+/// # Errors
+/// As [`check`].
+pub fn amend(spec: &mut Spec, guest: GuestSpec, kind: &ContainerKind) -> Result<Vec<String>> {
+    check(spec)?;
     let mut warnings: Vec<String> = uncarried(spec)
         .into_iter()
         .map(|field| format!("{field} is set and cannot be passed to the guest"))
@@ -52,14 +155,13 @@ pub fn amend(spec: &mut Spec, guest: GuestSpec, kind: ContainerType) -> Vec<Stri
         "io.katacontainers.pkg.oci.bundle_path".into(),
         guest.bundle.display().to_string(),
     );
-    let kind = if kind == ContainerType::PodContainer {
-        "pod_container"
-    } else {
-        "pod_sandbox"
+    let kind = match kind {
+        ContainerKind::Member { .. } => "pod_container",
+        ContainerKind::Single | ContainerKind::Sandbox => "pod_sandbox",
     };
     annotations.insert("io.katacontainers.pkg.oci.container_type".into(), kind.into());
-    amend_linux(spec, &guest.container, guest.disable_seccomp, &mut warnings);
-    warnings
+    amend_linux(spec, &guest.container, guest.disable_seccomp)?;
+    Ok(warnings)
 }
 
 /// Changes a process for the guest: host security labels mean nothing there. Capabilities stay.
@@ -68,8 +170,10 @@ pub fn amend_process(process: &mut Process) {
     process.set_selinux_label(None);
 }
 
-fn amend_linux(spec: &mut Spec, container: &str, disable_seccomp: bool, warnings: &mut Vec<String>) {
-    let Some(linux) = spec.linux_mut() else { return };
+fn amend_linux(spec: &mut Spec, container: &str, disable_seccomp: bool) -> Result<()> {
+    let Some(linux) = spec.linux_mut() else {
+        return Ok(());
+    };
     if let Some(namespaces) = linux.namespaces_mut() {
         // The VM is the network namespace; time and cgroup namespaces of the host have no counterpart to join.
         namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
@@ -81,42 +185,12 @@ fn amend_linux(spec: &mut Spec, container: &str, disable_seccomp: bool, warnings
     linux.set_cgroups_path(Some(format!("/kata/{container}").into()));
     linux.set_mount_label(None);
     linux.set_intel_rdt(None);
+    // Standard ones only: the guest makes them.
+    linux.set_devices(None);
     if disable_seccomp {
         linux.set_seccomp(None);
     }
-    if let Some(devices) = linux.devices_mut().take() {
-        let is_standard = |path: &str| {
-            [
-                "null", "zero", "full", "random", "urandom", "tty", "ptmx", "console",
-            ]
-            .iter()
-            .any(|name| path == format!("/dev/{name}"))
-        };
-        for device in devices {
-            let path = device.path().display().to_string();
-            if !is_standard(&path) {
-                warnings.push(format!("device {path} of the host is not passed to the guest"));
-            }
-        }
-    }
-    let Some(resources) = linux.resources_mut() else {
-        return;
-    };
-    // Device numbers, processors and nodes of the host; limits on them are the host cgroup's business.
-    keep_rules_without_numbers(resources);
-    resources.set_block_io(None);
-    resources.set_network(None);
-    if resources
-        .hugepage_limits_mut()
-        .take()
-        .is_some_and(|limits| limits.iter().any(|limit| limit.limit() > 0))
-    {
-        warnings.push("linux.resources.hugepageLimits: the guest has no huge pages".into());
-    }
-    if let Some(cpu) = resources.cpu_mut() {
-        cpu.set_cpus(None);
-        cpu.set_mems(None);
-    }
+    linux.resources_mut().as_mut().map_or(Ok(()), amend_resources)
 }
 
 /// Of the rules for devices, those that name none: the numbers are the host's, but a privileged container is one in the
@@ -175,13 +249,12 @@ mod tests {
             "cgroupsPath": "system.slice:cri:c1", "mountLabel": "m", "seccomp": {"defaultAction": "SCMP_ACT_ERRNO"},
             "namespaces": [{"type": "network", "path": "/run/netns/x"}, {"type": "pid"},
                 {"type": "ipc", "path": "/proc/1/ns/ipc"}],
-            "devices": [{"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
-                {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}],
+            "devices": [{"path": "/dev/null", "type": "c", "major": 1, "minor": 3}],
             "maskedPaths": ["/proc/kcore"],
             "resources": {"devices": [{"allow": false, "access": "rwm"},
                     {"allow": true, "type": "b", "major": 8, "minor": 0, "access": "rw"}], "memory": {"limit": 1048576},
-                "cpu": {"shares": 512, "cpus": "0-1", "mems": "0"}, "pids": {"limit": 10},
-                "hugepageLimits": [{"pageSize": "2MB", "limit": 4}]}
+                "cpu": {"shares": 512, "cpus": "0-1", "mems": "0"}, "pids": {"limit": 10}, "blockIO": {"weight": 0},
+                "hugepageLimits": [{"pageSize": "2MB", "limit": 0}]}
         }
     }"#;
 
@@ -195,12 +268,12 @@ mod tests {
             terminal: true,
             disable_seccomp,
         };
-        let warnings = amend(&mut spec, guest, ContainerType::SingleContainer);
+        let warnings = amend(&mut spec, guest, &ContainerKind::Single).unwrap();
         (spec, warnings)
     }
 
     #[test]
-    fn host_only_parts_are_removed() {
+    fn spec_when_amended_loses_what_is_of_the_host() {
         let (spec, _) = amended(true);
 
         let linux = spec.linux().as_ref().unwrap();
@@ -214,10 +287,7 @@ mod tests {
             namespaces,
             [(LinuxNamespaceType::Pid, None), (LinuxNamespaceType::Ipc, None)]
         );
-        assert_eq!(
-            linux.cgroups_path().as_deref(),
-            Some(std::path::Path::new("/kata/c1"))
-        );
+        assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/kata/c1")));
         assert!(linux.seccomp().is_none() && linux.devices().is_none() && linux.mount_label().is_none());
         let resources = linux.resources().as_ref().unwrap();
         let rules = resources.devices().as_ref().unwrap();
@@ -231,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_guest_needs_stays() {
+    fn spec_when_amended_keeps_what_the_guest_needs() {
         let (spec, _) = amended(false);
 
         let root = spec.root().as_ref().unwrap();
@@ -265,13 +335,48 @@ mod tests {
     }
 
     #[test]
-    fn losses_are_warned_about() {
+    fn hooks_when_they_do_not_run_are_warned_about() {
         let (_, warnings) = amended(true);
 
         let all = warnings.join("\n");
-        for expected in ["/usr/bin/hook-a", "/usr/bin/hook-b", "/dev/kvm", "hugepageLimits"] {
+        for expected in ["/usr/bin/hook-a", "/usr/bin/hook-b"] {
             assert!(all.contains(expected), "{expected} in\n{all}");
         }
-        assert!(!all.contains("/dev/null"), "{all}");
+    }
+
+    #[test]
+    fn devices_when_they_cannot_be_had_are_refused_by_name() {
+        let device = r#""devices": [{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]"#;
+        for (linux, expected) in [
+            (device, "/dev/kvm"),
+            (
+                r#""resources": {"hugepageLimits": [{"pageSize": "2MB", "limit": 4}]}"#,
+                "hugepageLimits",
+            ),
+            (r#""resources": {"blockIO": {"weight": 500}}"#, "blockIO"),
+            (
+                r#""resources": {"blockIO": {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]}}"#,
+                "blockIO",
+            ),
+            (r#""resources": {"rdma": {"mlx5": {"hcaHandles": 3}}}"#, "rdma"),
+            (r#""resources": {"unified": {"memory.high": "1"}}"#, "memory.high"),
+        ] {
+            let spec: Spec =
+                serde_json::from_str(&format!(r#"{{"ociVersion": "1.0.2", "linux": {{{linux}}}}}"#)).unwrap();
+            let error = check(&spec).unwrap_err();
+            assert_eq!(error.kind, ErrorKind::Unimplemented);
+            assert!(error.message.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn update_when_amended_is_as_a_new_container() {
+        let spec: Spec = serde_json::from_str(SPEC).unwrap();
+        let mut update = spec.linux().as_ref().unwrap().resources().clone().unwrap();
+        let (created, _) = amended(true);
+
+        amend_resources(&mut update).unwrap();
+
+        assert_eq!(created.linux().as_ref().unwrap().resources(), &Some(update));
     }
 }

@@ -21,7 +21,8 @@ const FILE_CHANCES: u8 = 1;
 #[derive(Debug)]
 pub(super) struct PathFd {
     fd: OwnedFd,
-    /// How often it is still passed over.
+    /// How often it is passed over after a use, and how often still.
+    most: u8,
     chances: AtomicU8,
     _ticket: Ticket,
 }
@@ -96,8 +97,7 @@ impl Descriptors {
     /// The kept descriptor of inode `id`.
     pub(super) fn get(&self, id: u64) -> Option<Arc<PathFd>> {
         let fd = self.lock().by_inode.get(&id).cloned()?;
-        let chances = fd.chances.load(Ordering::Relaxed).max(FILE_CHANCES);
-        fd.chances.store(chances, Ordering::Relaxed);
+        fd.chances.store(fd.most, Ordering::Relaxed);
         Some(fd)
     }
 
@@ -106,13 +106,14 @@ impl Descriptors {
     /// # Errors
     /// ENFILE.
     pub(super) fn keep(&self, inode: &Inode, fd: OwnedFd) -> io::Result<Arc<PathFd>> {
-        let chances = match inode.file_type() {
-            libc::S_IFDIR => DIRECTORY_CHANCES,
-            _ => FILE_CHANCES,
+        let most = match inode.is_directory() {
+            true => DIRECTORY_CHANCES,
+            false => FILE_CHANCES,
         };
         let fd = Arc::new(PathFd {
             fd,
-            chances: AtomicU8::new(chances),
+            most,
+            chances: AtomicU8::new(most),
             _ticket: self.ticket()?,
         });
         let mut evicted = None;

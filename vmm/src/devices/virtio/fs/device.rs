@@ -15,6 +15,7 @@ use super::handle::FsHandle;
 use super::mounts::{MAX_MOUNTS, Mount, Names, ROOT_MOUNT, Root};
 use super::share::{Options, Share};
 use super::state::FsState;
+use super::waiting::{MAX_WAITING, Waiting};
 use super::worker::{FsWorkers, Service, lock};
 use crate::descriptors::Budget;
 use crate::devices::virtio::served_queue::ServedQueue;
@@ -77,9 +78,10 @@ pub struct Fs {
 impl Fs {
     /// Opens the shared directories; they are these directories from now on, wherever they are moved.
     ///
-    /// What the guest makes the process hold comes out of the process's [`Budget`]; when that is used up it gets ENFILE.
-    /// (File handles instead of descriptors would not be confined to a directory: open_by_handle_at(2) opens any file of
-    /// the file system.)
+    /// What the guest knows costs memory, not descriptors; what it has open costs one each, and one more for every owner of
+    /// fcntl locks. They come out of the process's [`Budget`]; when that is used up it gets ENFILE. (File handles would
+    /// need a descriptor for every mount of the host, which keeps it busy, and do not exist on overlayfs, where container
+    /// images are. Nor are they confined to a directory: open_by_handle_at(2) opens any file of the file system.)
     ///
     /// # Errors
     /// [`FsError`] when the directory or `/proc/self/fd` cannot be opened.
@@ -212,6 +214,7 @@ impl VirtioDevice for Fs {
 
     fn reset(&mut self) {
         self.suspend();
+        lock(&self.service.waiting).clear();
         self.service.share.forget_guest();
     }
 
@@ -222,12 +225,17 @@ impl VirtioDevice for Fs {
     fn save(&self) -> Result<Vec<u8>, StateError> {
         let limiter = lock(&self.service.limiter).state();
         let id = &self.config.id;
-        state::encode(id, &super::state::save(id, &self.service.share, limiter)?)
+        let waiting = lock(&self.service.waiting);
+        let waiting = waiting.iter().map(|request| (request.queue, request.head));
+        let state = super::state::save(id, &self.service.share, limiter, waiting.collect())?;
+        state::encode(id, &state)
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), StateError> {
         let state: FsState = state::decode(&self.config.id, state)?;
         lock(&self.service.limiter).restore(&state.limiter);
+        let waiting = state.waiting.iter().take(MAX_WAITING);
+        *lock(&self.service.waiting) = waiting.map(|(queue, head)| Waiting::new(*queue, *head)).collect();
         super::state::restore(&self.config, &self.service.share, state)
     }
 

@@ -76,6 +76,8 @@ impl FileSystem for Share {
         Ok(writeback
             | FsOptions::ASYNC_READ
             | FsOptions::ATOMIC_O_TRUNC
+            | FsOptions::POSIX_LOCKS
+            | FsOptions::FLOCK_LOCKS
             | FsOptions::BIG_WRITES
             | FsOptions::DONT_MASK
             | FsOptions::AUTO_INVAL_DATA
@@ -352,8 +354,10 @@ impl FileSystem for Share {
         Ok(count)
     }
 
-    fn flush(&self, _ctx: &Context, inode: u64, handle: u64, _lock_owner: u64) -> io::Result<()> {
-        sys::flush(self.handles.get(handle, inode)?.file())
+    fn flush(&self, _ctx: &Context, inode: u64, handle: u64, lock_owner: u64) -> io::Result<()> {
+        let handle = self.handles.get(handle, inode)?;
+        self.locks.close(inode, lock_owner);
+        sys::flush(handle.file())
     }
 
     fn fsync(&self, _ctx: &Context, inode: u64, datasync: bool, handle: u64) -> io::Result<()> {
@@ -388,6 +392,13 @@ impl FileSystem for Share {
         _flock_release: bool,
         _lock_owner: Option<u64>,
     ) -> io::Result<()> {
+        // Not when the last request that uses the handle ends.
+        let open = self.handles.get(handle, inode)?;
+        if open.flock().is_some() {
+            open.set_flock(None)?;
+            self.locks.set_released();
+        }
+        self.locks.close_handle(inode, handle);
         self.handles.remove(handle, inode)
     }
 

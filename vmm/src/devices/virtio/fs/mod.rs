@@ -27,6 +27,7 @@ mod filesystem;
 mod handle;
 mod inodes;
 mod jail;
+mod locks;
 mod message;
 mod mounts;
 mod open_files;
@@ -37,6 +38,7 @@ mod state;
 mod sys;
 #[cfg(test)]
 mod tests;
+mod waiting;
 mod worker;
 
 pub use device::{Fs, FsError};

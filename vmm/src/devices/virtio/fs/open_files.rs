@@ -5,11 +5,12 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::directory::Listing;
+use super::locks::Kind;
 use super::mounts::Mount;
-use super::sys::errno;
+use super::sys::{self, errno};
 use crate::descriptors::Ticket;
 
 /// A file or directory the guest opened.
@@ -20,6 +21,8 @@ pub(super) struct Handle {
     mount: Arc<Mount>,
     /// Held while the position of `file` matters: reading a directory, seeking.
     pub(super) listing: Mutex<Listing>,
+    /// How the guest has locked it with flock(2).
+    flock: Mutex<Option<Kind>>,
     _ticket: Ticket,
 }
 
@@ -31,6 +34,7 @@ impl Handle {
             file,
             mount: mount.clone(),
             listing: Mutex::default(),
+            flock: Mutex::default(),
             _ticket: ticket,
         }
     }
@@ -42,6 +46,26 @@ impl Handle {
 
     pub(super) fn file(&self) -> &File {
         &self.file
+    }
+
+    /// How the guest has locked it with flock(2).
+    pub(super) fn flock(&self) -> Option<Kind> {
+        *self.lock_flock()
+    }
+
+    /// Locks it as flock(2) does, without waiting.
+    ///
+    /// # Errors
+    /// EAGAIN when another open file has the lock. The one this has had is gone then, too.
+    pub(super) fn set_flock(&self, kind: Option<Kind>) -> io::Result<()> {
+        let mut now = self.lock_flock();
+        let result = sys::flock(self.file.as_fd(), Kind::flock(kind));
+        *now = kind.filter(|_| result.is_ok());
+        result
+    }
+
+    fn lock_flock(&self) -> MutexGuard<'_, Option<Kind>> {
+        self.flock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -142,6 +166,15 @@ impl Handles {
         let open = self.read();
         let (_, id) = open.by_inode.range((inode, 0)..=(inode, u64::MAX)).next()?;
         open.by_id.get(id).cloned()
+    }
+
+    /// Every handle of `inode` but `id`.
+    pub(super) fn others_of_inode(&self, inode: u64, id: u64) -> Vec<Arc<Handle>> {
+        let open = self.read();
+        let all = open.by_inode.range((inode, 0)..=(inode, u64::MAX));
+        all.filter(|(_, other)| *other != id)
+            .filter_map(|(_, id)| open.by_id.get(id).cloned())
+            .collect()
     }
 
     pub(super) fn remove(&self, id: u64, inode: u64) -> io::Result<()> {

@@ -13,10 +13,13 @@ use fuse_backend_rs::abi::fuse_abi::{
     Rename2In, RenameIn, SetattrIn, SetattrValid, SetxattrIn, WRITE_CACHE, WRITE_LOCKOWNER, WriteIn,
     WriteOut, stat64,
 };
-use fuse_backend_rs::api::filesystem::{Context, DirEntry, Entry, FileSystem, GetxattrReply, ListxattrReply};
+use fuse_backend_rs::api::filesystem::{
+    Context, DirEntry, Entry, FileLock, FileSystem, GetxattrReply, ListxattrReply,
+};
 use vm_memory::ByteValued;
 
 use super::additions::StatxIn;
+use super::locks::Holder;
 use super::message::{Arguments, GuestData, MAX_DATA, MessageError, Request, Room, opcode, read_header};
 use super::share::Share;
 use super::sys::errno;
@@ -30,20 +33,32 @@ const MAX_BACKGROUND: u16 = u16::MAX;
 const CONGESTION: u16 = MAX_BACKGROUND / 4 * 3;
 const PAGE: u32 = 4096;
 
+/// Whom a process of the guest may wait for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Patience {
+    Endless,
+    /// The guest's own processes: it has waited for others long enough.
+    Guest,
+    /// Nobody: too many wait already.
+    None,
+}
+
 /// What became of a request.
 #[derive(Debug, Default)]
 pub(super) struct Served {
     /// Bytes of the answer.
     pub(super) written: u32,
+    /// There is no answer yet: it is for a lock somebody else has. To be served again.
+    pub(super) waits: bool,
     /// The message was no request, or had no room for its answer.
     pub(super) error: Option<MessageError>,
 }
 
 /// Carries the request in `chain` out.
-pub(super) fn serve(share: &Share, memory: &GuestMemory, chain: &Chain) -> Served {
+pub(super) fn serve(share: &Share, memory: &GuestMemory, chain: &Chain, patience: Patience) -> Served {
     let dropped = |error| Served {
-        written: 0,
         error: Some(error),
+        ..Served::default()
     };
     let header = match read_header(memory, &chain.readable) {
         Ok(header) => header,
@@ -53,11 +68,17 @@ pub(super) fn serve(share: &Share, memory: &GuestMemory, chain: &Chain) -> Serve
     let request = Request::read(header, memory, &chain.readable);
     let result = request
         .map_err(Refusal::from)
-        .and_then(|request| answer(share, memory, &request, &room));
+        .and_then(|request| answer(share, memory, &request, &room, patience));
     let (reply, error) = match result {
         Ok(reply) => (reply, None),
         Err(Refusal::Error(error)) => (Reply::Error(error.raw_os_error().unwrap_or(libc::EIO)), None),
         Err(Refusal::Malformed(error)) => (Reply::Error(libc::EINVAL), Some(error)),
+        Err(Refusal::Waits) => {
+            return Served {
+                waits: true,
+                ..Served::default()
+            };
+        }
     };
     let written = match (reply, header.opcode) {
         // These have no answer, not even an error.
@@ -67,7 +88,11 @@ pub(super) fn serve(share: &Share, memory: &GuestMemory, chain: &Chain) -> Serve
         (Reply::Error(number), _) => room.error(number),
     };
     match written {
-        Ok(written) => Served { written, error },
+        Ok(written) => Served {
+            written,
+            error,
+            waits: false,
+        },
         Err(error) => dropped(error),
     }
 }
@@ -85,6 +110,8 @@ enum Reply {
 enum Refusal {
     Error(io::Error),
     Malformed(MessageError),
+    /// Not yet.
+    Waits,
 }
 
 impl From<io::Error> for Refusal {
@@ -124,7 +151,13 @@ fn attributes(result: io::Result<(stat64, std::time::Duration)>) -> Answer {
     })
 }
 
-fn answer(share: &Share, memory: &GuestMemory, request: &Request<'_>, room: &Room<'_>) -> Answer {
+fn answer(
+    share: &Share,
+    memory: &GuestMemory,
+    request: &Request<'_>,
+    room: &Room<'_>,
+    patience: Patience,
+) -> Answer {
     let InHeader {
         opcode, nodeid: node, ..
     } = request.header;
@@ -174,7 +207,39 @@ fn answer(share: &Share, memory: &GuestMemory, request: &Request<'_>, room: &Roo
         | opcode::RENAME
         | opcode::RENAME2
         | opcode::LINK => in_directory(share, ctx, request, &mut args),
+        opcode::GETLK | opcode::SETLK | opcode::SETLKW => lock(share, request, &mut args, patience),
         _ => of_handle(share, ctx, request, &mut args),
+    }
+}
+
+fn lock(share: &Share, request: &Request<'_>, args: &mut Arguments<'_>, patience: Patience) -> Answer {
+    let InHeader {
+        opcode, nodeid: node, ..
+    } = request.header;
+    let LkIn {
+        fh,
+        owner,
+        lk,
+        lk_flags,
+        ..
+    } = args.take()?;
+    let wanted = FileLock::from(lk);
+    if opcode == opcode::GETLK {
+        let lk = share.test_lock(node, fh, owner, &wanted)?.into();
+        return body(&LkOut { lk });
+    }
+    match share.set_lock(node, fh, owner, &wanted, lk_flags) {
+        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) && opcode == opcode::SETLKW => {
+            let holder = share.wait_for_lock(node, fh, owner, &wanted, lk_flags)?;
+            match (patience, holder) {
+                (Patience::Endless, _) | (Patience::Guest, Holder::Guest) => Err(Refusal::Waits),
+                _ => {
+                    share.stop_waiting(owner);
+                    Err(errno(libc::ENOLCK).into())
+                }
+            }
+        }
+        result => done(result),
     }
 }
 
@@ -482,23 +547,6 @@ fn of_handle(share: &Share, ctx: &Context, request: &Request<'_>, args: &mut Arg
             } = args.take()?;
             let offset = share.lseek(ctx, node, fh, offset, whence)?;
             body(&LseekOut { offset })
-        }
-        opcode::GETLK | opcode::SETLK | opcode::SETLKW => {
-            let LkIn {
-                fh,
-                owner,
-                lk,
-                lk_flags,
-                ..
-            } = args.take()?;
-            let lk = lk.into();
-            match request.header.opcode {
-                opcode::GETLK => body(&LkOut {
-                    lk: share.getlk(ctx, node, fh, owner, lk, lk_flags)?.into(),
-                }),
-                opcode::SETLK => done(share.setlk(ctx, node, fh, owner, lk, lk_flags)),
-                _ => done(share.setlkw(ctx, node, fh, owner, lk, lk_flags)),
-            }
         }
         _ => Err(errno(libc::ENOSYS).into()),
     }

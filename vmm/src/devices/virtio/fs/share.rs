@@ -23,6 +23,7 @@ use super::credentials::KillPrivileges;
 use super::descriptors::Descriptors;
 use super::directory::ReadAhead;
 use super::inodes::{Found, Inode, Inodes, Place};
+use super::locks::Locks;
 use super::mounts::{MAX_MOUNTS, Mount, Root};
 use super::open_files::{Handle, Handles};
 use super::sys::{self, Stat, errno};
@@ -106,6 +107,7 @@ pub(super) struct Share {
     pub(super) inodes: Inodes,
     pub(super) handles: Handles,
     pub(super) descriptors: Descriptors,
+    pub(super) locks: Locks,
     read_ahead: ReadAhead,
     pub(super) policy: Policy,
     pub(super) options: Options,
@@ -138,6 +140,7 @@ impl Share {
             inodes,
             handles: Handles::default(),
             descriptors: Descriptors::new(budget),
+            locks: Locks::default(),
             read_ahead: ReadAhead::default(),
             policy: Policy::new(options.cache),
             options,
@@ -210,6 +213,7 @@ impl Share {
 
     /// The guest has gone: forgets what it held. What is mounted stays.
     pub(super) fn forget_guest(&self) {
+        self.locks.clear();
         self.handles.clear();
         self.inodes.clear();
         self.descriptors.clear();

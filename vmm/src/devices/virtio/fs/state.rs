@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use super::config::{FsCache, FsConfig, FsRoot, SharedDir, check_share_name};
 use super::device::open_directory;
 use super::inodes::{Found, Inode, Place};
+use super::locks::{Kind, LockState};
 use super::mounts::{MAX_MOUNTS, Mount, Names, ROOT_MOUNT, Root};
 use super::open_files::Handle;
 use super::share::{OPEN_FLAGS, Share};
@@ -35,6 +36,8 @@ use crate::rate_limiter::RateLimiterState;
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct FsState {
     pub(super) limiter: RateLimiterState,
+    /// Requests whose answer is put off: queue and head.
+    pub(super) waiting: Vec<(usize, u16)>,
     share: ShareState,
 }
 
@@ -49,6 +52,8 @@ struct ShareState {
     last_inode: u64,
     handles: Vec<HandleState>,
     last_handle: u64,
+    /// Taken again by the next process, or not restored.
+    locks: Vec<LockState>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -75,6 +80,7 @@ struct HandleState {
     inode: u64,
     /// As for open(2).
     flags: i32,
+    flock: Option<Kind>,
 }
 
 /// What makes a file the same file.
@@ -164,7 +170,12 @@ fn content_matters(cache: FsCache, writeback: bool) -> bool {
 }
 
 /// What the guest holds of `share`. `device` is the id, for errors. Called while no worker runs.
-pub(super) fn save(device: &str, share: &Share, limiter: RateLimiterState) -> Result<FsState, StateError> {
+pub(super) fn save(
+    device: &str,
+    share: &Share,
+    limiter: RateLimiterState,
+    waiting: Vec<(usize, u16)>,
+) -> Result<FsState, StateError> {
     let unsupported = |reason: String| StateError::Unsupported {
         device: device.to_owned(),
         reason,
@@ -200,6 +211,7 @@ pub(super) fn save(device: &str, share: &Share, limiter: RateLimiterState) -> Re
             id: *id,
             inode: handle.inode(),
             flags,
+            flock: handle.flock(),
         })
     });
     let handles = handles
@@ -213,6 +225,7 @@ pub(super) fn save(device: &str, share: &Share, limiter: RateLimiterState) -> Re
     });
     Ok(FsState {
         limiter,
+        waiting,
         share: ShareState {
             writeback: share.writeback(),
             submounts: share.submounts(),
@@ -222,6 +235,7 @@ pub(super) fn save(device: &str, share: &Share, limiter: RateLimiterState) -> Re
             last_inode,
             handles,
             last_handle,
+            locks: share.locks.save(),
         },
     })
 }
@@ -323,6 +337,10 @@ pub(super) fn restore(config: &FsConfig, share: &Share, state: FsState) -> Resul
         let inode = share.inodes.get(handle.inode).map_err(failed)?;
         let fd = share.fd(&inode).map_err(failed)?;
         restore_handle(share, &inode, fd.as_fd(), handle).map_err(failed)?;
+    }
+    for lock in state.locks {
+        let failed = |e| invalid(format!("a lock of the guest cannot be taken again: {e}"));
+        share.restore_locks(lock).map_err(failed)?;
     }
     share.inodes.set_last_id(state.last_inode);
     share.handles.set_last_id(state.last_handle);
@@ -426,6 +444,12 @@ fn restore_inodes(
             .insert(state.id, state.lookups, found)
             .map_err(failed)?;
         for handle in handles.remove(&state.id).iter().flatten() {
+            let failed = |e: io::Error| match e.raw_os_error() {
+                Some(libc::EAGAIN) => {
+                    format!("{path:?} is locked by another process: the guest had the lock")
+                }
+                _ => failed(e),
+            };
             restore_handle(share, &inode, fd.as_fd(), handle).map_err(failed)?;
         }
         places.insert((state.mount, &state.path), inode);
@@ -467,6 +491,9 @@ fn restore_handle(share: &Share, inode: &Inode, fd: BorrowedFd, handle: &HandleS
     let ticket = share.descriptors.ticket()?;
     let file = sys::reopen(share.proc_fds.as_fd(), fd, flags)?;
     let file = Handle::new(inode.id(), inode.mount(), file, ticket);
+    if handle.flock.is_some() {
+        file.set_flock(handle.flock)?;
+    }
     share.handles.insert(handle.id, file)
 }
 

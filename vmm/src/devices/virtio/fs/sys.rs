@@ -348,6 +348,30 @@ pub(super) fn getdents(fd: BorrowedFd, buffer: &mut [u8]) -> io::Result<usize> {
     usize::try_from(len).map_err(|_| io::Error::last_os_error())
 }
 
+/// Locks the open file `fd` (LOCK_SH, LOCK_EX) or gives its lock up (LOCK_UN), without waiting.
+pub(super) fn flock(fd: BorrowedFd, operation: i32) -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    check(unsafe { libc::flock(fd.as_raw_fd(), operation | libc::LOCK_NB) })
+}
+
+/// F_OFD_SETLK or F_OFD_GETLK of `len` bytes from `start` on, up to the end of the file if `len` is 0.
+pub(super) fn ofd_lock(
+    fd: BorrowedFd,
+    command: i32,
+    kind: i32,
+    start: i64,
+    len: i64,
+) -> io::Result<libc::flock64> {
+    // SAFETY: zero is valid for every field; `l_pid` must be.
+    let mut lock: libc::flock64 = unsafe { zeroed() };
+    lock.l_type = kind as i16;
+    lock.l_whence = libc::SEEK_SET as i16;
+    (lock.l_start, lock.l_len) = (start, len);
+    // SAFETY: `lock` is valid during the call.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), command, &raw mut lock) })?;
+    Ok(lock)
+}
+
 /// Copies up to `len` bytes from one file to another, sharing blocks where the file system can; returns how many.
 pub(super) fn copy_file_range(
     from: BorrowedFd,

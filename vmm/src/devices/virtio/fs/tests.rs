@@ -6,6 +6,7 @@ mod client;
 mod confinement;
 mod files;
 mod hostile;
+mod locks;
 mod reach;
 mod restore;
 mod shares;

@@ -16,10 +16,11 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::message::MAX_DESCRIPTORS;
-use super::server::Served;
+use super::server::Patience;
 use super::share::Share;
+use super::waiting::Waiting;
 use super::{capabilities, jail, server};
-use crate::devices::virtio::chain::Chain;
+use crate::devices::virtio::chain::{Chain, ChainError};
 use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
@@ -39,6 +40,8 @@ pub(super) struct Service {
     pub(super) limiter: Mutex<RateLimiter>,
     pub(super) requests: AtomicU64,
     pub(super) malformed: AtomicU64,
+    /// Requests whose answer is put off.
+    pub(super) waiting: Mutex<Vec<Waiting>>,
 }
 
 impl Service {
@@ -48,6 +51,7 @@ impl Service {
             limiter: Mutex::new(limiter),
             requests: AtomicU64::new(0),
             malformed: AtomicU64::new(0),
+            waiting: Mutex::default(),
         }
     }
 }
@@ -61,12 +65,12 @@ impl std::fmt::Debug for Service {
 }
 
 /// What the threads work on.
-struct Pool {
+pub(super) struct Pool {
     id: String,
-    service: Arc<Service>,
+    pub(super) service: Arc<Service>,
     /// The threads shall end after the request in hand.
-    stopping: AtomicBool,
-    queues: Vec<Mutex<ServedQueue>>,
+    pub(super) stopping: AtomicBool,
+    pub(super) queues: Vec<Mutex<ServedQueue>>,
     memory: Arc<GuestMemory>,
     epoll: Epoll,
 }
@@ -186,8 +190,8 @@ impl Pool {
     fn run(&self) {
         let mut events = [EpollEvent::default()];
         loop {
-            match self.epoll.wait(-1, &mut events) {
-                Ok(0) => {}
+            match self.epoll.wait(self.timeout(), &mut events) {
+                Ok(0) => self.try_again(),
                 Ok(_) if events[0].data() == STOP => return,
                 Ok(_) if events[0].data() == TIMER => self.on_timer(),
                 Ok(_) => self.serve(usize::try_from(events[0].data()).unwrap_or(usize::MAX)),
@@ -222,13 +226,21 @@ impl Pool {
             && let Some(chain) = self.take(index, queue)
         {
             let head = chain.head_index();
-            let (read, written) = self.handle(chain);
-            if index != HIPRIO {
-                lock(&self.service.limiter).charge(read + u64::from(written), 1);
+            let chain = Chain::parse(&self.memory, chain, MAX_DESCRIPTORS);
+            match self.handle(chain, self.patience()) {
+                Some((read, written)) => {
+                    if index != HIPRIO {
+                        lock(&self.service.limiter).charge(read + u64::from(written), 1);
+                    }
+                    let mut queue = lock(queue);
+                    queue.complete(head, written);
+                    queue.notify();
+                }
+                None => self.put_off(index, head),
             }
-            let mut queue = lock(queue);
-            queue.complete(head, written);
-            queue.notify();
+            if self.service.share.locks.take_released() {
+                self.try_again();
+            }
         }
     }
 
@@ -252,24 +264,24 @@ impl Pool {
         }
     }
 
-    /// One FUSE request; returns its bytes and those of its answer.
-    fn handle(&self, chain: DescriptorChain<&GuestMemory>) -> (u64, u32) {
+    /// One FUSE request; returns its bytes and those of its answer, or `None` if it has to wait.
+    pub(super) fn handle(&self, chain: Result<Chain, ChainError>, patience: Patience) -> Option<(u64, u32)> {
         self.service.requests.fetch_add(1, Ordering::Relaxed);
         let malformed = || self.service.malformed.fetch_add(1, Ordering::Relaxed);
-        let chain = match Chain::parse(&self.memory, chain, MAX_DESCRIPTORS) {
+        let chain = match chain {
             Ok(chain) => chain,
             Err(error) => {
                 guest_log!(DEBUG, device = %self.id, %error, "fs: chain dropped");
                 malformed();
-                return (0, 0);
+                return Some((0, 0));
             }
         };
-        let Served { written, error } = server::serve(&self.service.share, &self.memory, &chain);
-        if let Some(error) = error {
+        let served = server::serve(&self.service.share, &self.memory, &chain, patience);
+        if let Some(error) = served.error {
             guest_log!(DEBUG, device = %self.id, %error, "fs: malformed request");
             malformed();
         }
-        (chain.readable.len(), written)
+        (!served.waits).then(|| (chain.readable.len(), served.written))
     }
 }
 

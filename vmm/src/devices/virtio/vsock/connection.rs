@@ -576,7 +576,9 @@ impl Connection {
     }
 
     /// [`close_attached`](super::VsockHandle::close_attached): ends the stream toward the guest once everything that
-    /// is in the descriptor now has been sent, or the whole connection if the descriptor is not read.
+    /// is in the descriptor now has been sent, or the whole connection if the descriptor is not read. Whoever ends an
+    /// output has waited for its reader as long as it wanted: what the reader has not taken is given up, or a reader that
+    /// never reads would keep buffer and descriptor for ever.
     pub(super) fn end(&mut self, context: Context<'_>) -> Verdict {
         self.end_when_idle = true;
         if self.origin.direction().reads_host() {
@@ -584,14 +586,17 @@ impl Connection {
             self.readable = true;
             return Verdict::Keep;
         }
+        self.drop_bytes(self.buffer.len(), context);
+        self.buffer = VecDeque::new();
         match self.phase {
             Phase::Established => {
                 self.close(context.now);
                 Verdict::Keep
             }
+            Phase::Flushing => Verdict::Forget,
             Phase::Requesting { .. } if self.opening.is_none() => Verdict::Reset,
             Phase::Handshake | Phase::Requesting { .. } | Phase::Backoff { .. } => Verdict::Forget,
-            Phase::Closing | Phase::Flushing => Verdict::Keep,
+            Phase::Closing => Verdict::Keep,
         }
     }
 

@@ -343,6 +343,43 @@ fn close_attached_of_stdout_closes_the_connection() {
     assert!(stack.driver.handle.wait_attached(port, PATIENCE));
 }
 
+/// More than a pipe holds.
+const BACKLOG: usize = 100 << 10;
+
+#[test]
+fn close_attached_of_a_stdout_that_nobody_reads_gives_buffer_and_descriptor_back() {
+    let mut stack = Stack::new();
+    let (mut read_end, write_end) = pipe();
+    let (port, key) = attach(&mut stack, write_end, Direction::FromGuest);
+    stack.send_all(key, &pattern(BACKLOG));
+    stack.driver.handle.close_attached(port).unwrap();
+    stack.wait_closed(key);
+    assert!(stack.driver.handle.wait_attached(port, PATIENCE));
+    let mut taken = Vec::new();
+    read_end.read_to_end(&mut taken).unwrap();
+    assert!(taken.len() < BACKLOG, "the pipe's part only: {}", taken.len());
+}
+
+#[test]
+fn close_attached_after_the_guests_end_gives_up_what_nobody_reads() {
+    let mut stack = Stack::new();
+    let (_read_end, write_end) = pipe();
+    let (port, key) = attach(&mut stack, write_end, Direction::FromGuest);
+    stack.send_all(key, &pattern(BACKLOG));
+    stack.control(key, Op::Shutdown, SHUTDOWN_BOTH);
+    stack.control(key, Op::Rst, 0);
+    let handle = stack.driver.handle.clone();
+    stack.run_for(Duration::from_millis(20));
+    assert!(
+        !handle.wait_attached(port, Duration::ZERO),
+        "it waits for its reader"
+    );
+    handle.close_attached(port).unwrap();
+    stack.run_for(Duration::from_millis(20));
+    assert!(handle.wait_attached(port, PATIENCE));
+    assert_eq!(handle.metrics().open_connections, 0);
+}
+
 #[test]
 fn attach_when_guest_never_accepts_closes_the_descriptor_in_time() {
     let mut stack = Stack::new();
