@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 
+use super::config::{Fault, Faulty};
+
 /// A file that cannot be the content of a device.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
@@ -39,6 +41,16 @@ pub enum ImageError {
         /// The file.
         path: PathBuf,
     },
+}
+
+impl Faulty for ImageError {
+    fn fault(&self) -> Fault {
+        match self {
+            Self::Open { source, .. } => Fault::from(source),
+            Self::Type { .. } => Fault::Unfit,
+            Self::Locked { .. } => Fault::Busy,
+        }
+    }
 }
 
 fn mode(read_only: bool) -> &'static str {

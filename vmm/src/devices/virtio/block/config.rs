@@ -120,12 +120,9 @@ pub enum BlockEngine {
 impl Faulty for BlockError {
     fn fault(&self) -> Fault {
         match self {
-            Self::Open { source, .. } => Fault::from(source),
-            Self::Locked { .. } => Fault::Busy,
-            Self::Type { .. } | Self::Empty { .. } | Self::Direct { .. } | Self::NoIoUring { .. } => {
-                Fault::Unfit
-            }
-            Self::RateLimiter { source, .. } => Fault::from(source),
+            Self::Image { source, .. } => source.fault(),
+            Self::Empty { .. } | Self::Direct { .. } | Self::NoIoUring { .. } => Fault::Unfit,
+            Self::Measure { source, .. } | Self::RateLimiter { source, .. } => Fault::from(source),
         }
     }
 }

@@ -63,9 +63,9 @@ impl Opened for PmemFile {
 impl Faulty for PmemError {
     fn fault(&self) -> Fault {
         match self {
-            Self::Open { source, .. } => Fault::from(source),
-            Self::Locked { .. } => Fault::Busy,
-            Self::Type { .. } | Self::Size { .. } | Self::State(_) => Fault::Unfit,
+            Self::Image { source, .. } => source.fault(),
+            Self::Measure { source, .. } => Fault::from(source),
+            Self::Size { .. } | Self::State(_) => Fault::Unfit,
             Self::Window { source, .. } => match source {
                 WindowError::Full { .. } => Fault::Full,
                 WindowError::Missing(_) | WindowError::Range { .. } => Fault::Unfit,
