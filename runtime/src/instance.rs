@@ -39,7 +39,7 @@ pub(crate) struct RuntimeInstance {
 }
 
 impl RuntimeInstance {
-    /// Takes a started sandbox; its end becomes the end of its containers.
+    /// Takes a sandbox that has not been started; its end becomes the end of its containers.
     pub(crate) fn new(
         context: &ShimContext,
         sandbox: Arc<VirtSandbox>,

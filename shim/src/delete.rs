@@ -14,6 +14,7 @@ use crate::address::Address;
 use crate::args::Args;
 use crate::bundle::Bundle;
 use crate::process::ShimProcess;
+use crate::start::socket_dir;
 use crate::{convert, logging, socket};
 
 /// Exit status of a container whose VM is gone: as if killed by signal 9.
@@ -100,7 +101,9 @@ fn delete_sandbox(args: &Args, bundle: &Bundle, pid: Option<u32>) -> Result<(), 
     }
     // Blocking work of a clean-up that hangs must not hold the process.
     runtime.shutdown_background();
-    if let Some(address) = bundle.address() {
+    // A `start` that was killed between binding its socket and writing the address down leaves only the socket.
+    let bound = || Address::of_sandbox(&socket_dir(None), &args.address, &args.namespace, &args.id).ok();
+    if let Some(address) = bundle.address().or_else(bound) {
         remove_socket(&address);
     }
     bundle.clear();

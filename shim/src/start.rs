@@ -150,7 +150,7 @@ fn serve(
 }
 
 /// The folder for sockets: as the bootstrap parameters or the environment say, else containerd's default.
-fn socket_dir(params: Option<&BootstrapParams>) -> PathBuf {
+pub(crate) fn socket_dir(params: Option<&BootstrapParams>) -> PathBuf {
     let from_params = params.and_then(|params| params.socket_dir.clone());
     from_params
         .or_else(|| env::var(SOCKET_DIR_ENV).ok())

@@ -3,6 +3,8 @@
 //! Everything here panics on failure, as assertions do, after collecting the logs.
 
 use std::cell::Cell;
+use std::fmt::Debug;
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
@@ -14,7 +16,7 @@ use crate::command::{Finished, Input, Running, eventually, run};
 use crate::containerd::Containerd;
 use crate::diagnosis::{report, say};
 use crate::image::BUSYBOX;
-use crate::settings::Settings;
+use crate::settings::{RUNC, Settings};
 
 /// Tests that compare the whole host run alone; the others share.
 static HOST: RwLock<()> = RwLock::new(());
@@ -31,6 +33,7 @@ enum HostUse {
 pub struct Case {
     name: String,
     daemon: Arc<Containerd>,
+    runtime: String,
     log_start: u64,
     reported: Cell<bool>,
     next: AtomicU32,
@@ -57,11 +60,32 @@ impl Case {
         Self::on(name, Arc::new(daemon), host)
     }
 
+    /// Plays `scenario` under runc, then under the runtime that is tested, and asserts that both have the same result,
+    /// which is returned: runc is the reference for what a container is. Beside other tests.
+    ///
+    /// # Panics
+    /// When the results differ.
+    #[track_caller]
+    pub fn like_runc<T: PartialEq + Debug>(name: &str, scenario: impl Fn(&Self) -> T) -> T {
+        let mut reference = Self::begin(&format!("{name}-runc"));
+        let tested = std::mem::replace(&mut reference.runtime, RUNC.to_owned());
+        let expected = scenario(&reference);
+        drop(reference);
+        if tested == RUNC {
+            return expected;
+        }
+        let case = Self::begin(name);
+        let result = scenario(&case);
+        assert_eq!(result, expected, "{tested} (left) is not like runc (right)");
+        result
+    }
+
     fn on(name: &str, daemon: Arc<Containerd>, host: HostUse) -> Self {
         let log_start = std::fs::metadata(daemon.log()).map_or(0, |log| log.len());
         let watchdog = watch(name.to_owned(), Arc::downgrade(&daemon), log_start);
         Self {
             name: name.to_owned(),
+            runtime: daemon.settings.runtime.clone(),
             daemon,
             log_start,
             reported: Cell::new(false),
@@ -74,6 +98,37 @@ impl Case {
     /// The containerd of this test.
     pub fn daemon(&self) -> &Containerd {
         &self.daemon
+    }
+
+    /// Whether this test's containers run in virtual machines.
+    pub fn is_vm_runtime(&self) -> bool {
+        self.runtime != RUNC
+    }
+
+    /// A folder of this test's own on the host.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    #[track_caller]
+    pub fn folder(&self, name: &str) -> PathBuf {
+        let path = self.daemon.dir().join(format!("{}-{name}", self.name));
+        std::fs::create_dir_all(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        path
+    }
+
+    /// The words that choose the runtime in `ctr run` and `ctr containers create`.
+    fn runtime_words(&self) -> Vec<String> {
+        let mut words = vec!["--runtime".to_owned(), self.runtime.clone()];
+        if let Some(config) = self
+            .daemon
+            .settings
+            .config
+            .as_ref()
+            .filter(|_| self.is_vm_runtime())
+        {
+            words.extend(["--runtime-config-path".to_owned(), config.display().to_string()]);
+        }
+        words
     }
 
     /// The limit of one call.
@@ -183,6 +238,17 @@ impl<'a> Container<'a> {
             .flag("--null-io")
             .output()
             .expect_code(0);
+    }
+
+    /// `ctr containers create`: metadata and snapshot, no task. It takes flags anywhere, so the command has none.
+    #[track_caller]
+    pub fn create_only(&self, command: &[&str]) {
+        let words = self.case.runtime_words();
+        let mut ctr = vec!["containers", "create"];
+        ctr.extend(words.iter().map(String::as_str));
+        ctr.extend(["--snapshotter", self.case.daemon.snapshotter(), BUSYBOX, &self.id]);
+        ctr.extend(command);
+        self.case.ctr(ctr).expect_code(0);
     }
 
     /// A container that only waits; it ends on SIGTERM.
@@ -331,12 +397,11 @@ impl Run<'_> {
             // The last one counts.
             ctr.args(["-n", namespace]);
         }
-        ctr.args(["run", "--runtime", &daemon.settings.runtime]);
-        if let Some(config) = &daemon.settings.config
-            && !self.flags.iter().any(|flag| flag == "--runtime-config-path")
-        {
-            ctr.arg("--runtime-config-path").arg(config);
+        let mut words = self.container.case.runtime_words();
+        if self.flags.iter().any(|flag| flag == "--runtime-config-path") {
+            words.truncate(2);
         }
+        ctr.arg("run").args(words);
         if self.image.is_some() {
             ctr.args(["--snapshotter", daemon.snapshotter()]);
         }

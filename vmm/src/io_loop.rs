@@ -180,7 +180,7 @@ impl IoLoop {
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Release);
         if let Err(error) = self.wake.write(1) {
-            tracing::error!(%error, "I/O loop: cannot wake its thread");
+            guest_log!(ERROR, %error, "I/O loop: cannot wake its thread");
         }
     }
 }

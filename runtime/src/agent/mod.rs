@@ -48,8 +48,8 @@ pub trait HealthService: Send + Sync {
 macro_rules! agent_trait {
     ($($(#[$doc:meta])* fn $name:ident($request:ty) -> $response:ty;)*) => {
         /// The agent's RPCs, all that its protocol has; which of them the runtime calls is up to the resources of a pod
-        /// (networks, volumes and hotplug call more of them than a plain container does). Every method fails with the kind of the agent's status code, or `Unavailable` when the
-        /// connection is gone.
+        /// (networks, volumes and hotplug call more of them than a plain container does). Every method fails with the
+        /// kind of the agent's status code, or `Unavailable` when the connection is gone.
         #[async_trait]
         pub trait Agent: AgentManager + HealthService {
             $($(#[$doc])* async fn $name(&self, request: $request) -> Result<$response>;)*

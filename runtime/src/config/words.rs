@@ -19,7 +19,9 @@ pub struct UnknownWord {
 
 /// Declares the enum of a key: its variants with their spelling and, after `|`, spellings that are read as well.
 macro_rules! words {
-    ($($(#[$doc:meta])* $name:ident = $key:literal { $($(#[$variant_doc:meta])* $variant:ident = $word:literal $(| $other:literal)*,)* })*) => {$(
+    ($($(#[$doc:meta])* $name:ident = $key:literal {
+        $($(#[$variant_doc:meta])* $variant:ident = $word:literal $(| $other:literal)*,)*
+    })*) => {$(
         $(#[$doc])*
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub enum $name { $($(#[$variant_doc])* $variant,)* }

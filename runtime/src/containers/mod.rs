@@ -22,8 +22,10 @@ pub use manager::VirtContainerManager;
 pub use spec::bundle::{container_kind, load_spec};
 pub use spec::check;
 
-/// Kata's container manager; `pid` and `need_shutdown_sandbox` are for the Sandbox API, which shares it. Errors have the kinds of containerd's shim contract: `NotFound` for an unknown id,
-/// `AlreadyExists` for a taken one, `FailedPrecondition` for a call in the wrong state.
+/// Kata's container manager; `pid` and `need_shutdown_sandbox` are for the Sandbox API, which shares it.
+///
+/// Errors have the kinds of containerd's shim contract: `NotFound` for an unknown id, `AlreadyExists` for a taken one,
+/// `FailedPrecondition` for a call in the wrong state.
 #[async_trait]
 pub trait ContainerManager: Send + Sync {
     /// Creates a container; its init waits. Returns the host pid that stands for it.

@@ -10,7 +10,6 @@ use std::time::Duration;
 use async_trait::async_trait;
 use dragonball::Vm;
 use dragonball::config as vmm;
-use dragonball::devices::virtio::config::Fault;
 use dragonball::devices::virtio::console::ConsoleLog;
 use dragonball::devices::virtio::vsock::{AttachOptions, Direction, VsockError, VsockHandle, VsockListener};
 use dragonball::probe::ProbeError;
@@ -522,22 +521,9 @@ fn build_error(error: &BuildError) -> Error {
         // A file that is missing, or not what it should be.
         BuildError::Boot(_) => io_kind(error).unwrap_or(ErrorKind::InvalidArgument),
         BuildError::Memory(_) => ErrorKind::ResourceExhausted,
-        BuildError::Device { source, .. } => fault(source.fault()),
         _ => io_kind(error).unwrap_or(ErrorKind::Internal),
     };
     Error::new(kind, error.to_string())
-}
-
-/// Kind of what is wrong with a device.
-fn fault(fault: Fault) -> ErrorKind {
-    match fault {
-        Fault::Missing => ErrorKind::NotFound,
-        Fault::Denied => ErrorKind::PermissionDenied,
-        Fault::Busy => ErrorKind::FailedPrecondition,
-        Fault::Unfit => ErrorKind::InvalidArgument,
-        Fault::Full => ErrorKind::ResourceExhausted,
-        Fault::Host => ErrorKind::Internal,
-    }
 }
 
 /// Kind of the I/O error an error comes from.
@@ -586,7 +572,6 @@ fn hotplug_error(error: HotplugError) -> Error {
         HotplugError::Exists(_) => ErrorKind::AlreadyExists,
         HotplugError::NotFound(_) => ErrorKind::NotFound,
         HotplugError::NoFreeSlot { .. } => ErrorKind::ResourceExhausted,
-        HotplugError::Device { source, .. } => fault(source.fault()),
         _ => ErrorKind::Internal,
     };
     Error::new(kind, error.to_string())

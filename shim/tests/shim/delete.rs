@@ -41,6 +41,23 @@ fn delete_when_the_shim_crashed_removes_everything() {
 }
 
 #[test]
+fn delete_when_start_was_killed_early_removes_its_socket() {
+    let pod = Pod::new("early", Some(CONFIG));
+    pod.start();
+    let (pid, socket) = (pod.pid().unwrap(), pod.socket());
+    kill_process(pid, Signal::KILL).unwrap();
+    wait_until("the shim is dead", || !is_alive(pid));
+    // As when `start` had not come further than binding the socket.
+    for name in ["address", "shim.pid"] {
+        fs::remove_file(pod.bundle().join(name)).unwrap();
+    }
+
+    response(&pod.delete());
+
+    assert!(!socket.exists());
+}
+
+#[test]
 fn delete_when_the_shim_lives_ends_it() {
     let pod = Pod::new("alive", Some(CONFIG));
     pod.start();

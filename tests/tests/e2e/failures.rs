@@ -190,6 +190,7 @@ fn container_when_run_is_full_can_be_deleted() {
     container.wait_state(Some("STOPPED"));
     case.ctr(["tasks", "rm", container.id()]).expect_code(0);
     case.ctr(["containers", "rm", container.id()]).expect_code(0);
+    full.fill();
     let next = case.container();
     let refused = next.run(&["true"]).flag("-d").flag("--null-io").output();
     drop(next);
@@ -220,9 +221,18 @@ impl FullRun {
             filler: "/run/e2e-filler".into(),
         };
         Self::resize(used + (64 << 10));
-        let file = std::fs::File::create(&full.filler).unwrap();
-        while std::io::Write::write_all(&mut &file, &[0; 4096]).is_ok() {}
+        full.fill();
         full
+    }
+
+    /// Takes what is free, also what somebody has given back since.
+    fn fill(&self) {
+        let file = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(&self.filler);
+        let file = file.unwrap();
+        while std::io::Write::write_all(&mut &file, &[0; 4096]).is_ok() {}
     }
 
     fn resize(bytes: u64) {

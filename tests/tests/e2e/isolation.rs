@@ -120,6 +120,35 @@ fn containers_when_they_name_a_sandbox_share_its_machine() {
     sandbox.exec(&[], &["true"]).expect_code(0);
 }
 
+#[test]
+fn device_nodes_when_made_in_a_volume_are_of_no_use_on_the_host() {
+    if skipped_under_runc("its device cgroup keeps containers from opening nodes, not the host's users") {
+        return;
+    }
+    let case = Case::begin("device-nodes");
+    let volume = case.daemon().dir().join("device-nodes");
+    std::fs::create_dir_all(&volume).unwrap();
+    let mount = format!("type=bind,src={},dst=/volume,options=rbind:rw", volume.display());
+    let script = "cd /volume && mknod disk b 8 0 && chmod 666 disk && mknod -m 666 null c 1 3 && \
+        mknod memory c 1 1 && ! chown 1000 memory && stat -c '%n %a %u' disk null memory";
+    let done = case
+        .container()
+        .run(&["sh", "-c", script])
+        .flag("--rm")
+        .option("--mount", &mount)
+        .output()
+        .expect_code(0);
+    assert_eq!(done.out(), "disk 600 0\nnull 666 0\nmemory 600 0\n");
+    let on_host = |name: &str| {
+        use std::os::unix::fs::MetadataExt;
+        let node = std::fs::metadata(volume.join(name)).unwrap();
+        (node.mode() & 0o7777, node.uid())
+    };
+    assert_eq!(on_host("disk"), (0o600, 0));
+    assert_eq!(on_host("null"), (0o666, 0));
+    assert_eq!(on_host("memory"), (0o600, 0));
+}
+
 /// Whether a process has this file open, by the target of its link in /proc.
 fn has_open(pid: i32, file: &str) -> bool {
     let folder = format!("/proc/{pid}/fd");

@@ -76,7 +76,7 @@ fn kill_when_container_is_created_only_stops_it() {
     let case = Case::begin("kill-created");
     let container = case.container();
     let api = TaskApi::connect(case.daemon()).unwrap();
-    create_only(&case, container.id());
+    container.create_only(&["awk", "BEGIN{exit 6}"]);
     api.create(container.id(), case.daemon().snapshotter()).unwrap();
     assert_eq!(api.get(container.id()).unwrap().status, CREATED);
     let waiter = api.start_wait(container.id());
@@ -92,31 +92,11 @@ fn start_when_container_was_created_before_runs_it() {
     let case = Case::begin("create-start");
     let container = case.container();
     let api = TaskApi::connect(case.daemon()).unwrap();
-    create_only(&case, container.id());
+    container.create_only(&["awk", "BEGIN{exit 6}"]);
     api.create(container.id(), case.daemon().snapshotter()).unwrap();
     let waiter = api.start_wait(container.id());
     assert!(api.is_waiting(&waiter), "a created container has not exited");
     api.start(container.id()).unwrap();
     assert_eq!(api.join(waiter).unwrap(), 6);
     assert_eq!(api.delete(container.id()).unwrap(), 6);
-}
-
-/// `ctr containers create`: metadata and snapshot, no task. It takes flags anywhere, so the command has none.
-#[track_caller]
-fn create_only(case: &Case, id: &str) {
-    let settings = &case.daemon().settings;
-    let mut words = vec!["containers", "create", "--runtime", &settings.runtime];
-    let config = settings.config.as_ref().map(|path| path.display().to_string());
-    if let Some(config) = &config {
-        words.extend(["--runtime-config-path", config]);
-    }
-    words.extend([
-        "--snapshotter",
-        case.daemon().snapshotter(),
-        tests::image::BUSYBOX,
-        id,
-        "awk",
-        "BEGIN{exit 6}",
-    ]);
-    case.ctr(words).expect_code(0);
 }

@@ -130,7 +130,7 @@ impl Serial {
     pub fn repeat(&self) {
         let pending = self.lock().registers.state().interrupt_identification & IIR_NONE == 0;
         if pending && let Err(error) = self.irqfd.write(1) {
-            tracing::error!(%error, "serial: cannot write the irqfd");
+            guest_log!(ERROR, %error, "serial: cannot write the irqfd");
         }
     }
 

@@ -92,6 +92,14 @@ impl Gate {
         }
     }
 
+    /// Waits until every thread has left; after [`end`](Self::end) and a kick for each.
+    pub fn wait_left(&self) {
+        let mut state = self.lock();
+        while state.threads > 0 {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
     /// One more thread will pass; before it is made.
     pub fn join(&self) {
         self.lock().threads += 1;

@@ -512,7 +512,7 @@ pub fn map_private(memory: &GuestMemory, layout: &MemoryLayout, file: &File) -> 
         if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        super::keep_out_of_dumps(mapped, place.len);
+        super::keep_out_of_dumps(mapped as usize, place.len);
     }
     Ok(())
 }

@@ -67,7 +67,7 @@ pub fn allocate(layout: &MemoryLayout) -> Result<GuestMemory, MemoryError> {
         let Ok(address) = region.get_host_address(MemoryRegionAddress(0)) else {
             continue;
         };
-        keep_out_of_dumps(address.cast(), region.len() as usize);
+        keep_out_of_dumps(address as usize, region.len() as usize);
         if description.kind == RegionKind::Pmem {
             continue;
         }
@@ -81,9 +81,9 @@ pub fn allocate(layout: &MemoryLayout) -> Result<GuestMemory, MemoryError> {
 /// Leaves guest memory at `address` out of a core dump of this process: it is large, and not ours to show. For every new
 /// mapping, also one over another.
 #[allow(unsafe_code)]
-pub fn keep_out_of_dumps(address: *mut libc::c_void, len: usize) {
+pub fn keep_out_of_dumps(address: usize, len: usize) {
     // SAFETY: the advice changes nothing but a flag of whatever is mapped there. It cannot fail for a mapping that exists.
-    unsafe { libc::madvise(address, len, libc::MADV_DONTDUMP) };
+    unsafe { libc::madvise(address as *mut _, len, libc::MADV_DONTDUMP) };
 }
 
 #[cfg(test)]

@@ -153,7 +153,7 @@ impl Drop for Seal {
         let area = &*self.area;
         let _handler = table::lock();
         if let Err(error) = protect(area.start, area.len, libc::PROT_READ | libc::PROT_WRITE) {
-            tracing::warn!(%error, "memory: a window stays sealed");
+            guest_log!(WARN, %error, "memory: a window stays sealed");
         }
         table::remove(area);
     }

@@ -423,7 +423,7 @@ impl Window {
         if result == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        super::keep_out_of_dumps(result, len);
+        super::keep_out_of_dumps(result as usize, len);
         Ok(())
     }
 

@@ -22,7 +22,7 @@ use crate::devices::power::{self, Power};
 use crate::devices::pvpanic::{self, PvPanic};
 use crate::devices::serial::{self, Serial};
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::config::{Complete, OpenError, Opened};
+use crate::devices::virtio::config::{Complete, Opened};
 use crate::devices::virtio::console::{Console, ConsoleLog};
 use crate::devices::virtio::mem::{self, Mem, MemHandle};
 use crate::devices::virtio::transport::mmio::registers::RegisterPages;
@@ -40,11 +40,13 @@ use crate::memory::write_log::{Beneath, WriteLog};
 use crate::memory::{self, GuestMemory, layout};
 use crate::vcpu::cpuid::{self, CpuModel};
 use crate::vcpu::create::{self, VcpuContext};
-use crate::vcpu::{kick, regs};
+use crate::vcpu::regs;
 use crate::vm::acpi::Platform;
 use crate::vm::console::Input;
 use crate::vm::error::BuildError;
-use crate::vm::machine::{Board, Content, Machine, Origin, Vcpus};
+use crate::vm::machine::{Board, Machine, Origin};
+use crate::vm::registry::Content;
+use crate::vm::vcpus::Vcpus;
 use crate::vm::wiring;
 
 /// A machine whose vCPU threads wait at the gate.
@@ -134,7 +136,7 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
     };
     let machine = parts.assemble()?;
     let input = machine.board.serial.clone().map_or(plan.input, Input::Serial);
-    let mut built = Built {
+    let built = Built {
         machine,
         lifecycle,
         console: plan.console,
@@ -142,11 +144,11 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         vsock: plan.vsock,
         mem,
     };
-    match populate(&mut built.machine, devices, fds) {
+    match populate(&built.machine, devices, fds) {
         Ok(()) => Ok(built),
         Err(error) => {
             built.lifecycle.gate().end();
-            drop(built.machine.shut_down());
+            built.machine.shut_down();
             Err(error)
         }
     }
@@ -237,18 +239,14 @@ impl Parts {
             &self.console,
         )?;
         let (pio, mmio) = buses(&board, &hotplug)?;
-        let vcpus = Vcpus {
-            threads: Vec::new(),
-            spare: Vec::new(),
-            context: VcpuContext {
-                model: self.model,
-                max,
-                pio,
-                mmio,
-                lifecycle: self.lifecycle,
-            },
-            hotplug,
+        let context = VcpuContext {
+            model: self.model,
+            max,
+            pio,
+            mmio,
+            lifecycle: self.lifecycle,
         };
+        let vcpus = Vcpus::new(context, hotplug);
         let io = IoLoop::spawn("vmm-io")?;
         let memory = (self.memory, self.windows, self.origin);
         Ok(Machine::new(self.vm, memory, board, vcpus, io))
@@ -308,7 +306,10 @@ fn connect(
         let connected = device.connect(windows);
         devices.push((
             content,
-            connected.map_err(|source| BuildError::Device { id, source })?,
+            connected.map_err(|e| BuildError::Device {
+                id,
+                reason: e.to_string(),
+            })?,
         ));
     }
     let mut handle = None;
@@ -325,32 +326,29 @@ fn connect(
 }
 
 /// The parts that have threads or registrations to undo: devices, then vCPU threads.
-fn populate(machine: &mut Machine, devices: Devices, vcpus: Vec<VcpuFd>) -> Result<(), BuildError> {
+fn populate(machine: &Machine, devices: Devices, vcpus: Vec<VcpuFd>) -> Result<(), BuildError> {
     for (slot, (content, device)) in devices.into_iter().enumerate() {
-        let id = device.id().to_owned();
-        machine
-            .plug(slot, content, device)
-            .map_err(|error| error.of_device(id))?;
+        plug(machine, slot, content, device)?;
     }
-    start_threads(machine, (0u8..).zip(vcpus))
+    machine.vcpus.start_all((0u8..).zip(vcpus))
 }
 
-/// Makes the threads of vCPUs given by index.
+/// Puts `device` into slot `index` of a machine that is made.
 ///
 /// # Errors
-/// [`BuildError::Host`].
-pub fn start_threads(
-    machine: &mut Machine,
-    vcpus: impl IntoIterator<Item = (u8, VcpuFd)>,
+/// [`BuildError::Device`].
+pub fn plug(
+    machine: &Machine,
+    index: usize,
+    content: Content,
+    device: Box<dyn VirtioDevice>,
 ) -> Result<(), BuildError> {
-    let host = |what| move |source| BuildError::Host { what, source };
-    kick::install_handler().map_err(host("signal handler"))?;
-    for (index, fd) in vcpus {
-        let vcpu = machine.vcpus.context.connect(index, fd);
-        let thread = vcpu.spawn().map_err(host("vCPU thread"))?;
-        machine.vcpus.threads.push(thread);
-    }
-    Ok(())
+    let id = device.id().to_owned();
+    let plugged = machine.devices.plug(index, content, device);
+    plugged.map(drop).map_err(|error| BuildError::Device {
+        id,
+        reason: error.to_string(),
+    })
 }
 
 /// Everything that can be decided, opened and checked before KVM is asked for anything.
@@ -454,11 +452,11 @@ impl<'c> Opener<'c> {
     /// Opens what the device of `content` needs from the host.
     ///
     /// # Errors
-    /// [`BuildError::Device`], [`BuildError::NotConfigured`].
+    /// [`BuildError::Device`].
     pub fn open(&mut self, content: &Content) -> Result<Box<dyn Opened>, BuildError> {
         let error = |id: &str| {
             let id = id.to_owned();
-            move |source| BuildError::Device { id, source }
+            move |reason| BuildError::Device { id, reason }
         };
         Ok(match (content, &self.config.vsock) {
             (Content::Console, _) => {
@@ -471,18 +469,27 @@ impl<'c> Opener<'c> {
                 Complete::opened(device)
             }
             (Content::Vsock, Some(config)) => {
-                let vsock = Vsock::new(config).map_err(OpenError::from);
+                let vsock = Vsock::new(config).map_err(|e| e.to_string());
                 let (device, handle) = vsock.map_err(error("vsock"))?;
                 self.vsock = Some(handle);
                 Complete::opened(device)
             }
-            (Content::Vsock, None) => return Err(BuildError::NotConfigured { id: "vsock" }),
-            // Comes with the memory.
-            (Content::Mem, _) => return Err(BuildError::NotConfigured { id: mem::DEVICE_ID }),
-            (Content::Device(config), _) => config.knobs().open().map_err(error(config.id()))?,
+            (Content::Vsock, None) => {
+                return Err(error("vsock")("the configuration has none".to_owned()));
+            }
+            (Content::Mem, _) => {
+                return Err(error(mem::DEVICE_ID)("comes with the memory".to_owned()));
+            }
+            (Content::Device(config), _) => config
+                .knobs()
+                .open()
+                .map_err(|e| error(config.id())(e.to_string()))?,
             (Content::Adopted(config), _) => {
                 let fds = self.tap_fds.remove(config.id()).unwrap_or_default();
-                config.knobs().adopt(fds).map_err(error(config.id()))?
+                config
+                    .knobs()
+                    .adopt(fds)
+                    .map_err(|e| error(config.id())(e.to_string()))?
             }
         })
     }

@@ -7,7 +7,7 @@ use crate::acpi::tables::AcpiError;
 use crate::boot::BootError;
 use crate::bus::BusError;
 use crate::config::ConfigError;
-use crate::devices::virtio::config::OpenError;
+use crate::devices::virtio::config::OpenErrorKind;
 use crate::devices::virtio::vsock::VsockError;
 use crate::io_loop::IoLoopError;
 pub use crate::kvm::{IoctlError, KvmError};
@@ -83,29 +83,13 @@ pub enum BuildError {
     /// Two devices at one address.
     #[error(transparent)]
     Bus(#[from] BusError),
-    /// A device cannot be opened.
-    #[error("device {id}: {source}")]
+    /// A device.
+    #[error("device {id}: {reason}")]
     Device {
         /// Device id.
         id: String,
         /// What is wrong with it.
-        source: OpenError,
-    },
-    /// A device cannot be connected to KVM.
-    #[error("device {id}: {what}: {source}")]
-    Connect {
-        /// Device id.
-        id: String,
-        /// What was attempted.
-        what: &'static str,
-        /// Cause.
-        source: io::Error,
-    },
-    /// A slot of a saved machine is to have what its configuration does not have.
-    #[error("device {id}: the configuration has none")]
-    NotConfigured {
-        /// Device id.
-        id: &'static str,
+        reason: String,
     },
     /// The I/O loop.
     #[error(transparent)]
@@ -212,13 +196,15 @@ pub enum HotplugError {
     /// The guest still uses it.
     #[error("device {0}: the guest's driver is still bound to it")]
     InUse(String),
-    /// The device cannot be opened.
-    #[error("device {id}: {source}")]
+    /// The device itself.
+    #[error("device {id}: {reason}")]
     Device {
         /// Device id.
         id: String,
+        /// What can be done about it.
+        kind: OpenErrorKind,
         /// What is wrong with it.
-        source: OpenError,
+        reason: String,
     },
     /// KVM or the host refused.
     #[error("device {id}: {what}: {source}")]

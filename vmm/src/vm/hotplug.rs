@@ -1,16 +1,17 @@
 //! Devices that come and go while the guest runs.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use crate::config::{ConfigError, DeviceConfig, NetConfig};
 use crate::devices::ged::Event;
-use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::config::{Complete, OpenError, Opened};
 use crate::devices::virtio::net::{Net, NetHandle};
 use crate::vm::error::HotplugError;
 use crate::vm::info::DeviceInfo;
-use crate::vm::machine::{Content, Machine};
-use crate::vm::{Vm, lock};
+use crate::vm::machine::Machine;
+use crate::vm::registry::{ConnectError, Content, RemoveError};
+use crate::vm::{Vm, VmState, lock};
 
 impl Vm {
     /// Puts a device into a free slot and tells the guest, which finds it by itself (unless
@@ -58,40 +59,38 @@ impl Vm {
         content: impl FnOnce(Box<DeviceConfig>) -> Content,
         open: impl FnOnce() -> Result<(Box<dyn Opened>, T), OpenError>,
     ) -> Result<(DeviceInfo, T), HotplugError> {
-        let id = config.id().to_owned();
-        self.with_machine(&id, |machine| {
-            if machine.slot_of(&id).is_some() {
-                return Err(HotplugError::Exists(id.clone()));
-            }
-            let no_slot = || HotplugError::NoFreeSlot {
-                id: id.clone(),
-                slots: machine.board.slots.len(),
-            };
-            let slot = machine.free_slot().ok_or_else(no_slot)?;
-            let second = matches!(config, DeviceConfig::Balloon(_));
-            if second && machine.with_any(|_: &mut Balloon| ()).is_some() {
-                return Err(ConfigError::SecondBalloon(id.clone()).into());
-            }
-            let opened = open().and_then(|(opened, extra)| Ok((opened.connect(&machine.windows)?, extra)));
-            let (device, extra) = opened.map_err(|source| HotplugError::Device {
-                id: id.clone(),
-                source,
-            })?;
-            let host_error = |what, source| HotplugError::Host {
-                id: id.clone(),
-                what,
-                source,
-            };
-            let info = machine
-                .plug(slot, content(Box::new(config.clone())), device)
-                .map_err(|e| host_error(e.what, e.source))?;
-            if let Err(error) = machine.board.ged.notify(Event::Slots) {
-                machine.unplug(slot);
-                return Err(host_error("interrupt of the generic event device", error));
-            }
-            tracing::info!(id, slot = info.address.name(), "device added");
-            Ok((info, extra))
-        })
+        let id = config.id();
+        let device_error = |error: OpenError| HotplugError::Device {
+            id: id.to_owned(),
+            kind: error.kind(),
+            reason: error.to_string(),
+        };
+        // What is refused anyway is not opened. Opening takes as long as the host's storage does, and nobody waits for it.
+        slot_for(&*self.machine_for(id)?, config)?;
+        let (opened, extra) = open().map_err(device_error)?;
+
+        let _operation = lock(&self.operation);
+        let machine = self.machine_for(id)?;
+        let slot = slot_for(&machine, config)?;
+        let device = opened.connect(&machine.windows).map_err(device_error)?;
+        let plugged = machine
+            .devices
+            .plug(slot, content(Box::new(config.clone())), device);
+        let host_error = |what, source| HotplugError::Host {
+            id: id.to_owned(),
+            what,
+            source,
+        };
+        let info = plugged.map_err(|error| match error {
+            ConnectError::Closed => self.ended(id),
+            ConnectError::Host { what, source } => host_error(what, source),
+        })?;
+        if let Err(error) = machine.board.ged.notify(Event::Slots) {
+            machine.devices.unplug(slot);
+            return Err(host_error("interrupt of the generic event device", error));
+        }
+        tracing::info!(id, slot = info.address.name(), "device added");
+        Ok((info, extra))
     }
 
     /// Takes a device out of the machine. The guest must have unbound its driver first (Linux: write
@@ -100,34 +99,49 @@ impl Vm {
     /// # Errors
     /// [`HotplugError::NotFound`], or [`HotplugError::InUse`] while a driver is bound.
     pub fn remove_device(&self, id: &str) -> Result<DeviceInfo, HotplugError> {
-        self.with_machine(id, |machine| {
-            let not_found = || HotplugError::NotFound(id.to_owned());
-            let slot = machine.slot_of(id).ok_or_else(not_found)?;
-            let active = machine
-                .board
-                .slots
-                .lock(slot)
-                .is_some_and(|s| s.as_ref().is_some_and(|t| t.is_active()));
-            if active {
-                return Err(HotplugError::InUse(id.to_owned()));
-            }
-            let info = machine.unplug(slot).ok_or_else(not_found)?;
-            tracing::info!(id, slot = info.address.name(), "device removed");
-            Ok(info)
-        })
+        let _operation = lock(&self.operation);
+        let machine = self.machine_for(id)?;
+        let not_found = || HotplugError::NotFound(id.to_owned());
+        let slot = machine.devices.slot_of(id).ok_or_else(not_found)?;
+        let removed = machine.devices.unplug_idle(slot);
+        let info = removed.map_err(|error| match error {
+            RemoveError::Empty => not_found(),
+            RemoveError::Active => HotplugError::InUse(id.to_owned()),
+        })?;
+        tracing::info!(id, slot = info.address.name(), "device removed");
+        Ok(info)
     }
 
-    fn with_machine<T>(
-        &self,
-        id: &str,
-        operation: impl FnOnce(&mut Machine) -> Result<T, HotplugError>,
-    ) -> Result<T, HotplugError> {
-        match &mut *lock(&self.machine) {
-            Some(machine) => operation(machine),
-            None => Err(HotplugError::State {
-                id: id.to_owned(),
-                state: self.state(),
-            }),
+    fn machine_for(&self, id: &str) -> Result<Arc<Machine>, HotplugError> {
+        self.machine.get().ok_or_else(|| self.ended(id))
+    }
+
+    fn ended(&self, id: &str) -> HotplugError {
+        HotplugError::State {
+            id: id.to_owned(),
+            state: self
+                .lifecycle
+                .ending()
+                .map_or_else(|| self.state(), VmState::Stopped),
         }
     }
+}
+
+/// The slot for the device of `config`, if `machine` can have it.
+fn slot_for(machine: &Machine, config: &DeviceConfig) -> Result<usize, HotplugError> {
+    let id = config.id();
+    if machine.devices.slot_of(id).is_some() {
+        return Err(HotplugError::Exists(id.to_owned()));
+    }
+    let balloon = |config: &DeviceConfig| matches!(config, DeviceConfig::Balloon(_));
+    if balloon(config) && machine.devices.has(balloon) {
+        return Err(ConfigError::SecondBalloon(id.to_owned()).into());
+    }
+    machine
+        .devices
+        .free_slot()
+        .ok_or_else(|| HotplugError::NoFreeSlot {
+            id: id.to_owned(),
+            slots: machine.devices.len(),
+        })
 }

@@ -12,11 +12,12 @@ impl Vm {
     /// [`GRANULARITY`](crate::devices::virtio::mem::GRANULARITY) (4 MiB). Returns the totals before and after.
     ///
     /// The guest may need a moment more to use new memory (Linux adds it in sections of 128 MiB). What it unplugs is freed on
-    /// the host at once. One resize happens at a time; others wait for it.
+    /// the host at once. It waits for other resizes, hotplug and saves.
     ///
     /// # Errors
     /// [`ResizeMemoryError`]; after a timeout the guest keeps what it has reached, and the next resize starts from there.
     pub fn resize_memory(&self, bytes: u64, timeout: Duration) -> Result<(u64, u64), ResizeMemoryError> {
+        let _operation = lock(&self.operation);
         match self.state() {
             VmState::Running => {}
             state => return Err(ResizeMemoryError::State(state)),
@@ -82,8 +83,8 @@ impl Vm {
         &self,
         operation: impl FnOnce(&mut Balloon) -> Result<T, BalloonError>,
     ) -> Result<T, BalloonError> {
-        match &*lock(&self.machine) {
-            Some(machine) => machine.with_any(operation).ok_or(BalloonError::Missing)?,
+        match self.machine.get() {
+            Some(machine) => machine.devices.with_any(operation).ok_or(BalloonError::Missing)?,
             None => Err(BalloonError::State(self.state())),
         }
     }

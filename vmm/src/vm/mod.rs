@@ -10,8 +10,10 @@ mod info;
 mod machine;
 mod memory;
 mod processors;
+mod registry;
 mod share;
 pub mod snapshot;
+mod vcpus;
 mod wiring;
 
 use std::os::fd::OwnedFd;
@@ -21,6 +23,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use crate::devices::virtio::balloon::{BalloonError, BalloonStatistics, BalloonStatus};
+pub use crate::devices::virtio::config::OpenErrorKind;
 pub use crate::devices::virtio::mem::ResizeMemoryError;
 pub use crate::lifecycle::{ExitReason, VmState};
 pub use error::{BuildError, DeviceError, HotplugError, IoctlError, KvmError, ResizeVcpuError, VmError};
@@ -34,7 +37,8 @@ use crate::devices::virtio::mem::MemHandle;
 use crate::devices::virtio::vsock::{AttachOptions, VsockHandle, VsockListener};
 use crate::lifecycle::Lifecycle;
 use console::Input;
-use machine::{Machine, NoSuchDevice};
+use machine::Machine;
+use registry::NoSuchDevice;
 
 /// A virtual machine. Methods may be called from any thread; dropping the handle stops the machine.
 ///
@@ -68,16 +72,20 @@ use machine::{Machine, NoSuchDevice};
 /// # Ok(())
 /// # }
 /// ```
+///
+/// A save, a change of size and the addition or removal of a device wait for each other. None of them keeps
+/// [`stop`](Self::stop), [`wait`](Self::wait), [`state`](Self::state) or [`metrics`](Self::metrics) waiting, not even one that
+/// hangs in the host's storage.
 #[derive(Debug)]
 pub struct Vm {
     id: String,
     lifecycle: Arc<Lifecycle>,
-    /// `None` once the reaper has taken it.
-    machine: Arc<Mutex<Option<Machine>>>,
-    /// Start, pause and resume one at a time.
+    machine: Arc<Current>,
+    /// What changes or saves the machine's parts: save, resize, hotplug, one at a time. Taken before `passage`, and not while
+    /// something is opened.
     operation: Mutex<()>,
-    /// One change of the machine's size at a time.
-    resize: Mutex<()>,
+    /// Start, pause and resume one at a time; held by a save, whose machine stays paused.
+    passage: Mutex<()>,
     console: ConsoleLog,
     input: Input,
     vsock: Option<VsockHandle>,
@@ -88,6 +96,20 @@ pub struct Vm {
     /// What it was made from.
     config: VmConfig,
     timings: Mutex<BootTimings>,
+}
+
+/// The machine until the reaper takes it. Locked for a moment only: who works on the machine has a reference of his own.
+#[derive(Debug)]
+struct Current(Mutex<Option<Arc<Machine>>>);
+
+impl Current {
+    fn get(&self) -> Option<Arc<Machine>> {
+        lock(&self.0).clone()
+    }
+
+    fn take(&self) -> Option<Arc<Machine>> {
+        lock(&self.0).take()
+    }
 }
 
 impl Vm {
@@ -111,12 +133,12 @@ impl Vm {
             vsock,
             mem,
         } = built;
-        let thread_count = machine.vcpus.threads.len();
-        let machine = Arc::new(Mutex::new(Some(machine)));
+        let thread_count = machine.vcpus.count();
+        let machine = Arc::new(Current(Mutex::new(Some(Arc::new(machine)))));
         spawn_reaper(lifecycle.clone(), machine.clone()).inspect_err(|_| {
             lifecycle.gate().end();
-            if let Some(machine) = lock(&machine).take() {
-                drop(machine.shut_down());
+            if let Some(machine) = machine.take() {
+                machine.shut_down();
             }
         })?;
         tracing::info!(id = config.id, vcpus = thread_count, "machine built");
@@ -130,7 +152,7 @@ impl Vm {
             lifecycle,
             machine,
             operation: Mutex::new(()),
-            resize: Mutex::new(()),
+            passage: Mutex::new(()),
             console,
             input,
             vsock,
@@ -146,7 +168,7 @@ impl Vm {
     /// # Errors
     /// [`VmError::State`] unless the machine is configured.
     pub fn start(&self) -> Result<(), VmError> {
-        let _operation = lock(&self.operation);
+        let _passage = lock(&self.passage);
         self.transition("start", VmState::Configured, VmState::Running)?;
         lock(&self.timings).started = Some(Mark::now());
         self.lifecycle.gate().open();
@@ -158,13 +180,11 @@ impl Vm {
     /// # Errors
     /// [`VmError::State`] unless the machine is running, or when it ends meanwhile.
     pub fn pause(&self) -> Result<(), VmError> {
-        let _operation = lock(&self.operation);
+        let _passage = lock(&self.passage);
         self.transition("pause", VmState::Running, VmState::Running)?;
         self.lifecycle.gate().close();
-        if let Some(machine) = &*lock(&self.machine) {
-            for vcpu in &machine.vcpus.threads {
-                vcpu.kick();
-            }
+        if let Some(machine) = self.machine.get() {
+            machine.vcpus.kick();
         }
         self.lifecycle.gate().wait_parked();
         self.transition("pause", VmState::Running, VmState::Paused)
@@ -176,9 +196,9 @@ impl Vm {
     /// [`VmError::State`] unless the machine is paused, [`VmError::Device`] when a device of a restored machine cannot go
     /// on (the machine stays paused).
     pub fn resume(&self) -> Result<(), VmError> {
-        let _operation = lock(&self.operation);
-        if let (VmState::Paused, Some(machine)) = (self.state(), &*lock(&self.machine)) {
-            machine.resume_devices().map_err(VmError::Device)?;
+        let _passage = lock(&self.passage);
+        if let (VmState::Paused, Some(machine)) = (self.state(), self.machine.get()) {
+            machine.devices.resume().map_err(VmError::Device)?;
         }
         self.transition("resume", VmState::Paused, VmState::Running)?;
         self.lifecycle.gate().open();
@@ -190,7 +210,7 @@ impl Vm {
     /// # Errors
     /// [`VmError::State`] when the machine is stopped, [`VmError::Interrupt`] when the host refuses the interrupt.
     pub fn press_power_button(&self) -> Result<(), VmError> {
-        match &*lock(&self.machine) {
+        match self.machine.get() {
             Some(machine) => Ok(machine.board.ged.notify(Event::PowerButton)?),
             None => Err(VmError::State {
                 operation: "press the power button of",
@@ -268,24 +288,20 @@ impl Vm {
         self.vsock.as_ref().ok_or(VmError::NoVsock)
     }
 
-    /// Counters of vCPUs and devices; empty once the machine is stopped.
+    /// Counters of vCPUs and devices; empty once the machine is stopped. Those of a device that is busy with something are as
+    /// they were when they were asked for the last time.
     pub fn metrics(&self) -> VmMetrics {
-        lock(&self.machine)
-            .as_ref()
-            .map(Machine::metrics)
+        self.machine
+            .get()
+            .map(|machine| machine.metrics())
             .unwrap_or_default()
     }
 
     /// Kernel thread ids of the vCPUs and the I/O loop; empty, with an `io` of 0, once the machine is stopped.
     pub fn thread_ids(&self) -> ThreadIds {
-        match &*lock(&self.machine) {
+        match self.machine.get() {
             Some(machine) => ThreadIds {
-                vcpus: machine
-                    .vcpus
-                    .threads
-                    .iter()
-                    .map(|vcpu| (vcpu.index, vcpu.tid()))
-                    .collect(),
+                vcpus: machine.vcpus.thread_ids(),
                 io: machine.io.thread_id(),
             },
             None => ThreadIds {
@@ -315,15 +331,12 @@ impl Vm {
         T: VirtioDevice,
         E: std::error::Error + Send + Sync + 'static,
     {
-        let machine = lock(&self.machine);
         let id = || id.to_owned();
-        let Some(machine) = &*machine else {
-            return Err(DeviceError::State {
-                id: id(),
-                state: self.state(),
-            });
-        };
-        match machine.with_device(&id(), operation) {
+        let machine = self.machine.get().ok_or_else(|| DeviceError::State {
+            id: id(),
+            state: self.state(),
+        })?;
+        match machine.devices.with_device(&id(), operation) {
             Ok(Some(result)) => result.map_err(|e| DeviceError::Refused(Box::new(e))),
             Ok(None) => Err(DeviceError::Kind { id: id(), wanted }),
             Err(NoSuchDevice) => Err(DeviceError::NotFound(id())),
@@ -346,14 +359,17 @@ impl Drop for Vm {
 
 /// Starts the thread that takes the machine apart when it ends. It exists from the beginning because at the end it might
 /// not be possible to start one.
-fn spawn_reaper(lifecycle: Arc<Lifecycle>, machine: Arc<Mutex<Option<Machine>>>) -> Result<(), BuildError> {
+fn spawn_reaper(lifecycle: Arc<Lifecycle>, machine: Arc<Current>) -> Result<(), BuildError> {
     let reap = move || {
         let reason = lifecycle.wait_ending();
-        let machine = lock(&machine).take();
-        let remains = machine.map(Machine::shut_down);
+        let machine = machine.take();
+        if let Some(machine) = &machine {
+            machine.shut_down();
+        }
         lifecycle.set_stopped(reason);
-        // Closing the VM and unmapping its memory takes long; nobody waits for it.
-        drop(remains);
+        // Closing the VM and unmapping its memory takes long; nobody waits for it. An operation that still works on it, or hangs,
+        // frees it when it ends.
+        drop(machine);
     };
     thread::Builder::new()
         .name("vmm-reaper".to_owned())

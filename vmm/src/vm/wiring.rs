@@ -90,3 +90,51 @@ impl Routing for Routes {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ops::ControlFlow;
+
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use super::*;
+    use crate::acpi::shared_page::SharedPage;
+    use crate::bus::BusDevice;
+    use crate::devices::ged::Event;
+    use crate::devices::virtio::console::ConsoleLog;
+    use crate::kvm;
+    use crate::memory::allocate;
+    use crate::memory::layout::MemoryLayout;
+
+    #[test]
+    fn unmasked_when_the_owner_of_the_pin_waits_to_be_heard_interrupts_again() {
+        let eventfd = || Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        let (ged_irq, serial_irq) = (eventfd(), eventfd());
+        let memory = Arc::new(allocate(&MemoryLayout::ram(64 << 20)).unwrap());
+        let pages = Arc::new(RegisterPages::new(1).unwrap());
+        let ged = Arc::new(Ged::new(ged_irq.clone()));
+        let serial = Arc::new(Serial::new(ConsoleLog::default(), serial_irq.clone()));
+        let routes = Routes {
+            vm: Arc::new(kvm::create_vm(&kvm::open().unwrap()).unwrap()),
+            ged: (5, ged.clone()),
+            slots: (
+                6,
+                Arc::new(Slots::new(0, pages, Arc::new(SharedPage::new(memory)))),
+            ),
+            serial: Some(serial.clone()),
+        };
+        let unmask_all = || (0..24).for_each(|pin| routes.unmasked(pin));
+        unmask_all();
+        assert!(
+            serial_irq.read().is_err() && ged_irq.read().is_err(),
+            "nothing to say"
+        );
+        // Both interrupt while their pins are masked.
+        assert_eq!(serial.write(1, &[1]), ControlFlow::Continue(()));
+        serial.input(b"x");
+        ged.notify(Event::Slots).unwrap();
+        assert_eq!((serial_irq.read().unwrap(), ged_irq.read().unwrap()), (1, 1));
+        unmask_all();
+        assert_eq!((serial_irq.read().unwrap(), ged_irq.read().unwrap()), (1, 1));
+    }
+}

@@ -343,6 +343,11 @@ impl Sandbox {
         // Before its folder: a root filesystem that is mounted in it must not be emptied.
         self.release(&entry.mounts).await;
         entry.container.delete().await;
+        let id = id.to_owned();
+        let detach = move || crate::storage::submounts::detach_of(&id);
+        if let Err(error) = tokio::task::spawn_blocking(detach).await {
+            tracing::warn!("mounts of the host: {error}");
+        }
         Ok(())
     }
 

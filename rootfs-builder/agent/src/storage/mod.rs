@@ -1,5 +1,7 @@
 //! Volumes and root filesystems: what the host asks to be available at a path in the guest.
 
+pub mod submounts;
+
 use std::collections::HashMap;
 use std::fs;
 use std::io;

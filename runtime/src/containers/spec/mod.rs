@@ -5,7 +5,9 @@ pub(super) mod bundle;
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, LinuxBlockIo, LinuxNamespaceType, LinuxResources, Process, Spec};
+use oci_spec::runtime::{
+    Hooks, Linux, LinuxBlockIo, LinuxDeviceCgroup, LinuxNamespaceType, LinuxResources, Process, Spec,
+};
 use protocols::oci_convert::uncarried;
 
 use crate::cri::ContainerKind;
@@ -36,20 +38,41 @@ pub struct GuestSpec {
 pub fn check(spec: &Spec) -> Result<()> {
     let mut lost = Vec::new();
     if let Some(linux) = spec.linux() {
-        let devices = linux.devices().iter().flatten();
-        let foreign = devices
-            .map(|device| device.path())
-            .filter(|path| !is_standard(path));
-        lost.extend(foreign.map(|path| {
-            format!(
-                "linux.devices {}: devices of the host are not passed to the guest (containerd's \
-                 privileged_without_host_devices leaves them out)",
-                path.display()
-            )
-        }));
+        // A privileged container gets a list of whatever the host has; it asked for none of them.
+        if !is_privileged(linux) {
+            lost.extend(foreign_devices(linux).map(|path| {
+                let path = path.display();
+                format!("linux.devices {path}: devices of the host are not passed to the guest")
+            }));
+        }
         lost.extend(linux.resources().iter().flat_map(lost_limits));
     }
     refuse(lost)
+}
+
+/// Devices that the guest does not have by itself.
+fn foreign_devices(linux: &Linux) -> impl Iterator<Item = &Path> {
+    let devices = linux.devices().iter().flatten();
+    devices
+        .map(|device| device.path().as_path())
+        .filter(|path| !is_standard(path))
+}
+
+/// Whether every device may be used: the mark of `ctr run --privileged` and of a privileged container of a CRI.
+fn is_privileged(linux: &Linux) -> bool {
+    let resources = linux.resources().as_ref();
+    let rules = resources.and_then(|resources| resources.devices().as_ref());
+    rules
+        .into_iter()
+        .flatten()
+        .any(|rule| rule.allow() && names_no_device(rule))
+}
+
+/// Whether a rule is about all devices, or all of a kind, and so means the same in the guest.
+fn names_no_device(rule: &LinuxDeviceCgroup) -> bool {
+    // Some write -1 for any number.
+    let any = |number: Option<i64>| number.is_none_or(|number| number < 0);
+    any(rule.major()) && any(rule.minor())
 }
 
 fn refuse(lost: Vec<String>) -> Result<()> {
@@ -136,6 +159,12 @@ pub fn amend(spec: &mut Spec, guest: GuestSpec, kind: &ContainerKind) -> Result<
         .into_iter()
         .map(|field| format!("{field} is set and cannot be passed to the guest"))
         .collect();
+    let foreign = spec.linux().iter().flat_map(foreign_devices).count();
+    if foreign > 0 {
+        warnings.push(format!(
+            "privileged: {foreign} devices of the host are left out, the container has those of its guest"
+        ));
+    }
     if let Some(hooks) = spec.hooks_mut().take() {
         let names = hook_names(&hooks);
         if !names.is_empty() {
@@ -185,7 +214,7 @@ fn amend_linux(spec: &mut Spec, container: &str, disable_seccomp: bool) -> Resul
     linux.set_cgroups_path(Some(format!("/kata/{container}").into()));
     linux.set_mount_label(None);
     linux.set_intel_rdt(None);
-    // Standard ones only: the guest makes them.
+    // The guest makes the standard ones.
     linux.set_devices(None);
     if disable_seccomp {
         linux.set_seccomp(None);
@@ -196,9 +225,8 @@ fn amend_linux(spec: &mut Spec, container: &str, disable_seccomp: bool) -> Resul
 /// Of the rules for devices, those that name none: the numbers are the host's, but a privileged container is one in the
 /// guest, too.
 fn keep_rules_without_numbers(resources: &mut LinuxResources) {
-    let names_none = |number: Option<i64>| number.is_none_or(|number| number < 0);
     let rules = resources.devices_mut().take().map(|mut rules| {
-        rules.retain(|rule| names_none(rule.major()) && names_none(rule.minor()));
+        rules.retain(names_no_device);
         rules
     });
     resources.set_devices(rules.filter(|rules| !rules.is_empty()));
@@ -367,6 +395,25 @@ mod tests {
             assert_eq!(error.kind, ErrorKind::Unimplemented);
             assert!(error.message.contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn privileged_container_when_created_has_the_devices_of_its_guest() {
+        let json = r#"{"ociVersion": "1.0.2", "linux": {
+            "devices": [{"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
+                {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
+                {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}],
+            "resources": {"devices": [{"allow": false, "access": "rwm"}, {"allow": true, "access": "rwm"}]}}}"#;
+        let mut spec: Spec = serde_json::from_str(json).unwrap();
+
+        let warnings = amend(&mut spec, GuestSpec::default(), &ContainerKind::Single).unwrap();
+
+        assert!(
+            warnings[0].contains("2 devices of the host are left out"),
+            "{warnings:?}"
+        );
+        let linux = spec.linux().as_ref().unwrap();
+        assert!(linux.devices().is_none() && is_privileged(linux));
     }
 
     #[test]

@@ -34,7 +34,8 @@ pub fn report(root: &Path, wanted: Option<&str>) -> Report {
         text.push_str(&alive(root, shim, folder));
     }
     let orphan = |folder: &&StateFolder| !shims.iter().any(|shim| folder.belongs_to(shim));
-    for folder in folders.iter().filter(|folder| chosen(&folder.id)).filter(orphan) {
+    let called = |folder: &&StateFolder| wanted.is_none_or(|wanted| folder.is_called(wanted));
+    for folder in folders.iter().filter(called).filter(orphan) {
         found = true;
         text.push_str(&left_behind(folder));
     }
@@ -79,7 +80,11 @@ fn alive(root: &Path, shim: &Shim, folder: Option<&StateFolder>) -> String {
 
 fn left_behind(folder: &StateFolder) -> String {
     let mut text = section(
-        &format!("sandbox {}: LEFT BEHIND in {}", folder.id, folder.path.display()),
+        &format!(
+            "sandbox {}: LEFT BEHIND in {}",
+            folder.name,
+            folder.path.display()
+        ),
         "No shim runs for it. containerd cleans up when it next looks at the bundle (`ctr -n NAMESPACE containers delete`, or a \
          restart of containerd); what will be undone is listed below.",
     );

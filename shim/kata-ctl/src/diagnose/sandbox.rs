@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use runtime::paths::SandboxPaths;
+
 use super::files::{entries, name, text};
 use super::process::Shim;
 
@@ -10,14 +12,21 @@ use super::process::Shim;
 pub struct StateFolder {
     /// Where it is.
     pub path: PathBuf,
-    /// The sandbox' id.
-    pub id: String,
+    /// Its name: the sandbox' id, after its namespace and an `@` outside of Kubernetes; see `runtime::paths`.
+    pub name: String,
 }
 
 impl StateFolder {
     /// Whether `shim` made it.
     pub fn belongs_to(&self, shim: &Shim) -> bool {
-        self.id == shim.id
+        SandboxPaths::new(&shim.namespace, &shim.id)
+            .is_ok_and(|paths| paths.state().file_name() == self.path.file_name())
+    }
+
+    /// Whether a person who says `wanted`, the id with or without the namespace, may mean this one.
+    pub fn is_called(&self, wanted: &str) -> bool {
+        let id = self.name.split_once('@').map_or(self.name.as_str(), |(_, id)| id);
+        wanted == self.name || wanted == id
     }
 
     /// The guest's console; see `runtime::paths`.
@@ -41,7 +50,7 @@ pub fn state_folders(parent: &Path) -> Vec<StateFolder> {
     let folders = entries(parent).into_iter().filter(|path| path.is_dir());
     folders
         .map(|path| StateFolder {
-            id: name(&path),
+            name: name(&path),
             path,
         })
         .collect()

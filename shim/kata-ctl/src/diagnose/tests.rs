@@ -70,6 +70,32 @@ fn report_when_shim_lives_shows_threads_counters_console_and_journal() {
 }
 
 #[test]
+fn report_when_two_namespaces_use_one_id_keeps_them_apart() {
+    let root = host();
+    let write = |path: &str, content: &str| {
+        let path = root.path().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+    };
+    write(
+        "proc/12/cmdline",
+        "/bin/containerd-shim-kata-v2\0-namespace\0default\0-id\0web\0-address\0/c.sock\0",
+    );
+    write("run/kata/default@web/console.log", "the other console\n");
+    write("run/kata/moby@web/journal", "left\n");
+
+    let text = report(root.path(), Some("web")).text;
+
+    let (kubernetes, other) = text.split_once("of namespace default").unwrap();
+    assert!(
+        kubernetes.contains("not syncing: VFS") && !kubernetes.contains("the other console"),
+        "{text}"
+    );
+    assert!(other.contains("the other console"), "{text}");
+    assert!(other.contains("sandbox moby@web: LEFT BEHIND"), "{text}");
+}
+
+#[test]
 fn report_when_folder_has_no_shim_says_that_it_was_left_behind() {
     let root = host();
 

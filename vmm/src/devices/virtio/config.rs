@@ -31,10 +31,8 @@ pub trait Knobs {
     /// # Errors
     /// What is wrong with them, or that the device takes none.
     fn adopt(&self, _fds: Vec<OwnedFd>) -> Result<Box<dyn Opened>, OpenError> {
-        Err(TakesNone {
-            id: self.id().to_owned(),
-        }
-        .into())
+        let id = self.id().to_owned();
+        Err(OpenError::new(OpenErrorKind::Unfit, TakesNoDescriptors { id }))
     }
 }
 
@@ -84,85 +82,68 @@ impl KnobError {
     }
 }
 
-/// What is wrong with what a device needs, for callers that do not know the device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
-    /// A file, directory, interface or driver is not there.
-    Missing,
-    /// The process lacks a right.
-    Denied,
-    /// Somebody else has it.
-    Busy,
-    /// It is there, and cannot be what it is to be: its kind, size or number.
-    Unfit,
-    /// There is no room for it: descriptors, memory, the window in guest memory.
-    Full,
-    /// The host failed.
-    Host,
-}
-
-impl From<&io::Error> for Fault {
-    fn from(error: &io::Error) -> Self {
-        use io::ErrorKind as Kind;
-        match error.kind() {
-            Kind::NotFound => Self::Missing,
-            Kind::PermissionDenied | Kind::ReadOnlyFilesystem => Self::Denied,
-            Kind::ResourceBusy | Kind::AddrInUse | Kind::AlreadyExists | Kind::ExecutableFileBusy => {
-                Self::Busy
-            }
-            Kind::NotADirectory | Kind::IsADirectory | Kind::InvalidInput | Kind::Unsupported => Self::Unfit,
-            Kind::OutOfMemory | Kind::StorageFull | Kind::QuotaExceeded => Self::Full,
-            _ => match error.raw_os_error() {
-                Some(libc::EMFILE | libc::ENFILE) => Self::Full,
-                Some(libc::ENXIO | libc::ENODEV) => Self::Missing,
-                _ => Self::Host,
-            },
-        }
-    }
-}
-
-/// An error of a device that says what kind of fault it is.
-pub trait Faulty: std::error::Error + Send + Sync + 'static {
-    /// What is wrong.
-    fn fault(&self) -> Fault;
-}
-
-/// A device cannot be made. The message is the device's own and names it.
+/// A device cannot be made; the message names it, the object that is wrong and its value.
 #[derive(Debug, thiserror::Error)]
 #[error("{source}")]
 pub struct OpenError {
-    fault: Fault,
+    kind: OpenErrorKind,
     source: Box<dyn std::error::Error + Send + Sync>,
 }
 
 impl OpenError {
-    /// What is wrong.
-    pub fn fault(&self) -> Fault {
-        self.fault
+    /// An error of a device's own type, of this kind.
+    pub fn new(kind: OpenErrorKind, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self {
+            kind,
+            source: Box::new(source),
+        }
+    }
+
+    /// What the caller can do about it.
+    pub fn kind(&self) -> OpenErrorKind {
+        self.kind
     }
 }
 
-impl<E: Faulty> From<E> for OpenError {
-    fn from(error: E) -> Self {
-        Self {
-            fault: error.fault(),
-            source: Box::new(error),
+/// Why a device cannot be made, by what can be done about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OpenErrorKind {
+    /// Something of the host is not there: a file, a directory, a TAP driver.
+    Missing,
+    /// This process may not use it.
+    Permission,
+    /// Another machine or process uses it. It may be free later.
+    Busy,
+    /// There is no more of something: descriptors, memory, room in a window.
+    Exhausted,
+    /// The host cannot do what was asked for.
+    Unsupported,
+    /// It is there, and is not what the device needs: of another type, size or content.
+    Unfit,
+    /// The host failed otherwise.
+    Host,
+}
+
+impl OpenErrorKind {
+    /// The kind of an error of a system call.
+    pub fn of(error: &io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO | libc::ENOTDIR) => Self::Missing,
+            Some(libc::EPERM | libc::EACCES | libc::EROFS) => Self::Permission,
+            Some(libc::EBUSY | libc::ETXTBSY | libc::EAGAIN) => Self::Busy,
+            Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC | libc::EDQUOT) => Self::Exhausted,
+            Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY) => Self::Unsupported,
+            _ => Self::Host,
         }
     }
 }
 
-/// Open descriptors were handed over for a device that has no use for them.
+/// Open descriptors for a device that takes none.
 #[derive(Debug, thiserror::Error)]
 #[error("device {id}: only network interfaces take open descriptors")]
-struct TakesNone {
-    /// Device id.
+struct TakesNoDescriptors {
     id: String,
-}
-
-impl Faulty for TakesNone {
-    fn fault(&self) -> Fault {
-        Fault::Unfit
-    }
 }
 
 /// A device that has what it needs from the host, and maybe not yet what it needs from the machine.
@@ -212,44 +193,5 @@ impl Opened for Complete {
 
     fn connect(self: Box<Self>, _windows: &Windows) -> Result<Box<dyn VirtioDevice>, OpenError> {
         Ok(self.0)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[derive(Debug, thiserror::Error)]
-    #[error("device d: {0}")]
-    struct Opening(#[source] io::Error);
-
-    impl Faulty for Opening {
-        fn fault(&self) -> Fault {
-            Fault::from(&self.0)
-        }
-    }
-
-    #[test]
-    fn open_error_when_made_of_a_devices_keeps_its_words_and_its_fault() {
-        for (errno, fault) in [
-            (libc::ENOENT, Fault::Missing),
-            (libc::ENXIO, Fault::Missing),
-            (libc::EACCES, Fault::Denied),
-            (libc::EPERM, Fault::Denied),
-            (libc::EROFS, Fault::Denied),
-            (libc::EBUSY, Fault::Busy),
-            (libc::EADDRINUSE, Fault::Busy),
-            (libc::ENOTDIR, Fault::Unfit),
-            (libc::EINVAL, Fault::Unfit),
-            (libc::ENOMEM, Fault::Full),
-            (libc::ENOSPC, Fault::Full),
-            (libc::EMFILE, Fault::Full),
-            (libc::EIO, Fault::Host),
-        ] {
-            let cause = io::Error::from_raw_os_error(errno);
-            let text = format!("device d: {cause}");
-            let error = OpenError::from(Opening(cause));
-            assert_eq!((error.fault(), error.to_string()), (fault, text));
-        }
     }
 }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 
-use super::config::{Fault, Faulty};
+use super::config::OpenErrorKind;
 
 /// A file that cannot be the content of a device.
 #[derive(Debug, thiserror::Error)]
@@ -43,12 +43,13 @@ pub enum ImageError {
     },
 }
 
-impl Faulty for ImageError {
-    fn fault(&self) -> Fault {
+impl ImageError {
+    /// What can be done about it.
+    pub fn kind(&self) -> OpenErrorKind {
         match self {
-            Self::Open { source, .. } => Fault::from(source),
-            Self::Type { .. } => Fault::Unfit,
-            Self::Locked { .. } => Fault::Busy,
+            Self::Open { source, .. } => OpenErrorKind::of(source),
+            Self::Type { .. } => OpenErrorKind::Unfit,
+            Self::Locked { .. } => OpenErrorKind::Busy,
         }
     }
 }

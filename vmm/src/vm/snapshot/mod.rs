@@ -163,6 +163,14 @@ pub enum SaveError {
     /// The machine is not paused.
     #[error("cannot save a machine that is {0}: pause it first")]
     State(VmState),
+    /// The guest has not answered a request to take or to give back a vCPU, which nobody waits for any more.
+    #[error(
+        "vCPU {index} is neither the guest's nor not: resize the machine to the number of vCPUs it is to have"
+    )]
+    Pending {
+        /// vCPU index.
+        index: u8,
+    },
     /// A device does not let itself be saved.
     #[error(transparent)]
     Device(#[from] StateError),

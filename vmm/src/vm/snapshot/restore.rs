@@ -34,7 +34,8 @@ use crate::vm::build::{self, Built, Opener, Parts};
 use crate::vm::console::Input;
 use crate::vm::error::BuildError;
 use crate::vm::info::Mark;
-use crate::vm::machine::{Content, Machine, Origin};
+use crate::vm::machine::{Machine, Origin};
+use crate::vm::registry::Content;
 use crate::vm::{Vm, VmState, wiring};
 
 impl Vm {
@@ -256,17 +257,17 @@ fn restore(dir: &Path, state: MachineState, options: &RestoreOptions) -> Result<
         vcpus: state.config.vcpus,
         lifecycle: lifecycle.clone(),
     };
-    let mut machine = parts.assemble()?;
+    let machine = parts.assemble()?;
     let input = machine.board.serial.clone().map_or(opener.input, Input::Serial);
     let (console, vsock) = (opener.console, opener.vsock);
-    let result = populate(&mut machine, opened, &state).and_then(|mem| {
+    let result = populate(&machine, opened, &state).and_then(|mem| {
         // Files of pmem devices are mapped now; this machine's own copies of their pages go on top.
         layers.load_private(&memory, &layout)?;
         set_board(&machine, &state)?;
         vm.set_clock(&clock)
             .map_err(ioctl_error("KVM_SET_CLOCK"))
             .map_err(BuildError::from)?;
-        build::start_threads(&mut machine, vcpus)?;
+        machine.vcpus.start_all(vcpus)?;
         match lifecycle.ending() {
             Some(reason) => Err(RestoreError::Ended(reason)),
             None => Ok(mem),
@@ -283,7 +284,7 @@ fn restore(dir: &Path, state: MachineState, options: &RestoreOptions) -> Result<
         }),
         Err(error) => {
             lifecycle.gate().end();
-            drop(machine.shut_down());
+            machine.shut_down();
             Err(error)
         }
     }
@@ -330,7 +331,7 @@ fn make_vcpus(
 
 /// Puts the devices into their slots, with their state.
 fn populate(
-    machine: &mut Machine,
+    machine: &Machine,
     opened: Vec<Option<Box<dyn Opened>>>,
     state: &MachineState,
 ) -> Result<Option<MemHandle>, RestoreError> {
@@ -338,17 +339,14 @@ fn populate(
     for (index, (slot, opened)) in state.slots.iter().zip(opened).enumerate() {
         if let Some(saved) = &slot.device {
             let device = connect(machine, opened, &saved.state, &state.config, &mut handle)?;
-            let id = device.id().to_owned();
-            machine
-                .plug(index, saved.content.clone(), device)
-                .map_err(|error| error.of_device(id))?;
-            let mut slot = machine.board.slots.lock(index);
-            if let Some(transport) = slot.as_mut().and_then(|slot| slot.as_mut()) {
-                transport.restore(saved.transport.clone(), &saved.state)?;
-            }
+            build::plug(machine, index, saved.content.clone(), device)?;
+            let restored = machine.devices.with_transport(index, |transport| {
+                transport.restore(saved.transport.clone(), &saved.state)
+            });
+            restored.unwrap_or(Ok(()))?;
         }
         if slot.used_before {
-            machine.set_used_before(index);
+            machine.devices.set_used_before(index);
         }
     }
     Ok(handle)
@@ -364,7 +362,10 @@ fn connect(
     if let Some(opened) = opened {
         let id = opened.id().to_owned();
         let device = opened.connect_again(&machine.windows, state);
-        return device.map_err(|source| BuildError::Device { id, source });
+        return device.map_err(|e| BuildError::Device {
+            id,
+            reason: e.to_string(),
+        });
     }
     let window = machine.windows.hotplug()?.clone();
     let device = Mem::new(mem::DEVICE_ID, window, config.memory.hotpluggable_bytes());

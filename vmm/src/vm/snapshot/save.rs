@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use kvm_bindings::KVM_CLOCK_REALTIME;
 
@@ -15,9 +16,8 @@ use crate::kvm;
 use crate::memory::image::{self, Pages, Written};
 use crate::memory::layout::RegionKind;
 use crate::memory::page_set::PageSet;
-use crate::vcpu::run::{Vcpu, VcpuThread};
 use crate::vcpu::state::{self as vcpu_state, Inventory, VcpuState};
-use crate::vm::machine::Machine;
+use crate::vm::machine::{Machine, Origin};
 use crate::vm::{ExitReason, Vm, VmState, lock};
 
 /// What was written.
@@ -38,17 +38,17 @@ impl Vm {
     /// # Errors
     /// [`SaveError`]. The folder has the save it had before, or none if the host failed while they were exchanged.
     pub fn save(&self, dir: &Path, kind: &SaveKind) -> Result<SaveReport, SaveError> {
-        let _operation = lock(&self.operation);
-        let state = self.state();
-        let mut machine = lock(&self.machine);
-        let (VmState::Paused, Some(machine)) = (&state, &mut *machine) else {
-            return Err(SaveError::State(state));
-        };
-        let base = Opened::new(kind, dir, machine)?;
+        // What it is written against is opened while nobody has to wait for it.
+        let machine = self.paused()?;
+        let base = Opened::new(kind, dir, &machine)?;
         staged::make_folder(dir).map_err(io_error(dir))?;
-        let result = self.save_parts(machine, dir, base);
+
+        let _operation = lock(&self.operation);
+        let _passage = lock(&self.passage);
+        let machine = self.paused()?;
+        let result = self.save_parts(&machine, dir, base);
         // Whatever happened, the machine is to be usable.
-        if let Err(reason) = machine.resume_devices() {
+        if let Err(reason) = machine.devices.resume() {
             self.lifecycle
                 .finish(ExitReason::Failure(format!("after a save: {reason}")));
             return Err(SaveError::Resume(reason));
@@ -56,8 +56,18 @@ impl Vm {
         result
     }
 
+    /// The machine, if it is paused.
+    fn paused(&self) -> Result<Arc<Machine>, SaveError> {
+        match (self.state(), self.machine.get()) {
+            (VmState::Paused, Some(machine)) => Ok(machine),
+            (state, _) => Err(SaveError::State(state)),
+        }
+    }
+
     /// Devices first, because they may still interrupt; then vCPUs, then memory, which both have written to.
-    fn save_parts(&self, machine: &mut Machine, dir: &Path, base: Opened) -> Result<SaveReport, SaveError> {
+    fn save_parts(&self, machine: &Machine, dir: &Path, base: Opened) -> Result<SaveReport, SaveError> {
+        let present = presence(&machine.vcpus.hotplug.cpus())?;
+        let mut origin = lock(&machine.origin);
         let slots = machine.save_devices()?;
         let clock = machine.save_clock()?;
         let vcpus = self.save_vcpus(machine)?;
@@ -70,7 +80,7 @@ impl Vm {
         let memory = Staged::create(&memory_path).map_err(memory_error)?;
         let among = match &base {
             Opened::Full => None,
-            Opened::Difference { base, .. } => machine.written_since(base.id),
+            Opened::Difference { base, .. } => origin.written_since(base.id),
         };
         let (pages, base) = match &base {
             Opened::Full => (Pages::All, None),
@@ -80,7 +90,7 @@ impl Vm {
             }
         };
         let layout = machine.windows.layout();
-        let backing = machine.origin.backing.as_ref();
+        let backing = origin.backing.as_ref();
         let Written { contents, pages_read } =
             image::write(&machine.memory, layout, backing, pages, memory.file()).map_err(memory_error)?;
         memory.sync().map_err(memory_error)?;
@@ -89,7 +99,6 @@ impl Vm {
             pages_read,
             by_log: among.is_some(),
         };
-        let hotplug = &machine.vcpus.hotplug;
         let state = MachineState {
             id: vmgenid::new_id().map_err(memory_error)?,
             config: self.config.clone(),
@@ -100,47 +109,54 @@ impl Vm {
             },
             clock,
             cpu: machine.vcpus.context.model.clone(),
-            present: hotplug.cpus().iter().map(|cpu| *cpu != Cpu::Absent).collect(),
+            present,
             vcpus,
             io_apic: machine.board.io_apic.save(),
             ged_pending: machine.board.ged.pending(),
             serial: machine.board.serial.as_ref().map(|serial| serial.save_state()),
             slots,
         };
+        // Parts of a machine that was taken apart meanwhile are no machine.
+        if let Some(reason) = self.lifecycle.ending() {
+            return Err(SaveError::State(VmState::Stopped(reason)));
+        }
         replace(dir, memory, &state)?;
         if state.memory.base.is_none() {
-            machine.log_writes_since(state.id);
+            origin.log_writes_since(state.id);
         }
         tracing::info!(id = self.id, ?dir, ?report, "machine saved");
         Ok(report)
     }
 
-    /// A vCPU belongs to its thread, so the threads end and are made again; they wait at the gate meanwhile.
-    fn save_vcpus(&self, machine: &mut Machine) -> Result<Vec<VcpuState>, SaveError> {
+    fn save_vcpus(&self, machine: &Machine) -> Result<Vec<VcpuState>, SaveError> {
         let kvm = kvm::open().map_err(|error| SaveError::Resume(error.to_string()))?;
         let inventory = Inventory::new(&kvm, self.config.cpu.nested).map_err(|source| SaveError::Kvm {
             ioctl: "KVM_GET_MSR_INDEX_LIST",
             source,
         })?;
-        let threads = std::mem::take(&mut machine.vcpus.threads);
-        let vcpus: Vec<Vcpu> = threads.into_iter().filter_map(VcpuThread::retire).collect();
-        let states = vcpus
-            .iter()
-            .map(|vcpu| vcpu_state::save(&vcpu.fd, vcpu.index, &inventory))
-            .collect();
-        for vcpu in vcpus {
-            let index = vcpu.index;
-            match vcpu.spawn() {
-                Ok(thread) => machine.vcpus.threads.push(thread),
-                Err(error) => {
-                    let reason = format!("vCPU {index}: {error}");
-                    self.lifecycle.finish(ExitReason::Failure(reason.clone()));
-                    return Err(SaveError::Resume(reason));
-                }
-            }
-        }
-        Ok(Result::<_, _>::from_iter::<Vec<Result<VcpuState, _>>>(states)?)
+        let states = machine.vcpus.stopped(|vcpus| {
+            let states = vcpus
+                .iter()
+                .map(|vcpu| vcpu_state::save(&vcpu.fd, vcpu.index, &inventory));
+            states.collect::<Result<Vec<_>, _>>()
+        });
+        let states = states.map_err(|reason| {
+            self.lifecycle.finish(ExitReason::Failure(reason.clone()));
+            SaveError::Resume(reason)
+        })?;
+        Ok(states?)
     }
+}
+
+/// Which vCPUs the guest has. A request it has not answered is none of a save's: no clone could tell what became of it. While
+/// one is under way a save waits, so this is about one that was given up half-way.
+fn presence(cpus: &[Cpu]) -> Result<Vec<bool>, SaveError> {
+    let present = (0u8..).zip(cpus).map(|(index, cpu)| match cpu {
+        Cpu::Present => Ok(true),
+        Cpu::Absent => Ok(false),
+        Cpu::Inserting | Cpu::Ejecting | Cpu::Refused(_) => Err(SaveError::Pending { index }),
+    });
+    present.collect()
 }
 
 /// Puts the save into its folder. Until all of it is on disk the one before stays; then there is none, for a moment.
@@ -210,10 +226,10 @@ impl Opened {
     }
 }
 
-impl Machine {
+impl Origin {
     /// The pages that may differ from the save `id`; `None` when nobody knows and all must be compared.
     fn written_since(&self, id: [u8; 16]) -> Option<PageSet> {
-        let written = self.origin.log.as_ref()?.written_since(id);
+        let written = self.log.as_ref()?.written_since(id);
         written
             .inspect_err(|reason| tracing::warn!(%reason, "all memory is compared with the base"))
             .ok()
@@ -222,56 +238,34 @@ impl Machine {
     /// Starts the log of writes, if there is to be one, now that memory is as it is in the save `id`. The save is complete,
     /// so that an earlier one keeps its log when this one fails.
     fn log_writes_since(&mut self, id: [u8; 16]) {
-        if let Some(log) = &mut self.origin.log
+        if let Some(log) = &mut self.log
             && let Err(reason) = log.restart(id)
         {
             tracing::warn!(%reason, "no log of writes: differences against this save will compare all memory");
         }
     }
+}
 
+impl Machine {
     /// Stops all devices and takes their state.
-    fn save_devices(&mut self) -> Result<Vec<SlotState>, SaveError> {
-        self.each_transport(|_, transport| {
-            transport.suspend();
-            Ok::<(), SaveError>(())
-        })?;
+    fn save_devices(&self) -> Result<Vec<SlotState>, SaveError> {
+        self.devices.suspend();
         let mut slots = Vec::new();
-        for index in 0..self.board.slots.len() {
-            let (content, used_before) = self.slot(index).unwrap_or((None, false));
-            let slot = self.board.slots.lock(index);
-            let device = match (content, slot.as_ref().and_then(|slot| slot.as_ref())) {
-                (Some(content), Some(transport)) => {
-                    let (transport, state) = transport.save()?;
-                    Some(DeviceState {
-                        content: content.clone(),
-                        transport,
-                        state,
-                    })
-                }
-                _ => None,
-            };
+        for (index, (content, used_before)) in self.devices.contents().into_iter().enumerate() {
+            let saved = self
+                .devices
+                .with_transport(index, |transport| transport.save())
+                .transpose()?;
+            let device = content
+                .zip(saved)
+                .map(|(content, (transport, state))| DeviceState {
+                    content,
+                    transport,
+                    state,
+                });
             slots.push(SlotState { used_before, device });
         }
         Ok(slots)
-    }
-
-    /// Lets all suspended devices go on.
-    ///
-    /// # Errors
-    /// What the first that cannot said; the others go on.
-    pub fn resume_devices(&self) -> Result<(), String> {
-        let mut result = Ok(());
-        let _ = self.each_transport(|_, transport| {
-            let id = transport.id().to_owned();
-            let resumed = transport
-                .resume()
-                .map_err(|reason| format!("device {id}: {reason}"));
-            if result.is_ok() {
-                result = resumed;
-            }
-            Ok::<(), ()>(())
-        });
-        result
     }
 
     fn save_clock(&self) -> Result<ClockState, SaveError> {
@@ -286,5 +280,23 @@ impl Machine {
             kvmclock: clock.clock,
             realtime,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn presence_when_a_request_is_pending_is_refused() {
+        let present = presence(&[Cpu::Present, Cpu::Absent, Cpu::Present]).unwrap();
+        assert_eq!(present, [true, false, true]);
+        for pending in [Cpu::Inserting, Cpu::Ejecting, Cpu::Refused(1)] {
+            let result = presence(&[Cpu::Present, pending]);
+            assert!(
+                matches!(result, Err(SaveError::Pending { index: 1 })),
+                "{pending:?}: {result:?}"
+            );
+        }
     }
 }

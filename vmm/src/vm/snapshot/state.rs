@@ -11,7 +11,7 @@ use crate::irq::io_apic::IoApicState;
 use crate::memory::image::Contents;
 use crate::vcpu::cpuid::CpuModel;
 use crate::vcpu::state::VcpuState;
-use crate::vm::machine::Content;
+use crate::vm::registry::Content;
 
 /// A machine between two instructions.
 #[derive(Debug, Serialize, Deserialize)]

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Block, BlockError};
-use crate::devices::virtio::config::{Complete, Fault, Faulty, KnobError, Knobs, OpenError, Opened};
+use super::Block;
+use crate::devices::virtio::config::{Complete, KnobError, Knobs, OpenError, Opened};
 use crate::rate_limiter::RateLimiterConfig;
 
 /// A disk backed by a raw image file or a block device.
@@ -115,14 +115,4 @@ pub enum BlockEngine {
     IoUring,
     /// Blocking system calls, one at a time, on one thread per queue.
     Sync,
-}
-
-impl Faulty for BlockError {
-    fn fault(&self) -> Fault {
-        match self {
-            Self::Image { source, .. } => source.fault(),
-            Self::Empty { .. } | Self::Direct { .. } | Self::NoIoUring { .. } => Fault::Unfit,
-            Self::Measure { source, .. } | Self::RateLimiter { source, .. } => Fault::from(source),
-        }
-    }
 }

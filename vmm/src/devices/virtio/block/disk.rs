@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 
 use super::config::BlockConfig;
+use crate::devices::virtio::config::{OpenError, OpenErrorKind};
 use crate::devices::virtio::image::{self, ImageError};
 
 /// Unit of addresses and of the capacity, whatever the disk's block size (5.2.6).
@@ -84,6 +85,20 @@ pub enum BlockError {
         /// Cause.
         source: io::Error,
     },
+}
+
+impl From<BlockError> for OpenError {
+    fn from(error: BlockError) -> Self {
+        let kind = match &error {
+            BlockError::Image { source, .. } => source.kind(),
+            BlockError::Measure { source, .. } | BlockError::RateLimiter { source, .. } => {
+                OpenErrorKind::of(source)
+            }
+            BlockError::Empty { .. } => OpenErrorKind::Unfit,
+            BlockError::Direct { .. } | BlockError::NoIoUring { .. } => OpenErrorKind::Unsupported,
+        };
+        Self::new(kind, error)
+    }
 }
 
 /// The other way to the image when it is open for direct I/O.

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Fs, FsError};
-use crate::devices::virtio::config::{Complete, Fault, Faulty, KnobError, Knobs, OpenError, Opened};
+use super::Fs;
+use crate::devices::virtio::config::{Complete, KnobError, Knobs, OpenError, Opened};
 use crate::rate_limiter::RateLimiterConfig;
 
 /// Largest request queue of a share, in entries.
@@ -159,14 +159,5 @@ pub fn check_share_name(id: &str, name: &str) -> Result<(), KnobError> {
             "1 to 255 bytes without '/', not '.' or '..'",
         )),
         false => Ok(()),
-    }
-}
-
-impl Faulty for FsError {
-    fn fault(&self) -> Fault {
-        match self {
-            Self::Directory { source, .. } | Self::Host { source, .. } => Fault::from(source),
-            Self::TooManyShares { .. } => Fault::Unfit,
-        }
     }
 }

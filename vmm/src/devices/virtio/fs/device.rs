@@ -18,6 +18,7 @@ use super::state::FsState;
 use super::waiting::{MAX_WAITING, Waiting};
 use super::worker::{FsWorkers, Service, lock};
 use crate::descriptors::Budget;
+use crate::devices::virtio::config::{OpenError, OpenErrorKind};
 use crate::devices::virtio::served_queue::ServedQueue;
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};
@@ -63,6 +64,16 @@ pub enum FsError {
         /// Cause.
         source: io::Error,
     },
+}
+
+impl From<FsError> for OpenError {
+    fn from(error: FsError) -> Self {
+        let kind = match &error {
+            FsError::Directory { source, .. } | FsError::Host { source, .. } => OpenErrorKind::of(source),
+            FsError::TooManyShares { .. } => OpenErrorKind::Unfit,
+        };
+        Self::new(kind, error)
+    }
 }
 
 /// A shared directory, or several.

@@ -17,6 +17,10 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// How often locks are tried again that the host may have given up, in milliseconds.
 const TRY_AGAIN: i32 = 50;
 
+/// How long descriptors stay open that no request uses, in milliseconds: they keep the host's mounts and deleted files
+/// alive.
+const IDLE: i32 = 5000;
+
 /// A request that waits.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Waiting {
@@ -38,9 +42,21 @@ impl Waiting {
 impl Pool {
     /// How long a thread may sleep, for epoll_wait(2).
     pub(super) fn timeout(&self) -> i32 {
-        match lock(&self.service.waiting).is_empty() {
-            true => -1,
-            false => TRY_AGAIN,
+        if !lock(&self.service.waiting).is_empty() {
+            TRY_AGAIN
+        } else if self.service.share.descriptors.len() > 0 {
+            IDLE
+        } else {
+            -1
+        }
+    }
+
+    /// A thread has slept so long.
+    pub(super) fn on_timeout(&self) {
+        if lock(&self.service.waiting).is_empty() {
+            self.service.share.descriptors.clear();
+        } else {
+            self.try_again();
         }
     }
 

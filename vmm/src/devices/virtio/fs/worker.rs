@@ -191,7 +191,7 @@ impl Pool {
         let mut events = [EpollEvent::default()];
         loop {
             match self.epoll.wait(self.timeout(), &mut events) {
-                Ok(0) => self.try_again(),
+                Ok(0) => self.on_timeout(),
                 Ok(_) if events[0].data() == STOP => return,
                 Ok(_) if events[0].data() == TIMER => self.on_timer(),
                 Ok(_) => self.serve(usize::try_from(events[0].data()).unwrap_or(usize::MAX)),

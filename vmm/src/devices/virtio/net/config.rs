@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Net, NetError, TapError};
-use crate::devices::virtio::config::{Complete, Fault, Faulty, KnobError, Knobs, OpenError, Opened};
+use super::Net;
+use crate::devices::virtio::config::{Complete, KnobError, Knobs, OpenError, Opened};
 use crate::rate_limiter::RateLimiterConfig;
 
 /// A network interface over a TAP.
@@ -115,29 +115,5 @@ impl Knobs for NetConfig {
 
     fn adopt(&self, fds: Vec<OwnedFd>) -> Result<Box<dyn Opened>, OpenError> {
         Ok(Complete::opened(Net::with_fds(self, fds)?))
-    }
-}
-
-impl Faulty for NetError {
-    fn fault(&self) -> Fault {
-        match self {
-            Self::Tap { source, .. } => source.fault(),
-            Self::EventFd { source, .. } => Fault::from(source),
-        }
-    }
-}
-
-impl Faulty for TapError {
-    fn fault(&self) -> Fault {
-        match self {
-            Self::NoTun(_) => Fault::Missing,
-            Self::Permission { .. } => Fault::Denied,
-            Self::Busy { .. } => Fault::Busy,
-            Self::NotMultiQueue { .. }
-            | Self::NotATap { .. }
-            | Self::Descriptor { .. }
-            | Self::DescriptorCount { .. } => Fault::Unfit,
-            Self::Namespace { source, .. } | Self::Host { source, .. } => Fault::from(source),
-        }
     }
 }

@@ -23,6 +23,7 @@ use super::switch;
 use super::tap::{self, Backend, Tap, TapError};
 use super::tx::TxQueue;
 use super::worker::{Limiters, NetWorker, Pair, usual_frame};
+use crate::devices::virtio::config::{OpenError, OpenErrorKind};
 use crate::devices::virtio::served_queue::{ServedQueue, queue_position};
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{
@@ -52,6 +53,16 @@ pub enum NetError {
         /// Cause.
         source: io::Error,
     },
+}
+
+impl From<NetError> for OpenError {
+    fn from(error: NetError) -> Self {
+        let kind = match &error {
+            NetError::Tap { source, .. } => source.kind(),
+            NetError::EventFd { source, .. } => OpenErrorKind::of(source),
+        };
+        Self::new(kind, error)
+    }
 }
 
 /// A network interface.

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::HEADER;
 use super::config::TapConfig;
+use crate::devices::virtio::config::OpenErrorKind;
 
 const TUN: &str = "/dev/net/tun";
 
@@ -89,6 +90,22 @@ pub enum TapError {
         /// Cause.
         source: io::Error,
     },
+}
+
+impl TapError {
+    /// What can be done about it.
+    pub(super) fn kind(&self) -> OpenErrorKind {
+        match self {
+            Self::NoTun(_) => OpenErrorKind::Missing,
+            Self::Permission { .. } => OpenErrorKind::Permission,
+            Self::Busy { .. } => OpenErrorKind::Busy,
+            Self::NotMultiQueue { .. }
+            | Self::NotATap { .. }
+            | Self::Descriptor { .. }
+            | Self::DescriptorCount { .. } => OpenErrorKind::Unfit,
+            Self::Namespace { source, .. } | Self::Host { source, .. } => OpenErrorKind::of(source),
+        }
+    }
 }
 
 /// The host side of one queue pair: a file descriptor that gives and takes one frame, with its header, per call.

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Pmem, PmemError, PmemFile};
+use super::{Pmem, PmemFile};
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::config::{Fault, Faulty, KnobError, Knobs, OpenError, Opened};
-use crate::memory::window::{WindowError, Windows};
+use crate::devices::virtio::config::{KnobError, Knobs, OpenError, Opened};
+use crate::memory::window::Windows;
 
 /// A file as persistent memory, `/dev/pmemN` in the guest. Its pages in the host's page cache are the guest's memory, shared
 /// by all VMs that have the file; a file system mounted with `-o dax` needs no page cache of its own.
@@ -57,20 +57,5 @@ impl Opened for PmemFile {
         state: &[u8],
     ) -> Result<Box<dyn VirtioDevice>, OpenError> {
         Ok(Box::new(Pmem::at_saved_place(*self, windows, state)?))
-    }
-}
-
-impl Faulty for PmemError {
-    fn fault(&self) -> Fault {
-        match self {
-            Self::Image { source, .. } => source.fault(),
-            Self::Measure { source, .. } => Fault::from(source),
-            Self::Size { .. } | Self::State(_) => Fault::Unfit,
-            Self::Window { source, .. } => match source {
-                WindowError::Full { .. } => Fault::Full,
-                WindowError::Missing(_) | WindowError::Range { .. } => Fault::Unfit,
-                WindowError::Host { source, .. } => Fault::from(source),
-            },
-        }
     }
 }

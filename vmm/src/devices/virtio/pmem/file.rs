@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::config::PmemConfig;
+use crate::devices::virtio::config::{OpenError, OpenErrorKind};
 use crate::devices::virtio::image::{self, ImageError};
 use crate::devices::virtio::state::StateError;
 use crate::memory::layout::WINDOW_ALIGN;
@@ -57,6 +58,22 @@ pub enum PmemError {
         /// Cause.
         source: WindowError,
     },
+}
+
+impl From<PmemError> for OpenError {
+    fn from(error: PmemError) -> Self {
+        let kind = match &error {
+            PmemError::Image { source, .. } => source.kind(),
+            PmemError::Measure { source, .. } => OpenErrorKind::of(source),
+            PmemError::Size { .. } | PmemError::State(_) => OpenErrorKind::Unfit,
+            PmemError::Window { source, .. } => match source {
+                WindowError::Full { .. } => OpenErrorKind::Exhausted,
+                WindowError::Host { source, .. } => OpenErrorKind::of(source),
+                WindowError::Missing(_) | WindowError::Range { .. } => OpenErrorKind::Unfit,
+            },
+        };
+        Self::new(kind, error)
+    }
 }
 
 /// An open and locked file.

@@ -22,7 +22,7 @@ impl Knobs for RngConfig {
     }
 
     fn open(&self) -> Result<Box<dyn Opened>, OpenError> {
-        let Ok(device) = Rng::new(self);
-        Ok(Complete::opened(device))
+        let Ok(rng) = Rng::new(self);
+        Ok(Complete::opened(rng))
     }
 }

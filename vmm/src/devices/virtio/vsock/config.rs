@@ -4,9 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::VsockError;
 use super::device::ID;
-use crate::devices::virtio::config::{Fault, Faulty, KnobError};
+use crate::devices::virtio::config::KnobError;
 
 /// Smallest context id of a guest; the ones below are the hypervisor's, the local and the host's (linux/vm_sockets.h).
 const MIN_GUEST_CID: u32 = 3;
@@ -32,15 +31,5 @@ impl VsockConfig {
             return Err(KnobError::new(ID, "guest_cid", &self.guest_cid, need));
         }
         Ok(())
-    }
-}
-
-impl Faulty for VsockError {
-    fn fault(&self) -> Fault {
-        match self {
-            Self::Create { source, .. } | Self::Bind { source, .. } => Fault::from(source),
-            // Of later calls.
-            _ => Fault::Host,
-        }
     }
 }

@@ -10,6 +10,7 @@ use virtio_bindings::virtio_blk::{
 
 use super::*;
 use crate::devices::virtio::block::BlockError;
+use crate::devices::virtio::config::{OpenError, OpenErrorKind};
 use crate::devices::virtio::image::ImageError;
 use crate::devices::virtio::test_ring::{
     INDIRECT, MEMORY_SIZE, NEXT, Used, WRITE, flood, survive_malformed_chains,
@@ -331,6 +332,28 @@ fn reset_when_avail_index_jumped_still_ends(engine: BlockEngine) {
     f.rings[0].set_avail_index(5000);
     f.rings[0].kick();
     f.block.reset();
+}
+
+#[test]
+fn image_when_it_cannot_be_used_says_what_can_be_done() {
+    let dir = TempDir::new_with_prefix("/tmp/dragonball-blk").unwrap();
+    let path = |name: &str| dir.as_path().join(name);
+    std::fs::write(path("small"), [0; 511]).unwrap();
+    std::fs::write(path("used"), [0; 512]).unwrap();
+    let _user = Block::new(&config(&path("used"), false)).unwrap();
+    for (name, kind) in [
+        ("missing", OpenErrorKind::Missing),
+        ("small", OpenErrorKind::Unfit),
+        (".", OpenErrorKind::Unfit),
+        ("used", OpenErrorKind::Busy),
+    ] {
+        let error = OpenError::from(Block::new(&config(&path(name), true)).unwrap_err());
+        assert_eq!(error.kind(), kind, "{name}");
+        assert!(
+            error.to_string().starts_with("disk disk-with-a-long-name: "),
+            "{error}"
+        );
+    }
 }
 
 #[test]

@@ -16,6 +16,10 @@ use crate::memory::GuestMemory;
 
 /// What the queue has now.
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a box would be an allocation for each request"
+)]
 pub(in super::super) enum Taken {
     /// A request, checked.
     Request(Request),

@@ -5,6 +5,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::client::*;
+use crate::config::SharedDir;
+use crate::devices::virtio::test_ring::PATIENCE;
 
 /// Descriptors of this process below `path`.
 pub fn held(path: &Path) -> usize {
@@ -75,4 +77,42 @@ fn listing_when_files_are_removed_meanwhile_ends() {
         rounds += 1;
     }
     println!("{rounds} listings in {:?}", begin.elapsed());
+}
+
+#[test]
+fn descriptors_when_nothing_is_asked_for_are_closed() {
+    let mut c = Client::new();
+    fs::create_dir(c.share().join("dir")).unwrap();
+    let dir = c.lookup(ROOT, "dir").unwrap();
+    assert_eq!(c.lookup(dir.node, "absent").unwrap_err(), libc::ENOENT);
+    // The directory of the share itself, and the one in it.
+    assert_eq!(held(&c.share()), 2);
+    let deadline = Instant::now() + PATIENCE;
+    while held(&c.share()) > 1 {
+        assert!(Instant::now() < deadline, "{}", held(&c.share()));
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    assert_eq!(c.lookup(dir.node, "absent").unwrap_err(), libc::ENOENT);
+}
+
+#[test]
+fn positions_when_they_are_beyond_any_listing_are_refused_or_empty() {
+    let mut c = Client::new();
+    fs::write(c.share().join("file"), "").unwrap();
+    let handle = u64_at(&c.call(OPENDIR, ROOT, &fields![0u32, 0u32], 16).unwrap(), 0);
+    for offset in [1 << 63, (1 << 63) + 1, u64::MAX - 1, u64::MAX] {
+        let body = fields![handle, offset, 4096u32, 0u32, 0u64, 0u32, 0u32];
+        for opcode in [READDIR, READDIRPLUS] {
+            assert_eq!(c.call(opcode, ROOT, &body, 4096), Err(libc::EINVAL));
+        }
+    }
+    assert_eq!(c.list(ROOT, 4096).unwrap().len(), 3);
+    let mut shares = Client::shares(Default::default(), |base| {
+        [("a".to_owned(), SharedDir::writable(base.join("share")))].into()
+    });
+    for offset in [1 << 63, u64::MAX] {
+        let body = fields![0u64, offset, 4096u32, 0u32, 0u64, 0u32, 0u32];
+        assert_eq!(shares.call(READDIR, ROOT, &body, 4096), Ok(vec![]));
+        assert_eq!(shares.call(READDIRPLUS, ROOT, &body, 4096), Ok(vec![]));
+    }
 }

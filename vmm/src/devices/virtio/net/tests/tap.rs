@@ -10,6 +10,7 @@ use std::sync::Arc;
 use super::rig::{MERGE, Rig, eventually, frame, net_config};
 use crate::config::{NetConfig, TapConfig};
 use crate::devices::virtio::config::Knobs;
+use crate::devices::virtio::config::OpenErrorKind;
 use crate::devices::virtio::net::tap::{Backend, Tap, TapError, open};
 use crate::devices::virtio::net::{Net, NetError};
 use crate::devices::virtio::test_ring::Buf;
@@ -121,6 +122,8 @@ fn open_when_it_cannot_says_why() {
         let _first = open(&tap("single"), 1).unwrap();
         let busy = open(&tap("single"), 1).unwrap_err();
         assert!(matches!(busy, TapError::Busy { .. }), "{busy:?}");
+        let kinds = [busy.kind(), open(&missing, 1).unwrap_err().kind()];
+        assert_eq!(kinds, [OpenErrorKind::Busy, OpenErrorKind::Missing]);
         assert!(busy.to_string().contains("single"));
     });
 }

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use acpi_tables::{Aml, aml};
 
@@ -68,6 +68,15 @@ impl Slots {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner),
         )
+    }
+
+    /// As [`lock`](Self::lock), and `None` when the slot is locked: its device may be busy with something that takes long.
+    pub fn try_lock(&self, index: usize) -> Option<MutexGuard<'_, Option<MmioTransport>>> {
+        match self.slots.get(index)?.try_lock() {
+            Ok(slot) => Some(slot),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// Makes the slot visible (`_STA` = present) or invisible to the guest's next scan.
