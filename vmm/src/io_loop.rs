@@ -3,6 +3,8 @@
 //! Work is handed over once, as a [`Worker`]; from then on the loop owns the calls into it. A worker must never block:
 //! anything that can (a file on a slow disk, a FUSE request) belongs on a thread of its own.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};

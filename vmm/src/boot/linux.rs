@@ -1,5 +1,7 @@
 //! The zero page of the 64-bit Linux boot protocol (Linux Documentation/arch/x86/boot.rst, zero-page.rst).
 
+#![allow(unsafe_code)]
+
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 

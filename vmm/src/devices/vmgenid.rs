@@ -2,6 +2,8 @@
 //! whenever the machine goes on from a saved state, so that two clones do not share what must be unique. Linux mixes them
 //! into its random pool and reseeds (drivers/virt/vmgenid.c); kernels without the driver depend on their agent.
 
+#![allow(unsafe_code)]
+
 use acpi_tables::{Aml, aml};
 
 use crate::acpi::shared_page::SharedPage;

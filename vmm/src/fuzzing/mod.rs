@@ -4,6 +4,9 @@
 //! for the actions), over the fake guest of the unit tests. A target fails by a panic of any thread, a sanitizer's
 //! report, or a device that does not stop. Nothing outlives a call, and nothing outside a scratch directory is touched.
 
+// Of tests and fuzzing.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
 mod devices;
 mod fs;
 mod guest;

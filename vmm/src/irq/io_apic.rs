@@ -7,6 +7,8 @@
 //!
 //! Registers: Intel 82093AA data sheet, section 3.
 
+#![allow(unsafe_code)]
+
 use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::{Mutex, MutexGuard, PoisonError};

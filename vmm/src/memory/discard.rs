@@ -1,5 +1,7 @@
 //! Giving guest memory back to the host.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::AsRawFd;
 

@@ -4,6 +4,8 @@
 //! holes. A machine can read it ([`read`]), map it privately ([`map_private`]), or have it brought in by a pager
 //! ([`super::pager`]). Each [`CHUNK`] has a checksum: [`read`] compares it, [`verify`] does for a file that is to be mapped.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;

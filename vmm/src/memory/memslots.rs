@@ -1,5 +1,7 @@
 //! Guest memory as KVM's memslots.
 
+#![allow(unsafe_code)]
+
 use std::io;
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};

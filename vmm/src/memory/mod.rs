@@ -51,6 +51,7 @@ pub enum MemoryError {
 ///
 /// # Errors
 /// [`MemoryError::Allocate`] when the host has no address space or commit limit left.
+#[allow(unsafe_code)]
 pub fn allocate(layout: &MemoryLayout) -> Result<GuestMemory, MemoryError> {
     let fail = |reason: String| MemoryError::Allocate {
         size_mib: layout.regions().iter().map(|region| region.size).sum::<u64>() >> 20,
@@ -79,6 +80,7 @@ pub fn allocate(layout: &MemoryLayout) -> Result<GuestMemory, MemoryError> {
 
 /// Leaves guest memory at `address` out of a core dump of this process: it is large, and not ours to show. For every new
 /// mapping, also one over another.
+#[allow(unsafe_code)]
 pub fn keep_out_of_dumps(address: usize, len: usize) {
     // SAFETY: the advice changes nothing but a flag of whatever is mapped there. It cannot fail for a mapping that exists.
     unsafe { libc::madvise(address as *mut _, len, libc::MADV_DONTDUMP) };

@@ -7,6 +7,8 @@
 //! A page that cannot be brought in ends the machine: there is nothing right to give the guest. Whoever still waits then, a
 //! device or a vCPU that could not be interrupted, gets zeros, so that the machine can be taken apart.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};

@@ -13,6 +13,8 @@
 //! The fault is a signal (SIGSEGV). What is not about a sealed block goes on to the handler there was before, Rust's report
 //! of stack overflows included.
 
+#![allow(unsafe_code)]
+
 mod fault;
 mod table;
 #[cfg(test)]

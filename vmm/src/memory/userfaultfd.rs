@@ -1,5 +1,7 @@
 //! userfaultfd(2), as far as guest memory needs it: missing pages brought in, and writes noted.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};

@@ -4,6 +4,8 @@
 //! plugged, because only that has a KVM memslot. Elsewhere its accesses leave the guest as MMIO that no device answers. In
 //! the window of virtio-mem what is plugged is sealed but for the blocks that were opened ([`seal`](super::seal)).
 
+#![allow(unsafe_code)]
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;

@@ -15,6 +15,8 @@
 //!
 //! and in all other cases it may differ.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;

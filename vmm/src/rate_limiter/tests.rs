@@ -1,3 +1,5 @@
+#![allow(unsafe_code)]
+
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 

@@ -4,6 +4,8 @@
 //! `kvm_run.immediate_exit` of the thread it runs on: the next KVM_RUN returns at once (Linux
 //! Documentation/virt/kvm/api.rst, "immediate_exit").
 
+#![allow(unsafe_code)]
+
 use std::cell::Cell;
 use std::io;
 use std::marker::PhantomData;

@@ -1,5 +1,7 @@
 //! The vCPU thread: gate, KVM_RUN, dispatch, again.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};

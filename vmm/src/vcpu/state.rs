@@ -1,5 +1,7 @@
 //! Everything KVM knows of a vCPU, taken out and put back in the order that works.
 
+#![allow(unsafe_code)]
+
 use kvm_bindings::{
     Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
     kvm_xcrs, kvm_xsave,
@@ -83,7 +85,7 @@ pub enum VcpuStateError {
         /// vCPU index.
         index: u8,
     },
-    /// A nested state that is none.
+    /// Bytes whose length is not that of a nested state.
     #[error("vCPU {index}: a nested state of {len} bytes")]
     InvalidNestedState {
         /// vCPU index.

@@ -42,6 +42,37 @@ use registry::NoSuchDevice;
 
 /// A virtual machine. Methods may be called from any thread; dropping the handle stops the machine.
 ///
+/// ```no_run
+/// use dragonball::Vm;
+/// use dragonball::config::{
+///     BlockConfig, BootConfig, ConsoleConfig, CpuConfig, DeviceConfig, MemoryConfig, VcpuConfig, VmConfig,
+/// };
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let vm = Vm::new(VmConfig {
+///     id: "example".to_owned(),
+///     vcpus: VcpuConfig { boot: 1, max: 4 },
+///     cpu: CpuConfig::default(),
+///     memory: MemoryConfig::fixed(256),
+///     boot: BootConfig {
+///         kernel: "/usr/share/kata-containers/vmlinux".into(),
+///         initramfs: None,
+///         cmdline: "console=hvc0 root=/dev/vda ro".to_owned(),
+///         cache_dir: "/var/cache/dragonball".into(),
+///     },
+///     console: ConsoleConfig::Hvc,
+///     vsock: None,
+///     devices: vec![DeviceConfig::Block(BlockConfig::new("root", "/srv/root.img"))],
+///     hotplug_slots: 2,
+/// })?;
+/// vm.start()?;
+/// let data = vm.add_device(DeviceConfig::Block(BlockConfig::new("data", "/srv/data.img")))?;
+/// println!("the guest finds the disk as {}", data.address.name());
+/// println!("{}: {:?}", vm.wait(), vm.console().tail(10));
+/// # Ok(())
+/// # }
+/// ```
+///
 /// A save, a change of size and the addition or removal of a device wait for each other. None of them keeps
 /// [`stop`](Self::stop), [`wait`](Self::wait), [`state`](Self::state) or [`metrics`](Self::metrics) waiting, not even one that
 /// hangs in the host's storage.

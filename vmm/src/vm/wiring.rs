@@ -1,5 +1,7 @@
 //! What a machine needs of KVM before and beside its vCPUs: registers in memory, interrupt controllers, routes.
 
+#![allow(unsafe_code)]
+
 use std::sync::Arc;
 
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry};

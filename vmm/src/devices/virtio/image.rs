@@ -3,6 +3,8 @@
 //! Many readers or one writer, by open file description (F_OFD_SETLK, fcntl(2)), so the lock lasts as long as the file is
 //! open and dies with the process.
 
+#![allow(unsafe_code)]
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;

@@ -1,5 +1,7 @@
 //! Counts heap allocations, so that a test can say that a path makes none.
 
+#![allow(unsafe_code)]
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 

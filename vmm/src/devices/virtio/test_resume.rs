@@ -1,5 +1,8 @@
 //! Activation of a device by a fake guest with features of the test's choice, fresh or where a suspended device stopped.
 
+// Of tests and fuzzing.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
 use virtio_queue::QueueT;
 
 use super::state::QueuePosition;

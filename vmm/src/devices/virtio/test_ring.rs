@@ -3,6 +3,9 @@
 //! Memory of a [`TestGuest`]: rings from [`RINGS`] on (64 KiB per queue), buffers wherever the test wants between
 //! [`BUFFERS`] and [`MEMORY_SIZE`].
 
+// Of tests and fuzzing.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::thread::JoinHandle;

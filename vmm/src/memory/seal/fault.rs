@@ -1,5 +1,7 @@
 //! The handler of SIGSEGV.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::mem;
 use std::sync::{Mutex, OnceLock, PoisonError};

@@ -2,6 +2,8 @@
 //!
 //! The lock is held for a few system calls at most, and never by a thread that faults.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};

@@ -1,3 +1,5 @@
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;

@@ -1,5 +1,9 @@
 //! Windows without KVM, for tests of devices.
 
+// Of tests and fuzzing.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+#![allow(unsafe_code)]
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;

@@ -1,3 +1,5 @@
+#![allow(unsafe_code)]
+
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;

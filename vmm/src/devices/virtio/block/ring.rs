@@ -3,6 +3,8 @@
 //! The ring is made disabled, gets its two files and its eventfd, then its restrictions (allowed operations; only
 //! registered files), and is enabled last: from then on nobody who gets hold of it can open, connect or touch another file.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::OnceLock;

@@ -2,6 +2,8 @@
 //!
 //! A step is short whatever the request is: who stops the worker waits for the steps in hand, not for the requests.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;

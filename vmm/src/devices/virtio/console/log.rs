@@ -1,5 +1,7 @@
 //! What the guest said: a bounded ring of bytes that can also be copied to a file descriptor.
 
+#![allow(unsafe_code)]
+
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};

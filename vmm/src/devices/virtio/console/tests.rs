@@ -1,3 +1,5 @@
+#![allow(unsafe_code)]
+
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;

@@ -1,5 +1,7 @@
 //! Requests that came after fuse-backend-rs' trait: SYNCFS (7.34), TMPFILE (7.37), STATX (7.39), and COPY_FILE_RANGE (7.28).
 
+#![allow(unsafe_code)]
+
 use std::collections::HashSet;
 use std::io;
 use std::os::fd::AsFd;

@@ -6,6 +6,8 @@
 //!
 //! fsuid and fsgid belong to the thread and, unlike setresuid, are not spread over the process by libc.
 
+#![allow(unsafe_code)]
+
 use std::cell::Cell;
 use std::io;
 

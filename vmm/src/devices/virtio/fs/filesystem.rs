@@ -1,5 +1,7 @@
 //! The requests of the guest (`server` calls these, one per FUSE message).
 
+#![allow(unsafe_code)]
+
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;

@@ -6,6 +6,8 @@
 //! read-only tmpfs: an absolute path leads nowhere, and mounts of the host cannot be changed from it (mount(2) refuses
 //! paths of another namespace).
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::null;

@@ -1,5 +1,7 @@
 //! What a device shares: one directory as its root, or a root of our own with directories mounted in it by name.
 
+#![allow(unsafe_code)]
+
 use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

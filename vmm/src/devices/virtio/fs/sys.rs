@@ -1,5 +1,7 @@
 //! The system calls of the share, as functions that are safe to call.
 
+#![allow(unsafe_code)]
+
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;

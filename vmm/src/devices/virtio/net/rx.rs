@@ -6,6 +6,8 @@
 //! held for the next frame, in the order of the ring, so that a suspend can put them back; where they are in host memory is
 //! found out once.
 
+#![allow(unsafe_code)]
+
 use std::collections::VecDeque;
 use std::io;
 

@@ -1,5 +1,8 @@
 //! An interface whose TAP is a socket: each message is a frame with its header, and a test has the other end.
 
+// Of tests and fuzzing.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;

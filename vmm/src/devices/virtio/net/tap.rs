@@ -1,5 +1,7 @@
 //! The host side: TAP devices (Linux Documentation/networking/tuntap.rst, drivers/net/tun.c).
 
+#![allow(unsafe_code)]
+
 use std::fmt::Debug;
 use std::fs::{File, OpenOptions};
 use std::io;

@@ -3,6 +3,8 @@
 //! The guest can put anything into its descriptor table, and can change it while it is being read. [`Chain::parse`]
 //! walks the table exactly once and keeps its own copy of every address and length; everything after works on the copy.
 
+#![allow(unsafe_code)]
+
 mod walk;
 
 use virtio_queue::DescriptorChain;

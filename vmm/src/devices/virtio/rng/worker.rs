@@ -1,5 +1,7 @@
 //! The request queue, served on the I/O loop.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::sync::Arc;
 

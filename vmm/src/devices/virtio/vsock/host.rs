@@ -8,6 +8,8 @@
 //! `main`; a host program that restores the default must not use [`attach`](super::VsockHandle::attach) with pipes.
 //! Sockets are written with MSG_NOSIGNAL.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 

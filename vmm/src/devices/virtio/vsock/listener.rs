@@ -1,5 +1,7 @@
 //! In-process listeners for connections the guest opens.
 
+#![allow(unsafe_code)]
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};

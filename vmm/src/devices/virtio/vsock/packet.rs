@@ -4,6 +4,8 @@
 //! MSG_ZEROCOPY (6.7) and for large packets (6.17), and the specification allows any framing, so chains are gathered
 //! here. The header is copied out of guest memory once: what was checked is what is used.
 
+#![allow(unsafe_code)]
+
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestMemory as _, Le16, Le32, Le64, VolatileSlice};
 

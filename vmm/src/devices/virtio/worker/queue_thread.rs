@@ -1,6 +1,8 @@
 //! A worker with a thread of its own, for queues whose requests block: memory given back to the host, changes of KVM's
 //! memslots, data forced to a disk.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -3,6 +3,8 @@
 //! Who stops it waits for the step in hand. A flush may take as long as the host's disk has written data to store, and
 //! touches no memory of the guest: it is not waited for, the thread ends when it is done.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr;

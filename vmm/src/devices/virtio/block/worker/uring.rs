@@ -8,6 +8,8 @@
 //! kernel has is in `slots`, which owns its segments and its share of guest memory, until the completion is taken. Who
 //! stops the worker waits for all completions first.
 
+#![allow(unsafe_code)]
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;

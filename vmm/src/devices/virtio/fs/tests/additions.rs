@@ -1,5 +1,7 @@
 //! Requests beyond the oldest protocol, and what the host's kernel does for the guest's: umask, ACLs, privileges.
 
+#![allow(unsafe_code)]
+
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};

@@ -1,5 +1,7 @@
 //! Files that are known but not open, reached again by name.
 
+#![allow(unsafe_code)]
+
 use std::ffi::CString;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;

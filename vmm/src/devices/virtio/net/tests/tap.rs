@@ -1,5 +1,7 @@
 //! Real TAPs, in network namespaces made for the purpose. These tests need root, like the TAPs.
 
+#![allow(unsafe_code)]
+
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::Command;

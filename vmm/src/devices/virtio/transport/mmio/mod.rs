@@ -518,8 +518,9 @@ impl MmioTransport {
             status::DRIVER_OK,
         ];
         let gap = steps
-            .windows(2)
-            .any(|pair| state.status & pair[1] != 0 && state.status & pair[0] == 0);
+            .iter()
+            .zip(steps.iter().skip(1))
+            .any(|(before, after)| state.status & after != 0 && state.status & before == 0);
         let known = steps.iter().sum::<u32>() | status::NEEDS_RESET | status::FAILED;
         if gap || state.status & !known != 0 {
             return Err(invalid(format!("device status {:#x}", state.status)));

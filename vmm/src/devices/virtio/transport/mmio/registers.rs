@@ -9,6 +9,8 @@
 //! InterruptStatus and ConfigGeneration live here and nowhere else. The guest cannot write the page, neither by itself nor
 //! through a device: it is not part of [`GuestMemory`](crate::memory::GuestMemory).
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,5 +1,7 @@
 //! Attached descriptors: stdio's FIFOs and everything else.
 
+#![allow(unsafe_code)]
+
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};

@@ -1,5 +1,7 @@
 //! Resets, many connections, and a device with nothing to do.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;

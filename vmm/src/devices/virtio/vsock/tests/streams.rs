@@ -1,5 +1,7 @@
 //! Connections either way, half-closes, and what the host's calls report.
 
+#![allow(unsafe_code)]
+
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, BorrowedFd};
