@@ -231,10 +231,8 @@ fn machine_when_descriptors_run_out_at_any_point_leaves_nothing() {
         rlim_max: LIMIT,
     };
     // SAFETY: the structure outlives the call.
-    assert_eq!(
-        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limits) },
-        0
-    );
+    let limited = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limits) };
+    assert_eq!(limited, 0);
     let scratch = Scratch::new();
     let mut config = everything(&scratch);
     config.memory.track_writes = true;
