@@ -123,7 +123,7 @@ fn mount_when_its_destination_leads_through_links_is_inside_the_root() {
             .run(&[
                 "/bin/sh",
                 "-c",
-                "cat /real/below/file /nowhere/zone; readlink /one /etc/localtime",
+                "cat /real/below/file /nowhere/zone; readlink /one; readlink /etc/localtime",
             ])
             .image(&root.display().to_string())
             .flag("--rootfs")
@@ -170,6 +170,16 @@ fn device_when_its_node_is_made_by_hand_is_refused() {
 #[test]
 fn device_when_its_node_is_on_the_root_filesystem_is_refused() {
     let seen = Case::like_runc("image-node", |case| {
+        // Where the host keeps device nodes usable, as it does below containerd's root: /tmp may be mounted nodev.
+        let mounted = case.folder("rootfs");
+        rustix::mount::mount(
+            "tmpfs",
+            &mounted,
+            c"tmpfs",
+            rustix::mount::MountFlags::empty(),
+            None,
+        )
+        .unwrap();
         let root = rootfs(case);
         for (name, kind, major, minor) in [
             ("null", "c", "1", "3"),
@@ -190,6 +200,7 @@ fn device_when_its_node_is_on_the_root_filesystem_is_refused() {
             .flag("--rm")
             .flag("--rootfs");
         let done = run.image(&root.display().to_string()).output();
+        rustix::mount::unmount(&mounted, rustix::mount::UnmountFlags::DETACH).unwrap();
         (done.out(), done.err())
     });
     assert_eq!(seen.0, "fine\n", "{seen:?}");

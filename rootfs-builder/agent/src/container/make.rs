@@ -79,6 +79,9 @@ async fn make_on_terminal(
             return Err(ContainerError::Stdio(error));
         }
     };
+    if let Err(error) = terminal.give_to(spec.user().uid()) {
+        tracing::warn!(uid = spec.user().uid(), %error, "the terminal stays root's");
+    }
     let process = Process::new(launched.pid, launched.exit, |exit| {
         Stdio::terminal(terminal, plan, exit)
     });

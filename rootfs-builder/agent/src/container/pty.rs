@@ -1,13 +1,16 @@
 //! The agent's end of a container's terminal.
 
+use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use nix::cmsg_space;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
+use nix::unistd::{Uid, fchown};
 use tokio::io::unix::AsyncFd;
 
 /// The socket that a container process sends its terminal to while it is made.
@@ -102,6 +105,24 @@ impl Pty {
                 Ok(written) => data = data.get(written?..).unwrap_or_default(),
                 Err(_would_block) => {}
             }
+        }
+        Ok(())
+    }
+
+    /// Makes the terminal the user's, who may want to open it anew (`/dev/stdout`), as runc does. One that is not root's has
+    /// been made in a user namespace, for whoever is root there, and stays as it is.
+    ///
+    /// # Errors
+    /// The terminal has no other side to ask, or it may not be given away.
+    pub fn give_to(&self, uid: u32) -> io::Result<()> {
+        let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+        // SAFETY: TIOCGPTPEER takes open flags and touches no memory; the descriptor is open (tty_ioctl(4)).
+        let peer = unsafe { libc::ioctl(self.master.get_ref().as_raw_fd(), libc::TIOCGPTPEER, flags) };
+        let peer = nix::errno::Errno::result(peer)?;
+        // SAFETY: the kernel just made this descriptor for us, and nobody else knows it.
+        let peer = File::from(unsafe { OwnedFd::from_raw_fd(peer) });
+        if peer.metadata()?.uid() == 0 {
+            fchown(&peer, Some(Uid::from_raw(uid)), None)?;
         }
         Ok(())
     }
