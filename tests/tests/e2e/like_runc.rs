@@ -293,7 +293,8 @@ fn terminal_when_reopened_by_a_user_can_be_written() {
         terminal.wait_screen(case.limit(), |screen| screen.contains("1000"));
         (code, terminal.screen())
     });
-    assert_eq!(seen, (Some(0), "one\r\ntwo\r\n1000\r\n".to_owned()));
+    // Two terminals, the container's and this test's, each add a carriage return.
+    assert_eq!(seen, (Some(0), "one\r\r\ntwo\r\r\n1000\r\r\n".to_owned()));
 }
 
 /// Descriptors that a runtime leaves open would lead out of the container (CVE-2024-21626).

@@ -12,7 +12,9 @@ use crate::{LONG, config, run, start, wait_for};
 
 /// Those of a flag list that matter here, each once, in a line of their own.
 fn show(flags: &str) -> String {
-    format!("for flag in {flags}; do grep -m1 -ow $flag /proc/cpuinfo; done | tr '\\n' ' '; echo end")
+    format!(
+        "for flag in {flags}; do grep -qw $flag /proc/cpuinfo && echo $flag; done | tr '\\n' ' '; echo end"
+    )
 }
 
 fn guest_flags(flags: &str, cpu: CpuConfig) -> String {
