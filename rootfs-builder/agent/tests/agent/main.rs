@@ -6,4 +6,5 @@ mod exec;
 mod harness;
 mod lifecycle;
 mod mounts;
+mod pods;
 mod stdio;
