@@ -15,7 +15,7 @@
 //! | [`sandbox`] | a pod: its configuration, boot, watch and end |
 //! | [`containers`] | containers and processes in a pod |
 //! | [`handler`] | the one pod of a shim process, and what may be asked of it |
-//! | [`check`] | whether a host can do all this |
+//! | [`check`], [`features`] | whether a host can do all this, and what a container may ask for |
 
 pub mod agent;
 pub mod check;
@@ -23,6 +23,7 @@ pub mod config;
 pub mod containers;
 pub mod cri;
 pub mod error;
+pub mod features;
 pub mod handler;
 pub mod host;
 pub mod hypervisor;

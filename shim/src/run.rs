@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use runtime::handler::{RuntimeHandlerManager, ShimContext, TaskHandler};
+use runtime::handler::{RuntimeHandlerManager, SandboxHandler, ShimContext, TaskHandler};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CoreSchedulingScope, UnshareFlags, create_core_scheduling_cookie, unshare_unsafe};
@@ -196,9 +196,9 @@ fn private_mounts() -> Result<(), RunError> {
 ///
 /// # Errors
 /// [`RunError`] when the server does not start.
-pub async fn serve(
+pub async fn serve<H: TaskHandler + SandboxHandler>(
     listener: UnixListener,
-    handler: Arc<dyn TaskHandler>,
+    handler: Arc<H>,
     publisher: Publisher,
     idle: Duration,
     ready: impl FnOnce(),
@@ -208,8 +208,8 @@ pub async fn serve(
     let activity = Activity::new();
     let shutdown = Arc::new(Notify::new());
     let mut end = handler.watch_end();
-    let task = TaskService::new(Arc::clone(&handler), Arc::clone(&activity), Arc::clone(&shutdown));
-    let sandbox = SandboxService::new(Arc::clone(&shutdown));
+    let task = TaskService::new(handler.clone(), Arc::clone(&activity), Arc::clone(&shutdown));
+    let sandbox = SandboxService::new(handler.clone(), Arc::clone(&activity), Arc::clone(&shutdown));
     let mut server = server::serve(listener, task, sandbox)
         .await
         .map_err(RunError::Server)?;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use super::host_pid::HostPid;
 use super::process::{Phase, Process};
 use crate::error::{Error, ErrorKind, Result};
 use crate::resource::ResourceManager;
@@ -23,6 +24,8 @@ pub(super) struct HostSide {
     pub rootfs: Box<dyn Rootfs>,
     pub volumes: Volumes,
     pub resources: Arc<ResourceManager>,
+    /// Stands for it on the host.
+    pub pid: HostPid,
 }
 
 impl HostSide {
@@ -141,7 +144,7 @@ impl Container {
                 exec_id: process.id().exec_id.clone(),
             },
             bundle: self.bundle.clone(),
-            pid: std::process::id(),
+            pid: process.host_pid(),
             status,
             stdio: process.stdio().clone(),
             exit,

@@ -7,6 +7,8 @@ mod exit;
 mod host_pid;
 mod io;
 mod manager;
+mod pid_namespace;
+mod pod_stats;
 mod process;
 mod signal;
 mod spec;
@@ -21,7 +23,7 @@ use crate::types::{
 
 pub use host_pid::HostPid;
 pub use manager::VirtContainerManager;
-pub use spec::bundle::{container_kind, load_spec};
+pub use spec::bundle::{container_kind, load_sandbox_spec, load_spec};
 pub use spec::check;
 
 /// Kata's container manager; `pid` and `need_shutdown_sandbox` are for the Sandbox API, which shares it.
@@ -62,7 +64,7 @@ pub trait ContainerManager: Send + Sync {
     async fn state_process(&self, process: &ContainerProcess) -> Result<ProcessState>;
     /// Waits for a process' end; before its start and after its end, too.
     async fn wait_process(&self, process: &ContainerProcess) -> Result<ProcessExit>;
-    /// The host pid that stands for every process: the shim's.
+    /// The host pid that stands for the sandbox: the shim's. Each container has one of its own.
     async fn pid(&self) -> Result<u32>;
     /// Whether the sandbox goes with this container.
     async fn need_shutdown_sandbox(&self, container: &str, now: bool) -> bool;

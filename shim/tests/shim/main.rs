@@ -7,5 +7,6 @@ mod fake;
 mod harness;
 mod panic;
 mod publisher;
+mod sandbox;
 mod start;
 mod task;
