@@ -4,6 +4,7 @@ mod container;
 mod create;
 mod exec;
 mod exit;
+mod host_pid;
 mod io;
 mod manager;
 mod process;
@@ -18,6 +19,7 @@ use crate::types::{
     ContainerProcess, ContainerStats, CreateContainerRequest, ExecProcessRequest, ProcessExit, ProcessState,
 };
 
+pub use host_pid::HostPid;
 pub use manager::VirtContainerManager;
 pub use spec::bundle::{container_kind, load_spec};
 pub use spec::check;
