@@ -1,4 +1,4 @@
-//! Generates the one message that containerd-shim-protos lacks, and records the revision for `-version`.
+//! Generates the messages that containerd-shim-protos lacks, and records the revision for `-version`.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -9,17 +9,17 @@ use ttrpc_codegen::Codegen;
 fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     Codegen::new()
-        .inputs(["protos/runtimeoptions.proto"])
+        .inputs(["protos/runtimeoptions.proto", "protos/streaming.proto"])
         .include("protos")
         .rust_protobuf()
         .out_dir(&out)
         .run()?;
-    // The generated file starts with inner attributes, so it must be a module file: options.rs includes this line.
-    std::fs::write(
-        out.join("wire.rs"),
-        "#[allow(missing_docs)]\nmod runtimeoptions;\n",
-    )?;
-    println!("cargo::rerun-if-changed=protos/runtimeoptions.proto");
+    // A generated file starts with inner attributes, so it must be a module file: options.rs includes the one line,
+    // streaming_service.rs the other.
+    for (file, module) in [("wire.rs", "runtimeoptions"), ("streaming_wire.rs", "streaming")] {
+        std::fs::write(out.join(file), format!("#[allow(missing_docs)]\nmod {module};\n"))?;
+        println!("cargo::rerun-if-changed=protos/{module}.proto");
+    }
 
     // A tarball without git builds too: its revision is "unknown".
     println!(
