@@ -9,13 +9,18 @@ use ttrpc_codegen::Codegen;
 fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     Codegen::new()
-        .inputs(["protos/runtimeoptions.proto", "protos/cri.proto"])
+        .inputs([
+            "protos/runtimeoptions.proto",
+            "protos/cri.proto",
+            "protos/streaming.proto",
+        ])
         .include("protos")
         .rust_protobuf()
         .out_dir(&out)
         .run()?;
-    // A generated file starts with inner attributes, so it must be a module file: options.rs and pod.rs include such a line.
-    for name in ["runtimeoptions", "cri"] {
+    // A generated file starts with inner attributes, so it must be a module file: options.rs, pod.rs and streaming_service.rs
+    // include such a line.
+    for name in ["runtimeoptions", "cri", "streaming"] {
         std::fs::write(
             out.join(format!("wire_{name}.rs")),
             format!("#[allow(missing_docs)]\nmod {name};\n"),

@@ -4,11 +4,13 @@ mod container;
 mod create;
 mod exec;
 mod exit;
+mod hooks;
 mod host_pid;
 mod io;
 mod manager;
 mod pid_namespace;
 mod pod_stats;
+pub(crate) mod poststop;
 mod process;
 mod signal;
 mod spec;
@@ -21,7 +23,9 @@ use crate::types::{
     ContainerProcess, ContainerStats, CreateContainerRequest, ExecProcessRequest, ProcessExit, ProcessState,
 };
 
+pub(crate) use hooks::netns_for_hooks;
 pub use host_pid::HostPid;
+pub use io::{Client, Direction, Lease, ProcessStream, StreamHub};
 pub use manager::VirtContainerManager;
 pub use spec::bundle::{container_kind, load_sandbox_spec, load_spec};
 pub use spec::check;

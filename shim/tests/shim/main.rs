@@ -9,4 +9,5 @@ mod panic;
 mod publisher;
 mod sandbox;
 mod start;
+mod streaming;
 mod task;
