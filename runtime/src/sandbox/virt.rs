@@ -1,7 +1,7 @@
 //! The pod's lifecycle over a VM. State is published on a watch channel; no lock is held across a boot or an RPC.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
@@ -19,6 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::host::blocking;
 use crate::hypervisor::{Hypervisor, READY_PORT, VmExit};
 use crate::resource::ResourceManager;
+use crate::resource::localhost::LocalhostForward;
 use crate::timeline;
 use crate::types::Event;
 
@@ -51,6 +52,8 @@ pub struct VirtSandbox {
     events: mpsc::UnboundedSender<Event>,
     /// Log forwarding, health checks: end with the sandbox.
     background: Mutex<JoinSet<()>>,
+    /// Serves the loopback of the pod's namespace while the sandbox runs.
+    localhost: Mutex<Option<LocalhostForward>>,
 }
 
 impl VirtSandbox {
@@ -78,6 +81,7 @@ impl VirtSandbox {
             goodbye: OnceCell::new(),
             events,
             background: Mutex::default(),
+            localhost: Mutex::default(),
         }
     }
 
@@ -296,6 +300,27 @@ impl VirtSandbox {
         ));
     }
 
+    /// Lets CRI's port-forward reach the guest. A pod is as good without, but for that.
+    async fn serve_localhost(&self) {
+        let Some(netns) = &self.pod.netns else {
+            return;
+        };
+        match LocalhostForward::start(netns, self.hypervisor.clone()).await {
+            Ok(forward) => *self.localhost() = Some(forward),
+            Err(error) => {
+                tracing::warn!(sandbox = self.id, %error, "port-forward does not reach this pod");
+            }
+        }
+        if *self.state.borrow() != SandboxState::Running {
+            // It was stopped meanwhile, and has looked already.
+            self.localhost().take();
+        }
+    }
+
+    fn localhost(&self) -> MutexGuard<'_, Option<LocalhostForward>> {
+        self.localhost.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn ended(&self) -> SandboxEnd {
         let mut state = self.state.subscribe();
         let ended = state
@@ -347,6 +372,7 @@ impl Sandbox for VirtSandbox {
         } else if self.enter(&SandboxState::Starting, SandboxState::Running) {
             self.ready_since.get_or_init(SystemTime::now);
             self.watch_guest();
+            self.serve_localhost().await;
         } else {
             let message = format!("sandbox {}: stopped while it started", self.id);
             return Err(Error::new(ErrorKind::Unavailable, message));
@@ -365,6 +391,11 @@ impl Sandbox for VirtSandbox {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .abort_all();
+        // The namespace is not held any longer.
+        let localhost = self.localhost().take();
+        if let Some(localhost) = localhost {
+            localhost.stop().await;
+        }
         self.hypervisor.stop_vm().await?;
         if tokio::time::timeout(STOP_VM, self.ended()).await.is_err() {
             let message = format!(

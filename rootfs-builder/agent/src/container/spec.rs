@@ -246,7 +246,8 @@ fn apply_network_sysctls(linux: &mut oci_spec::runtime::Linux) -> Result<(), Spe
     Ok(())
 }
 
-/// As sysctl(8) reads names: separated by dots, or by slashes if there is one (interface names contain dots).
+/// The file of a sysctl. As sysctl(8) reads names: separated by dots, or by slashes if there is one (interface names contain
+/// dots).
 ///
 /// # Errors
 /// The name leads out of /proc/sys.
