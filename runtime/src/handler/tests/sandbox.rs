@@ -66,7 +66,7 @@ impl Bench {
         self.create_with(request).await
     }
 
-    fn calls(&self) -> Vec<String> {
+    fn guest_calls(&self) -> Vec<String> {
         self.vm.guest.calls.lock().unwrap().clone()
     }
 }
@@ -80,7 +80,7 @@ async fn pod_when_run_by_the_sandbox_api_has_no_container_of_its_own() {
     let mut bench = bench(Boot::Announced);
     bench.make().await.unwrap();
     assert_eq!(
-        bench.calls(),
+        bench.guest_calls(),
         Vec::<String>::new(),
         "nothing runs before the start"
     );
@@ -124,7 +124,7 @@ async fn pod_when_run_by_the_sandbox_api_has_no_container_of_its_own() {
         "CreateContainer c3",
         "DestroySandbox",
     ];
-    assert_eq!(bench.calls(), expected);
+    assert_eq!(bench.guest_calls(), expected);
     let events = [
         "create c2",
         "start c2",
@@ -222,7 +222,7 @@ async fn step_when_done_twice_exists_already() {
     bench.stop().await.unwrap();
     assert_eq!(kind(bench.make().await), ErrorKind::FailedPrecondition);
     let destroyed = bench
-        .calls()
+        .guest_calls()
         .iter()
         .filter(|call| *call == "DestroySandbox")
         .count();
@@ -329,7 +329,7 @@ async fn sandbox_when_it_was_never_started_can_be_stopped() {
 
     assert_eq!(bench.end().await.status(), 0);
     assert_eq!(bench.leftovers(), Vec::<String>::new());
-    assert_eq!(bench.calls(), Vec::<String>::new());
+    assert_eq!(bench.guest_calls(), Vec::<String>::new());
     assert_eq!(kind(bench.boot().await), ErrorKind::FailedPrecondition);
 }
 
@@ -452,8 +452,7 @@ async fn kill_for_memory_when_its_news_are_late_is_published_before_the_exit() {
     bench.vm.guest.counted_kills.lock().unwrap().insert("c2".into());
 
     for id in ["c2", "c3"] {
-        let kill = bench.manager.kill_process(&init(id), 9, false);
-        answer(kill).await.unwrap();
+        bench.kill(init(id), 9).await.unwrap();
         assert_eq!(bench.wait(init(id)).await, 137);
         bench
             .vm
