@@ -22,7 +22,7 @@ use ttrpc::asynchronous::Client;
 use ttrpc::context::{Context, with_timeout};
 
 /// Ten times what a busy machine needs.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 const APPLETS: [&str; 20] = [
     "sh", "cat", "cut", "echo", "grep", "sleep", "true", "kill", "head", "mknod", "pwd", "stty", "hostname",
     "id", "ls", "printf", "readlink", "test", "touch", "yes",
@@ -312,6 +312,18 @@ impl Agent {
             descriptors,
             children(agent).iter().filter(|pid| is_zombie(pid)).count(),
         )
+    }
+
+    /// The agent's open descriptors, once those of earlier calls are closed.
+    pub async fn steady_descriptors(&self) -> usize {
+        let (mut count, mut seen) = (0, 0);
+        while seen < 50 {
+            let (now, _) = self.descriptors_and_zombies();
+            seen = if now == count { seen + 1 } else { 0 };
+            count = now;
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        count
     }
 
     pub async fn remove(&self, id: &str) -> RpcResult<()> {
