@@ -22,6 +22,8 @@ export LIMIT_UNIT ?= 3600
 export LIMIT_BUILD ?= 10800
 export LIMIT_E2E ?= 7200
 export LIMIT_DEMO ?= 1800
+export LIMIT_CONFORMANCE ?= 43200
+export LIMIT_CONFORMANCE_TEST ?= 600
 # $(call limit,NAME,WHAT) COMMAND...
 limit = tests/limit $(1) '$(2)'
 comma := ,
@@ -132,6 +134,18 @@ demo: setup ## one container in a microVM, with its timeline
 	    echo "KVM here cannot run Linux: running in the lab, an emulated machine 5 to 20 times slower than metal"; \
 	    tests/lab/run --artifacts $(ARTIFACTS) --timeout LIMIT_DEMO -- /artifacts/e2e/run-e2e installed demo; \
 	fi
+
+CONFORMANCE_RESULTS ?= $(TARGET)/conformance
+export RUNTIMES ?= runc kata
+export CHUNK ?= 16
+TESTS ?=
+
+.PHONY: conformance
+conformance: setup ## containerd's client and CRI suites in the lab, beside runc, into docs/conformance.md; goes on where it was (TESTS, RUNTIMES)
+	$(call limit,LIMIT_BUILD,build of kernel$(comma) image and binaries) tests/gather $(ARTIFACTS) kernel image binaries
+	$(call limit,LIMIT_BUILD,build of the suites) tests/conformance/build
+	$(call limit,LIMIT_CONFORMANCE,suites of containerd) tests/conformance/conformance $(ARTIFACTS) $(CONFORMANCE_RESULTS) $(TESTS)
+	RUNTIMES='runc kata' tests/conformance/report $(CONFORMANCE_RESULTS) >docs/conformance.md
 
 FUZZ_SECONDS ?= 60
 # The target is built first.
