@@ -11,6 +11,7 @@ pub mod mountinfo;
 pub mod mounts;
 pub mod netns;
 mod overlay;
+pub mod sk_lookup;
 
 use crate::error::{Error, ErrorKind, Result};
 

@@ -1,6 +1,6 @@
 //! The pod's lifecycle over a VM. State is published on a watch channel; no lock is held across a boot or an RPC.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -15,6 +15,7 @@ use crate::config::TomlConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{Hypervisor, READY_PORT, VmExit};
 use crate::resource::ResourceManager;
+use crate::resource::localhost::LocalhostForward;
 use crate::timeline;
 use crate::types::Event;
 
@@ -43,6 +44,8 @@ pub struct VirtSandbox {
     events: mpsc::UnboundedSender<Event>,
     /// Log forwarding, health checks: end with the sandbox.
     background: Mutex<JoinSet<()>>,
+    /// Serves the loopback of the pod's namespace while the sandbox runs.
+    localhost: Mutex<Option<LocalhostForward>>,
 }
 
 impl VirtSandbox {
@@ -68,6 +71,7 @@ impl VirtSandbox {
             goodbye: OnceCell::new(),
             events,
             background: Mutex::default(),
+            localhost: Mutex::default(),
         }
     }
 
@@ -233,6 +237,27 @@ impl VirtSandbox {
         ));
     }
 
+    /// Lets CRI's port-forward reach the guest. A pod is as good without, but for that.
+    async fn serve_localhost(&self) {
+        let Some(netns) = &self.pod.netns else {
+            return;
+        };
+        match LocalhostForward::start(netns, self.hypervisor.clone()).await {
+            Ok(forward) => *self.localhost() = Some(forward),
+            Err(error) => {
+                tracing::warn!(sandbox = self.id, %error, "port-forward does not reach this pod");
+            }
+        }
+        if *self.state.borrow() != SandboxState::Running {
+            // It was stopped meanwhile, and has looked already.
+            self.localhost().take();
+        }
+    }
+
+    fn localhost(&self) -> MutexGuard<'_, Option<LocalhostForward>> {
+        self.localhost.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn ended(&self) -> VmExit {
         let mut state = self.state.subscribe();
         let ended = state
@@ -281,6 +306,7 @@ impl Sandbox for VirtSandbox {
             });
         } else if self.enter(&SandboxState::Starting, SandboxState::Running) {
             self.watch_guest();
+            self.serve_localhost().await;
         } else {
             let message = format!("sandbox {}: stopped while it started", self.id);
             return Err(Error::new(ErrorKind::Unavailable, message));
@@ -298,6 +324,11 @@ impl Sandbox for VirtSandbox {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .abort_all();
+        // The namespace is not held any longer.
+        let localhost = self.localhost().take();
+        if let Some(localhost) = localhost {
+            localhost.stop().await;
+        }
         self.hypervisor.stop_vm().await?;
         if tokio::time::timeout(STOP_VM, self.ended()).await.is_err() {
             let message = format!(

@@ -11,6 +11,7 @@ mod hosts;
 mod hvsock;
 mod isolation;
 mod like_runc;
+mod localhost;
 mod memory;
 mod namespaces;
 mod pods;
