@@ -321,7 +321,7 @@ mod tests {
                 [0x200_0000, 0x300_0000].map(|address| clone.read_obj(GuestAddress(address)).unwrap())
             }
         });
-        let reason = told.recv_timeout(Duration::from_secs(30)).unwrap();
+        let reason = told.recv_timeout(Duration::from_secs(60)).unwrap();
         assert!(reason.contains("offset 0x2000000"), "{reason}");
         assert_eq!(waiting.join().unwrap(), [0, 0]);
         drop(pager);
