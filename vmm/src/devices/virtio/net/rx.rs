@@ -455,9 +455,9 @@ impl RxQueue {
             }
             self.spare.push(first);
         }
-        self.queue.complete_together(&self.used);
         counters.rx_frames.add(1);
         counters.rx_bytes.add(len.saturating_sub(HEADER as u64));
+        self.queue.complete_together(&self.used);
     }
 }
 

@@ -139,7 +139,7 @@ fn restore_when_in_a_new_device_goes_on_where_the_old_one_stood(engine: BlockEng
             &mut f.block,
             Block::new(&config(&other.1, false)).unwrap(),
         ));
-        Block::new(&fresh).unwrap()
+        anew(&fresh)
     };
 
     f.block.restore(&state).unwrap();
@@ -435,9 +435,9 @@ fn drop_when_active_unlocks_the_image_at_once(engine: BlockEngine) {
     config.engine = engine;
     config.queues = 4;
     for _ in 0..20 {
-        f.block = Block::new(&config).unwrap();
+        f.block = anew(&config);
         f.rings = f.guest.activate(&mut f.block, 64, true);
         f.rings[3].kick();
-        f.block = Block::new(&super::config(&f.path, false)).unwrap();
+        f.block = anew(&super::config(&f.path, false));
     }
 }
