@@ -9,6 +9,7 @@ mod init;
 mod logging;
 mod machine;
 mod mount_options;
+mod network;
 mod options;
 mod reaper;
 mod sandbox;

@@ -507,7 +507,7 @@ fn vm_exit(reason: ExitReason) -> VmExit {
         ExitReason::Panic => VmExit::Panic,
         ExitReason::TripleFault => VmExit::TripleFault,
         ExitReason::Stopped => VmExit::Stopped,
-        ExitReason::Failure(reason) => VmExit::Failure(reason),
+        ExitReason::Failure(failure) => VmExit::Failure(failure.to_string()),
     }
 }
 

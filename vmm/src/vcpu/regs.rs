@@ -2,7 +2,7 @@
 
 use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::boot::EntryPoint;
 use crate::memory::{GuestMemory, layout};
@@ -44,12 +44,12 @@ pub enum RegsError {
         source: kvm_ioctls::Error,
     },
     /// Guest memory refused a write.
-    #[error("boot structures at {address:#x}: {reason}")]
+    #[error("boot structures at {address:#x}: {source}")]
     Memory {
         /// Guest physical address.
         address: u64,
         /// Cause.
-        reason: String,
+        source: GuestMemoryError,
     },
 }
 
@@ -259,19 +259,13 @@ fn write_page_tables(memory: &GuestMemory) -> Result<(), RegsError> {
     }
     memory
         .write_slice(&entries, GuestAddress(pd))
-        .map_err(|e| RegsError::Memory {
-            address: pd,
-            reason: e.to_string(),
-        })
+        .map_err(|source| RegsError::Memory { address: pd, source })
 }
 
 fn write(memory: &GuestMemory, address: u64, value: u64) -> Result<(), RegsError> {
     memory
         .write_obj(value, GuestAddress(address))
-        .map_err(|e| RegsError::Memory {
-            address,
-            reason: e.to_string(),
-        })
+        .map_err(|source| RegsError::Memory { address, source })
 }
 
 #[cfg(test)]

@@ -237,8 +237,12 @@ fn apply_network_sysctls(linux: &mut oci_spec::runtime::Linux) -> Result<(), Spe
     Ok(())
 }
 
-/// As sysctl(8) reads names: separated by dots, or by slashes if there is one (interface names contain dots).
-fn sysctl_path(name: &str) -> Result<PathBuf, SpecError> {
+/// The file of a sysctl. As sysctl(8) reads names: separated by dots, or by slashes if there is one (interface names contain
+/// dots).
+///
+/// # Errors
+/// The name leads out of /proc/sys.
+pub fn sysctl_path(name: &str) -> Result<PathBuf, SpecError> {
     let relative = if name.contains('/') {
         PathBuf::from(name)
     } else {

@@ -4,6 +4,7 @@ use ttrpc::{Code, get_status};
 
 use crate::container::{ContainerError, LaunchError, PortError, ResourceError, StreamError};
 use crate::machine::MachineError;
+use crate::network::NetworkError;
 use crate::sandbox::SandboxError;
 use crate::storage::StorageError;
 
@@ -36,6 +37,20 @@ pub fn of_machine(error: MachineError) -> ttrpc::Error {
         MachineError::Argument { .. } => Code::INVALID_ARGUMENT,
         MachineError::Timeout { .. } => Code::DEADLINE_EXCEEDED,
         MachineError::Call { .. } | MachineError::File { .. } => Code::INTERNAL,
+    };
+    status(code, error)
+}
+
+/// The wire form of an error of the network.
+pub fn of_network(error: NetworkError) -> ttrpc::Error {
+    let code = match &error {
+        NetworkError::Argument { .. } => Code::INVALID_ARGUMENT,
+        NetworkError::NoInterface(_) => Code::NOT_FOUND,
+        NetworkError::Timeout { .. } => Code::DEADLINE_EXCEEDED,
+        NetworkError::Ambiguous { .. } | NetworkError::Mismatch { .. } | NetworkError::NotAGuest(_) => {
+            Code::FAILED_PRECONDITION
+        }
+        NetworkError::Kernel { .. } | NetworkError::File { .. } => Code::INTERNAL,
     };
     status(code, error)
 }

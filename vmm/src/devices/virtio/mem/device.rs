@@ -7,7 +7,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
 
 use super::handle::{MemHandle, Shared};
 use super::region::Region;
-use super::state;
+use super::state::{self, MemStateError};
 use super::worker::{Counters, MemWorker};
 use crate::devices::virtio::queue_thread::QueueThread;
 use crate::devices::virtio::served_queue::ServedQueue;
@@ -45,10 +45,7 @@ impl Mem {
     }
 
     fn gone(&self) -> StateError {
-        StateError::Unsupported {
-            device: self.id.clone(),
-            reason: "the device has ended".to_owned(),
-        }
+        StateError::unsupported(&self.id, MemStateError::Ended)
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 
 use super::file::{PmemError, PmemFile};
-use super::state;
+use super::state::{self, PmemStateError};
 use super::worker::{Counters, PmemWorker};
 use crate::devices::virtio::queue_thread::{Aside, QueueThread};
 use crate::devices::virtio::served_queue::ServedQueue;
@@ -132,10 +132,11 @@ impl VirtioDevice for Pmem {
         if start == self.mapping.start() {
             return Ok(());
         }
-        Err(StateError::Invalid {
-            device: self.id.clone(),
-            reason: format!("saved at {start:#x}, is at {:#x}", self.mapping.start()),
-        })
+        let error = PmemStateError::Place {
+            saved: start,
+            present: self.mapping.start(),
+        };
+        Err(StateError::invalid(&self.id, error))
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
