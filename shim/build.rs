@@ -1,4 +1,4 @@
-//! Generates the one message that containerd-shim-protos lacks, and records the revision for `-version`.
+//! Generates the two messages that containerd-shim-protos lacks, and records the revision for `-version`.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -6,10 +6,12 @@ use std::process::Command;
 
 use ttrpc_codegen::Codegen;
 
+const PROTOS: [&str; 2] = ["protos/runc_options.proto", "protos/runtimeoptions.proto"];
+
 fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     Codegen::new()
-        .inputs(["protos/runtimeoptions.proto"])
+        .inputs(PROTOS)
         .include("protos")
         .rust_protobuf()
         .out_dir(&out)
@@ -17,9 +19,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     // The generated file starts with inner attributes, so it must be a module file: options.rs includes this line.
     std::fs::write(
         out.join("wire.rs"),
-        "#[allow(missing_docs)]\nmod runtimeoptions;\n",
+        "#[allow(missing_docs)]\nmod runc_options;\n#[allow(missing_docs)]\nmod runtimeoptions;\n",
     )?;
-    println!("cargo::rerun-if-changed=protos/runtimeoptions.proto");
+    for proto in PROTOS {
+        println!("cargo::rerun-if-changed={proto}");
+    }
 
     // A tarball without git builds too: its revision is "unknown".
     println!(

@@ -151,9 +151,14 @@ impl Recipe {
         hypervisor_config.check_assets(&file.origins)?;
         let paths = SandboxPaths::below(&self.root, &context.namespace, &context.sandbox_id)?;
         let hypervisor = (self.make_hypervisor)(hypervisor_config, &file.config, &paths, debug);
-        let use_cgroups = self.cgroups && file.config.runtime.sandbox_cgroup_only;
+        let pods = config
+            .cgroups_path
+            .clone()
+            .filter(|_| file.config.runtime.sandbox_cgroup_only);
+        // One process is shim and VM: where a client wants the shim, the pod is.
+        let shims = Some(PathBuf::from(&options.shim_cgroup)).filter(|path| !path.as_os_str().is_empty());
         let resources = SandboxResources {
-            cgroups_path: config.cgroups_path.clone().filter(|_| use_cgroups),
+            cgroups_path: shims.or(pods).filter(|_| self.cgroups),
             netns: config.netns.clone(),
         };
         let address = format!("hvsock://{}", paths.hvsock().display());
