@@ -1,4 +1,4 @@
-//! Generates the two messages that containerd-shim-protos lacks, and records the revision for `-version`.
+//! Generates the messages that containerd-shim-protos lacks, and records the revision for `-version`.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,11 @@ use std::process::Command;
 
 use ttrpc_codegen::Codegen;
 
-const PROTOS: [&str; 2] = ["protos/runc_options.proto", "protos/runtimeoptions.proto"];
+const PROTOS: [&str; 3] = [
+    "protos/runc_options.proto",
+    "protos/runtimeoptions.proto",
+    "protos/streaming.proto",
+];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
@@ -16,11 +20,16 @@ fn main() -> Result<(), Box<dyn Error>> {
         .rust_protobuf()
         .out_dir(&out)
         .run()?;
-    // The generated file starts with inner attributes, so it must be a module file: options.rs includes this line.
-    std::fs::write(
-        out.join("wire.rs"),
-        "#[allow(missing_docs)]\nmod runc_options;\n#[allow(missing_docs)]\nmod runtimeoptions;\n",
-    )?;
+    // A generated file starts with inner attributes, so it must be a module file: options.rs includes the one line,
+    // streaming_service.rs the other.
+    let modules = [
+        ("wire.rs", &["runc_options", "runtimeoptions"][..]),
+        ("streaming_wire.rs", &["streaming"][..]),
+    ];
+    for (file, modules) in modules {
+        let lines = modules.iter().map(|module| format!("#[allow(missing_docs)]\nmod {module};\n"));
+        std::fs::write(out.join(file), lines.collect::<String>())?;
+    }
     for proto in PROTOS {
         println!("cargo::rerun-if-changed={proto}");
     }

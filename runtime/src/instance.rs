@@ -8,7 +8,7 @@ use tokio::sync::{OnceCell, mpsc};
 
 use crate::agent::KataAgent;
 use crate::config::{self, ConfigFile, HypervisorConfig, TomlConfig, annotations};
-use crate::containers::VirtContainerManager;
+use crate::containers::{StreamHub, VirtContainerManager};
 use crate::error::Result;
 use crate::hypervisor::{Hypervisor, make_dragonball};
 use crate::paths::SandboxPaths;
@@ -29,6 +29,8 @@ pub struct ShimContext {
     pub debug: bool,
     /// Makes the log verbose: the configuration, which may ask for it, is known later than the log.
     pub log_verbosely: fn(),
+    /// Streams that clients fetch from the shim.
+    pub streams: Arc<StreamHub>,
 }
 
 /// A sandbox and its containers.
@@ -46,7 +48,9 @@ impl RuntimeInstance {
         events: mpsc::UnboundedSender<Event>,
     ) -> Arc<Self> {
         let (id, namespace) = (context.sandbox_id.clone(), context.namespace.clone());
-        let containers = Arc::new(VirtContainerManager::new(id, namespace, sandbox.clone(), events));
+        let streams = context.streams.clone();
+        let containers = VirtContainerManager::new(id, namespace, sandbox.clone(), events, streams);
+        let containers = Arc::new(containers);
         let (watched, killed) = (sandbox.clone(), containers.clone());
         tokio::spawn(async move {
             if let Ok(exit) = watched.wait().await {
@@ -87,6 +91,11 @@ impl RuntimeInstance {
     /// Stops the VM and removes everything on the host, once; later callers wait for the first one.
     pub(crate) async fn wind_down(&self) {
         let end = async {
+            // Containers that nobody has deleted end with the VM; their hooks are noted in a folder that goes with it.
+            if let Err(error) = self.sandbox.stop().await {
+                tracing::error!(%error, "end of the VM");
+            }
+            self.containers.run_left_poststop().await;
             if let Err(error) = self.sandbox.shutdown().await {
                 tracing::error!(%error, "end of the sandbox");
             }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use runtime::containers::StreamHub;
 use runtime::handler::{RuntimeHandlerManager, ShimContext, TaskHandler};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -114,16 +115,18 @@ fn serve_bundle(
     let ttrpc_address = std::env::var(TTRPC_ADDRESS_ENV).unwrap_or_default();
     let result = runtime.block_on(async {
         let (events, receiver) = mpsc::unbounded_channel();
+        let streams = Arc::<StreamHub>::default();
         let context = ShimContext {
             sandbox_id: args.id.clone(),
             namespace: args.namespace.clone(),
             bundle: bundle.dir().to_owned(),
             debug: args.debug,
             log_verbosely: logging::verbosely,
+            streams: Arc::clone(&streams),
         };
         let handler = Arc::new(RuntimeHandlerManager::new(context, events));
         let publisher = Publisher::spawn(receiver, &args.namespace, &ttrpc_address);
-        serve(listener, handler, publisher, IDLE, ready).await
+        serve(listener, handler, streams, publisher, IDLE, ready).await
     });
     runtime.shutdown_timeout(BACKGROUND_PATIENCE);
     result
@@ -190,7 +193,7 @@ fn private_mounts() -> Result<(), RunError> {
     Ok(())
 }
 
-/// Serves `handler` on `listener` until it is shut down, a signal comes or nobody needs it for `idle`; then removes the
+/// Serves `handler` and `streams` on `listener` until it is shut down, a signal comes or nobody needs it for `idle`; then removes the
 /// socket, stops the sandbox and publishes the last events, each in bounded time. Calls `ready` once it serves and
 /// handles signals.
 ///
@@ -199,6 +202,7 @@ fn private_mounts() -> Result<(), RunError> {
 pub async fn serve(
     listener: UnixListener,
     handler: Arc<dyn TaskHandler>,
+    streams: Arc<StreamHub>,
     publisher: Publisher,
     idle: Duration,
     ready: impl FnOnce(),
@@ -210,7 +214,7 @@ pub async fn serve(
     let mut end = handler.watch_end();
     let task = TaskService::new(Arc::clone(&handler), Arc::clone(&activity), Arc::clone(&shutdown));
     let sandbox = SandboxService::new(Arc::clone(&shutdown));
-    let mut server = server::serve(listener, task, sandbox)
+    let mut server = server::serve(listener, task, sandbox, streams)
         .await
         .map_err(RunError::Server)?;
 

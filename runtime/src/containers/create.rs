@@ -9,12 +9,15 @@ use protocols::oci_convert::spec_to_wire;
 
 use super::VirtContainerManager;
 use super::container::{Container, HostSide};
+use super::hooks::HostHooks;
+use super::host_pid::HostPid;
 use super::io::{Owner, ProcessIo, Streams};
 use super::process::Process;
 use super::spec::bundle::container_kind;
 use super::spec::{GuestSpec, amend, joins_pid_namespace};
 use crate::cri::ContainerKind;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::blocking;
 use crate::sandbox::SandboxState;
 use crate::timeline;
 use crate::types::{ContainerProcess, CreateContainerRequest, Event, Stdio};
@@ -50,7 +53,8 @@ impl VirtContainerManager {
         }
     }
 
-    /// Rootfs and volumes beside the streams, whose logger may take a while; then the message to the agent.
+    /// Rootfs and volumes beside the streams, whose logger may take a while; then the message to the agent, and the hooks of
+    /// the host's, which find the rootfs mounted.
     async fn prepare_reserved(
         &self,
         request: &CreateContainerRequest,
@@ -62,9 +66,17 @@ impl VirtContainerManager {
         let host = host?;
         let message = self.message(request, Arc::unwrap_or_clone(spec), &host);
         let context = |error: Error| error.context(format!("container {}", request.container_id));
-        match (streams, message) {
-            (Ok(streams), Ok(message)) => Ok((host, streams, message)),
-            (Err(error), _) | (_, Err(error)) => {
+        let ready = match (streams, message) {
+            (Ok(streams), Ok(message)) => match &host.hooks {
+                // What they put into the pod's network namespace is seen by the scan at Start.
+                Some(hooks) => hooks.create(&host.pid).await.map(|()| (streams, message)),
+                None => Ok((streams, message)),
+            },
+            (Err(error), _) | (_, Err(error)) => Err(error),
+        };
+        match ready {
+            Ok((streams, message)) => Ok((host, streams, message)),
+            Err(error) => {
                 host.cleanup().await;
                 Err(context(error))
             }
@@ -136,12 +148,16 @@ impl VirtContainerManager {
     async fn host_side(&self, request: &CreateContainerRequest, spec: &Arc<Spec>) -> Result<HostSide> {
         let resources = self.sandbox.resources().clone();
         let (id, bundle) = (&request.container_id, &request.bundle);
+        let pid = self.host_pid().await?;
+        let hooks = HostHooks::of(id, bundle, spec, resources.state_folder());
         let rootfs = resources.handle_rootfs(id, bundle, &request.rootfs, spec).await?;
         match resources.handle_volumes(id, spec).await {
             Ok(volumes) => Ok(HostSide {
                 rootfs,
                 volumes,
                 resources,
+                pid,
+                hooks,
             }),
             Err(error) => {
                 if let Err(left) = rootfs.cleanup(resources.devices()).await {
@@ -150,6 +166,15 @@ impl VirtContainerManager {
                 Err(error)
             }
         }
+    }
+
+    /// The pid that stands for a container: in the pod's network namespace, if it has one.
+    async fn host_pid(&self) -> Result<HostPid> {
+        if let Some(pid) = self.take_first_pid() {
+            return Ok(pid);
+        }
+        let netns = self.sandbox.netns().map(ToOwned::to_owned);
+        blocking("host pid", move || HostPid::park(netns.as_deref())).await
     }
 
     fn message(
@@ -221,7 +246,7 @@ impl VirtContainerManager {
             container: container.to_owned(),
             namespace: self.namespace.clone(),
         };
-        Streams::open(stdio, owner).await
+        Streams::open(stdio, owner, self.streams.clone()).await
     }
 
     pub(super) fn attach(&self, streams: Streams) -> Result<Arc<ProcessIo>> {

@@ -82,6 +82,13 @@ impl VirtContainerManager {
         {
             tracing::warn!(%process, %error, "terminal size");
         }
+        if process.is_init()
+            && let Some(hooks) = &container.host.hooks
+            && let Err(error) = hooks.started(&container.host.pid).await
+        {
+            self.kill_started(&process).await;
+            return Err(error.context(format!("start {process}")));
+        }
         process.finish_start();
         if !process.is_init() {
             self.spawn_waiter(container, process);

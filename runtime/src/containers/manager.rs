@@ -12,6 +12,9 @@ use protocols::oci_convert::resources_to_wire;
 use tokio::sync::mpsc;
 
 use super::container::Container;
+use super::host_pid::HostPid;
+use super::io::StreamHub;
+use super::poststop::{self, Records};
 use super::process::Process;
 use super::spec::amend_resources;
 use super::{ContainerManager, stats};
@@ -38,8 +41,11 @@ pub struct VirtContainerManager {
     pub(super) sandbox_id: String,
     pub(super) namespace: String,
     pub(super) sandbox: Arc<VirtSandbox>,
+    pub(super) streams: Arc<StreamHub>,
     events: mpsc::UnboundedSender<Event>,
     containers: Mutex<HashMap<String, Slot>>,
+    /// Of the first container, when the pod's network namespace is one that it keeps.
+    first_pid: Mutex<Option<HostPid>>,
 }
 
 impl VirtContainerManager {
@@ -49,15 +55,37 @@ impl VirtContainerManager {
         namespace: impl Into<String>,
         sandbox: Arc<VirtSandbox>,
         events: mpsc::UnboundedSender<Event>,
+        streams: Arc<StreamHub>,
     ) -> Self {
         let (sandbox_id, namespace) = (sandbox_id.into(), namespace.into());
         Self {
             sandbox_id,
             namespace,
             sandbox,
+            streams,
             events,
             containers: Mutex::default(),
+            first_pid: Mutex::default(),
         }
+    }
+
+    /// Makes `pid` that of the container which is created next.
+    pub(crate) fn adopt(&self, pid: HostPid) {
+        *self.first_pid.lock().unwrap_or_else(PoisonError::into_inner) = Some(pid);
+    }
+
+    pub(super) fn take_first_pid(&self) -> Option<HostPid> {
+        self.first_pid
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
+    /// Runs the poststop hooks of containers that nobody has deleted. To be called before the sandbox' folders go.
+    pub(crate) async fn run_left_poststop(&self) {
+        let records = Records::of(&self.sandbox.resources().state_folder());
+        let due = tokio::task::spawn_blocking(move || records.take_all()).await;
+        poststop::run_all(due.unwrap_or_default()).await;
     }
 
     /// Whether any container is left.

@@ -4,8 +4,11 @@ mod container;
 mod create;
 mod exec;
 mod exit;
+mod hooks;
+mod host_pid;
 mod io;
 mod manager;
+pub(crate) mod poststop;
 mod process;
 mod signal;
 mod spec;
@@ -18,6 +21,9 @@ use crate::types::{
     ContainerProcess, ContainerStats, CreateContainerRequest, ExecProcessRequest, ProcessExit, ProcessState,
 };
 
+pub(crate) use hooks::netns_for_hooks;
+pub use host_pid::HostPid;
+pub use io::{Client, Direction, Lease, ProcessStream, StreamHub};
 pub use manager::VirtContainerManager;
 pub use spec::bundle::{container_kind, load_spec};
 pub use spec::check;

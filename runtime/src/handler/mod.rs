@@ -4,13 +4,14 @@ mod task;
 #[cfg(test)]
 mod tests;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use oci_spec::runtime::Spec;
 use tokio::sync::{mpsc, watch};
 
 use crate::config::{self, ConfigFile};
+use crate::containers::poststop::{self, Poststop, Records};
 use crate::containers::{self, ContainerManager, container_kind, load_spec};
 use crate::cri::ContainerKind;
 use crate::error::{Error, ErrorKind, Result};
@@ -151,7 +152,11 @@ impl RuntimeHandlerManager {
             );
             return Err(Error::new(ErrorKind::FailedPrecondition, message));
         }
-        let config = SandboxConfig::from_spec(&self.context.sandbox_id, &spec);
+        let mut config = SandboxConfig::from_spec(&self.context.sandbox_id, &spec);
+        let hooks_netns = containers::netns_for_hooks(&spec)?;
+        if let Some(pid) = &hooks_netns {
+            config.netns = Some(pid.netns());
+        }
         let events = self.events.clone();
         let sandbox = self
             .recipe
@@ -159,6 +164,9 @@ impl RuntimeHandlerManager {
         let sandbox = Arc::new(sandbox);
         *self.booting() = Some(sandbox.clone());
         let instance = RuntimeInstance::new(&self.context, sandbox, self.events.clone());
+        if let Some(pid) = hooks_netns {
+            instance.containers.adopt(pid);
+        }
         match instance.boot_with(request, spec).await {
             Ok(pid) => Ok((instance, pid)),
             Err(error) => {
@@ -225,21 +233,34 @@ impl RuntimeHandlerManager {
 /// `AlreadyExists` when the shim is alive: nothing has been undone then. `Internal` naming everything that could not be
 /// removed.
 pub async fn cleanup(namespace: &str, sandbox_id: &str, bundle: &Path) -> Result<()> {
-    let paths = SandboxPaths::new(namespace, sandbox_id)?;
-    let bundle = bundle.to_owned();
-    let done = tokio::task::spawn_blocking(move || cleanup_paths(&paths, &bundle)).await;
-    done.unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("cleanup: {error}"))))
+    cleanup_paths(SandboxPaths::new(namespace, sandbox_id)?, bundle.to_owned()).await
 }
 
-pub(crate) fn cleanup_paths(paths: &SandboxPaths, bundle: &Path) -> Result<()> {
+/// Undoes everything, then runs the poststop hooks of the containers that the shim has left behind.
+pub(crate) async fn cleanup_paths(paths: SandboxPaths, bundle: PathBuf) -> Result<()> {
+    let undone = tokio::task::spawn_blocking(move || {
+        let mut due = Vec::new();
+        let undone = undo_paths(&paths, &bundle, &mut due);
+        (due, undone)
+    });
+    let (due, undone) = undone
+        .await
+        .map_err(|error| Error::new(ErrorKind::Internal, format!("cleanup: {error}")))?;
+    poststop::run_all(due).await;
+    undone
+}
+
+fn undo_paths(paths: &SandboxPaths, bundle: &Path, due: &mut Vec<Poststop>) -> Result<()> {
     let mut errors = Vec::new();
-    match journal::replay(&paths.journal()) {
+    let records = Records::of(&paths.state());
+    match journal::replay_after(&paths.journal(), || due.extend(records.take_all())) {
         Ok(()) => {}
         Err(JournalError::Left { left, .. }) => errors.extend(left),
         Err(error @ JournalError::InUse(_)) => return Err(error.into()),
         Err(error) => errors.push(error.to_string()),
     }
     // Without a journal (a crash before its first line) these are all there can be.
+    due.extend(records.take_all());
     for result in [
         mounts::unmount(&bundle.join("rootfs")),
         mounts::remove_tree(&paths.sandbox_share()),

@@ -1,5 +1,6 @@
 //! The whole runtime over a fake VM and agent: requests in, responses and events out.
 
+mod hooks;
 mod races;
 
 use std::fs;
@@ -43,6 +44,7 @@ fn bench(boot: Boot) -> Bench {
         bundle: folder.path().join("c1"),
         debug: false,
         log_verbosely: || {},
+        streams: Arc::default(),
     };
     let manager = RuntimeHandlerManager::with_recipe(context, sender, recipe);
     Bench {
@@ -726,7 +728,7 @@ async fn cleanup_when_the_shim_crashed_removes_everything() {
     let paths = SandboxPaths::below(&bench.path("run"), "test", "c1").unwrap();
 
     let before = bench.leftovers();
-    let error = cleanup_paths(&paths, &bench.path("c1")).unwrap_err();
+    let error = cleanup_paths(paths.clone(), bench.path("c1")).await.unwrap_err();
     assert_eq!(error.kind, ErrorKind::AlreadyExists, "{error}");
     assert_eq!(bench.leftovers(), before, "of a living shim nothing is touched");
 
@@ -734,8 +736,8 @@ async fn cleanup_when_the_shim_crashed_removes_everything() {
     let copy = paths.state().join("copy");
     fs::copy(paths.journal(), &copy).unwrap();
     fs::rename(&copy, paths.journal()).unwrap();
-    cleanup_paths(&paths, &bench.path("c1")).unwrap();
-    cleanup_paths(&paths, &bench.path("c1")).unwrap();
+    cleanup_paths(paths.clone(), bench.path("c1")).await.unwrap();
+    cleanup_paths(paths.clone(), bench.path("c1")).await.unwrap();
 
     assert_eq!(bench.leftovers(), Vec::<String>::new());
     assert!(bench.path("c1/rootfs/file").exists() && bench.path("volume").exists());

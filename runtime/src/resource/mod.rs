@@ -78,6 +78,11 @@ impl ResourceManager {
         })
     }
 
+    /// Where the sandbox keeps its records on the host.
+    pub fn state_folder(&self) -> PathBuf {
+        self.paths.state()
+    }
+
     /// The VM's devices.
     pub fn devices(&self) -> &DeviceManager {
         &self.devices

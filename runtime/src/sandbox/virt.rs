@@ -1,5 +1,6 @@
 //! The pod's lifecycle over a VM. State is published on a watch channel; no lock is held across a boot or an RPC.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -126,6 +127,11 @@ impl VirtSandbox {
     /// Its resources on the host.
     pub fn resources(&self) -> &Arc<ResourceManager> {
         &self.resources
+    }
+
+    /// Its network namespace on the host; `None` when it was given none.
+    pub fn netns(&self) -> Option<&Path> {
+        self.pod.netns.as_deref()
     }
 
     /// Its containers, which their manager enters here.

@@ -8,4 +8,5 @@ mod harness;
 mod panic;
 mod publisher;
 mod start;
+mod streaming;
 mod task;

@@ -46,7 +46,14 @@ impl Served {
         let listener = UnixListener::bind(&socket).unwrap();
         let (_, events) = mpsc::unbounded_channel();
         let publisher = Publisher::spawn(events, "test", "");
-        let task = tokio::spawn(serve(listener, runtime.clone(), publisher, idle, || ()));
+        let task = tokio::spawn(serve(
+            listener,
+            runtime.clone(),
+            Arc::default(),
+            publisher,
+            idle,
+            || (),
+        ));
         Self {
             _folder: folder,
             socket,

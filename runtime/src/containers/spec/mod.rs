@@ -6,10 +6,11 @@ pub(super) mod bundle;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxBlockIo, LinuxDeviceCgroup, LinuxNamespaceType, LinuxResources, Process, Spec,
+    Linux, LinuxBlockIo, LinuxDeviceCgroup, LinuxNamespaceType, LinuxResources, Process, Spec,
 };
 use protocols::oci_convert::uncarried;
 
+use super::hooks;
 use crate::cri::ContainerKind;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -34,8 +35,9 @@ pub struct GuestSpec {
 /// booted for it.
 ///
 /// # Errors
-/// `Unimplemented` naming all of them, in config.json notation.
+/// `Unimplemented` naming all of them, in config.json notation; `InvalidArgument` for a hook that cannot be run.
 pub fn check(spec: &Spec) -> Result<()> {
+    hooks::check(spec)?;
     let mut lost = Vec::new();
     if let Some(linux) = spec.linux() {
         // A privileged container gets a list of whatever the host has; it asked for none of them.
@@ -165,12 +167,7 @@ pub fn amend(spec: &mut Spec, guest: GuestSpec, kind: &ContainerKind) -> Result<
             "privileged: {foreign} devices of the host are left out, the container has those of its guest"
         ));
     }
-    if let Some(hooks) = spec.hooks_mut().take() {
-        let names = hook_names(&hooks);
-        if !names.is_empty() {
-            warnings.push(format!("OCI hooks are not run: {}", names.join(", ")));
-        }
-    }
+    hooks::leave_to_guest(spec);
     if let Some(root) = spec.root_mut() {
         root.set_path(guest.rootfs.into());
     }
@@ -244,23 +241,6 @@ pub fn joins_pid_namespace(spec: &Spec) -> bool {
     })
 }
 
-fn hook_names(hooks: &Hooks) -> Vec<String> {
-    let lists = [
-        hooks.prestart(),
-        hooks.create_runtime(),
-        hooks.create_container(),
-        hooks.start_container(),
-        hooks.poststart(),
-        hooks.poststop(),
-    ];
-    lists
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|hook| hook.path().display().to_string())
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -272,7 +252,8 @@ mod tests {
                 "ambient": []}},
         "root": {"path": "rootfs", "readonly": true},
         "mounts": [{"destination": "/x", "type": "bind", "source": "/host", "options": ["rbind"]}],
-        "hooks": {"prestart": [{"path": "/usr/bin/hook-a"}], "poststop": [{"path": "/usr/bin/hook-b"}]},
+        "hooks": {"prestart": [{"path": "/usr/bin/hook-a"}], "poststop": [{"path": "/usr/bin/hook-b"}],
+            "startContainer": [{"path": "/bin/hook-c"}]},
         "linux": {
             "cgroupsPath": "system.slice:cri:c1", "mountLabel": "m", "seccomp": {"defaultAction": "SCMP_ACT_ERRNO"},
             "namespaces": [{"type": "network", "path": "/run/netns/x"}, {"type": "pid"},
@@ -325,7 +306,6 @@ mod tests {
         assert!(cpu.cpus().is_none() && cpu.mems().is_none());
         let process = spec.process().as_ref().unwrap();
         assert!(process.apparmor_profile().is_none() && process.selinux_label().is_none());
-        assert!(spec.hooks().is_none());
     }
 
     #[test]
@@ -363,13 +343,15 @@ mod tests {
     }
 
     #[test]
-    fn hooks_when_they_do_not_run_are_warned_about() {
-        let (_, warnings) = amended(true);
+    fn hooks_when_amended_are_those_of_the_guest() {
+        let (spec, warnings) = amended(true);
 
-        let all = warnings.join("\n");
-        for expected in ["/usr/bin/hook-a", "/usr/bin/hook-b"] {
-            assert!(all.contains(expected), "{expected} in\n{all}");
-        }
+        let hooks = serde_json::to_value(spec.hooks()).unwrap();
+        assert_eq!(
+            hooks,
+            serde_json::json!({"startContainer": [{"path": "/bin/hook-c"}]})
+        );
+        assert!(!warnings.join("\n").contains("hook"), "{warnings:?}");
     }
 
     #[test]
