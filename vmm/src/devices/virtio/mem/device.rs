@@ -81,9 +81,8 @@ impl VirtioDevice for Mem {
             let source = io::Error::from(io::ErrorKind::Unsupported);
             return Err(host("driver without UNPLUGGED_INACCESSIBLE", source));
         }
-        let queue = activation.take_queue(&self.id, 0)?;
+        let queue = ServedQueue::take(&mut activation, &self.id, 0)?;
         let interrupt = activation.interrupt;
-        let queue = ServedQueue::new(&self.id, queue, activation.memory, interrupt.clone());
         let worker = MemWorker::new(
             queue,
             interrupt.clone(),

@@ -355,6 +355,6 @@ impl VirtioDevice for Net {
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.shared.counters.snapshot()
+        self.shared.counters.all()
     }
 }

@@ -92,8 +92,7 @@ impl VirtioDevice for Pmem {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let queue = activation.take_queue(&self.id, 0)?;
-        let queue = ServedQueue::new(&self.id, queue, activation.memory, activation.interrupt);
+        let queue = ServedQueue::take(&mut activation, &self.id, 0)?;
         // What a guest wrote to a read-only file is not in it: there is nothing to flush.
         let file = (!self.read_only).then(|| self.file.clone());
         let worker = PmemWorker::new(queue, file, self.counters.clone());
