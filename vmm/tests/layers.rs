@@ -43,15 +43,6 @@ const VIRTIO_FLOORS: [&str; 8] = [
     "image",
 ];
 
-/// Modules `devices/virtio/mod.rs` also shows under a shorter name.
-const VIRTIO_REEXPORTS: [(&str, &str); 5] = [
-    ("chain", "queue"),
-    ("moderation", "queue"),
-    ("ring", "queue"),
-    ("served_queue", "queue"),
-    ("queue_thread", "worker"),
-];
-
 /// A source file and what it names of the crate, as paths like `["devices", "virtio", "Interrupt"]`.
 struct Source {
     module: Vec<String>,
@@ -191,8 +182,6 @@ fn modules_when_they_name_others_name_only_what_lies_below() {
 /// A part of `devices/virtio`: `None` for a type that its `mod.rs` shows.
 fn part(name: &[String]) -> Option<&str> {
     let part = name.get(2).map(String::as_str)?;
-    let reexport = VIRTIO_REEXPORTS.iter().find(|(short, _)| *short == part);
-    let part = reexport.map_or(part, |(_, module)| module);
     part.starts_with(|c: char| c.is_lowercase()).then_some(part)
 }
 

@@ -33,5 +33,4 @@ pub mod worker;
 
 pub use device::{ActivateError, Activation, ActiveQueue, CHAIN_FEATURES, VirtioDevice, read_space};
 pub use interrupt::Interrupt;
-pub use queue::{chain, moderation, ring, served_queue};
-pub use worker::{LoopWorker, OnLoop, Running, queue_thread};
+pub use worker::{LoopWorker, OnLoop, Running};

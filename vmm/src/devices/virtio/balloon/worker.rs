@@ -13,11 +13,11 @@ use virtio_queue::DescriptorChain;
 use super::device::Shared;
 use super::release::{PAGE, Released, release};
 use super::statistics::{MAX_BYTES, Snapshot};
-use crate::devices::virtio::chain::Chain;
 use crate::devices::virtio::counter::counters;
-use crate::devices::virtio::queue_thread::ThreadWorker;
-use crate::devices::virtio::served_queue::{Served, ServedQueue};
+use crate::devices::virtio::queue::chain::Chain;
+use crate::devices::virtio::queue::served_queue::{Served, ServedQueue};
 use crate::devices::virtio::state::QueuePosition;
+use crate::devices::virtio::worker::queue_thread::ThreadWorker;
 use crate::memory::GuestMemory;
 use crate::memory::window::Windows;
 

@@ -8,7 +8,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use super::state::ConsoleState;
 use super::worker::{ConsoleWorker, Counters};
 use super::{ConsoleInput, ConsoleLog, INPUT_CAPACITY};
-use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, OnLoop, VirtioDevice};
 

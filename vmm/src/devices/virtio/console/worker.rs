@@ -7,9 +7,9 @@ use virtio_queue::DescriptorChain;
 
 use super::{ConsoleInput, ConsoleLog};
 use crate::devices::virtio::LoopWorker;
-use crate::devices::virtio::chain::Chain;
 use crate::devices::virtio::counter::Counter;
-use crate::devices::virtio::served_queue::{Answer, ServedQueue};
+use crate::devices::virtio::queue::chain::Chain;
+use crate::devices::virtio::queue::served_queue::{Answer, ServedQueue};
 use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
 

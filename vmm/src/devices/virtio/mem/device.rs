@@ -9,9 +9,9 @@ use super::handle::{MemHandle, Shared};
 use super::region::Region;
 use super::state::{self, MemStateError};
 use super::worker::{Counters, MemWorker};
-use crate::devices::virtio::queue_thread::QueueThread;
-use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::state::{QueuePosition, StateError};
+use crate::devices::virtio::worker::queue_thread::QueueThread;
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice};
 use crate::memory::window::Window;
 

@@ -8,11 +8,11 @@ use virtio_queue::DescriptorChain;
 use super::handle::Shared;
 use super::region::{Request, Response};
 use crate::devices::virtio::Interrupt;
-use crate::devices::virtio::chain::Chain;
 use crate::devices::virtio::counter::counters;
-use crate::devices::virtio::queue_thread::ThreadWorker;
-use crate::devices::virtio::served_queue::{Answer, ServedQueue};
+use crate::devices::virtio::queue::chain::Chain;
+use crate::devices::virtio::queue::served_queue::{Answer, ServedQueue};
 use crate::devices::virtio::state::QueuePosition;
+use crate::devices::virtio::worker::queue_thread::ThreadWorker;
 use crate::memory::GuestMemory;
 
 /// Requests per turn.

@@ -8,9 +8,9 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 use super::file::{PmemError, PmemFile};
 use super::state::{self, PmemStateError};
 use super::worker::{Counters, PmemWorker};
-use crate::devices::virtio::queue_thread::{Aside, QueueThread};
-use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::state::{QueuePosition, StateError};
+use crate::devices::virtio::worker::queue_thread::{Aside, QueueThread};
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};
 use crate::memory::window::{FileMapping, FilePlace, Windows};
 

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use virtio_queue::DescriptorChain;
 
-use crate::devices::virtio::chain::Chain;
 use crate::devices::virtio::counter::counters;
-use crate::devices::virtio::queue_thread::{Aside, ThreadWorker};
-use crate::devices::virtio::served_queue::{Answer, ServedQueue};
+use crate::devices::virtio::queue::chain::Chain;
+use crate::devices::virtio::queue::served_queue::{Answer, ServedQueue};
 use crate::devices::virtio::state::QueuePosition;
+use crate::devices::virtio::worker::queue_thread::{Aside, ThreadWorker};
 use crate::memory::GuestMemory;
 
 /// Flushes per turn, so that a reset waits for few of them to be begun.

@@ -9,8 +9,8 @@ use virtio_queue::DescriptorChain;
 use vm_memory::VolatileSlice;
 
 use crate::devices::virtio::LoopWorker;
-use crate::devices::virtio::chain::Chain;
-use crate::devices::virtio::served_queue::{Answer, ServedQueue};
+use crate::devices::virtio::queue::chain::Chain;
+use crate::devices::virtio::queue::served_queue::{Answer, ServedQueue};
 use crate::devices::virtio::state::QueuePosition;
 use crate::interrupted;
 use crate::memory::GuestMemory;

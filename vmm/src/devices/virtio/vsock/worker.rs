@@ -17,9 +17,10 @@ use super::muxer::{Filled, Muxer, TOKEN_QUEUES};
 use super::packet::TxPacket;
 use super::rx_queue::RxQueue;
 use super::transport_reset::{EventQueue, TransportReset};
-use crate::devices::virtio::served_queue::queue_position;
+use crate::devices::virtio::Interrupt;
+use crate::devices::virtio::queue::ring;
+use crate::devices::virtio::queue::served_queue::queue_position;
 use crate::devices::virtio::state::QueuePosition;
-use crate::devices::virtio::{Interrupt, ring};
 use crate::interrupted;
 use crate::memory::GuestMemory;
 
