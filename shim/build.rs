@@ -6,32 +6,23 @@ use std::process::Command;
 
 use ttrpc_codegen::Codegen;
 
-const PROTOS: [&str; 3] = [
-    "protos/runc_options.proto",
-    "protos/runtimeoptions.proto",
-    "protos/streaming.proto",
-];
+/// Files of protos/.
+const MESSAGES: [&str; 4] = ["cri", "runc_options", "runtimeoptions", "streaming"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     Codegen::new()
-        .inputs(PROTOS)
+        .inputs(MESSAGES.map(|name| format!("protos/{name}.proto")))
         .include("protos")
         .rust_protobuf()
         .out_dir(&out)
         .run()?;
-    // A generated file starts with inner attributes, so it must be a module file: options.rs includes the one line,
-    // streaming_service.rs the other.
-    let modules = [
-        ("wire.rs", &["runc_options", "runtimeoptions"][..]),
-        ("streaming_wire.rs", &["streaming"][..]),
-    ];
-    for (file, modules) in modules {
-        let lines = modules.iter().map(|module| format!("#[allow(missing_docs)]\nmod {module};\n"));
-        std::fs::write(out.join(file), lines.collect::<String>())?;
-    }
-    for proto in PROTOS {
-        println!("cargo::rerun-if-changed={proto}");
+    // A generated file starts with inner attributes, so it must be a module file: options.rs, pod.rs and streaming_service.rs
+    // include such a line.
+    for name in MESSAGES {
+        let line = format!("#[allow(missing_docs)]\nmod {name};\n");
+        std::fs::write(out.join(format!("wire_{name}.rs")), line)?;
+        println!("cargo::rerun-if-changed=protos/{name}.proto");
     }
 
     // A tarball without git builds too: its revision is "unknown".

@@ -8,8 +8,8 @@ use tokio::sync::{OnceCell, mpsc};
 
 use crate::agent::KataAgent;
 use crate::config::{self, ConfigFile, HypervisorConfig, TomlConfig, annotations};
-use crate::containers::{StreamHub, VirtContainerManager};
-use crate::error::Result;
+use crate::containers::{ContainerManager, StreamHub, VirtContainerManager};
+use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{Hypervisor, make_dragonball};
 use crate::paths::SandboxPaths;
 use crate::resource::{ResourceManager, SandboxResources};
@@ -37,7 +37,18 @@ pub struct ShimContext {
 pub(crate) struct RuntimeInstance {
     pub(crate) sandbox: Arc<VirtSandbox>,
     pub(crate) containers: Arc<VirtContainerManager>,
+    /// Whose end is the sandbox's.
+    pub(crate) life: Life,
     ended: OnceCell<()>,
+}
+
+/// Whose end is the end of a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Life {
+    /// That of the container it was made with.
+    OfContainer,
+    /// Nobody's: the Sandbox API ends it.
+    OfItsOwn,
 }
 
 impl RuntimeInstance {
@@ -45,6 +56,7 @@ impl RuntimeInstance {
     pub(crate) fn new(
         context: &ShimContext,
         sandbox: Arc<VirtSandbox>,
+        life: Life,
         events: mpsc::UnboundedSender<Event>,
     ) -> Arc<Self> {
         let (id, namespace) = (context.sandbox_id.clone(), context.namespace.clone());
@@ -53,15 +65,33 @@ impl RuntimeInstance {
         let containers = Arc::new(containers);
         let (watched, killed) = (sandbox.clone(), containers.clone());
         tokio::spawn(async move {
-            if let Ok(exit) = watched.wait().await {
-                killed.vm_ended(&exit);
+            if let Ok(end) = watched.wait().await {
+                killed.vm_ended(&end);
             }
         });
         Arc::new(Self {
             sandbox,
             containers,
+            life,
             ended: OnceCell::new(),
         })
+    }
+
+    /// Creates another container. Returns its pid.
+    pub(crate) async fn create_container(
+        &self,
+        request: CreateContainerRequest,
+        mut spec: Spec,
+    ) -> Result<u32> {
+        if self.life == Life::OfItsOwn && request.container_id == self.sandbox.id() {
+            let message = format!("container {}: its id is the sandbox's", request.container_id);
+            return Err(Error::new(ErrorKind::AlreadyExists, message));
+        }
+        self.sandbox
+            .require_running()
+            .map_err(|error| error.context(format!("container {}", request.container_id)))?;
+        self.sandbox.provide_files(&mut spec);
+        self.containers.create_container(request, spec).await
     }
 
     /// Boots the sandbox and creates its first container: what the container needs on the host is made while the guest

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use runtime::containers::StreamHub;
-use runtime::handler::{RuntimeHandlerManager, ShimContext, TaskHandler};
+use runtime::handler::{RuntimeHandlerManager, SandboxHandler, ShimContext, TaskHandler};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CoreSchedulingScope, UnshareFlags, create_core_scheduling_cookie, unshare_unsafe};
@@ -201,9 +201,9 @@ fn private_mounts() -> Result<(), RunError> {
 ///
 /// # Errors
 /// [`RunError`] when the server does not start.
-pub async fn serve(
+pub async fn serve<H: TaskHandler + SandboxHandler>(
     listener: UnixListener,
-    handler: Arc<dyn TaskHandler>,
+    handler: Arc<H>,
     streams: Arc<StreamHub>,
     publisher: Publisher,
     idle: Duration,
@@ -214,8 +214,8 @@ pub async fn serve(
     let activity = Activity::new();
     let shutdown = Arc::new(Notify::new());
     let mut end = handler.watch_end();
-    let task = TaskService::new(Arc::clone(&handler), Arc::clone(&activity), Arc::clone(&shutdown));
-    let sandbox = SandboxService::new(Arc::clone(&shutdown));
+    let task = TaskService::new(handler.clone(), Arc::clone(&activity), Arc::clone(&shutdown));
+    let sandbox = SandboxService::new(handler.clone(), Arc::clone(&activity), Arc::clone(&shutdown));
     let mut server = server::serve(listener, task, sandbox, streams)
         .await
         .map_err(RunError::Server)?;

@@ -22,7 +22,7 @@ use ttrpc::Code;
 
 use crate::frames::{Frame, Frames, Kind, NO_DATA, REMOTE_CLOSED};
 
-include!(concat!(env!("OUT_DIR"), "/streaming_wire.rs"));
+include!(concat!(env!("OUT_DIR"), "/wire_streaming.rs"));
 
 const SERVICE: &str = "containerd.services.streaming.v1.Streaming";
 const METHOD: &str = "Stream";

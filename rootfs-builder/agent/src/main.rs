@@ -33,6 +33,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.first().map(String::as_str) {
         Some(container::helper::ARGUMENT) => container::helper::main(arguments.get(1)),
+        Some(sandbox::pause::ARGUMENT) => sandbox::pause::main(),
         Some("--version") => {
             println!("kata-agent {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS

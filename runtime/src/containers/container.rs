@@ -150,7 +150,7 @@ impl Container {
                 exec_id: process.id().exec_id.clone(),
             },
             bundle: self.bundle.clone(),
-            pid: std::process::id(),
+            pid: process.host_pid(),
             status,
             stdio: process.stdio().clone(),
             exit,

@@ -6,16 +6,17 @@ use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 use protocols::agent as wire;
 use protocols::oci_convert::spec_to_wire;
+use protocols::pid_namespace;
 
 use super::VirtContainerManager;
 use super::container::{Container, HostSide};
 use super::hooks::HostHooks;
 use super::host_pid::HostPid;
 use super::io::{Owner, ProcessIo, Streams};
+use super::pid_namespace::PidNamespace;
 use super::process::Process;
 use super::spec::bundle::container_kind;
-use super::spec::{GuestSpec, amend, joins_pid_namespace};
-use crate::cri::ContainerKind;
+use super::spec::{GuestSpec, amend, join_pid_namespace};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::blocking;
 use crate::sandbox::SandboxState;
@@ -100,8 +101,8 @@ impl VirtContainerManager {
             streams,
             message,
         } = prepared;
-        let id = request.container_id.clone();
-        let init = match self.create_in_guest(&request, streams, message).await {
+        let (id, pid) = (request.container_id.clone(), host.pid.tid());
+        let init = match self.create_in_guest(&request, pid, streams, message).await {
             Ok(init) => init,
             Err(error) => {
                 host.cleanup().await;
@@ -111,7 +112,6 @@ impl VirtContainerManager {
         };
         timeline::mark("container created");
         let container = Arc::new(Container::new(id, request.bundle.clone(), init, host));
-        let pid = std::process::id();
         let created = Event::TaskCreate {
             container_id: request.container_id,
             bundle: request.bundle,
@@ -185,8 +185,8 @@ impl VirtContainerManager {
     ) -> Result<wire::CreateContainerRequest> {
         let id = &request.container_id;
         let kind = container_kind(&spec)?;
-        // A path of the host's in `amend`'s eyes: here it says that the pod's containers see each other's processes.
-        let sandbox_pidns = matches!(kind, ContainerKind::Member { .. }) && joins_pid_namespace(&spec);
+        // A path of the host's in `amend`'s eyes.
+        let pids = self.pid_namespace(&spec)?;
         let guest = GuestSpec {
             container: id.clone(),
             rootfs: host.rootfs.get_guest_rootfs_path(),
@@ -198,6 +198,9 @@ impl VirtContainerManager {
         for warning in amend(&mut spec, guest, &kind)? {
             tracing::warn!(container = id, "{warning}");
         }
+        if let PidNamespace::Of(other) = &pids {
+            join_pid_namespace(&mut spec, pid_namespace::path_of(other));
+        }
         let rootfs = host.rootfs.get_storage().into_iter();
         let device = host.rootfs.get_device().into_iter();
         Ok(wire::CreateContainerRequest {
@@ -205,7 +208,7 @@ impl VirtContainerManager {
             storages: rootfs.chain(host.volumes.storages()).collect(),
             devices: device.chain(host.volumes.devices()).collect(),
             OCI: MessageField::some(spec_to_wire(&spec)),
-            sandbox_pidns,
+            sandbox_pidns: pids == PidNamespace::Pods,
             ..Default::default()
         })
     }
@@ -213,6 +216,7 @@ impl VirtContainerManager {
     async fn create_in_guest(
         &self,
         request: &CreateContainerRequest,
+        pid: u32,
         streams: Streams,
         mut message: wire::CreateContainerRequest,
     ) -> Result<Arc<Process>> {
@@ -220,7 +224,7 @@ impl VirtContainerManager {
             container_id: request.container_id.clone(),
             exec_id: String::new(),
         };
-        let init = Arc::new(Process::new(init, request.stdio.clone(), self.events()));
+        let init = Arc::new(Process::new(init, pid, request.stdio.clone(), self.events()));
         let io = self.attach(streams)?;
         message.stdin_port = io.stdin_port;
         message.stdout_port = io.stdout_port;

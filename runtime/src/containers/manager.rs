@@ -17,11 +17,10 @@ use super::io::StreamHub;
 use super::poststop::{self, Records};
 use super::process::Process;
 use super::spec::amend_resources;
-use super::{ContainerManager, stats};
+use super::{ContainerManager, pod_stats, stats};
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::VmExit;
 use crate::paths::check_id;
-use crate::sandbox::VirtSandbox;
+use crate::sandbox::{SandboxEnd, VirtSandbox};
 use crate::types::{
     ContainerProcess, ContainerStats, CreateContainerRequest, Event, ExecProcessRequest, ProcessExit,
     ProcessState,
@@ -101,12 +100,39 @@ impl VirtContainerManager {
     }
 
     /// The VM is gone, and every process with it. Exits are published, waiters released.
-    pub fn vm_ended(&self, exit: &VmExit) {
+    pub fn vm_ended(&self, end: &SandboxEnd) {
         let containers: Vec<_> = self.containers().values().filter_map(Slot::ready).collect();
         for container in containers {
-            tracing::warn!(container = container.id, %exit, "killed with the VM");
+            tracing::warn!(container = container.id, exit = %end.exit, "killed with the VM");
             container.killed();
         }
+    }
+
+    /// Figures of all containers together. One that goes in the meantime is left out.
+    ///
+    /// # Errors
+    /// Of the agent.
+    pub async fn stats_of_all(&self) -> Result<ContainerStats> {
+        let containers: Vec<_> = self.containers().values().filter_map(Slot::ready).collect();
+        let mut all = Vec::with_capacity(containers.len());
+        for container in containers {
+            match self.stats(&container, true).await {
+                Ok(stats) => all.push(stats),
+                Err(error) if error.kind == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(pod_stats::together(&all))
+    }
+
+    /// `pod`: with the interfaces, which are the pod's.
+    async fn stats(&self, container: &Container, pod: bool) -> Result<ContainerStats> {
+        let request = wire::StatsContainerRequest {
+            container_id: container.id.clone(),
+            ..Default::default()
+        };
+        let response = self.sandbox.agent().stats_container(request).await?;
+        Ok(stats::convert(response, pod))
     }
 
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
@@ -118,6 +144,13 @@ impl VirtContainerManager {
             .get(id)
             .and_then(Slot::ready)
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("container {id} does not exist")))
+    }
+
+    /// The container that `pid` stands for on the host.
+    pub(super) fn container_at(&self, pid: u32) -> Option<Arc<Container>> {
+        let containers = self.containers();
+        let mut ready = containers.values().filter_map(Slot::ready);
+        ready.find(|container| container.host.pid.tid() == pid)
     }
 
     fn process(&self, id: &ContainerProcess) -> Result<(Arc<Container>, Arc<Process>)> {
@@ -208,12 +241,7 @@ impl ContainerManager for VirtContainerManager {
 
     async fn stats_container(&self, container: &str) -> Result<ContainerStats> {
         let container = self.container(container)?;
-        let request = wire::StatsContainerRequest {
-            container_id: container.id.clone(),
-            ..Default::default()
-        };
-        let response = self.sandbox.agent().stats_container(request).await?;
-        Ok(stats::convert(response, container.id == self.sandbox_id))
+        self.stats(&container, container.id == self.sandbox_id).await
     }
 
     async fn update_container(&self, container: &str, resources: &[u8]) -> Result<()> {
@@ -231,8 +259,7 @@ impl ContainerManager for VirtContainerManager {
     }
 
     async fn connect_container(&self, container: &str) -> Result<u32> {
-        self.container(container)?;
-        self.pid().await
+        Ok(self.container(container)?.host.pid.tid())
     }
 
     async fn close_process_io(&self, process: &ContainerProcess) -> Result<()> {

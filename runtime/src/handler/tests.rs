@@ -1,7 +1,9 @@
 //! The whole runtime over a fake VM and agent: requests in, responses and events out.
 
 mod hooks;
+mod pids;
 mod races;
+mod sandbox;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -75,7 +77,7 @@ impl Bench {
                 {"destination": "/proc", "type": "proc", "source": "proc"},
                 {"destination": "/data", "type": "bind", "source": self.path("volume"), "options": ["rbind", "ro"]},
             ],
-            "linux": {"cgroupsPath": "/default/x", "namespaces": [{"type": "pid"}, {"type": "network"}]},
+            "linux": {"cgroupsPath": "/default/x", "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "network"}]},
         });
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         bundle
@@ -129,7 +131,7 @@ impl Bench {
     async fn delete(&self, id: ContainerProcess) -> Result<u32> {
         answer(self.manager.delete_process(&id))
             .await
-            .map(|exit| exit.status)
+            .map(|deleted| deleted.exit.status)
     }
 
     async fn kill(&self, id: ContainerProcess, signal: u32) -> Result<()> {
@@ -234,7 +236,8 @@ async fn container_when_deleted_leaves_nothing_behind() {
     let mut bench = bench(Boot::Announced);
 
     let created = bench.create("c1", &["exit", "42"]).await.unwrap();
-    assert_eq!(created, std::process::id());
+    assert_ne!(created, std::process::id(), "a pid of its own");
+    assert!(Path::new(&format!("/proc/{created}/ns/pid")).exists());
     assert_eq!(bench.status(init("c1")).await, ProcessStatus::Created);
     bench.start(init("c1")).await.unwrap();
     assert_eq!(bench.wait(init("c1")).await, 42);

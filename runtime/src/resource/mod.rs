@@ -159,6 +159,11 @@ impl ResourceManager {
             .map_err(|error| Error::from(error).context("cleanup of sandbox"))
     }
 
+    /// Folder for files that the pod shares with its containers; it goes with the sandbox.
+    pub fn pod_files(&self) -> PathBuf {
+        self.paths.state().join("etc")
+    }
+
     /// Figures of the host side, for the sandbox's status.
     pub fn info(&self) -> HashMap<String, String> {
         HashMap::from([

@@ -1,19 +1,22 @@
 //! The pod's lifecycle over a VM. State is published on a watch channel; no lock is held across a boot or an RPC.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
+use oci_spec::runtime::Spec;
 use protocols::agent as wire;
 use tokio::sync::{OnceCell, mpsc, watch};
 use tokio::task::JoinSet;
 
+use super::files::PodFiles;
 use super::monitor::{self, Members};
-use super::{Readiness, Sandbox, SandboxConfig, SandboxState, SandboxStatus};
+use super::{Readiness, Sandbox, SandboxConfig, SandboxEnd, SandboxState, SandboxStatus};
 use crate::agent::{Agent, wait_ready};
 use crate::config::TomlConfig;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::blocking;
 use crate::hypervisor::{Hypervisor, READY_PORT, VmExit};
 use crate::resource::ResourceManager;
 use crate::resource::localhost::LocalhostForward;
@@ -38,8 +41,12 @@ pub struct VirtSandbox {
     resources: Arc<ResourceManager>,
     members: Arc<Members>,
     state: watch::Sender<SandboxState>,
+    /// When it became ready.
+    ready_since: OnceLock<SystemTime>,
     /// What the VM is built with is there.
     prepared: OnceCell<()>,
+    /// What it provides to containers that bring none of their own; a pod with a pause container has a CRI for that.
+    files: OnceLock<PodFiles>,
     /// The guest knows of its end.
     goodbye: OnceCell<()>,
     events: mpsc::UnboundedSender<Event>,
@@ -68,7 +75,9 @@ impl VirtSandbox {
             resources,
             members: Arc::default(),
             state: watch::Sender::new(SandboxState::Init),
+            ready_since: OnceLock::new(),
             prepared: OnceCell::new(),
+            files: OnceLock::new(),
             goodbye: OnceCell::new(),
             events,
             background: Mutex::default(),
@@ -87,6 +96,7 @@ impl VirtSandbox {
             self.hypervisor
                 .prepare_vm(&self.id, netns, &self.pod.annotations)
                 .await?;
+            self.make_files().await?;
             self.resources.prepare_before_start_vm().await
         };
         self.prepared
@@ -94,6 +104,47 @@ impl VirtSandbox {
             .await
             .copied()
             .map_err(|error| error.context(format!("sandbox {}", self.id)))
+    }
+
+    /// The files of a pod whose containers come without.
+    async fn make_files(&self) -> Result<()> {
+        if !self.pod.provides_files {
+            return Ok(());
+        }
+        let (folder, pod) = (self.resources.pod_files(), self.pod.clone());
+        let files = blocking("files of the pod", move || PodFiles::write(folder, &pod)).await?;
+        // Once, as the rest of the preparation.
+        self.files.get_or_init(|| files);
+        Ok(())
+    }
+
+    /// Adds to a container's spec what the pod provides and the spec lacks: /etc/hosts, /etc/hostname, /etc/resolv.conf and
+    /// the pod's shared memory.
+    pub fn provide_files(&self, spec: &mut Spec) {
+        if let Some(files) = self.files.get() {
+            files.mount_into(spec, &self.id);
+        }
+    }
+
+    /// Whether containers can be created.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` saying what it does instead.
+    pub fn require_running(&self) -> Result<()> {
+        let what = match &*self.state.borrow() {
+            SandboxState::Running => return Ok(()),
+            SandboxState::Init => "has not been started".to_owned(),
+            SandboxState::Starting => "is starting".to_owned(),
+            SandboxState::Stopping => "is being stopped".to_owned(),
+            SandboxState::Stopped(end) => format!("has ended: {}", end.exit),
+        };
+        let message = format!("sandbox {} {what}", self.id);
+        Err(Error::new(ErrorKind::FailedPrecondition, message))
+    }
+
+    /// When it became ready.
+    pub fn ready_since(&self) -> Option<SystemTime> {
+        self.ready_since.get().copied()
     }
 
     /// Tells a running guest, once, that it ends: it stops its containers and writes back what it has not yet. Nothing
@@ -112,6 +163,11 @@ impl VirtSandbox {
             }
         };
         self.goodbye.get_or_init(|| goodbye).await;
+    }
+
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.id
     }
 
     /// Its VM.
@@ -208,6 +264,7 @@ impl VirtSandbox {
                 .iter()
                 .map(|line| kernel_module(line))
                 .collect(),
+            sysctls: self.pod.sysctls.clone(),
             ..Default::default()
         }
     }
@@ -264,14 +321,15 @@ impl VirtSandbox {
         self.localhost.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn ended(&self) -> VmExit {
+    async fn ended(&self) -> SandboxEnd {
         let mut state = self.state.subscribe();
         let ended = state
             .wait_for(|state| matches!(state, SandboxState::Stopped(_)))
             .await;
         match ended.as_deref() {
-            Ok(SandboxState::Stopped(exit)) => exit.clone(),
-            _ => VmExit::Stopped,
+            Ok(SandboxState::Stopped(end)) => end.clone(),
+            // The sender is in `self`, so this cannot be.
+            _ => SandboxEnd::now(VmExit::Stopped, true),
         }
     }
 }
@@ -306,11 +364,13 @@ impl Sandbox for VirtSandbox {
             self.state.send_if_modified(|state| {
                 let ended = matches!(state, SandboxState::Stopped(_));
                 if !ended {
-                    *state = SandboxState::Stopped(exit);
+                    let wanted = *state == SandboxState::Stopping;
+                    *state = SandboxState::Stopped(SandboxEnd::now(exit, wanted));
                 }
                 !ended
             });
         } else if self.enter(&SandboxState::Starting, SandboxState::Running) {
+            self.ready_since.get_or_init(SystemTime::now);
             self.watch_guest();
             self.serve_localhost().await;
         } else {
@@ -321,7 +381,8 @@ impl Sandbox for VirtSandbox {
     }
 
     async fn stop(&self) -> Result<()> {
-        if self.enter(&SandboxState::Init, SandboxState::Stopped(VmExit::Stopped)) {
+        let never_ran = SandboxState::Stopped(SandboxEnd::now(VmExit::Stopped, true));
+        if self.enter(&SandboxState::Init, never_ran) {
             return Ok(());
         }
         self.say_goodbye().await;
@@ -362,7 +423,16 @@ impl Sandbox for VirtSandbox {
     }
 
     async fn status(&self) -> Result<SandboxStatus> {
-        let ready = *self.state.borrow() == SandboxState::Running;
+        let state = self.state.borrow().clone();
+        let ready = state == SandboxState::Running;
+        let mut info = self.resources.info();
+        let end = match state {
+            SandboxState::Stopped(end) => Some(end),
+            _ => None,
+        };
+        if let Some(end) = &end {
+            info.insert("end".to_owned(), end.exit.to_string());
+        }
         Ok(SandboxStatus {
             sandbox_id: self.id.clone(),
             pid: std::process::id(),
@@ -371,11 +441,13 @@ impl Sandbox for VirtSandbox {
             } else {
                 Readiness::NotReady
             },
-            info: self.resources.info(),
+            info,
+            created_at: self.ready_since(),
+            end,
         })
     }
 
-    async fn wait(&self) -> Result<VmExit> {
+    async fn wait(&self) -> Result<SandboxEnd> {
         Ok(self.ended().await)
     }
 

@@ -9,4 +9,5 @@ mod lifecycle;
 mod localhost;
 mod mounts;
 mod network;
+mod pods;
 mod stdio;

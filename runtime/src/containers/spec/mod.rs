@@ -40,6 +40,7 @@ pub fn check(spec: &Spec) -> Result<()> {
     hooks::check(spec)?;
     let mut lost = Vec::new();
     if let Some(linux) = spec.linux() {
+        lost.extend(host_namespaces(linux));
         // A privileged container gets a list of whatever the host has; it asked for none of them.
         if !is_privileged(linux) {
             lost.extend(foreign_devices(linux).map(|path| {
@@ -229,15 +230,28 @@ fn keep_rules_without_numbers(resources: &mut LinuxResources) {
     resources.set_devices(rules.filter(|rules| !rules.is_empty()));
 }
 
-/// Whether the container is to join a PID namespace that exists, the pod's (`shareProcessNamespace`).
-pub fn joins_pid_namespace(spec: &Spec) -> bool {
-    let namespaces = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.namespaces().as_ref());
-    namespaces.into_iter().flatten().any(|namespace| {
-        let path = namespace.path().as_ref();
-        namespace.typ() == LinuxNamespaceType::Pid && path.is_some_and(|path| !path.as_os_str().is_empty())
+/// Puts a PID namespace of the guest, at `path`, into an amended spec.
+pub fn join_pid_namespace(spec: &mut Spec, path: PathBuf) {
+    let linux = spec.linux_mut().as_mut();
+    let namespaces = linux.and_then(|linux| linux.namespaces_mut().as_mut());
+    let mut namespaces = namespaces.into_iter().flatten();
+    if let Some(of_pids) = namespaces.find(|namespace| namespace.typ() == LinuxNamespaceType::Pid) {
+        of_pids.set_path(Some(path));
+    }
+}
+
+/// The namespaces that a container shares with the host by leaving them out: what it would see there is not in its VM.
+fn host_namespaces(linux: &Linux) -> impl Iterator<Item = String> {
+    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
+    let kinds = [
+        (LinuxNamespaceType::Pid, "pid", "hostPID", "processes"),
+        (LinuxNamespaceType::Ipc, "ipc", "hostIPC", "shared memory"),
+    ];
+    let left_out = kinds
+        .into_iter()
+        .filter(|(kind, ..)| !namespaces.iter().any(|namespace| namespace.typ() == *kind));
+    left_out.map(|(_, kind, asked, what)| {
+        format!("linux.namespaces: no {kind} namespace ({asked}): the host's {what} cannot be had in a virtual machine")
     })
 }
 
@@ -329,16 +343,32 @@ mod tests {
     }
 
     #[test]
-    fn pid_namespace_when_it_has_a_path_is_joined() {
-        for (namespace, joined) in [
-            (r#"{"type":"pid","path":"/proc/4711/ns/pid"}"#, true),
-            (r#"{"type":"pid","path":""}"#, false),
-            (r#"{"type":"pid"}"#, false),
-            (r#"{"type":"network","path":"/run/netns/x"}"#, false),
+    fn pid_namespace_when_it_is_another_containers_is_in_the_spec() {
+        let (mut spec, _) = amended(true);
+
+        join_pid_namespace(&mut spec, "/guest/c2".into());
+
+        let namespaces = spec.linux().as_ref().unwrap().namespaces().as_ref().unwrap();
+        let paths: Vec<_> = namespaces
+            .iter()
+            .map(|namespace| namespace.path().as_deref())
+            .collect();
+        assert_eq!(paths, [Some(Path::new("/guest/c2")), None]);
+    }
+
+    #[test]
+    fn namespaces_of_the_host_when_asked_for_are_refused_by_name() {
+        for (namespaces, expected) in [
+            (r#"[{"type":"ipc"}]"#, "hostPID"),
+            (r#"[{"type":"pid"}]"#, "hostIPC"),
         ] {
-            let json = format!(r#"{{"ociVersion":"1","linux":{{"namespaces":[{namespace}]}}}}"#);
-            let spec = serde_json::from_str(&json).unwrap();
-            assert_eq!(joins_pid_namespace(&spec), joined, "{namespace}");
+            let json = format!(r#"{{"ociVersion":"1","linux":{{"namespaces":{namespaces}}}}}"#);
+            let error = check(&serde_json::from_str(&json).unwrap()).unwrap_err();
+            assert_eq!(error.kind, ErrorKind::Unimplemented);
+            assert!(
+                error.message.contains(expected) && !error.message.contains(';'),
+                "{error}"
+            );
         }
     }
 
@@ -381,7 +411,7 @@ mod tests {
 
     #[test]
     fn privileged_container_when_created_has_the_devices_of_its_guest() {
-        let json = r#"{"ociVersion": "1.0.2", "linux": {
+        let json = r#"{"ociVersion": "1.0.2", "linux": {"namespaces": [{"type": "pid"}, {"type": "ipc"}],
             "devices": [{"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
                 {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
                 {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}],
