@@ -15,6 +15,7 @@ mod memory;
 mod namespaces;
 mod pods;
 mod process;
+mod shared_pids;
 mod signals;
 mod streams;
 mod terminal;

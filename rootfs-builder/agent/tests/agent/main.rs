@@ -3,6 +3,7 @@
 
 mod errors;
 mod exec;
+mod hanging;
 mod harness;
 mod lifecycle;
 mod mounts;
