@@ -3,6 +3,8 @@
 //! containerd's contract: descriptor 3 is stdout, 4 is stderr, 5 is closed by the program once it is ready; the
 //! environment has CONTAINER_ID and CONTAINER_NAMESPACE; arguments come from the URI's query, in its order.
 
+#![allow(unsafe_code)]
+
 use std::io::{PipeReader, PipeWriter, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
