@@ -20,6 +20,9 @@
 // Modules that need it allow it, with a SAFETY comment at each block (clippy::undocumented_unsafe_blocks).
 #![deny(unsafe_code)]
 
+// Modules that need it allow it, with a SAFETY comment at each block (clippy::undocumented_unsafe_blocks).
+#![deny(unsafe_code)]
+
 pub mod agent;
 pub mod check;
 pub mod config;
