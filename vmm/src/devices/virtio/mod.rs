@@ -22,11 +22,11 @@ pub(crate) mod queue;
 pub(crate) mod rng;
 pub(crate) mod state;
 #[cfg(test)]
-pub(crate) mod test_allocations;
+pub mod test_allocations;
 #[cfg(any(test, feature = "fuzzing"))]
-pub(crate) mod test_resume;
+pub mod test_resume;
 #[cfg(any(test, feature = "fuzzing"))]
-pub(crate) mod test_ring;
+pub mod test_ring;
 pub(crate) mod transport;
 pub mod vsock;
 pub(crate) mod worker;
