@@ -7,7 +7,7 @@ use protocols::agent as wire;
 use tokio::sync::mpsc;
 
 use super::VirtContainerManager;
-use super::container::Container;
+use super::container::{Container, KILLED};
 use super::process::{Phase, Process};
 use super::signal::SIGKILL;
 use crate::error::{ErrorKind, Result};

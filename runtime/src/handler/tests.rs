@@ -62,6 +62,11 @@ impl Bench {
         self.folder.path().join(name)
     }
 
+    /// What the agent was asked, in order.
+    fn calls(&self) -> Vec<String> {
+        self.vm.guest.calls.lock().unwrap().clone()
+    }
+
     /// A bundle whose container runs `args`.
     fn bundle(&self, id: &str, args: &[&str]) -> PathBuf {
         let bundle = self.path(id);

@@ -6,8 +6,6 @@
 
 #![allow(unsafe_code)]
 
-#![allow(unsafe_code)]
-
 use std::io::{PipeReader, PipeWriter, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;

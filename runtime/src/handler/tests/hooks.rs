@@ -45,10 +45,6 @@ impl Bench {
     fn names(&self) -> Vec<String> {
         self.noted().into_iter().map(|(name, ..)| name).collect()
     }
-
-    fn calls(&self) -> Vec<String> {
-        self.vm.guest.calls.lock().unwrap().clone()
-    }
 }
 
 #[tokio::test]

@@ -65,10 +65,6 @@ impl Bench {
         fs::write(&path, spec.to_string()).unwrap();
         self.create_with(request).await
     }
-
-    fn calls(&self) -> Vec<String> {
-        self.vm.guest.calls.lock().unwrap().clone()
-    }
 }
 
 fn kind<T: std::fmt::Debug>(result: Result<T>) -> ErrorKind {
@@ -452,8 +448,10 @@ async fn kill_for_memory_when_its_news_are_late_is_published_before_the_exit() {
     bench.vm.guest.counted_kills.lock().unwrap().insert("c2".into());
 
     for id in ["c2", "c3"] {
-        let kill = bench.manager.kill_process(&init(id), 9, false);
-        answer(kill).await.unwrap();
+        let process = init(id);
+        answer(bench.manager.kill_process(&process, 9, false))
+            .await
+            .unwrap();
         assert_eq!(bench.wait(init(id)).await, 137);
         bench
             .vm
