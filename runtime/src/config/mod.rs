@@ -154,6 +154,8 @@ pub struct HypervisorConfig {
     pub virtio_fs_extra_args: Vec<String>,
     /// Empty virtio-mmio slots for devices added to a running VM.
     pub hotplug_slots: u8,
+    /// Folder in the guest's image with hooks for every container, in `prestart`, `poststart`, `poststop`; empty for none.
+    pub guest_hook_path: String,
     /// Verbose guest kernel and agent, console forwarded to the log.
     pub enable_debug: bool,
     /// `[hypervisor.dragonball.factory]`
@@ -180,6 +182,7 @@ impl Default for HypervisorConfig {
             virtio_fs_cache: VirtioFsCache::Auto,
             virtio_fs_extra_args: vec!["--thread-pool-size=1".into()],
             hotplug_slots: 8,
+            guest_hook_path: String::new(),
             enable_debug: false,
             factory: FactoryConfig::default(),
         }

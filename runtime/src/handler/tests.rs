@@ -2,6 +2,7 @@
 
 mod hooks;
 mod races;
+mod streams;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -21,6 +22,7 @@ struct Bench {
     manager: RuntimeHandlerManager,
     events: mpsc::UnboundedReceiver<Event>,
     vm: Arc<FakeHypervisor>,
+    streams: Arc<containers::StreamHub>,
 }
 
 fn bench(boot: Boot) -> Bench {
@@ -38,13 +40,14 @@ fn bench(boot: Boot) -> Bench {
         cgroups: false,
     };
     let (sender, events) = mpsc::unbounded_channel();
+    let streams = Arc::default();
     let context = ShimContext {
         sandbox_id: "c1".into(),
         namespace: "test".into(),
         bundle: folder.path().join("c1"),
         debug: false,
         log_verbosely: || {},
-        streams: Arc::default(),
+        streams: Arc::clone(&streams),
     };
     let manager = RuntimeHandlerManager::with_recipe(context, sender, recipe);
     Bench {
@@ -52,6 +55,7 @@ fn bench(boot: Boot) -> Bench {
         manager,
         events,
         vm,
+        streams,
     }
 }
 
