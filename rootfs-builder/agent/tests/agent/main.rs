@@ -4,6 +4,7 @@
 mod errors;
 mod exec;
 mod harness;
+mod hooks;
 mod lifecycle;
 mod mounts;
 mod stdio;
