@@ -19,7 +19,6 @@
 
 // Modules that need it allow it, with a SAFETY comment at each block (clippy::undocumented_unsafe_blocks).
 #![deny(unsafe_code)]
-// Modules that need it allow it, with a SAFETY comment at each block (clippy::undocumented_unsafe_blocks).
 
 pub mod agent;
 pub mod check;
