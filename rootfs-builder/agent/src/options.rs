@@ -30,6 +30,9 @@ pub struct Options {
     pub log: Option<Address>,
     /// Where the host connects container stdio: `agent.passfd_listener_port=PORT` (test mode: `unix://PATH`).
     pub stdio: Option<Address>,
+    /// Where the host reaches TCP ports of the pod's loopback, if not at the protocol's own port of a guest (test mode):
+    /// `agent.connect_vport=PORT` or `unix://PATH`.
+    pub connect: Option<Address>,
     /// Port on the host that is told when the agent listens: `agent.ready_vport=PORT`.
     pub ready_port: Option<u32>,
     /// How long a device may take to appear: `agent.hotplug_timeout=SECONDS`.
@@ -45,6 +48,7 @@ impl Default for Options {
             log_level: tracing::Level::INFO,
             log: None,
             stdio: None,
+            connect: None,
             ready_port: None,
             hotplug_timeout: DEFAULT_HOTPLUG_TIMEOUT,
             pipe_size: None,
@@ -79,6 +83,7 @@ impl Options {
             "agent.server_addr" => self.server = address(value)?,
             "agent.log_vport" => self.log = Some(address(value)?),
             "agent.passfd_listener_port" => self.stdio = Some(address(value)?),
+            "agent.connect_vport" => self.connect = Some(address(value)?),
             "agent.ready_vport" => self.ready_port = Some(port(value)?),
             "agent.hotplug_timeout" => {
                 let seconds: u32 = value.parse().map_err(|_| "not a number of seconds")?;
@@ -130,6 +135,7 @@ mod tests {
     #[test]
     fn command_line_when_complete_sets_every_option() {
         let line = "quiet console=hvc0 agent.log=debug agent.log_vport=1025 agent.passfd_listener_port=1027 \
+                    agent.connect_vport=1031 \
                     agent.ready_vport=1023 agent.hotplug_timeout=7 agent.container_pipe_size=65536 \
                     agent.server_addr=vsock://-1:2048 panic=-1";
 
@@ -143,6 +149,7 @@ mod tests {
                 log_level: tracing::Level::DEBUG,
                 log: Some(Address::Vsock(1025)),
                 stdio: Some(Address::Vsock(1027)),
+                connect: Some(Address::Vsock(1031)),
                 ready_port: Some(1023),
                 hotplug_timeout: Duration::from_secs(7),
                 pipe_size: Some(65536),

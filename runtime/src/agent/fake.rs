@@ -1,21 +1,30 @@
 //! An agent for tests: a ttrpc server on one end of a socket pair. Its containers are scripts in `args`:
 //! `echo WORDS…`, `exit STATUS`, `cat` (stdin to stdout), `sleep` (until signalled), `missing` (start fails),
-//! `slow` (its creation takes a moment).
+//! `slow` (its creation waits for [`FakeGuest::let_slow_go`]).
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures::StreamExt;
 use protocols::agent as wire;
 use protocols::agent_ttrpc::{AgentService, create_agent_service};
 use protocols::empty::Empty;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use ttrpc::r#async::TtrpcContext;
+
+/// A permit for each `slow` creation that may end.
+struct SlowCreations(Semaphore);
+
+impl Default for SlowCreations {
+    fn default() -> Self {
+        Self(Semaphore::new(0))
+    }
+}
 
 /// What the host sees of the guest.
 #[derive(Default)]
@@ -31,6 +40,9 @@ pub(crate) struct FakeGuest {
     pub(crate) attached_changed: Condvar,
     /// Containers that the guest will say were killed for memory.
     pub(crate) killed_for_memory: Mutex<VecDeque<String>>,
+    /// When it said each of them.
+    pub(crate) told_of_kills: Mutex<Vec<Instant>>,
+    slow: SlowCreations,
     processes: Mutex<HashMap<(String, String), Arc<Process>>>,
 }
 
@@ -43,6 +55,20 @@ struct Process {
 impl FakeGuest {
     fn called(&self, call: String) {
         self.calls.lock().unwrap().push(call);
+    }
+
+    /// Ends the creation of one `slow` container.
+    pub(crate) fn let_slow_go(&self) {
+        self.slow.0.add_permits(1);
+    }
+
+    /// Waits until `call` has come in.
+    pub(crate) async fn wait_for_call(&self, call: &str) {
+        let begin = Instant::now();
+        while !self.calls.lock().unwrap().iter().any(|seen| seen == call) {
+            assert!(begin.elapsed() < Duration::from_secs(120), "no {call}");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
 
     /// Ends a descriptor, as the muxer does.
@@ -182,7 +208,7 @@ impl AgentService for Service {
             return Err(status(ttrpc::Code::INVALID_ARGUMENT, "refused by the test"));
         }
         if process.Args == ["slow"] {
-            tokio::time::sleep(Duration::from_millis(300)).await;
+            self.0.slow.0.acquire().await.unwrap().forget();
         }
         self.0.add(
             &request.container_id,
@@ -275,6 +301,7 @@ impl AgentService for Service {
         loop {
             let next = self.0.killed_for_memory.lock().unwrap().pop_front();
             if let Some(container_id) = next {
+                self.0.told_of_kills.lock().unwrap().push(Instant::now());
                 return Ok(wire::OOMEvent {
                     container_id,
                     ..Default::default()

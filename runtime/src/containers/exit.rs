@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use protocols::agent as wire;
 
 use super::VirtContainerManager;
-use super::container::{Container, KILLED};
+use super::container::Container;
 use super::process::{Phase, Process};
 use super::signal::SIGKILL;
 use crate::error::{ErrorKind, Result};
@@ -70,7 +70,7 @@ impl VirtContainerManager {
             };
             self.publish(Event::TaskDelete {
                 process: process.id().clone(),
-                pid: std::process::id(),
+                pid: process.host_pid(),
                 exit,
             });
             Ok(exit)
@@ -121,8 +121,9 @@ impl VirtContainerManager {
     async fn delete_exec(&self, container: &Container, process: &Process) -> Result<ProcessExit> {
         let exit = match process.phase() {
             Phase::Stopped(exit) => exit,
+            // It never ran: 0, as runc's shim says.
             Phase::Created => ProcessExit {
-                status: KILLED,
+                status: 0,
                 at: SystemTime::now(),
             },
             Phase::Starting { .. } | Phase::Running | Phase::Paused => {

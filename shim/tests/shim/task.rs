@@ -6,8 +6,6 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use containerd_shim_protos::api;
-use containerd_shim_protos::sandbox_api;
-use containerd_shim_protos::sandbox_async::SandboxClient;
 use containerd_shim_protos::shim_async::TaskClient;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
@@ -24,39 +22,50 @@ use ttrpc::asynchronous::Client;
 use ttrpc::context::Context;
 use ttrpc::proto::Request;
 
-use crate::fake::{Answer, Call, FakeRuntime};
+use crate::fake::{Answer, CONTAINER_PID, Call, FakeRuntime};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
-struct Served {
+pub struct Served {
     _folder: tempfile::TempDir,
-    socket: PathBuf,
+    pub socket: PathBuf,
+    idle: Duration,
     task: JoinHandle<Result<(), RunError>>,
 }
 
 impl Served {
-    fn new(runtime: &Arc<FakeRuntime>) -> Self {
+    pub fn new(runtime: &Arc<FakeRuntime>) -> Self {
         Self::with_idle(runtime, PATIENCE * 10)
     }
 
-    fn with_idle(runtime: &Arc<FakeRuntime>, idle: Duration) -> Self {
+    pub fn with_idle(runtime: &Arc<FakeRuntime>, idle: Duration) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("socket");
         let listener = UnixListener::bind(&socket).unwrap();
         let (_, events) = mpsc::unbounded_channel();
         let publisher = Publisher::spawn(events, "test", "");
-        let task = tokio::spawn(serve(listener, runtime.clone(), publisher, idle, || ()));
+        let task = tokio::spawn(serve(
+            listener,
+            runtime.clone(),
+            Arc::default(),
+            publisher,
+            idle,
+            || (),
+        ));
         Self {
             _folder: folder,
             socket,
+            idle,
             task,
         }
     }
 
-    async fn client(&self) -> Client {
-        Client::connect(&format!("unix://{}", self.socket.display()))
-            .await
-            .unwrap()
+    fn address(&self) -> String {
+        format!("unix://{}", self.socket.display())
+    }
+
+    pub async fn client(&self) -> Client {
+        Client::connect(&self.address()).await.unwrap()
     }
 
     async fn task(&self) -> TaskClient {
@@ -64,18 +73,18 @@ impl Served {
     }
 
     /// The process would end now: the socket is gone and the runtime stopped.
-    async fn has_ended(self, runtime: &FakeRuntime) {
+    pub async fn has_ended(self, runtime: &FakeRuntime) {
         timeout(PATIENCE, self.task).await.unwrap().unwrap().unwrap();
         assert!(!self.socket.exists());
         assert!(*runtime.stopped.borrow());
     }
 }
 
-fn ctx() -> Context {
+pub fn ctx() -> Context {
     ttrpc::context::with_duration(PATIENCE)
 }
 
-fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
+pub fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
     match result {
         Err(ttrpc::Error::RpcStatus(status)) => (status.code(), status.message().to_owned()),
         other => panic!("not a status: {other:?}"),
@@ -335,7 +344,7 @@ async fn answer_when_given_carries_what_the_runtime_says() {
     let delete = client.delete(ctx(), &api::DeleteRequest::new()).await.unwrap();
     assert_eq!(
         (delete.pid, delete.exit_status, delete.exited_at.seconds),
-        (std::process::id(), 42, 5)
+        (CONTAINER_PID, 42, 5)
     );
 }
 
@@ -372,22 +381,6 @@ async fn method_when_not_provided_is_unimplemented_by_name() {
         )
     );
 
-    let sandbox = SandboxClient::new(served.client().await);
-    let create = sandbox
-        .create_sandbox(ctx(), &sandbox_api::CreateSandboxRequest::new())
-        .await;
-    assert_eq!(
-        code(create),
-        (
-            Code::UNIMPLEMENTED,
-            "CreateSandbox is not supported by this runtime".to_owned()
-        )
-    );
-    let platform = sandbox
-        .platform(ctx(), &sandbox_api::PlatformRequest::new())
-        .await
-        .unwrap();
-    assert_eq!(platform.platform.os, "linux");
     assert!(runtime.seen().is_empty());
 }
 
@@ -527,7 +520,8 @@ async fn shutdown_when_it_fails_ends_an_empty_shim() {
 
 #[tokio::test]
 async fn shutdown_when_a_client_waits_does_not_wait() {
-    let waiting = FakeRuntime::gated(0, |_| Ok(Answer::Shutdown(true)));
+    let waiting = FakeRuntime::new(|_| Ok(Answer::Shutdown(true)));
+    waiting.never_answer_waits();
     let served = Served::new(&waiting);
     let client = served.task().await;
     let waiter = client.clone();
@@ -535,10 +529,9 @@ async fn shutdown_when_a_client_waits_does_not_wait() {
     while waiting.seen().is_empty() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    let sandbox = SandboxClient::new(served.client().await);
 
-    sandbox
-        .shutdown_sandbox(ctx(), &sandbox_api::ShutdownSandboxRequest::new())
+    client
+        .shutdown(ctx(), &api::ShutdownRequest::new())
         .await
         .unwrap();
 
@@ -546,15 +539,35 @@ async fn shutdown_when_a_client_waits_does_not_wait() {
     wait.abort();
 }
 
+/// A shim that ends itself when it is idle for a while, and what it answered to a create: on a busy machine it may have
+/// ended before that came, and has to be given more time.
+async fn create_before_idle(
+    runtime: impl Fn() -> Arc<FakeRuntime>,
+) -> (Served, Arc<FakeRuntime>, ttrpc::Result<api::CreateTaskResponse>) {
+    let mut idle = Duration::from_millis(100);
+    loop {
+        let runtime = runtime();
+        let served = Served::with_idle(&runtime, idle);
+        let create = api::CreateTaskRequest {
+            id: "c".into(),
+            ..Default::default()
+        };
+        match Client::connect(&served.address()).await {
+            Ok(client) => match TaskClient::new(client).create(ctx(), &create).await {
+                Err(error) if !matches!(error, ttrpc::Error::RpcStatus(_)) => {}
+                answer => return (served, runtime, answer),
+            },
+            Err(_) => {}
+        }
+        idle *= 10;
+        assert!(idle < PATIENCE, "the shim ends before it is asked");
+    }
+}
+
 #[tokio::test]
 async fn shim_when_forgotten_ends_itself() {
-    let runtime = FakeRuntime::new(|_| Err(Error::new(ErrorKind::Unavailable, "no VM")));
-    let served = Served::with_idle(&runtime, Duration::from_millis(100));
-    let create = served
-        .task()
-        .await
-        .create(ctx(), &api::CreateTaskRequest::new())
-        .await;
+    let runtime = || FakeRuntime::new(|_| Err(Error::new(ErrorKind::Unavailable, "no VM")));
+    let (served, runtime, create) = create_before_idle(runtime).await;
     assert_eq!(code(create).0, Code::UNAVAILABLE);
 
     served.has_ended(&runtime).await;
@@ -562,21 +575,20 @@ async fn shim_when_forgotten_ends_itself() {
 
 #[tokio::test]
 async fn shim_when_it_has_a_container_stays() {
-    let runtime = FakeRuntime::new(|request| match request {
-        Call::Create(_) => Ok(Answer::Pid(7)),
-        _ => Ok(Answer::Exit(exit(0))),
-    });
-    let served = Served::with_idle(&runtime, Duration::from_millis(50));
-    let client = served.task().await;
-    let create = api::CreateTaskRequest {
-        id: "c".into(),
-        ..Default::default()
+    let runtime = || {
+        FakeRuntime::new(|request| match request {
+            Call::Create(_) => Ok(Answer::Pid(7)),
+            _ => Ok(Answer::Exit(exit(0))),
+        })
     };
-    client.create(ctx(), &create).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let (served, runtime, create) = create_before_idle(runtime).await;
+    create.unwrap();
+    tokio::time::sleep(4 * served.idle).await;
     assert!(served.socket.exists());
 
-    client
+    served
+        .task()
+        .await
         .delete(
             ctx(),
             &api::DeleteRequest {

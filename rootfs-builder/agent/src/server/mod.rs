@@ -17,6 +17,7 @@ use ttrpc::asynchronous::transport;
 
 use crate::container::Ports;
 use crate::logging::Log;
+use crate::network::{self, Network};
 use crate::options::{Address, Options};
 use crate::reaper::Reaper;
 use crate::sandbox::Sandbox;
@@ -65,7 +66,13 @@ pub async fn serve(options: &Options, log: &Log, is_init: bool) -> Result<(), Se
         // Before anybody can be told to connect.
         ports.serve(listen("stdio", address).await?);
     }
-    let service = service::Service::new(Arc::clone(&sandbox), is_init);
+    let guests = is_init.then_some(Address::Vsock(protocols::CONNECT_PORT));
+    if let Some(address) = options.connect.clone().or(guests) {
+        let listener = listen("connections to the pod's ports", &address).await?;
+        tokio::spawn(network::serve_localhost(listener));
+    }
+    let network = Network::new(options.hotplug_timeout, is_init);
+    let service = service::Service::new(Arc::clone(&sandbox), network, is_init);
     let mut server = Server::new()
         .add_listener(transport::Listener::new(listener.into_stream()))
         .register_service(create_health(Arc::new(health::HealthService)))

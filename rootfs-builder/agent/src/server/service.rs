@@ -12,12 +12,13 @@ use protocols::agent::{
     GetMetricsRequest, GetOOMEventRequest, GuestDetailsRequest, GuestDetailsResponse, Interfaces,
     ListInterfacesRequest, ListRoutesRequest, MemAgentCompactConfig, MemAgentMemcgConfig,
     MemHotplugByProbeRequest, Metrics, OOMEvent, OnlineCPUMemRequest, PauseContainerRequest,
-    ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest, RemoveStaleVirtiofsShareMountsRequest,
-    ReseedRandomDevRequest, ResizeVolumeRequest, ResumeContainerRequest, Routes, SetGuestDateTimeRequest,
-    SetIPTablesRequest, SetIPTablesResponse, SetPolicyRequest, SignalProcessRequest, StartContainerRequest,
-    StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest,
-    UpdateEphemeralMountsRequest, UpdateInterfaceRequest, UpdateRoutesRequest, VolumeStatsRequest,
-    WaitProcessRequest, WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
+    ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest, RemoveInterfaceRequest,
+    RemoveStaleVirtiofsShareMountsRequest, ReseedRandomDevRequest, ResizeVolumeRequest,
+    ResumeContainerRequest, Routes, SetGuestDateTimeRequest, SetIPTablesRequest, SetIPTablesResponse,
+    SetPolicyRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
+    StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest, UpdateEphemeralMountsRequest,
+    UpdateInterfaceRequest, UpdateRoutesRequest, VolumeStatsRequest, WaitProcessRequest, WaitProcessResponse,
+    WriteStreamRequest, WriteStreamResponse,
 };
 use protocols::agent_ttrpc::AgentService;
 use protocols::csi::VolumeStatsResponse;
@@ -27,9 +28,10 @@ use protocols::types::Interface;
 use ttrpc::asynchronous::TtrpcContext;
 use ttrpc::{Code, Result};
 
-use super::status::{of_machine, of_sandbox, status};
+use super::status::{of_machine, of_network, of_sandbox, status};
 use crate::container::{Container, ContainerError, Process, network_stats};
 use crate::machine;
+use crate::network::Network;
 use crate::sandbox::{Sandbox, SandboxError, refuse_string_user, valid_id};
 use crate::signal::Signal;
 use crate::storage;
@@ -40,14 +42,19 @@ const DEVICES: [&str; 2] = ["blk", "mmioblk"];
 /// The service. Knows nothing itself; everything is in the sandbox.
 pub struct Service {
     sandbox: Arc<Sandbox>,
+    network: Network,
     /// Whether the agent is PID 1 of a guest.
     is_init: bool,
 }
 
 impl Service {
-    /// Serves `sandbox`.
-    pub fn new(sandbox: Arc<Sandbox>, is_init: bool) -> Self {
-        Self { sandbox, is_init }
+    /// Serves `sandbox` with its `network`.
+    pub fn new(sandbox: Arc<Sandbox>, network: Network, is_init: bool) -> Self {
+        Self {
+            sandbox,
+            network,
+            is_init,
+        }
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>> {
@@ -363,16 +370,57 @@ impl AgentService for Service {
         }
     }
 
+    async fn update_interface(&self, _: &TtrpcContext, request: UpdateInterfaceRequest) -> Result<Interface> {
+        let wanted = request.interface.as_ref();
+        let wanted = wanted
+            .ok_or(SandboxError::Missing("interface"))
+            .map_err(of_sandbox)?;
+        let interface = self.network.update_interface(wanted).await.map_err(of_network)?;
+        tracing::info!(
+            name = interface.name,
+            address = interface.hwAddr,
+            "network interface set up"
+        );
+        Ok(interface)
+    }
+
+    async fn update_routes(&self, _: &TtrpcContext, request: UpdateRoutesRequest) -> Result<Routes> {
+        self.network
+            .update_routes(&request.routes)
+            .await
+            .map_err(of_network)
+    }
+
+    async fn list_interfaces(&self, _: &TtrpcContext, _: ListInterfacesRequest) -> Result<Interfaces> {
+        self.network.list_interfaces().await.map_err(of_network)
+    }
+
+    async fn list_routes(&self, _: &TtrpcContext, _: ListRoutesRequest) -> Result<Routes> {
+        self.network.list_routes().await.map_err(of_network)
+    }
+
+    async fn add_arp_neighbors(&self, _: &TtrpcContext, request: AddARPNeighborsRequest) -> Result<Empty> {
+        self.network
+            .add_neighbours(&request.neighbors)
+            .await
+            .map_err(of_network)?;
+        Ok(Empty::new())
+    }
+
+    async fn remove_interface(&self, _: &TtrpcContext, request: RemoveInterfaceRequest) -> Result<Empty> {
+        self.network
+            .remove_interface(&request.hwAddr)
+            .await
+            .map_err(of_network)?;
+        tracing::info!(address = request.hwAddr, "network interface removed");
+        Ok(Empty::new())
+    }
+
     unimplemented_calls! {
         update_ephemeral_mounts(UpdateEphemeralMountsRequest) -> Empty, "UpdateEphemeralMounts";
         remove_stale_virtiofs_share_mounts(RemoveStaleVirtiofsShareMountsRequest) -> Empty,
             "RemoveStaleVirtiofsShareMounts";
         get_diagnostic_data(GetDiagnosticDataRequest) -> GetDiagnosticDataResponse, "GetDiagnosticData";
-        update_interface(UpdateInterfaceRequest) -> Interface, "UpdateInterface";
-        update_routes(UpdateRoutesRequest) -> Routes, "UpdateRoutes";
-        list_interfaces(ListInterfacesRequest) -> Interfaces, "ListInterfaces";
-        list_routes(ListRoutesRequest) -> Routes, "ListRoutes";
-        add_arp_neighbors(AddARPNeighborsRequest) -> Empty, "AddARPNeighbors";
         get_ip_tables(GetIPTablesRequest) -> GetIPTablesResponse, "GetIPTables";
         set_ip_tables(SetIPTablesRequest) -> SetIPTablesResponse, "SetIPTables";
         get_metrics(GetMetricsRequest) -> Metrics, "GetMetrics";

@@ -4,6 +4,7 @@ use ttrpc::{Code, get_status};
 
 use crate::container::{ContainerError, LaunchError, PortError, ResourceError, StreamError};
 use crate::machine::MachineError;
+use crate::network::NetworkError;
 use crate::sandbox::SandboxError;
 use crate::storage::StorageError;
 
@@ -21,6 +22,8 @@ pub fn of_sandbox(error: SandboxError) -> ttrpc::Error {
         SandboxError::ContainerExists(_) | SandboxError::SandboxExists(_) => Code::ALREADY_EXISTS,
         SandboxError::NoContainer(_) => Code::NOT_FOUND,
         SandboxError::Unsupported(_) => Code::UNIMPLEMENTED,
+        SandboxError::Sysctl(_) => Code::INVALID_ARGUMENT,
+        SandboxError::PidNamespace { .. } => Code::FAILED_PRECONDITION,
         SandboxError::Storage(error) => of_storage(error),
         SandboxError::Container { source, .. } => of_container(source),
         SandboxError::Stream(error) => of_stream(error),
@@ -36,6 +39,20 @@ pub fn of_machine(error: MachineError) -> ttrpc::Error {
         MachineError::Argument { .. } => Code::INVALID_ARGUMENT,
         MachineError::Timeout { .. } => Code::DEADLINE_EXCEEDED,
         MachineError::Call { .. } | MachineError::File { .. } => Code::INTERNAL,
+    };
+    status(code, error)
+}
+
+/// The wire form of an error of the network.
+pub fn of_network(error: NetworkError) -> ttrpc::Error {
+    let code = match &error {
+        NetworkError::Argument { .. } => Code::INVALID_ARGUMENT,
+        NetworkError::NoInterface(_) => Code::NOT_FOUND,
+        NetworkError::Timeout { .. } => Code::DEADLINE_EXCEEDED,
+        NetworkError::Ambiguous { .. } | NetworkError::Mismatch { .. } | NetworkError::NotAGuest(_) => {
+            Code::FAILED_PRECONDITION
+        }
+        NetworkError::Kernel { .. } | NetworkError::File { .. } => Code::INTERNAL,
     };
     status(code, error)
 }

@@ -1,4 +1,5 @@
-//! An agent in test mode: on this host, as root, in namespaces of its own, driven through the ttrpc client.
+//! An agent in test mode: on this host, as root, in namespaces of its own (also of the network), driven through the ttrpc
+//! client.
 
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -21,7 +22,7 @@ use ttrpc::asynchronous::Client;
 use ttrpc::context::{Context, with_timeout};
 
 /// Ten times what a busy machine needs.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 const APPLETS: [&str; 20] = [
     "sh", "cat", "cut", "echo", "grep", "sleep", "true", "kill", "head", "mknod", "pwd", "stty", "hostname",
     "id", "ls", "printf", "readlink", "test", "touch", "yes",
@@ -85,6 +86,7 @@ impl Agent {
                 "unshare",
                 "--pid",
                 "--mount",
+                "--net",
                 "--ipc",
                 "--uts",
                 "--cgroup",
@@ -265,18 +267,43 @@ impl Agent {
         seen
     }
 
-    /// The agent's open descriptors, and its children that have ended and were not waited for.
-    pub fn descriptors_and_zombies(&self) -> (usize, usize) {
-        let children = |pid: u32| {
-            let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-            let pids = text
-                .split_ascii_whitespace()
-                .map(|pid| pid.parse::<u32>().unwrap());
-            pids.collect::<Vec<_>>()
-        };
+    /// The agent's process.
+    pub fn pid(&self) -> u32 {
         let [agent] = children(self.child.id())[..] else {
             panic!("unshare has one child");
         };
+        agent
+    }
+
+    /// The folder of the test's files.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Output of `command` (words separated by spaces), run in the agent's network namespace.
+    pub fn in_network(&self, command: &str) -> String {
+        let output = Command::new("nsenter")
+            .args(["--net", "--target", &self.pid().to_string(), "--"])
+            .args(command.split(' '))
+            .output()
+            .unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{command}: {errors}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Waits until the agent's log has `text`.
+    pub async fn logs(&self, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.log().contains(text) {
+            assert!(Instant::now() < deadline, "no {text:?} in {}", self.log());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// The agent's open descriptors, and its children that have ended and were not waited for.
+    pub fn descriptors_and_zombies(&self) -> (usize, usize) {
+        let agent = self.pid();
         let descriptors = std::fs::read_dir(format!("/proc/{agent}/fd")).unwrap().count();
         let is_zombie = |pid: &u32| {
             std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains(") Z "))
@@ -285,6 +312,18 @@ impl Agent {
             descriptors,
             children(agent).iter().filter(|pid| is_zombie(pid)).count(),
         )
+    }
+
+    /// The agent's open descriptors, once those of earlier calls are closed.
+    pub async fn steady_descriptors(&self) -> usize {
+        let (mut count, mut seen) = (0, 0);
+        while seen < 50 {
+            let (now, _) = self.descriptors_and_zombies();
+            seen = if now == count { seen + 1 } else { 0 };
+            count = now;
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        count
     }
 
     pub async fn remove(&self, id: &str) -> RpcResult<()> {
@@ -379,6 +418,14 @@ impl Drop for Agent {
         }
         let _ = std::fs::remove_dir_all(&self.folder);
     }
+}
+
+fn children(pid: u32) -> Vec<u32> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    let pids = text
+        .split_ascii_whitespace()
+        .map(|pid| pid.parse::<u32>().unwrap());
+    pids.collect()
 }
 
 pub fn process(arguments: &[&str]) -> Process {

@@ -1,9 +1,13 @@
 //! The agent as the runtime sees it: every test starts one in namespaces of its own and drives it over ttrpc.
-//! Needs root and busybox-static.
+//! Needs root, busybox-static and iproute2.
 
 mod errors;
 mod exec;
+mod hanging;
 mod harness;
 mod lifecycle;
+mod localhost;
 mod mounts;
+mod network;
+mod pods;
 mod stdio;
