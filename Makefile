@@ -20,6 +20,7 @@ TEST_ARGS ?=
 export LIMIT_LINT ?= 3600
 export LIMIT_UNIT ?= 3600
 export LIMIT_BUILD ?= 10800
+export LIMIT_PROPERTIES ?= 10800
 export LIMIT_E2E ?= 7200
 export LIMIT_DEMO ?= 1800
 export LIMIT_CONFORMANCE ?= 43200
@@ -72,6 +73,19 @@ deny: toolchain ## licences, duplicates and sources of dependencies; advisories 
 unit: setup ## unit tests, and KVM tests with tiny guests
 	$(call limit,LIMIT_UNIT,unit and KVM tests) $(CARGO) test $(LOCKED) --workspace
 
+# Input tried by each property test; one that needs a hundred times as long for each gets a hundredth of it.
+PROPTEST_CASES ?= 10000
+
+.PHONY: properties
+properties: toolchain ## searches for input that property tests fail with: PROPTEST_CASES (10000) each, at random; not part of `make test`
+	@$(INSTALL_PACKAGES) acpica-tools
+	$(call properties_of,$(PROPTEST_CASES),properties:: --skip slow_properties::)
+	$(call properties_of,$$((($(PROPTEST_CASES) + 99) / 100)),slow_properties::)
+
+# $(call properties_of,CASES,TESTS): with another seed each time, whatever is set for `make test`.
+properties_of = env -u PROPTEST_RNG_SEED PROPTEST_CASES=$(1) \
+    $(call limit,LIMIT_PROPERTIES,property tests) $(CARGO) test $(LOCKED) --workspace --lib -- $(2)
+
 .PHONY: toolchain
 toolchain: # what the Rust compiler needs beside itself
 	@command -v $(CARGO) >/dev/null || { echo "$(CARGO) not found: install Rust 1.95 or newer" >&2; exit 1; }
@@ -79,7 +93,7 @@ toolchain: # what the Rust compiler needs beside itself
 
 .PHONY: setup
 setup: toolchain # what tests and demo need on the host
-	@$(INSTALL_PACKAGES) containerd runc busybox-static iproute2 socat acpica-tools
+	@$(INSTALL_PACKAGES) containerd runc busybox-static iproute2 socat acpica-tools erofs-utils cpio xz-utils
 
 .PHONY: kernel
 kernel: ## the guest kernel; prints its folder

@@ -1,4 +1,4 @@
-//! Generates the two messages that containerd-shim-protos lacks, and records the revision for `-version`.
+//! Generates the messages that containerd-shim-protos lacks, and records the revision for `-version`.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -6,23 +6,23 @@ use std::process::Command;
 
 use ttrpc_codegen::Codegen;
 
-const PROTOS: [&str; 2] = ["protos/runc_options.proto", "protos/runtimeoptions.proto"];
+/// Files of protos/.
+const MESSAGES: [&str; 4] = ["cri", "runc_options", "runtimeoptions", "streaming"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     Codegen::new()
-        .inputs(PROTOS)
+        .inputs(MESSAGES.map(|name| format!("protos/{name}.proto")))
         .include("protos")
         .rust_protobuf()
         .out_dir(&out)
         .run()?;
-    // The generated file starts with inner attributes, so it must be a module file: options.rs includes this line.
-    std::fs::write(
-        out.join("wire.rs"),
-        "#[allow(missing_docs)]\nmod runc_options;\n#[allow(missing_docs)]\nmod runtimeoptions;\n",
-    )?;
-    for proto in PROTOS {
-        println!("cargo::rerun-if-changed={proto}");
+    // A generated file starts with inner attributes, so it must be a module file: options.rs, pod.rs and streaming_service.rs
+    // include such a line.
+    for name in MESSAGES {
+        let line = format!("#[allow(missing_docs)]\nmod {name};\n");
+        std::fs::write(out.join(format!("wire_{name}.rs")), line)?;
+        println!("cargo::rerun-if-changed=protos/{name}.proto");
     }
 
     // A tarball without git builds too: its revision is "unknown".

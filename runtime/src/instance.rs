@@ -8,8 +8,8 @@ use tokio::sync::{OnceCell, mpsc};
 
 use crate::agent::KataAgent;
 use crate::config::{self, ConfigFile, HypervisorConfig, TomlConfig, annotations};
-use crate::containers::VirtContainerManager;
-use crate::error::Result;
+use crate::containers::{ContainerManager, StreamHub, VirtContainerManager};
+use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{Hypervisor, make_dragonball};
 use crate::paths::SandboxPaths;
 use crate::resource::{ResourceManager, SandboxResources};
@@ -29,13 +29,26 @@ pub struct ShimContext {
     pub debug: bool,
     /// Makes the log verbose: the configuration, which may ask for it, is known later than the log.
     pub log_verbosely: fn(),
+    /// Streams that clients fetch from the shim.
+    pub streams: Arc<StreamHub>,
 }
 
 /// A sandbox and its containers.
 pub(crate) struct RuntimeInstance {
     pub(crate) sandbox: Arc<VirtSandbox>,
     pub(crate) containers: Arc<VirtContainerManager>,
+    /// Whose end is the sandbox's.
+    pub(crate) life: Life,
     ended: OnceCell<()>,
+}
+
+/// Whose end is the end of a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Life {
+    /// That of the container it was made with.
+    OfContainer,
+    /// Nobody's: the Sandbox API ends it.
+    OfItsOwn,
 }
 
 impl RuntimeInstance {
@@ -43,21 +56,42 @@ impl RuntimeInstance {
     pub(crate) fn new(
         context: &ShimContext,
         sandbox: Arc<VirtSandbox>,
+        life: Life,
         events: mpsc::UnboundedSender<Event>,
     ) -> Arc<Self> {
         let (id, namespace) = (context.sandbox_id.clone(), context.namespace.clone());
-        let containers = Arc::new(VirtContainerManager::new(id, namespace, sandbox.clone(), events));
+        let streams = context.streams.clone();
+        let containers = VirtContainerManager::new(id, namespace, sandbox.clone(), events, streams);
+        let containers = Arc::new(containers);
         let (watched, killed) = (sandbox.clone(), containers.clone());
         tokio::spawn(async move {
-            if let Ok(exit) = watched.wait().await {
-                killed.vm_ended(&exit);
+            if let Ok(end) = watched.wait().await {
+                killed.vm_ended(&end);
             }
         });
         Arc::new(Self {
             sandbox,
             containers,
+            life,
             ended: OnceCell::new(),
         })
+    }
+
+    /// Creates another container. Returns its pid.
+    pub(crate) async fn create_container(
+        &self,
+        request: CreateContainerRequest,
+        mut spec: Spec,
+    ) -> Result<u32> {
+        if self.life == Life::OfItsOwn && request.container_id == self.sandbox.id() {
+            let message = format!("container {}: its id is the sandbox's", request.container_id);
+            return Err(Error::new(ErrorKind::AlreadyExists, message));
+        }
+        self.sandbox
+            .require_running()
+            .map_err(|error| error.context(format!("container {}", request.container_id)))?;
+        self.sandbox.provide_files(&mut spec);
+        self.containers.create_container(request, spec).await
     }
 
     /// Boots the sandbox and creates its first container: what the container needs on the host is made while the guest
@@ -87,6 +121,11 @@ impl RuntimeInstance {
     /// Stops the VM and removes everything on the host, once; later callers wait for the first one.
     pub(crate) async fn wind_down(&self) {
         let end = async {
+            // Containers that nobody has deleted end with the VM; their hooks are noted in a folder that goes with it.
+            if let Err(error) = self.sandbox.stop().await {
+                tracing::error!(%error, "end of the VM");
+            }
+            self.containers.run_left_poststop().await;
             if let Err(error) = self.sandbox.shutdown().await {
                 tracing::error!(%error, "end of the sandbox");
             }

@@ -21,6 +21,7 @@ const FLOORS: &[&str] = &[
     "instance",
     "handler",
     "check",
+    "features",
 ];
 
 /// Modules that call the VMM. `check` asks what a host can do before there is a VM.

@@ -15,7 +15,10 @@
 //! | [`sandbox`] | a pod: its configuration, boot, watch and end |
 //! | [`containers`] | containers and processes in a pod |
 //! | [`handler`] | the one pod of a shim process, and what may be asked of it |
-//! | [`check`] | whether a host can do all this |
+//! | [`check`], [`features`] | whether a host can do all this, and what a container may ask for |
+
+// Modules that need it allow it, with a SAFETY comment at each block (clippy::undocumented_unsafe_blocks).
+#![deny(unsafe_code)]
 
 pub mod agent;
 pub mod check;
@@ -23,6 +26,7 @@ pub mod config;
 pub mod containers;
 pub mod cri;
 pub mod error;
+pub mod features;
 pub mod handler;
 pub mod host;
 pub mod hypervisor;

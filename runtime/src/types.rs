@@ -70,22 +70,48 @@ pub struct CreateContainerRequest {
 pub struct CreateSandboxRequest {
     /// Sandbox id.
     pub sandbox_id: String,
-    /// Host name.
-    pub hostname: String,
-    /// Lines of resolv.conf.
-    pub dns: Vec<String>,
+    /// Bundle of the sandbox. It has a `config.json` only if the client gave a spec.
+    pub bundle: PathBuf,
     /// Network namespace; empty for none.
     pub netns: PathBuf,
-    /// Cgroup of the pod on the host; empty for none.
+    /// Annotations of the request, beside those of the pod.
+    pub annotations: HashMap<String, String>,
+    /// The pod as a CRI describes it; `None` for a client that is no CRI.
+    pub pod: Option<PodConfig>,
+    /// Options of the runtime class.
+    pub options: RuntimeOptions,
+}
+
+/// A pod as a CRI describes it (`PodSandboxConfig`).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PodConfig {
+    /// Host name.
+    pub hostname: String,
+    /// Lines of resolv.conf; empty for the host's.
+    pub dns: Vec<String>,
+    /// Cgroup of the host in which the pod gets its own; empty for none.
     pub cgroup_parent: PathBuf,
     /// Annotations of the pod.
     pub annotations: HashMap<String, String>,
+    /// Kernel parameters of the pod's namespaces.
+    pub sysctls: HashMap<String, String>,
+    /// Namespaces of the host's that the pod asks to share, in config.json's words.
+    pub host_namespaces: Vec<&'static str>,
     /// CPU time in each period, microseconds; 0 for no limit.
     pub cpu_quota: i64,
     /// The period, microseconds; 0 for the kernel's default.
     pub cpu_period: u64,
     /// Memory, bytes; 0 for no limit.
     pub memory: i64,
+}
+
+/// A sandbox that was started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StartedSandbox {
+    /// Live host pid that stands for it.
+    pub pid: u32,
+    /// When it was ready.
+    pub created_at: SystemTime,
 }
 
 /// Register another process; it runs after its StartProcess.
@@ -121,6 +147,15 @@ pub struct ProcessExit {
     pub at: SystemTime,
 }
 
+/// A process that was removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeletedProcess {
+    /// The pid that stood for its container.
+    pub pid: u32,
+    /// How and when it ended.
+    pub exit: ProcessExit,
+}
+
 /// Everything State answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProcessState {
@@ -128,7 +163,7 @@ pub struct ProcessState {
     pub process: ContainerProcess,
     /// Bundle of its container.
     pub bundle: PathBuf,
-    /// A live pid on the host (the shim's).
+    /// The pid that stands for its container on the host; alive as long as the container exists.
     pub pid: u32,
     /// Status.
     pub status: ProcessStatus,

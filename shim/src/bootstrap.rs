@@ -3,6 +3,9 @@
 //! containerd ≥ 2.3 writes a protobuf `BootstrapParams` and takes a protobuf `BootstrapResult`, which may announce Task
 //! v3. Older releases write nothing or the runtime options as an `Any`, and every one of them takes a bare address, which
 //! means Task v2. An `Any` also decodes as `BootstrapParams`, so the parameters only count if they name this instance.
+//!
+//! There is nothing that tells 1.7, which refuses version 3, from 2.0 to 2.2, which take it as JSON: `MAX_SHIM_VERSION` is 2
+//! in all of them. A bare address costs the latter nothing but the calls of `start` and `delete` for each container.
 
 use std::io::{self, IsTerminal, Read};
 use std::os::fd::AsFd;
@@ -11,9 +14,11 @@ use std::time::{Duration, Instant};
 use containerd_shim_protos::TASK_API_VERSION;
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult, LogLevel};
 use protobuf::Message;
+use protobuf::well_known_types::any::Any;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::address::Address;
+use crate::options;
 
 /// Most that is read from stdin, bytes; options with an inline configuration are the largest sender.
 const MAX_STDIN: u64 = 4 << 20;
@@ -70,6 +75,21 @@ pub fn wants_debug(params: &BootstrapParams) -> bool {
     params.log_level.value() <= LogLevel::LOG_LEVEL_DEBUG as i32
 }
 
+/// The options of the runtime class, encoded as an `Any`: an extension of the parameters, or all of stdin. `None` when there
+/// are none of this runtime.
+pub fn runtime_options(stdin: &[u8], params: Option<&BootstrapParams>) -> Option<Vec<u8>> {
+    let any = match params {
+        Some(params) => params
+            .extensions
+            .iter()
+            .filter_map(|extension| extension.value.as_ref())
+            .find(|any| options::is_options(any))
+            .cloned(),
+        None => Any::parse_from_bytes(stdin).ok().filter(options::is_options),
+    };
+    any.and_then(|any| any.write_to_bytes().ok())
+}
+
 /// What to print on stdout.
 ///
 /// # Errors
@@ -121,6 +141,49 @@ mod tests {
         ] {
             assert!(params(&stdin, "n", "i").is_none(), "{stdin:?}");
         }
+    }
+
+    /// `BootstrapParams` as containerd 2.3 writes them, a field on each line: ids, log level DEBUG (a negative enum takes ten
+    /// bytes), version, the three addresses, one extension with the runtime's options, and the folder of sockets.
+    const GOLDEN: &[u8] = b"\
+        \x0a\x02p1\
+        \x12\x06k8s.io\
+        \x18\xfc\xff\xff\xff\xff\xff\xff\xff\xff\x01\
+        \x22\x052.3.0\
+        \x2a\x0c/c.sock.ttrp\
+        \x32\x07/c.sock\
+        \x3a\x05/bin/\
+        \x42\x23\x0a\x21\x0a\x19runtimeoptions.v1.Options\x12\x04\x12\x02/c\
+        \x4a\x06/run/s";
+
+    #[test]
+    fn params_when_containerd_sends_them_are_read() {
+        let params = params(GOLDEN, "k8s.io", "p1").unwrap();
+
+        assert!(wants_debug(&params));
+        assert_eq!(params.containerd_ttrpc_address, "/c.sock.ttrp");
+        assert_eq!(params.socket_dir.as_deref(), Some("/run/s"));
+        let options = runtime_options(GOLDEN, Some(&params)).unwrap();
+        assert_eq!(options, b"\x0a\x19runtimeoptions.v1.Options\x12\x04\x12\x02/c");
+    }
+
+    #[test]
+    fn options_when_alone_on_stdin_are_those() {
+        let options = b"\x0a\x19runtimeoptions.v1.Options\x12\x04\x12\x02/c";
+        assert_eq!(runtime_options(options, None).as_deref(), Some(&options[..]));
+
+        for other in [&b""[..], b"\x0a\x03abc", b"{\"version\":3}", b"\xff"] {
+            assert_eq!(runtime_options(other, None), None, "{other:?}");
+        }
+    }
+
+    #[test]
+    fn reply_when_containerd_gave_parameters_is_version_3_byte_for_byte() {
+        let address = Address::of_path("/s".into()).unwrap();
+
+        let reply = reply(Some(&BootstrapParams::new()), &address).unwrap();
+
+        assert_eq!(reply, b"\x08\x03\x12\x09unix:///s\x1a\x05ttrpc");
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::address::Address;
 const CONFIG: &str = "config.json";
 const ADDRESS: &str = "address";
 const PID: &str = "shim.pid";
+const OPTIONS: &str = "options.pb";
 
 /// A bundle folder.
 #[derive(Debug, Clone)]
@@ -31,10 +32,6 @@ pub enum BundleError {
         /// Why.
         source: io::Error,
     },
-    /// There is no config.json, which only a Sandbox API request has reason to do without.
-    #[error("{} does not exist: the folder is not an OCI bundle (the Sandbox API, sandboxer = \"shim\", is not supported)",
-            .0.display())]
-    NoConfig(PathBuf),
     /// config.json is not an OCI runtime configuration.
     #[error("{}: {source}", path.display())]
     Config {
@@ -70,19 +67,20 @@ impl Bundle {
         &self.dir
     }
 
-    /// What the container is to its pod, by its annotations.
+    /// What the container is to its pod, by its annotations. Without a config.json there is no container: it is a sandbox of
+    /// the Sandbox API.
     ///
     /// # Errors
-    /// [`BundleError`] when config.json is missing, unreadable or contradicts itself.
+    /// [`BundleError`] when config.json is unreadable or contradicts itself.
     pub fn kind(&self) -> Result<ContainerKind, BundleError> {
         let path = self.dir.join(CONFIG);
-        let bytes = fs::read(&path).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => BundleError::NoConfig(path.clone()),
-            _ => BundleError::Io {
-                path: path.clone(),
-                source,
-            },
-        })?;
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound && self.dir.is_dir() => {
+                return Ok(ContainerKind::Sandbox);
+            }
+            Err(source) => return Err(BundleError::Io { path, source }),
+        };
         let config: Config = serde_json::from_slice(&bytes).map_err(|source| BundleError::Config {
             path: path.clone(),
             source,
@@ -96,7 +94,7 @@ impl Bundle {
     /// # Errors
     /// [`BundleError::Io`]
     pub fn write_address(&self, address: &Address) -> Result<(), BundleError> {
-        self.write(ADDRESS, &address.to_string())
+        self.write(ADDRESS, address.to_string().as_bytes())
     }
 
     /// The recorded address, if any.
@@ -109,7 +107,7 @@ impl Bundle {
     /// # Errors
     /// [`BundleError::Io`]
     pub fn write_pid(&self, pid: u32) -> Result<(), BundleError> {
-        self.write(PID, &pid.to_string())
+        self.write(PID, pid.to_string().as_bytes())
     }
 
     /// The recorded pid, if any.
@@ -122,16 +120,38 @@ impl Bundle {
             .filter(|pid| *pid > 1)
     }
 
-    /// Forgets address and pid.
+    /// Keeps the options of the runtime class for the process that serves the bundle: containerd gives them to `start`, and
+    /// not with a request for a sandbox.
+    ///
+    /// # Errors
+    /// [`BundleError::Io`]
+    pub fn write_options(&self, options: &[u8]) -> Result<(), BundleError> {
+        self.write(OPTIONS, options)
+    }
+
+    /// The options that were kept, if any.
+    ///
+    /// # Errors
+    /// [`BundleError::Io`] when they cannot be read.
+    pub fn options(&self) -> Result<Option<Vec<u8>>, BundleError> {
+        let path = self.dir.join(OPTIONS);
+        match fs::read(&path) {
+            Ok(options) => Ok(Some(options)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(BundleError::Io { path, source }),
+        }
+    }
+
+    /// Forgets address, pid and options.
     pub fn clear(&self) {
-        for name in [ADDRESS, PID] {
+        for name in [ADDRESS, PID, OPTIONS] {
             // Missing files are what we want; a bundle that cannot be changed is about to be removed by containerd.
             let _ = fs::remove_file(self.dir.join(name));
         }
     }
 
     /// Whole or not at all: containerd may read the file at any time.
-    fn write(&self, name: &str, text: &str) -> Result<(), BundleError> {
+    fn write(&self, name: &str, text: &[u8]) -> Result<(), BundleError> {
         let path = self.dir.join(name);
         let temporary = self.dir.join(format!(".{name}.{}", std::process::id()));
         let written = fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, &path));
@@ -173,11 +193,18 @@ mod tests {
     }
 
     #[test]
-    fn config_when_missing_or_broken_is_named() {
+    fn kind_when_there_is_no_config_is_a_sandbox() {
         let dir = tempfile::tempdir().unwrap();
-        let error = Bundle::new(dir.path()).kind().unwrap_err().to_string();
+        assert_eq!(Bundle::new(dir.path()).kind().unwrap(), ContainerKind::Sandbox);
+    }
+
+    #[test]
+    fn config_when_its_folder_is_missing_or_it_is_broken_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let gone = Bundle::new(dir.path().join("gone"));
+        let error = gone.kind().unwrap_err().to_string();
         assert!(
-            error.starts_with(&format!("{}/config.json does not exist", dir.path().display())),
+            error.starts_with(&format!("{}/gone/config.json: ", dir.path().display())),
             "{error}"
         );
 
@@ -193,20 +220,23 @@ mod tests {
         let address = Address::of_path("/run/x".into()).unwrap();
         bundle.write_address(&address).unwrap();
         bundle.write_pid(4242).unwrap();
+        bundle.write_options(b"\xff").unwrap();
 
         assert_eq!((bundle.address(), bundle.pid()), (Some(address), Some(4242)));
+        assert_eq!(bundle.options().unwrap().as_deref(), Some(&b"\xff"[..]));
         assert_eq!(
             fs::read_to_string(dir.path().join("address")).unwrap(),
             "unix:///run/x"
         );
         assert_eq!(
             fs::read_dir(dir.path()).unwrap().count(),
-            3,
+            4,
             "no temporary file is left"
         );
 
         bundle.clear();
         assert_eq!((bundle.address(), bundle.pid()), (None, None));
+        assert_eq!(bundle.options().unwrap(), None);
     }
 
     #[test]

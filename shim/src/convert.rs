@@ -5,14 +5,19 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::api;
 use containerd_shim_protos::cgroups_v2::metrics;
+use containerd_shim_protos::sandbox_api;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, Message, MessageField};
 use runtime::error::{Error, ErrorKind, Result};
 use runtime::types::{
-    ContainerProcess, ContainerStats, CreateContainerRequest, ExecProcessRequest, HugePageFigures, IoFigures,
-    Mount, NetworkFigures, Pressure, PressureLine, ProcessState, ProcessStatus, Stdio,
+    ContainerProcess, ContainerStats, CreateContainerRequest, CreateSandboxRequest, ExecProcessRequest,
+    HugePageFigures, IoFigures, Mount, NetworkFigures, Pressure, PressureLine, ProcessState, ProcessStatus,
+    Stdio,
 };
+
+use crate::bundle::Bundle;
+use crate::{options, pod};
 
 /// Type of [`stats`]; containerd looks for exactly this, without a host.
 pub const METRICS_TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
@@ -56,7 +61,7 @@ pub fn create_request(request: api::CreateTaskRequest) -> Result<CreateContainer
         ));
     }
     Ok(CreateContainerRequest {
-        options: crate::options::decode(request.options.as_ref())?,
+        options: options::decode(request.options.as_ref())?,
         container_id: request.id,
         bundle: request.bundle.into(),
         rootfs: request.rootfs.into_iter().map(mount).collect(),
@@ -66,6 +71,49 @@ pub fn create_request(request: api::CreateTaskRequest) -> Result<CreateContainer
             stderr: request.stderr,
             terminal: request.terminal,
         },
+    })
+}
+
+/// CreateSandbox, as the runtime wants it. The options of the runtime class are not in the request but in the bundle, where
+/// `start` has put them.
+///
+/// # Errors
+/// `InvalidArgument` for options that do not decode, `Unimplemented` for a root filesystem, which no sandbox here has.
+pub fn sandbox_request(request: sandbox_api::CreateSandboxRequest) -> Result<CreateSandboxRequest> {
+    if !request.rootfs.is_empty() {
+        let message = format!(
+            "sandbox {}: a root filesystem of its own is not supported",
+            request.sandbox_id
+        );
+        return Err(Error::new(ErrorKind::Unimplemented, message));
+    }
+    let bundle = Bundle::new(&request.bundle_path);
+    let kept = bundle
+        .options()
+        .map_err(|error| Error::new(ErrorKind::Internal, error.to_string()))?;
+    let kept = kept.map(|bytes| Any::parse_from_bytes(&bytes)).transpose();
+    let kept = kept.map_err(|error| {
+        let message = format!("options in {}: {error}", request.bundle_path);
+        Error::new(ErrorKind::InvalidArgument, message)
+    })?;
+    let pod = pod::decode(request.options.as_ref())?;
+    let given = request.options.as_ref();
+    let given = given.filter(|any| pod.is_none() && !any.type_url.is_empty());
+    let options = match given {
+        Some(any) if options::is_options(any) => given,
+        Some(any) => {
+            tracing::warn!(type_url = %any.type_url, "options of the sandbox are not a pod: ignored");
+            kept.as_ref()
+        }
+        None => kept.as_ref(),
+    };
+    Ok(CreateSandboxRequest {
+        options: options::decode(options)?,
+        pod,
+        sandbox_id: request.sandbox_id,
+        bundle: request.bundle_path.into(),
+        netns: request.netns_path.into(),
+        annotations: request.annotations,
     })
 }
 

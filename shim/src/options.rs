@@ -1,16 +1,23 @@
-//! The `options` of a create request: which configuration the runtime class asks for.
+//! The options of the runtime class: which configuration it asks for. They come with the create request of a container, and
+//! for a sandbox on stdin of `start`.
 
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use runtime::error::{Error, ErrorKind, Result};
 use runtime::types::RuntimeOptions;
 
-include!(concat!(env!("OUT_DIR"), "/wire.rs"));
+include!(concat!(env!("OUT_DIR"), "/wire_runc_options.rs"));
+include!(concat!(env!("OUT_DIR"), "/wire_runtimeoptions.rs"));
 
 /// Message name; some containerd releases put a host or package in front of it.
 const OPTIONS: &str = "runtimeoptions.v1.Options";
 /// runc's, which `ctr`, docker and containerd's client library send to any runtime.
 const RUNC_OPTIONS: &str = "containerd.runc.v1.Options";
+
+/// Whether `any` holds options of the runtime.
+pub fn is_options(any: &Any) -> bool {
+    any.type_url.ends_with(OPTIONS)
+}
 
 /// Reads the options; none is fine.
 ///
@@ -30,7 +37,7 @@ pub fn decode(any: Option<&Any>) -> Result<RuntimeOptions> {
             ..RuntimeOptions::default()
         });
     }
-    if !any.type_url.ends_with(OPTIONS) {
+    if !is_options(any) {
         tracing::warn!(type_url = %any.type_url, "options of another runtime ignored");
         return Ok(RuntimeOptions::default());
     }

@@ -1,5 +1,7 @@
 //! The serving process: set-up before there are threads, then requests until the sandbox is no longer wanted.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
@@ -7,7 +9,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use runtime::handler::{RuntimeHandlerManager, ShimContext, TaskHandler};
+use runtime::containers::StreamHub;
+use runtime::handler::{RuntimeHandlerManager, SandboxHandler, ShimContext, TaskHandler};
 use rustix::mount::{MountPropagationFlags, mount_change};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CoreSchedulingScope, UnshareFlags, create_core_scheduling_cookie, unshare_unsafe};
@@ -114,16 +117,18 @@ fn serve_bundle(
     let ttrpc_address = std::env::var(TTRPC_ADDRESS_ENV).unwrap_or_default();
     let result = runtime.block_on(async {
         let (events, receiver) = mpsc::unbounded_channel();
+        let streams = Arc::<StreamHub>::default();
         let context = ShimContext {
             sandbox_id: args.id.clone(),
             namespace: args.namespace.clone(),
             bundle: bundle.dir().to_owned(),
             debug: args.debug,
             log_verbosely: logging::verbosely,
+            streams: Arc::clone(&streams),
         };
         let handler = Arc::new(RuntimeHandlerManager::new(context, events));
         let publisher = Publisher::spawn(receiver, &args.namespace, &ttrpc_address);
-        serve(listener, handler, publisher, IDLE, ready).await
+        serve(listener, handler, streams, publisher, IDLE, ready).await
     });
     runtime.shutdown_timeout(BACKGROUND_PATIENCE);
     result
@@ -190,15 +195,16 @@ fn private_mounts() -> Result<(), RunError> {
     Ok(())
 }
 
-/// Serves `handler` on `listener` until it is shut down, a signal comes or nobody needs it for `idle`; then removes the
+/// Serves `handler` and `streams` on `listener` until it is shut down, a signal comes or nobody needs it for `idle`; then removes the
 /// socket, stops the sandbox and publishes the last events, each in bounded time. Calls `ready` once it serves and
 /// handles signals.
 ///
 /// # Errors
 /// [`RunError`] when the server does not start.
-pub async fn serve(
+pub async fn serve<H: TaskHandler + SandboxHandler>(
     listener: UnixListener,
-    handler: Arc<dyn TaskHandler>,
+    handler: Arc<H>,
+    streams: Arc<StreamHub>,
     publisher: Publisher,
     idle: Duration,
     ready: impl FnOnce(),
@@ -208,9 +214,9 @@ pub async fn serve(
     let activity = Activity::new();
     let shutdown = Arc::new(Notify::new());
     let mut end = handler.watch_end();
-    let task = TaskService::new(Arc::clone(&handler), Arc::clone(&activity), Arc::clone(&shutdown));
-    let sandbox = SandboxService::new(Arc::clone(&shutdown));
-    let mut server = server::serve(listener, task, sandbox)
+    let task = TaskService::new(handler.clone(), Arc::clone(&activity), Arc::clone(&shutdown));
+    let sandbox = SandboxService::new(handler.clone(), Arc::clone(&activity), Arc::clone(&shutdown));
+    let mut server = server::serve(listener, task, sandbox, streams)
         .await
         .map_err(RunError::Server)?;
 

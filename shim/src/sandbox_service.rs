@@ -1,34 +1,91 @@
-//! containerd's Sandbox service, version 1. What the runtime does not provide is answered UNIMPLEMENTED by name; the
-//! methods that need no sandbox work, so that containerd can end a shim it started for one.
+//! containerd's Sandbox service, version 1 (`sandboxer = "shim"`): a pod without a pause container. Its containers are created
+//! by the Task service beside it.
 
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use containerd_shim_protos::sandbox_api as wire;
 use containerd_shim_protos::sandbox_async::Sandbox;
+use containerd_shim_protos::types::metrics::Metric;
 use containerd_shim_protos::types::platform::Platform;
 use protobuf::MessageField;
-use runtime::error::Error;
+use protobuf::well_known_types::timestamp::Timestamp;
+use runtime::error::Result;
+use runtime::handler::SandboxHandler;
+use runtime::sandbox::{Readiness, SandboxStatus};
 use tokio::sync::Notify;
 use ttrpc::asynchronous::TtrpcContext;
 
-use crate::grpc;
+use crate::convert::{self, timestamp};
+use crate::idle::Activity;
+use crate::requests;
+
+/// State of a sandbox that containers can be created in.
+const READY: &str = "SANDBOX_READY";
+/// State of one that does not run yet, or any more.
+const NOT_READY: &str = "SANDBOX_NOTREADY";
 
 /// Serves the Sandbox API.
 pub struct SandboxService {
+    handler: Arc<dyn SandboxHandler>,
+    activity: Arc<Activity>,
     shutdown: Arc<Notify>,
 }
 
 impl SandboxService {
-    /// A service that asks for the end of the process through `shutdown`.
-    pub fn new(shutdown: Arc<Notify>) -> Self {
-        Self { shutdown }
+    /// A service over `handler` that notes what it serves in `activity` and asks for the end of the process through
+    /// `shutdown`.
+    pub fn new(handler: Arc<dyn SandboxHandler>, activity: Arc<Activity>, shutdown: Arc<Notify>) -> Self {
+        Self {
+            handler,
+            activity,
+            shutdown,
+        }
+    }
+
+    async fn query<T>(
+        &self,
+        name: &'static str,
+        sandbox: String,
+        work: impl Future<Output = Result<T>>,
+    ) -> ttrpc::Result<T> {
+        requests::query(&self.activity, name, sandbox, work).await
+    }
+
+    async fn change<T: Send + 'static>(
+        &self,
+        name: &'static str,
+        sandbox: String,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> ttrpc::Result<T> {
+        requests::change(&self.activity, name, sandbox, work).await
+    }
+
+    /// The runtime, for a future that outlives this call.
+    fn handler(&self) -> Arc<dyn SandboxHandler> {
+        Arc::clone(&self.handler)
     }
 }
 
-fn unsupported<T>(method: &'static str) -> ttrpc::Result<T> {
-    tracing::warn!("{method} is not supported");
-    Err(grpc::status(&Error::unsupported(method)))
+fn optional(time: Option<SystemTime>) -> MessageField<Timestamp> {
+    MessageField::from_option(time.map(timestamp))
+}
+
+fn status_response(status: SandboxStatus, verbose: bool) -> wire::SandboxStatusResponse {
+    let state = match status.state {
+        Readiness::Ready => READY,
+        Readiness::NotReady => NOT_READY,
+    };
+    wire::SandboxStatusResponse {
+        sandbox_id: status.sandbox_id,
+        pid: status.pid,
+        state: state.to_owned(),
+        info: if verbose { status.info } else { Default::default() },
+        created_at: optional(status.created_at),
+        exited_at: optional(status.end.map(|end| end.at)),
+        ..Default::default()
+    }
 }
 
 #[async_trait]
@@ -36,17 +93,34 @@ impl Sandbox for SandboxService {
     async fn create_sandbox(
         &self,
         _: &TtrpcContext,
-        _: wire::CreateSandboxRequest,
+        request: wire::CreateSandboxRequest,
     ) -> ttrpc::Result<wire::CreateSandboxResponse> {
-        unsupported("CreateSandbox")
+        let (handler, activity) = (self.handler(), Arc::clone(&self.activity));
+        let id = request.sandbox_id.clone();
+        let name = id.clone();
+        let create = async move {
+            handler.create_sandbox(convert::sandbox_request(request)?).await?;
+            // It needs this process until it is shut down, with or without containers.
+            activity.created(&id);
+            Ok(())
+        };
+        self.change("CreateSandbox", name, create).await?;
+        Ok(wire::CreateSandboxResponse::new())
     }
 
     async fn start_sandbox(
         &self,
         _: &TtrpcContext,
-        _: wire::StartSandboxRequest,
+        request: wire::StartSandboxRequest,
     ) -> ttrpc::Result<wire::StartSandboxResponse> {
-        unsupported("StartSandbox")
+        let (handler, id) = (self.handler(), request.sandbox_id.clone());
+        let start = async move { handler.start_sandbox(&id).await };
+        let started = self.change("StartSandbox", request.sandbox_id, start).await?;
+        Ok(wire::StartSandboxResponse {
+            pid: started.pid,
+            created_at: MessageField::some(timestamp(started.created_at)),
+            ..Default::default()
+        })
     }
 
     async fn platform(
@@ -73,40 +147,63 @@ impl Sandbox for SandboxService {
     async fn stop_sandbox(
         &self,
         _: &TtrpcContext,
-        _: wire::StopSandboxRequest,
+        request: wire::StopSandboxRequest,
     ) -> ttrpc::Result<wire::StopSandboxResponse> {
-        unsupported("StopSandbox")
+        let (handler, id) = (self.handler(), request.sandbox_id.clone());
+        let seconds = u64::from(request.timeout_secs);
+        let timeout = (seconds > 0).then(|| Duration::from_secs(seconds));
+        let stop = async move { handler.stop_sandbox(&id, timeout).await };
+        self.change("StopSandbox", request.sandbox_id, stop).await?;
+        Ok(wire::StopSandboxResponse::new())
     }
 
     async fn wait_sandbox(
         &self,
         _: &TtrpcContext,
-        _: wire::WaitSandboxRequest,
+        request: wire::WaitSandboxRequest,
     ) -> ttrpc::Result<wire::WaitSandboxResponse> {
-        unsupported("WaitSandbox")
+        let wait = self.handler.wait_sandbox(&request.sandbox_id);
+        let end = self
+            .query("WaitSandbox", request.sandbox_id.clone(), wait)
+            .await?;
+        Ok(wire::WaitSandboxResponse {
+            exit_status: end.status(),
+            exited_at: MessageField::some(timestamp(end.at)),
+            ..Default::default()
+        })
     }
 
     async fn sandbox_status(
         &self,
         _: &TtrpcContext,
-        _: wire::SandboxStatusRequest,
+        request: wire::SandboxStatusRequest,
     ) -> ttrpc::Result<wire::SandboxStatusResponse> {
-        unsupported("SandboxStatus")
+        let status = self.handler.sandbox_status(&request.sandbox_id);
+        self.query("SandboxStatus", request.sandbox_id.clone(), status)
+            .await
+            .map(|status| status_response(status, request.verbose))
     }
 
     async fn ping_sandbox(
         &self,
         _: &TtrpcContext,
-        _: wire::PingRequest,
+        request: wire::PingRequest,
     ) -> ttrpc::Result<wire::PingResponse> {
+        let ping = self.handler.ping_sandbox(&request.sandbox_id);
+        self.query("PingSandbox", request.sandbox_id.clone(), ping)
+            .await?;
         Ok(wire::PingResponse::new())
     }
 
     async fn shutdown_sandbox(
         &self,
         _: &TtrpcContext,
-        _: wire::ShutdownSandboxRequest,
+        request: wire::ShutdownSandboxRequest,
     ) -> ttrpc::Result<wire::ShutdownSandboxResponse> {
+        let (handler, id) = (self.handler(), request.sandbox_id.clone());
+        let shutdown = async move { handler.shutdown_sandbox(&id).await };
+        self.change("ShutdownSandbox", request.sandbox_id, shutdown)
+            .await?;
         self.shutdown.notify_one();
         Ok(wire::ShutdownSandboxResponse::new())
     }
@@ -114,8 +211,21 @@ impl Sandbox for SandboxService {
     async fn sandbox_metrics(
         &self,
         _: &TtrpcContext,
-        _: wire::SandboxMetricsRequest,
+        request: wire::SandboxMetricsRequest,
     ) -> ttrpc::Result<wire::SandboxMetricsResponse> {
-        unsupported("SandboxMetrics")
+        let stats = async { convert::stats(&self.handler.stats_sandbox(&request.sandbox_id).await?) };
+        let data = self
+            .query("SandboxMetrics", request.sandbox_id.clone(), stats)
+            .await?;
+        let metric = Metric {
+            timestamp: MessageField::some(timestamp(SystemTime::now())),
+            id: request.sandbox_id,
+            data: MessageField::some(data),
+            ..Default::default()
+        };
+        Ok(wire::SandboxMetricsResponse {
+            metrics: MessageField::some(metric),
+            ..Default::default()
+        })
     }
 }

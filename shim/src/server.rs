@@ -1,4 +1,5 @@
-//! The ttrpc server: Task v2 and v3 from one implementation, and the Sandbox service, on one socket.
+//! The ttrpc server: Task v2 and v3 from one implementation, and the Sandbox service, on one socket; beside them streams,
+//! which are not ttrpc's server's ([`crate::accept`]).
 
 use std::collections::HashMap;
 use std::os::unix::net::UnixListener;
@@ -6,9 +7,11 @@ use std::sync::Arc;
 
 use containerd_shim_protos::sandbox_async::{Sandbox, create_sandbox};
 use containerd_shim_protos::shim_async::{Task, create_task};
+use runtime::containers::StreamHub;
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, Service};
 
+use crate::accept;
 use crate::sandbox_service::SandboxService;
 use crate::task_service::TaskService;
 
@@ -23,9 +26,12 @@ pub async fn serve(
     listener: UnixListener,
     task: TaskService,
     sandbox: SandboxService,
+    streams: Arc<StreamHub>,
 ) -> ttrpc::Result<Server> {
     let failed = |error: std::io::Error| ttrpc::Error::Socket(error.to_string());
-    let listener = Listener::try_from(listener).map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    let listener = tokio::net::UnixListener::from_std(listener).map_err(failed)?;
+    let listener = Listener::new(accept::connections(listener, streams));
     let task: Arc<dyn Task + Send + Sync> = Arc::new(task);
     let sandbox: Arc<dyn Sandbox + Send + Sync> = Arc::new(sandbox);
     let mut server = Server::new()

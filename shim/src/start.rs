@@ -61,6 +61,15 @@ pub enum StartError {
     Encode(#[from] protobuf::Error),
 }
 
+/// What containerd said, on the command line and on stdin.
+struct Call<'a> {
+    args: &'a Args,
+    params: Option<BootstrapParams>,
+    /// Of the runtime class, encoded.
+    options: Option<Vec<u8>>,
+    debug: bool,
+}
+
 /// Runs the action in the working folder; returns what to print on stdout.
 ///
 /// # Errors
@@ -71,28 +80,28 @@ pub fn start(args: &Args) -> Result<Vec<u8>, StartError> {
     let bundle = Bundle::new(env::current_dir().map_err(StartError::WorkingFolder)?);
     let stdin = bootstrap::read_stdin();
     let params = bootstrap::params(&stdin, &args.namespace, &args.id);
-    let debug = args.debug || params.as_ref().is_some_and(bootstrap::wants_debug);
-    logging::to_fifo(bundle.dir(), &args.namespace, &args.id, debug);
+    let call = Call {
+        args,
+        options: bootstrap::runtime_options(&stdin, params.as_ref()),
+        debug: args.debug || params.as_ref().is_some_and(bootstrap::wants_debug),
+        params,
+    };
+    logging::to_fifo(bundle.dir(), &args.namespace, &args.id, call.debug);
     for warning in &args.warnings {
         tracing::warn!("{warning}");
     }
 
     let address = match bundle.kind()? {
-        ContainerKind::Member { sandbox_id } => join_sandbox(args, params.as_ref(), &bundle, &sandbox_id)?,
-        ContainerKind::Single | ContainerKind::Sandbox => new_sandbox(args, params.as_ref(), &bundle, debug)?,
+        ContainerKind::Member { sandbox_id } => join_sandbox(&call, &bundle, &sandbox_id)?,
+        ContainerKind::Single | ContainerKind::Sandbox => new_sandbox(&call, &bundle)?,
     };
-    Ok(bootstrap::reply(params.as_ref(), &address)?)
+    Ok(bootstrap::reply(call.params.as_ref(), &address)?)
 }
 
-fn join_sandbox(
-    args: &Args,
-    params: Option<&BootstrapParams>,
-    bundle: &Bundle,
-    sandbox_id: &str,
-) -> Result<Address, StartError> {
-    let address = Address::of_sandbox(&socket_dir(params), &args.address, &args.namespace, sandbox_id)?;
+fn join_sandbox(call: &Call<'_>, bundle: &Bundle, sandbox_id: &str) -> Result<Address, StartError> {
+    let address = address_of(call, sandbox_id)?;
     if !socket::is_served(address.path()) {
-        let (sandbox_id, id) = (sandbox_id.to_owned(), args.id.clone());
+        let (sandbox_id, id) = (sandbox_id.to_owned(), call.args.id.clone());
         return Err(StartError::NoSandbox {
             sandbox_id,
             id,
@@ -103,19 +112,19 @@ fn join_sandbox(
     Ok(address)
 }
 
-fn new_sandbox(
-    args: &Args,
-    params: Option<&BootstrapParams>,
-    bundle: &Bundle,
-    debug: bool,
-) -> Result<Address, StartError> {
-    let address = if args.socket.is_empty() {
-        Address::of_sandbox(&socket_dir(params), &args.address, &args.namespace, &args.id)?
+fn address_of(call: &Call<'_>, sandbox_id: &str) -> Result<Address, AddressError> {
+    let folder = socket_dir(call.params.as_ref());
+    Address::of_sandbox(&folder, &call.args.address, &call.args.namespace, sandbox_id)
+}
+
+fn new_sandbox(call: &Call<'_>, bundle: &Bundle) -> Result<Address, StartError> {
+    let address = if call.args.socket.is_empty() {
+        address_of(call, &call.args.id)?
     } else {
-        Address::of_path(PathBuf::from(&args.socket))?
+        Address::of_path(PathBuf::from(&call.args.socket))?
     };
     let listener = socket::bind(&address)?;
-    serve(args, params, bundle, debug, &address, &listener).inspect_err(|_| {
+    serve(call, bundle, &address, &listener).inspect_err(|_| {
         bundle.clear();
         if let Err(error) = socket::remove(address.path()) {
             tracing::warn!(%error, "cleaning up");
@@ -125,18 +134,20 @@ fn new_sandbox(
 }
 
 fn serve(
-    args: &Args,
-    params: Option<&BootstrapParams>,
+    call: &Call<'_>,
     bundle: &Bundle,
-    debug: bool,
     address: &Address,
     listener: &UnixListener,
 ) -> Result<(), StartError> {
     // Before the process exists, so that it is never without: containerd ≤ 1.6 reads it after a restart.
     bundle.write_address(address)?;
+    if let Some(options) = &call.options {
+        bundle.write_options(options)?;
+    }
     if let Err(error) = raise_oom_score() {
         tracing::warn!(%error, "oom_score_adj");
     }
+    let params = call.params.as_ref();
     let ttrpc_address = params
         .map(|params| params.containerd_ttrpc_address.as_str())
         .unwrap_or_default();
@@ -145,7 +156,7 @@ fn serve(
     } else {
         &[(TTRPC_ADDRESS_ENV, ttrpc_address)]
     };
-    spawn::spawn(args, debug, environment, listener)?;
+    spawn::spawn(call.args, call.debug, environment, listener)?;
     Ok(())
 }
 

@@ -10,12 +10,11 @@ use protobuf::MessageField;
 use runtime::error::{Error, ErrorKind, Result};
 use runtime::handler::TaskHandler;
 use tokio::sync::Notify;
-use tokio::time::Instant;
 use ttrpc::asynchronous::TtrpcContext;
 
 use crate::convert::{self, process};
-use crate::grpc;
 use crate::idle::Activity;
+use crate::requests;
 use crate::version;
 
 /// Serves Task v2 and v3.
@@ -36,47 +35,22 @@ impl TaskService {
         }
     }
 
-    /// Answers a query. It ends with the client: a Wait whose caller is gone waits for nobody.
     async fn query<T>(
         &self,
         name: &'static str,
         task: String,
         work: impl Future<Output = Result<T>>,
     ) -> ttrpc::Result<T> {
-        let _request = self.activity.request();
-        let start = Instant::now();
-        let result = work.await;
-        let us = start.elapsed().as_micros();
-        match &result {
-            Ok(_) => tracing::debug!(task, us, "{name}"),
-            // Clients learn from such answers that a process is gone; only a create has to find things.
-            Err(error) if error.kind == ErrorKind::NotFound && name != "Create" => {
-                tracing::debug!(task, us, %error, "{name} failed");
-            }
-            Err(error) => tracing::warn!(task, us, kind = ?error.kind, %error, "{name} failed"),
-        }
-        result.map_err(|error| grpc::status(&error))
+        requests::query(&self.activity, name, task, work).await
     }
 
-    /// Carries out a change. It runs to its end even if the client gives up or goes away: ttrpc drops the future of a
-    /// request whose connection closes, and half a create is worse than one nobody waits for.
     async fn change<T: Send + 'static>(
         &self,
         name: &'static str,
         task: String,
         work: impl Future<Output = Result<T>> + Send + 'static,
     ) -> ttrpc::Result<T> {
-        let request = self.activity.request();
-        let running = tokio::spawn(async move {
-            let _request = request;
-            work.await
-        });
-        self.query(name, task, async {
-            running
-                .await
-                .unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("{name}: {error}"))))
-        })
-        .await
+        requests::change(&self.activity, name, task, work).await
     }
 
     /// The runtime, for a future that outlives this call.
@@ -136,17 +110,17 @@ impl Task for TaskService {
         let activity = Arc::clone(&self.activity);
         let name = target(&request.id, &request.exec_id);
         let delete = async move {
-            let exit = handler.delete_process(&process).await?;
+            let deleted = handler.delete_process(&process).await?;
             if process.exec_id.is_empty() {
                 activity.deleted(&process.container_id);
             }
-            Ok(exit)
+            Ok(deleted)
         };
-        let exit = self.change("Delete", name, delete).await?;
+        let deleted = self.change("Delete", name, delete).await?;
         Ok(api::DeleteResponse {
-            pid: std::process::id(),
-            exit_status: exit.status,
-            exited_at: MessageField::some(convert::timestamp(exit.at)),
+            pid: deleted.pid,
+            exit_status: deleted.exit.status,
+            exited_at: MessageField::some(convert::timestamp(deleted.exit.at)),
             ..Default::default()
         })
     }

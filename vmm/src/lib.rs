@@ -38,6 +38,7 @@ pub mod io_loop;
 pub mod rate_limiter;
 
 mod descriptors;
+mod interrupted;
 mod kvm;
 mod lifecycle;
 

@@ -4,6 +4,9 @@
 //! `kata-agent --no-init agent.server_addr=unix:///tmp/agent.sock …` in private mount, PID, IPC and UTS
 //! namespaces, with cgroup v2 mounted on /sys/fs/cgroup. `--listen ADDRESS` is short for `agent.server_addr=`.
 
+// Modules that need it allow it, with a SAFETY comment at each block (clippy::undocumented_unsafe_blocks).
+#![deny(unsafe_code)]
+
 mod container;
 mod init;
 mod logging;
@@ -30,6 +33,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.first().map(String::as_str) {
         Some(container::helper::ARGUMENT) => container::helper::main(arguments.get(1)),
+        Some(sandbox::pause::ARGUMENT) => sandbox::pause::main(),
         Some("--version") => {
             println!("kata-agent {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS

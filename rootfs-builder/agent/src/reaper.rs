@@ -4,6 +4,8 @@
 //! container process may die before its helper has reported it. Statuses nobody asked for are therefore kept as
 //! long as a [`Launch`] is in progress, and forgotten after.
 
+#![allow(unsafe_code)]
+
 use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

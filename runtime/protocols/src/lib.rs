@@ -10,6 +10,7 @@ pub mod empty {
 include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 
 pub mod oci_convert;
+pub mod pid_namespace;
 
 /// Vsock port of the guest where the agent connects the host to TCP ports of the pod's own loopback.
 ///

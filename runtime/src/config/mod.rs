@@ -19,7 +19,9 @@ use serde::{Deserialize, Serialize};
 
 pub use load::{ConfigFile, Origin, Origins, load, load_with, read};
 pub use validate::{MAX_VCPUS, MIN_MEMORY_MIB};
-pub use words::{AgentName, HypervisorName, RootfsType, RuntimeName, SharedFs, UnknownWord, VirtioFsCache};
+pub use words::{
+    AgentName, CpuTemplate, HypervisorName, RootfsType, RuntimeName, SharedFs, UnknownWord, VirtioFsCache,
+};
 
 /// A configuration that cannot be used; each message names file, key, value and what is allowed.
 #[derive(Debug, thiserror::Error)]
@@ -152,6 +154,10 @@ pub struct HypervisorConfig {
     pub virtio_fs_cache: VirtioFsCache,
     /// `--thread-pool-size=N` is used; anything else is reported.
     pub virtio_fs_extra_args: Vec<String>,
+    /// Makes the CPUs of several hosts look alike to guests.
+    pub cpu_template: CpuTemplate,
+    /// Lets the guest be a hypervisor itself (VT-x, AMD-V).
+    pub enable_nested_virtualization: bool,
     /// Empty virtio-mmio slots for devices added to a running VM.
     pub hotplug_slots: u8,
     /// Verbose guest kernel and agent, console forwarded to the log.
@@ -179,6 +185,8 @@ impl Default for HypervisorConfig {
             shared_fs: SharedFs::InlineVirtioFs,
             virtio_fs_cache: VirtioFsCache::Auto,
             virtio_fs_extra_args: vec!["--thread-pool-size=1".into()],
+            cpu_template: CpuTemplate::None,
+            enable_nested_virtualization: false,
             hotplug_slots: 8,
             enable_debug: false,
             factory: FactoryConfig::default(),

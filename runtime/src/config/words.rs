@@ -85,6 +85,18 @@ words! {
         Always = "always",
     }
 
+    /// What the guest's processors look like.
+    CpuTemplate = "hypervisor.dragonball.cpu_template" {
+        /// As the host's.
+        None = "none",
+        /// SSE4.2 and POPCNT.
+        V2 = "x86-64-v2",
+        /// AVX2, BMI, FMA, MOVBE.
+        V3 = "x86-64-v3",
+        /// AVX-512.
+        V4 = "x86-64-v4",
+    }
+
     /// Filesystem of a guest image.
     RootfsType = "hypervisor.dragonball.rootfs_type" {
         /// ext4

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use super::hooks::HostHooks;
+use super::host_pid::HostPid;
 use super::process::{Phase, Process};
 use crate::error::{Error, ErrorKind, Result};
 use crate::resource::ResourceManager;
@@ -23,15 +25,22 @@ pub(super) struct HostSide {
     pub rootfs: Box<dyn Rootfs>,
     pub volumes: Volumes,
     pub resources: Arc<ResourceManager>,
+    /// Stands for it on the host.
+    pub pid: HostPid,
+    /// `None` when it has no hooks on the host.
+    pub hooks: Option<HostHooks>,
 }
 
 impl HostSide {
-    /// Takes it all away; what stays is logged and left to the journal.
+    /// Takes it all away, then runs poststop hooks that are due; what stays is logged and left to the journal.
     pub(super) async fn cleanup(&self) {
         let devices = self.resources.devices();
         self.volumes.cleanup(devices).await;
         if let Err(error) = self.rootfs.cleanup(devices).await {
             tracing::warn!(%error, "rootfs");
+        }
+        if let Some(hooks) = &self.hooks {
+            hooks.stopped().await;
         }
     }
 }
@@ -141,7 +150,7 @@ impl Container {
                 exec_id: process.id().exec_id.clone(),
             },
             bundle: self.bundle.clone(),
-            pid: std::process::id(),
+            pid: process.host_pid(),
             status,
             stdio: process.stdio().clone(),
             exit,

@@ -6,15 +6,19 @@ use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 use protocols::agent as wire;
 use protocols::oci_convert::spec_to_wire;
+use protocols::pid_namespace;
 
 use super::VirtContainerManager;
 use super::container::{Container, HostSide};
+use super::hooks::HostHooks;
+use super::host_pid::HostPid;
 use super::io::{Owner, ProcessIo, Streams};
+use super::pid_namespace::PidNamespace;
 use super::process::Process;
 use super::spec::bundle::container_kind;
-use super::spec::{GuestSpec, amend, joins_pid_namespace};
-use crate::cri::ContainerKind;
+use super::spec::{GuestSpec, amend, join_pid_namespace};
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::blocking;
 use crate::sandbox::SandboxState;
 use crate::timeline;
 use crate::types::{ContainerProcess, CreateContainerRequest, Event, Stdio};
@@ -50,7 +54,8 @@ impl VirtContainerManager {
         }
     }
 
-    /// Rootfs and volumes beside the streams, whose logger may take a while; then the message to the agent.
+    /// Rootfs and volumes beside the streams, whose logger may take a while; then the message to the agent, and the hooks of
+    /// the host's, which find the rootfs mounted.
     async fn prepare_reserved(
         &self,
         request: &CreateContainerRequest,
@@ -62,9 +67,17 @@ impl VirtContainerManager {
         let host = host?;
         let message = self.message(request, Arc::unwrap_or_clone(spec), &host);
         let context = |error: Error| error.context(format!("container {}", request.container_id));
-        match (streams, message) {
-            (Ok(streams), Ok(message)) => Ok((host, streams, message)),
-            (Err(error), _) | (_, Err(error)) => {
+        let ready = match (streams, message) {
+            (Ok(streams), Ok(message)) => match &host.hooks {
+                // What they put into the pod's network namespace is seen by the scan at Start.
+                Some(hooks) => hooks.create(&host.pid).await.map(|()| (streams, message)),
+                None => Ok((streams, message)),
+            },
+            (Err(error), _) | (_, Err(error)) => Err(error),
+        };
+        match ready {
+            Ok((streams, message)) => Ok((host, streams, message)),
+            Err(error) => {
                 host.cleanup().await;
                 Err(context(error))
             }
@@ -88,8 +101,8 @@ impl VirtContainerManager {
             streams,
             message,
         } = prepared;
-        let id = request.container_id.clone();
-        let init = match self.create_in_guest(&request, streams, message).await {
+        let (id, pid) = (request.container_id.clone(), host.pid.tid());
+        let init = match self.create_in_guest(&request, pid, streams, message).await {
             Ok(init) => init,
             Err(error) => {
                 host.cleanup().await;
@@ -99,7 +112,6 @@ impl VirtContainerManager {
         };
         timeline::mark("container created");
         let container = Arc::new(Container::new(id, request.bundle.clone(), init, host));
-        let pid = std::process::id();
         let created = Event::TaskCreate {
             container_id: request.container_id,
             bundle: request.bundle,
@@ -136,12 +148,16 @@ impl VirtContainerManager {
     async fn host_side(&self, request: &CreateContainerRequest, spec: &Arc<Spec>) -> Result<HostSide> {
         let resources = self.sandbox.resources().clone();
         let (id, bundle) = (&request.container_id, &request.bundle);
+        let pid = self.host_pid().await?;
+        let hooks = HostHooks::of(id, bundle, spec, resources.state_folder());
         let rootfs = resources.handle_rootfs(id, bundle, &request.rootfs, spec).await?;
         match resources.handle_volumes(id, spec).await {
             Ok(volumes) => Ok(HostSide {
                 rootfs,
                 volumes,
                 resources,
+                pid,
+                hooks,
             }),
             Err(error) => {
                 if let Err(left) = rootfs.cleanup(resources.devices()).await {
@@ -152,6 +168,15 @@ impl VirtContainerManager {
         }
     }
 
+    /// The pid that stands for a container: in the pod's network namespace, if it has one.
+    async fn host_pid(&self) -> Result<HostPid> {
+        if let Some(pid) = self.take_first_pid() {
+            return Ok(pid);
+        }
+        let netns = self.sandbox.netns().map(ToOwned::to_owned);
+        blocking("host pid", move || HostPid::park(netns.as_deref())).await
+    }
+
     fn message(
         &self,
         request: &CreateContainerRequest,
@@ -160,8 +185,8 @@ impl VirtContainerManager {
     ) -> Result<wire::CreateContainerRequest> {
         let id = &request.container_id;
         let kind = container_kind(&spec)?;
-        // A path of the host's in `amend`'s eyes: here it says that the pod's containers see each other's processes.
-        let sandbox_pidns = matches!(kind, ContainerKind::Member { .. }) && joins_pid_namespace(&spec);
+        // A path of the host's in `amend`'s eyes.
+        let pids = self.pid_namespace(&spec)?;
         let guest = GuestSpec {
             container: id.clone(),
             rootfs: host.rootfs.get_guest_rootfs_path(),
@@ -173,6 +198,9 @@ impl VirtContainerManager {
         for warning in amend(&mut spec, guest, &kind)? {
             tracing::warn!(container = id, "{warning}");
         }
+        if let PidNamespace::Of(other) = &pids {
+            join_pid_namespace(&mut spec, pid_namespace::path_of(other));
+        }
         let rootfs = host.rootfs.get_storage().into_iter();
         let device = host.rootfs.get_device().into_iter();
         Ok(wire::CreateContainerRequest {
@@ -180,7 +208,7 @@ impl VirtContainerManager {
             storages: rootfs.chain(host.volumes.storages()).collect(),
             devices: device.chain(host.volumes.devices()).collect(),
             OCI: MessageField::some(spec_to_wire(&spec)),
-            sandbox_pidns,
+            sandbox_pidns: pids == PidNamespace::Pods,
             ..Default::default()
         })
     }
@@ -188,6 +216,7 @@ impl VirtContainerManager {
     async fn create_in_guest(
         &self,
         request: &CreateContainerRequest,
+        pid: u32,
         streams: Streams,
         mut message: wire::CreateContainerRequest,
     ) -> Result<Arc<Process>> {
@@ -195,7 +224,7 @@ impl VirtContainerManager {
             container_id: request.container_id.clone(),
             exec_id: String::new(),
         };
-        let init = Arc::new(Process::new(init, request.stdio.clone(), self.events()));
+        let init = Arc::new(Process::new(init, pid, request.stdio.clone(), self.events()));
         let io = self.attach(streams)?;
         message.stdin_port = io.stdin_port;
         message.stdout_port = io.stdout_port;
@@ -221,7 +250,7 @@ impl VirtContainerManager {
             container: container.to_owned(),
             namespace: self.namespace.clone(),
         };
-        Streams::open(stdio, owner).await
+        Streams::open(stdio, owner, self.streams.clone()).await
     }
 
     pub(super) fn attach(&self, streams: Streams) -> Result<Arc<ProcessIo>> {

@@ -41,7 +41,8 @@ impl VirtContainerManager {
         }
         spec.set_terminal(Some(request.stdio.terminal));
         amend_process(&mut spec);
-        let process = Process::new(request.process.clone(), request.stdio, self.events()).with_spec(spec);
+        let (id, pid) = (request.process.clone(), container.host.pid.tid());
+        let process = Process::new(id, pid, request.stdio, self.events()).with_spec(spec);
         container.add_exec(Arc::new(process))?;
         self.publish(Event::TaskExecAdded {
             process: request.process,
@@ -82,11 +83,19 @@ impl VirtContainerManager {
         {
             tracing::warn!(%process, %error, "terminal size");
         }
+        if process.is_init()
+            && let Some(hooks) = &container.host.hooks
+            && let Err(error) = hooks.started(&container.host.pid).await
+        {
+            self.kill_started(&process).await;
+            return Err(error.context(format!("start {process}")));
+        }
         process.finish_start();
+        let pid = process.host_pid();
         if !process.is_init() {
             self.spawn_waiter(container, process);
         }
-        Ok(std::process::id())
+        Ok(pid)
     }
 
     async fn start_init(&self, container: &Container) -> Result<()> {

@@ -70,7 +70,7 @@ impl VirtContainerManager {
             };
             self.publish(Event::TaskDelete {
                 process: process.id().clone(),
-                pid: std::process::id(),
+                pid: process.host_pid(),
                 exit,
             });
             Ok(exit)

@@ -12,13 +12,15 @@ use protocols::oci_convert::resources_to_wire;
 use tokio::sync::mpsc;
 
 use super::container::Container;
+use super::host_pid::HostPid;
+use super::io::StreamHub;
+use super::poststop::{self, Records};
 use super::process::Process;
 use super::spec::amend_resources;
-use super::{ContainerManager, stats};
+use super::{ContainerManager, pod_stats, stats};
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::VmExit;
 use crate::paths::check_id;
-use crate::sandbox::VirtSandbox;
+use crate::sandbox::{SandboxEnd, VirtSandbox};
 use crate::types::{
     ContainerProcess, ContainerStats, CreateContainerRequest, Event, ExecProcessRequest, ProcessExit,
     ProcessState,
@@ -38,8 +40,11 @@ pub struct VirtContainerManager {
     pub(super) sandbox_id: String,
     pub(super) namespace: String,
     pub(super) sandbox: Arc<VirtSandbox>,
+    pub(super) streams: Arc<StreamHub>,
     events: mpsc::UnboundedSender<Event>,
     containers: Mutex<HashMap<String, Slot>>,
+    /// Of the first container, when the pod's network namespace is one that it keeps.
+    first_pid: Mutex<Option<HostPid>>,
 }
 
 impl VirtContainerManager {
@@ -49,15 +54,37 @@ impl VirtContainerManager {
         namespace: impl Into<String>,
         sandbox: Arc<VirtSandbox>,
         events: mpsc::UnboundedSender<Event>,
+        streams: Arc<StreamHub>,
     ) -> Self {
         let (sandbox_id, namespace) = (sandbox_id.into(), namespace.into());
         Self {
             sandbox_id,
             namespace,
             sandbox,
+            streams,
             events,
             containers: Mutex::default(),
+            first_pid: Mutex::default(),
         }
+    }
+
+    /// Makes `pid` that of the container which is created next.
+    pub(crate) fn adopt(&self, pid: HostPid) {
+        *self.first_pid.lock().unwrap_or_else(PoisonError::into_inner) = Some(pid);
+    }
+
+    pub(super) fn take_first_pid(&self) -> Option<HostPid> {
+        self.first_pid
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
+    /// Runs the poststop hooks of containers that nobody has deleted. To be called before the sandbox' folders go.
+    pub(crate) async fn run_left_poststop(&self) {
+        let records = Records::of(&self.sandbox.resources().state_folder());
+        let due = tokio::task::spawn_blocking(move || records.take_all()).await;
+        poststop::run_all(due.unwrap_or_default()).await;
     }
 
     /// Whether any container is left.
@@ -73,12 +100,39 @@ impl VirtContainerManager {
     }
 
     /// The VM is gone, and every process with it. Exits are published, waiters released.
-    pub fn vm_ended(&self, exit: &VmExit) {
+    pub fn vm_ended(&self, end: &SandboxEnd) {
         let containers: Vec<_> = self.containers().values().filter_map(Slot::ready).collect();
         for container in containers {
-            tracing::warn!(container = container.id, %exit, "killed with the VM");
+            tracing::warn!(container = container.id, exit = %end.exit, "killed with the VM");
             container.killed();
         }
+    }
+
+    /// Figures of all containers together. One that goes in the meantime is left out.
+    ///
+    /// # Errors
+    /// Of the agent.
+    pub async fn stats_of_all(&self) -> Result<ContainerStats> {
+        let containers: Vec<_> = self.containers().values().filter_map(Slot::ready).collect();
+        let mut all = Vec::with_capacity(containers.len());
+        for container in containers {
+            match self.stats(&container, true).await {
+                Ok(stats) => all.push(stats),
+                Err(error) if error.kind == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(pod_stats::together(&all))
+    }
+
+    /// `pod`: with the interfaces, which are the pod's.
+    async fn stats(&self, container: &Container, pod: bool) -> Result<ContainerStats> {
+        let request = wire::StatsContainerRequest {
+            container_id: container.id.clone(),
+            ..Default::default()
+        };
+        let response = self.sandbox.agent().stats_container(request).await?;
+        Ok(stats::convert(response, pod))
     }
 
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
@@ -90,6 +144,13 @@ impl VirtContainerManager {
             .get(id)
             .and_then(Slot::ready)
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("container {id} does not exist")))
+    }
+
+    /// The container that `pid` stands for on the host.
+    pub(super) fn container_at(&self, pid: u32) -> Option<Arc<Container>> {
+        let containers = self.containers();
+        let mut ready = containers.values().filter_map(Slot::ready);
+        ready.find(|container| container.host.pid.tid() == pid)
     }
 
     fn process(&self, id: &ContainerProcess) -> Result<(Arc<Container>, Arc<Process>)> {
@@ -180,12 +241,7 @@ impl ContainerManager for VirtContainerManager {
 
     async fn stats_container(&self, container: &str) -> Result<ContainerStats> {
         let container = self.container(container)?;
-        let request = wire::StatsContainerRequest {
-            container_id: container.id.clone(),
-            ..Default::default()
-        };
-        let response = self.sandbox.agent().stats_container(request).await?;
-        Ok(stats::convert(response, container.id == self.sandbox_id))
+        self.stats(&container, container.id == self.sandbox_id).await
     }
 
     async fn update_container(&self, container: &str, resources: &[u8]) -> Result<()> {
@@ -203,8 +259,7 @@ impl ContainerManager for VirtContainerManager {
     }
 
     async fn connect_container(&self, container: &str) -> Result<u32> {
-        self.container(container)?;
-        self.pid().await
+        Ok(self.container(container)?.host.pid.tid())
     }
 
     async fn close_process_io(&self, process: &ContainerProcess) -> Result<()> {

@@ -4,8 +4,13 @@ mod container;
 mod create;
 mod exec;
 mod exit;
+mod hooks;
+mod host_pid;
 mod io;
 mod manager;
+mod pid_namespace;
+mod pod_stats;
+pub(crate) mod poststop;
 mod process;
 mod signal;
 mod spec;
@@ -18,8 +23,11 @@ use crate::types::{
     ContainerProcess, ContainerStats, CreateContainerRequest, ExecProcessRequest, ProcessExit, ProcessState,
 };
 
+pub(crate) use hooks::netns_for_hooks;
+pub use host_pid::HostPid;
+pub use io::{Client, Direction, Lease, ProcessStream, StreamHub};
 pub use manager::VirtContainerManager;
-pub use spec::bundle::{container_kind, load_spec};
+pub use spec::bundle::{container_kind, load_sandbox_spec, load_spec};
 pub use spec::check;
 
 /// Kata's container manager; `pid` and `need_shutdown_sandbox` are for the Sandbox API, which shares it.
@@ -60,7 +68,7 @@ pub trait ContainerManager: Send + Sync {
     async fn state_process(&self, process: &ContainerProcess) -> Result<ProcessState>;
     /// Waits for a process' end; before its start and after its end, too.
     async fn wait_process(&self, process: &ContainerProcess) -> Result<ProcessExit>;
-    /// The host pid that stands for every process: the shim's.
+    /// The host pid that stands for the sandbox: the shim's. Each container has one of its own.
     async fn pid(&self) -> Result<u32>;
     /// Whether the sandbox goes with this container.
     async fn need_shutdown_sandbox(&self, container: &str, now: bool) -> bool;

@@ -43,6 +43,8 @@ impl Phase {
 /// A process of a container.
 pub(super) struct Process {
     id: ContainerProcess,
+    /// The pid that stands for its container on the host.
+    host_pid: u32,
     stdio: Stdio,
     /// What an exec runs; init is in the container's spec.
     spec: Option<oci_spec::runtime::Process>,
@@ -58,10 +60,17 @@ pub(super) struct Process {
 }
 
 impl Process {
-    pub(super) fn new(id: ContainerProcess, stdio: Stdio, events: mpsc::UnboundedSender<Event>) -> Self {
+    /// A process of the container that `host_pid` stands for.
+    pub(super) fn new(
+        id: ContainerProcess,
+        host_pid: u32,
+        stdio: Stdio,
+        events: mpsc::UnboundedSender<Event>,
+    ) -> Self {
         let phase = watch::Sender::new(Phase::Created);
         Self {
             id,
+            host_pid,
             stdio,
             spec: None,
             phase,
@@ -85,6 +94,10 @@ impl Process {
 
     pub(super) fn id(&self) -> &ContainerProcess {
         &self.id
+    }
+
+    pub(super) fn host_pid(&self) -> u32 {
+        self.host_pid
     }
 
     pub(super) fn stdio(&self) -> &Stdio {
@@ -283,7 +296,7 @@ impl Process {
     }
 
     fn start_event(&self) -> Event {
-        let pid = std::process::id();
+        let pid = self.host_pid;
         if self.is_init() {
             Event::TaskStart {
                 container_id: self.id.container_id.clone(),
@@ -303,7 +316,7 @@ impl Process {
         }
         Event::TaskExit {
             process: self.id.clone(),
-            pid: std::process::id(),
+            pid: self.host_pid,
             exit,
         }
     }
@@ -347,7 +360,7 @@ mod tests {
             container_id: "c".into(),
             exec_id: exec_id.into(),
         };
-        (Arc::new(Process::new(id, Stdio::default(), sender)), receiver)
+        (Arc::new(Process::new(id, 7, Stdio::default(), sender)), receiver)
     }
 
     fn exit(status: u32) -> ProcessExit {

@@ -77,6 +77,15 @@ impl VirtContainerManager {
         }
     }
 
+    /// A container whose poststart hooks have failed ends: it has been running, but nobody hears of its start.
+    pub(super) async fn kill_started(&self, init: &Process) {
+        if let Err(error) = self.signal(init, SIGKILL, true).await {
+            // It may have ended by itself.
+            tracing::debug!(%init, %error, "after a failed poststart hook");
+        }
+        init.fail_start(128 + SIGKILL);
+    }
+
     /// Freezes a running container.
     pub(super) async fn pause(&self, container: &Container) -> Result<()> {
         if container.init.phase() != Phase::Running {

@@ -1,28 +1,31 @@
 //! The shim's entry into the runtime: the one sandbox of a process, and what may be asked of it.
 
+mod sandbox;
 mod task;
 #[cfg(test)]
 mod tests;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use oci_spec::runtime::Spec;
 use tokio::sync::{mpsc, watch};
 
 use crate::config::{self, ConfigFile};
-use crate::containers::{self, ContainerManager, container_kind, load_spec};
+use crate::containers::poststop::{self, Poststop, Records};
+use crate::containers::{self, container_kind, load_spec};
 use crate::cri::ContainerKind;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::journal::{self, JournalError};
 use crate::host::mounts;
-use crate::instance::{Recipe, RuntimeInstance};
+use crate::instance::{Life, Recipe, RuntimeInstance};
 use crate::paths::SandboxPaths;
 use crate::resource::{rootfs, volume};
 use crate::sandbox::{Sandbox, SandboxConfig, VirtSandbox};
 use crate::types::{CreateContainerRequest, Event, RuntimeOptions};
 
 pub use crate::instance::ShimContext;
+pub use sandbox::SandboxHandler;
 pub use task::TaskHandler;
 
 /// Owns the one runtime instance of a shim process and routes requests to it.
@@ -42,9 +45,13 @@ enum Instance {
     /// No create has come yet, or the last one failed.
     #[default]
     None,
-    /// The first create boots the VM.
+    /// The first create of a container boots the VM.
     Creating,
-    /// Containers can be created.
+    /// The Sandbox API has created a sandbox. It waits for its start.
+    Made(Arc<RuntimeInstance>),
+    /// The Sandbox API boots the VM.
+    Starting(Arc<RuntimeInstance>),
+    /// It was started, and may have ended since.
     Ready(Arc<RuntimeInstance>),
     /// Nothing will be created any more.
     Ended,
@@ -91,7 +98,7 @@ impl RuntimeHandlerManager {
         containers::check(&spec)
             .map_err(|error| error.context(format!("container {}", request.container_id)))?;
         if let Some(instance) = self.existing().await? {
-            return instance.containers.create_container(request, spec).await;
+            return instance.create_container(request, spec).await;
         }
         let created = self.create_with_sandbox(request, spec).await;
         self.booting().take();
@@ -115,11 +122,11 @@ impl RuntimeHandlerManager {
                 return Ok(None);
             }
             match changes.borrow_and_update().clone() {
-                Instance::Ready(instance) => return Ok(Some(instance)),
-                Instance::Ended => {
-                    let message = format!("sandbox {} has ended", self.context.sandbox_id);
-                    return Err(Error::new(ErrorKind::FailedPrecondition, message));
+                // Whether it takes a container is for the sandbox to say.
+                Instance::Made(instance) | Instance::Starting(instance) | Instance::Ready(instance) => {
+                    return Ok(Some(instance));
                 }
+                Instance::Ended => return Err(self.wrong_state("has ended")),
                 Instance::None => continue,
                 Instance::Creating => {}
             }
@@ -129,13 +136,24 @@ impl RuntimeHandlerManager {
     }
 
     fn enter_creating(&self) -> bool {
+        self.replace(|instance| matches!(instance, Instance::None).then_some(Instance::Creating))
+    }
+
+    /// Puts another instance in place if `next` says so.
+    fn replace(&self, next: impl FnOnce(&Instance) -> Option<Instance>) -> bool {
         self.instance.send_if_modified(|instance| {
-            let none = matches!(instance, Instance::None);
-            if none {
-                *instance = Instance::Creating;
+            let next = next(instance);
+            let changes = next.is_some();
+            if let Some(next) = next {
+                *instance = next;
             }
-            none
+            changes
         })
+    }
+
+    fn wrong_state(&self, what: &str) -> Error {
+        let message = format!("sandbox {} {what}", self.context.sandbox_id);
+        Error::new(ErrorKind::FailedPrecondition, message)
     }
 
     /// A sandbox with its first container.
@@ -151,14 +169,22 @@ impl RuntimeHandlerManager {
             );
             return Err(Error::new(ErrorKind::FailedPrecondition, message));
         }
-        let config = SandboxConfig::from_spec(&self.context.sandbox_id, &spec);
+        let mut config = SandboxConfig::from_spec(&self.context.sandbox_id, &spec);
+        let hooks_netns = containers::netns_for_hooks(&spec)?;
+        if let Some(pid) = &hooks_netns {
+            config.netns = Some(pid.netns());
+        }
         let events = self.events.clone();
         let sandbox = self
             .recipe
             .sandbox(&self.context, &request.options, config, events)?;
         let sandbox = Arc::new(sandbox);
         *self.booting() = Some(sandbox.clone());
-        let instance = RuntimeInstance::new(&self.context, sandbox, self.events.clone());
+        let events = self.events.clone();
+        let instance = RuntimeInstance::new(&self.context, sandbox, Life::OfContainer, events);
+        if let Some(pid) = hooks_netns {
+            instance.containers.adopt(pid);
+        }
         match instance.boot_with(request, spec).await {
             Ok(pid) => Ok((instance, pid)),
             Err(error) => {
@@ -176,46 +202,78 @@ impl RuntimeHandlerManager {
     /// Whether the shim may end; then everything has ended already.
     async fn shut_down(&self, container_id: &str, now: bool) -> Result<bool> {
         let current = self.instance.borrow().clone();
-        if let Instance::Ready(instance) = current
-            && !now
-            && instance.containers.has_wanted()
-        {
-            tracing::debug!(container_id, "shutdown: containers are left");
-            return Ok(false);
+        match current {
+            Instance::Made(instance) | Instance::Starting(instance) | Instance::Ready(instance)
+                if instance.life == Life::OfItsOwn =>
+            {
+                tracing::debug!(container_id, "shutdown: the sandbox ends by the Sandbox API");
+                return Ok(false);
+            }
+            Instance::Ready(instance) if !now && instance.containers.has_wanted() => {
+                tracing::debug!(container_id, "shutdown: containers are left");
+                return Ok(false);
+            }
+            _ => {}
         }
         self.wind_down().await;
         self.end.send_replace(true);
         Ok(true)
     }
 
-    /// Stops and cleans up whatever there is. A boot under way is interrupted.
+    /// Stops and cleans up whatever there is; nothing will be created any more. A boot under way is interrupted.
     async fn wind_down(&self) {
+        loop {
+            self.stop_instance().await;
+            let ended = self.replace(|instance| match instance {
+                Instance::None | Instance::Ready(_) => Some(Instance::Ended),
+                _ => None,
+            });
+            if ended || matches!(*self.instance.borrow(), Instance::Ended) {
+                return;
+            }
+        }
+    }
+
+    /// Stops and cleans up the sandbox, if there is one, and keeps what it has to say about its containers. A boot under way
+    /// is interrupted.
+    async fn stop_instance(&self) {
         let mut changes = self.instance.subscribe();
         loop {
             let current = changes.borrow_and_update().clone();
-            match current {
-                Instance::Creating => {
-                    let booting = self.booting().clone();
-                    if let Some(sandbox) = booting
-                        && let Err(error) = sandbox.stop().await
-                    {
-                        tracing::warn!(%error, "interrupting a boot");
-                    }
-                    // The sender is in `self`, so this cannot fail.
-                    let _ = changes.changed().await;
+            let booting = match current {
+                Instance::Creating => self.booting().clone(),
+                Instance::Starting(instance) => Some(instance.sandbox.clone()),
+                Instance::Made(instance) => {
+                    // It will not be started any more: whoever starts it finds that it has ended.
+                    self.replace(|current| {
+                        matches!(current, Instance::Made(_)).then(|| Instance::Ready(instance.clone()))
+                    });
+                    continue;
                 }
                 Instance::Ready(instance) => {
-                    instance.wind_down().await;
-                    self.instance.send_replace(Instance::Ended);
+                    to_its_end(async move { instance.wind_down().await }).await;
                     return;
                 }
-                Instance::None => {
-                    self.instance.send_replace(Instance::Ended);
-                    return;
-                }
-                Instance::Ended => return,
+                Instance::None | Instance::Ended => return,
+            };
+            if let Some(sandbox) = booting {
+                to_its_end(async move {
+                    if let Err(error) = sandbox.stop().await {
+                        tracing::warn!(%error, "interrupting a boot");
+                    }
+                })
+                .await;
             }
+            // The sender is in `self`, so this cannot fail.
+            let _ = changes.changed().await;
         }
+    }
+}
+
+/// Runs `work` even if the caller gives up waiting for it.
+async fn to_its_end(work: impl Future<Output = ()> + Send + 'static) {
+    if let Err(error) = tokio::spawn(work).await {
+        tracing::error!(%error, "ending the sandbox");
     }
 }
 
@@ -225,21 +283,34 @@ impl RuntimeHandlerManager {
 /// `AlreadyExists` when the shim is alive: nothing has been undone then. `Internal` naming everything that could not be
 /// removed.
 pub async fn cleanup(namespace: &str, sandbox_id: &str, bundle: &Path) -> Result<()> {
-    let paths = SandboxPaths::new(namespace, sandbox_id)?;
-    let bundle = bundle.to_owned();
-    let done = tokio::task::spawn_blocking(move || cleanup_paths(&paths, &bundle)).await;
-    done.unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("cleanup: {error}"))))
+    cleanup_paths(SandboxPaths::new(namespace, sandbox_id)?, bundle.to_owned()).await
 }
 
-pub(crate) fn cleanup_paths(paths: &SandboxPaths, bundle: &Path) -> Result<()> {
+/// Undoes everything, then runs the poststop hooks of the containers that the shim has left behind.
+pub(crate) async fn cleanup_paths(paths: SandboxPaths, bundle: PathBuf) -> Result<()> {
+    let undone = tokio::task::spawn_blocking(move || {
+        let mut due = Vec::new();
+        let undone = undo_paths(&paths, &bundle, &mut due);
+        (due, undone)
+    });
+    let (due, undone) = undone
+        .await
+        .map_err(|error| Error::new(ErrorKind::Internal, format!("cleanup: {error}")))?;
+    poststop::run_all(due).await;
+    undone
+}
+
+fn undo_paths(paths: &SandboxPaths, bundle: &Path, due: &mut Vec<Poststop>) -> Result<()> {
     let mut errors = Vec::new();
-    match journal::replay(&paths.journal()) {
+    let records = Records::of(&paths.state());
+    match journal::replay_after(&paths.journal(), || due.extend(records.take_all())) {
         Ok(()) => {}
         Err(JournalError::Left { left, .. }) => errors.extend(left),
         Err(error @ JournalError::InUse(_)) => return Err(error.into()),
         Err(error) => errors.push(error.to_string()),
     }
     // Without a journal (a crash before its first line) these are all there can be.
+    due.extend(records.take_all());
     for result in [
         mounts::unmount(&bundle.join("rootfs")),
         mounts::remove_tree(&paths.sandbox_share()),

@@ -9,7 +9,8 @@ use super::RuntimeHandlerManager;
 use crate::containers::ContainerManager;
 use crate::error::Result;
 use crate::types::{
-    ContainerProcess, ContainerStats, CreateContainerRequest, ExecProcessRequest, ProcessExit, ProcessState,
+    ContainerProcess, ContainerStats, CreateContainerRequest, DeletedProcess, ExecProcessRequest,
+    ProcessExit, ProcessState,
 };
 
 /// Bound of [`TaskHandler::shutdown`]; what is not done by then is left to `delete` and the journal.
@@ -17,8 +18,8 @@ const SHUTDOWN: Duration = Duration::from_secs(15);
 
 /// Serves the requests of one shim process; the shim's services know no other way into the runtime.
 ///
-/// Errors have the kinds of containerd's shim contract. A pid is the one that stands for a process on the host: the
-/// shim's. Whoever calls a method that changes something drives it to its end: a future that is dropped leaves its
+/// Errors have the kinds of containerd's shim contract. A pid is the one that stands for a process on the host: its
+/// container's. Whoever calls a method that changes something drives it to its end: a future that is dropped leaves its
 /// change half done. Only waiting may be given up.
 #[async_trait]
 pub trait TaskHandler: Send + Sync + 'static {
@@ -27,7 +28,7 @@ pub trait TaskHandler: Send + Sync + 'static {
     /// Starts init or an exec; returns its pid.
     async fn start_process(&self, process: &ContainerProcess) -> Result<u32>;
     /// Removes a stopped process; the sandbox ends with its own container.
-    async fn delete_process(&self, process: &ContainerProcess) -> Result<ProcessExit>;
+    async fn delete_process(&self, process: &ContainerProcess) -> Result<DeletedProcess>;
     /// Registers another process.
     async fn exec_process(&self, request: ExecProcessRequest) -> Result<()>;
     /// Signals a process, or all processes of its container.
@@ -71,14 +72,16 @@ impl TaskHandler for RuntimeHandlerManager {
         self.ready()?.containers.start_process(process).await
     }
 
-    async fn delete_process(&self, process: &ContainerProcess) -> Result<ProcessExit> {
+    async fn delete_process(&self, process: &ContainerProcess) -> Result<DeletedProcess> {
         let instance = self.ready()?;
+        // Of a container that is still being made nobody knows a pid; its deletion says what is to be said.
+        let pid = instance.containers.connect_container(&process.container_id).await;
         let exit = instance.containers.delete_process(process).await?;
         if instance.containers.is_sandbox_container(process).await {
             // The VM goes with its container. Off the path of this answer; Shutdown waits for it.
             tokio::spawn(async move { instance.wind_down().await });
         }
-        Ok(exit)
+        Ok(DeletedProcess { pid: pid?, exit })
     }
 
     async fn exec_process(&self, request: ExecProcessRequest) -> Result<()> {

@@ -1,6 +1,9 @@
 //! The whole runtime over a fake VM and agent: requests in, responses and events out.
 
+mod hooks;
+mod pids;
 mod races;
+mod sandbox;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -43,6 +46,7 @@ fn bench(boot: Boot) -> Bench {
         bundle: folder.path().join("c1"),
         debug: false,
         log_verbosely: || {},
+        streams: Arc::default(),
     };
     let manager = RuntimeHandlerManager::with_recipe(context, sender, recipe);
     Bench {
@@ -73,7 +77,7 @@ impl Bench {
                 {"destination": "/proc", "type": "proc", "source": "proc"},
                 {"destination": "/data", "type": "bind", "source": self.path("volume"), "options": ["rbind", "ro"]},
             ],
-            "linux": {"cgroupsPath": "/default/x", "namespaces": [{"type": "pid"}, {"type": "network"}]},
+            "linux": {"cgroupsPath": "/default/x", "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "network"}]},
         });
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         bundle
@@ -127,7 +131,7 @@ impl Bench {
     async fn delete(&self, id: ContainerProcess) -> Result<u32> {
         answer(self.manager.delete_process(&id))
             .await
-            .map(|exit| exit.status)
+            .map(|deleted| deleted.exit.status)
     }
 
     async fn kill(&self, id: ContainerProcess, signal: u32) -> Result<()> {
@@ -232,7 +236,8 @@ async fn container_when_deleted_leaves_nothing_behind() {
     let mut bench = bench(Boot::Announced);
 
     let created = bench.create("c1", &["exit", "42"]).await.unwrap();
-    assert_eq!(created, std::process::id());
+    assert_ne!(created, std::process::id(), "a pid of its own");
+    assert!(Path::new(&format!("/proc/{created}/ns/pid")).exists());
     assert_eq!(bench.status(init("c1")).await, ProcessStatus::Created);
     bench.start(init("c1")).await.unwrap();
     assert_eq!(bench.wait(init("c1")).await, 42);
@@ -729,7 +734,7 @@ async fn cleanup_when_the_shim_crashed_removes_everything() {
     let paths = SandboxPaths::below(&bench.path("run"), "test", "c1").unwrap();
 
     let before = bench.leftovers();
-    let error = cleanup_paths(&paths, &bench.path("c1")).unwrap_err();
+    let error = cleanup_paths(paths.clone(), bench.path("c1")).await.unwrap_err();
     assert_eq!(error.kind, ErrorKind::AlreadyExists, "{error}");
     assert_eq!(bench.leftovers(), before, "of a living shim nothing is touched");
 
@@ -737,8 +742,8 @@ async fn cleanup_when_the_shim_crashed_removes_everything() {
     let copy = paths.state().join("copy");
     fs::copy(paths.journal(), &copy).unwrap();
     fs::rename(&copy, paths.journal()).unwrap();
-    cleanup_paths(&paths, &bench.path("c1")).unwrap();
-    cleanup_paths(&paths, &bench.path("c1")).unwrap();
+    cleanup_paths(paths.clone(), bench.path("c1")).await.unwrap();
+    cleanup_paths(paths.clone(), bench.path("c1")).await.unwrap();
 
     assert_eq!(bench.leftovers(), Vec::<String>::new());
     assert!(bench.path("c1/rootfs/file").exists() && bench.path("volume").exists());

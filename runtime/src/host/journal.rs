@@ -211,13 +211,24 @@ impl Journal {
 /// # Errors
 /// [`JournalError::InUse`] when the shim is alive: nothing has been undone then. Otherwise as [`Journal::replay`].
 pub fn replay(path: &Path) -> Result<(), JournalError> {
+    replay_after(path, || ())
+}
+
+/// As [`replay`], with `before` called first: when it is certain that the shim is dead, and nothing has been undone yet.
+///
+/// # Errors
+/// As [`replay`].
+pub fn replay_after(path: &Path, before: impl FnOnce()) -> Result<(), JournalError> {
     let file = match OpenOptions::new().read(true).append(true).open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(source) => return Err(io_error("open", path, source)),
     };
     match Journal::lock(path, file, DYING)? {
-        Some(journal) => journal.replay(),
+        Some(journal) => {
+            before();
+            journal.replay()
+        }
         // Its shim has undone everything itself in the meantime.
         None => Ok(()),
     }

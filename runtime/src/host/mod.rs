@@ -7,10 +7,12 @@
 pub mod bind;
 pub mod cgroup;
 pub mod journal;
+pub mod mkdir;
 pub mod mountinfo;
 pub mod mounts;
 pub mod netns;
 mod overlay;
+pub mod sk_lookup;
 
 use crate::error::{Error, ErrorKind, Result};
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use super::{mountinfo, overlay};
+use super::{mkdir, mountinfo, overlay};
 use crate::types::Mount;
 
 /// A mount that did not work.
@@ -82,8 +82,9 @@ impl From<MountError> for crate::error::Error {
 /// Makes one mount of containerd's request on `target`.
 ///
 /// # Errors
-/// [`MountError::Mount`] naming source, target, type and options.
+/// [`MountError::Mount`] naming source, target, type and options; [`MountError::Target`] for a folder that cannot be made.
 pub fn mount_request(request: &Mount, target: &Path) -> Result<(), MountError> {
+    let request = &*mkdir::make_folders(request)?;
     let (flags, propagation, data) = parse_options(&request.options);
     let fs_type = if flags.contains(MsFlags::MS_BIND) {
         ""

@@ -20,7 +20,7 @@ use super::{
     Attach, AttachDirection, BlockDevice, Capabilities, DeviceType, GuestListener, Hypervisor, READY_PORT,
     ShareFsDevice, VcpuThreadIds, VmExit, console,
 };
-use crate::config::{BootAsset, HypervisorConfig, TomlConfig, VirtioFsCache};
+use crate::config::{BootAsset, CpuTemplate, HypervisorConfig, TomlConfig, VirtioFsCache};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::blocking;
 use crate::paths::SandboxPaths;
@@ -128,7 +128,10 @@ impl Dragonball {
                 boot: self.config.boot_vcpus(),
                 max: self.config.max_vcpus(),
             },
-            cpu: vmm::CpuConfig::default(),
+            cpu: vmm::CpuConfig {
+                nested: self.config.enable_nested_virtualization,
+                template: cpu_template(self.config.cpu_template),
+            },
             memory: vmm::MemoryConfig::fixed(self.config.default_memory),
             boot: vmm::BootConfig {
                 kernel: self.config.kernel.clone(),
@@ -500,6 +503,15 @@ impl GuestListener for Listener {
     }
 }
 
+fn cpu_template(template: CpuTemplate) -> vmm::CpuTemplate {
+    match template {
+        CpuTemplate::None => vmm::CpuTemplate::None,
+        CpuTemplate::V2 => vmm::CpuTemplate::V2,
+        CpuTemplate::V3 => vmm::CpuTemplate::V3,
+        CpuTemplate::V4 => vmm::CpuTemplate::V4,
+    }
+}
+
 fn vm_exit(reason: ExitReason) -> VmExit {
     match reason {
         ExitReason::PowerOff => VmExit::PowerOff,
@@ -629,6 +641,30 @@ mod tests {
             matches!(&vm.devices[0], vmm::DeviceConfig::Block(disk) if disk.path == image && disk.read_only)
         );
         vm.validate().unwrap();
+    }
+
+    #[test]
+    fn cpu_when_configured_reaches_the_vm() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = SandboxPaths::below(folder.path(), "k8s.io", "s1").unwrap();
+        let mut config = TomlConfig::default();
+        let cpu = |config: &TomlConfig| {
+            let hypervisor = Dragonball::new(&config.hypervisor.dragonball, config, &paths, false);
+            hypervisor.vm_config("s1", &[]).cpu
+        };
+        assert_eq!(cpu(&config), vmm::CpuConfig::default());
+        config.hypervisor.dragonball.enable_nested_virtualization = true;
+        for (name, template) in vmm::CpuTemplate::NAMES {
+            // Every template of the VMM has a word of the same name.
+            config.hypervisor.dragonball.cpu_template = name.parse().unwrap();
+            assert_eq!(
+                cpu(&config),
+                vmm::CpuConfig {
+                    nested: true,
+                    template
+                }
+            );
+        }
     }
 
     #[tokio::test]

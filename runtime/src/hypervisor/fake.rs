@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use super::{
     Attach, AttachDirection, Capabilities, DeviceType, GuestListener, Hypervisor, VcpuThreadIds, VmExit,
@@ -40,6 +40,8 @@ pub(crate) struct FakeHypervisor {
     exit: watch::Sender<Option<VmExit>>,
     next_port: AtomicU32,
     refuses_devices: AtomicBool,
+    /// Guest ports that a test serves.
+    ports: Mutex<HashMap<u32, mpsc::UnboundedSender<UnixStream>>>,
 }
 
 impl FakeHypervisor {
@@ -51,7 +53,15 @@ impl FakeHypervisor {
             exit: watch::Sender::new(None),
             next_port: AtomicU32::new(1 << 30),
             refuses_devices: AtomicBool::new(false),
+            ports: Mutex::default(),
         }
+    }
+
+    /// The guest ends of what is connected to guest `port` from now on.
+    pub(crate) fn serve_port(&self, port: u32) -> mpsc::UnboundedReceiver<UnixStream> {
+        let (sender, connections) = mpsc::unbounded_channel();
+        self.ports.lock().unwrap().insert(port, sender);
+        connections
     }
 
     /// From now on, devices can neither be added nor removed; or they can again.
@@ -186,6 +196,11 @@ impl Hypervisor for FakeHypervisor {
     }
 
     async fn vsock_connect(&self, port: u32, timeout: Duration) -> Result<UnixStream> {
+        if let Some(served) = self.ports.lock().unwrap().get(&port) {
+            let (host, guest) = UnixStream::pair().unwrap();
+            served.send(guest).unwrap();
+            return Ok(host);
+        }
         let boots = matches!(self.boot, Boot::Announced | Boot::Silent);
         if port != 1024 || !boots {
             tokio::time::sleep(timeout).await;

@@ -3,6 +3,7 @@
 pub mod cgroup;
 pub mod cpu_mem;
 pub mod device_manager;
+pub mod localhost;
 pub mod network;
 pub mod rootfs;
 pub mod share_fs;
@@ -75,6 +76,11 @@ impl ResourceManager {
             cgroups,
             network,
         })
+    }
+
+    /// Where the sandbox keeps its records on the host.
+    pub fn state_folder(&self) -> PathBuf {
+        self.paths.state()
     }
 
     /// The VM's devices.
@@ -151,6 +157,11 @@ impl ResourceManager {
         self.journal
             .replay()
             .map_err(|error| Error::from(error).context("cleanup of sandbox"))
+    }
+
+    /// Folder for files that the pod shares with its containers; it goes with the sandbox.
+    pub fn pod_files(&self) -> PathBuf {
+        self.paths.state().join("etc")
     }
 
     /// Figures of the host side, for the sandbox's status.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
+use crate::error::{Error, ErrorKind, Result};
 use crate::resource::cpu_mem::InitialSizeManager;
 use crate::resource::volume::{DEFAULT_SHM_SIZE, shm_size};
 use crate::types::CreateSandboxRequest;
@@ -29,6 +30,10 @@ pub struct SandboxConfig {
     pub shm_size: u64,
     /// Limits that size the VM.
     pub size: InitialSizeManager,
+    /// Kernel parameters of the pod; those of a pod with a pause container come with that.
+    pub sysctls: HashMap<String, String>,
+    /// Whether /etc/hosts and the like are the sandbox's to provide; a CRI makes them for a pod with a pause container.
+    pub provides_files: bool,
 }
 
 impl SandboxConfig {
@@ -47,26 +52,77 @@ impl SandboxConfig {
             annotations: spec.annotations().clone().unwrap_or_default(),
             shm_size: shm_size(spec, id),
             size: InitialSizeManager::new(spec),
+            sysctls: HashMap::new(),
+            provides_files: false,
         }
     }
 
-    /// The pod that the Sandbox API asks for; it has no container that stands for it.
-    pub fn from_request(request: CreateSandboxRequest) -> Self {
-        Self {
-            id: request.sandbox_id,
-            hostname: request.hostname,
-            dns: request.dns,
-            netns: non_empty(request.netns),
-            cgroups_path: non_empty(request.cgroup_parent),
-            annotations: request.annotations,
-            shm_size: DEFAULT_SHM_SIZE,
-            size: InitialSizeManager::of_limits(request.cpu_quota, request.cpu_period, request.memory),
+    /// The pod that the Sandbox API asks for; it has no container that stands for it. `spec` is what the bundle has, for a
+    /// client that is no CRI.
+    ///
+    /// # Errors
+    /// `Unimplemented` naming the namespaces of the host's that the pod asks to share.
+    pub fn from_request(request: CreateSandboxRequest, spec: Option<&Spec>) -> Result<Self> {
+        let id = request.sandbox_id;
+        let mut config = match (request.pod, spec) {
+            (Some(pod), _) => {
+                refuse_host_namespaces(&pod.host_namespaces)?;
+                Self {
+                    hostname: pod.hostname,
+                    dns: pod.dns,
+                    cgroups_path: pod_cgroup(&pod.cgroup_parent, &id),
+                    annotations: pod.annotations,
+                    shm_size: DEFAULT_SHM_SIZE,
+                    size: InitialSizeManager::of_limits(pod.cpu_quota, pod.cpu_period, pod.memory),
+                    sysctls: pod.sysctls,
+                    ..Default::default()
+                }
+            }
+            (None, Some(spec)) => Self {
+                sysctls: spec
+                    .linux()
+                    .as_ref()
+                    .and_then(|linux| linux.sysctl().clone())
+                    .unwrap_or_default(),
+                ..Self::from_spec(&id, spec)
+            },
+            (None, None) => Self {
+                shm_size: DEFAULT_SHM_SIZE,
+                ..Default::default()
+            },
+        };
+        config.id = id;
+        config.provides_files = true;
+        config.annotations.extend(request.annotations);
+        if !request.netns.as_os_str().is_empty() {
+            config.netns = Some(request.netns);
         }
+        Ok(config)
     }
 }
 
-fn non_empty(path: PathBuf) -> Option<PathBuf> {
-    Some(path).filter(|path| !path.as_os_str().is_empty())
+/// Refuses what a virtual machine cannot give: being in a namespace of the host's.
+///
+/// # Errors
+/// `Unimplemented` naming all of them.
+fn refuse_host_namespaces(kinds: &[&str]) -> Result<()> {
+    if kinds.is_empty() {
+        return Ok(());
+    }
+    let message = format!(
+        "the pod asks for the host's namespaces: {}; it runs in a virtual machine, which has its own",
+        kinds.join(", ")
+    );
+    Err(Error::new(ErrorKind::Unimplemented, message))
+}
+
+/// The cgroup of a pod below its parent, named as containerd names those of pause containers.
+fn pod_cgroup(parent: &Path, id: &str) -> Option<PathBuf> {
+    let name = parent.file_name()?.to_str()?;
+    if name.ends_with(".slice") {
+        return Some(format!("{name}:cri-containerd:{id}").into());
+    }
+    Some(parent.join(id))
 }
 
 /// Path of the network namespace the spec names.
@@ -106,6 +162,7 @@ fn dns(spec: &Spec) -> Vec<String> {
 mod tests {
     use super::*;
     use crate::config::ConfigFile;
+    use crate::types::PodConfig;
 
     fn sized(config: &SandboxConfig) -> (f64, u64) {
         let mut file = ConfigFile::default();
@@ -126,44 +183,85 @@ mod tests {
             "annotations": {"a": "b"},
             "mounts": [{"destination": "/etc/resolv.conf", "type": "bind", "source": resolv_conf}],
             "linux": {
-                "cgroupsPath": "/kubepods/p",
+                "cgroupsPath": "/kubepods/s",
                 "namespaces": [{"type": "network", "path": "/run/netns/x"}],
                 "resources": {"cpu": {"quota": 150_000, "period": 100_000}, "memory": {"limit": 1_u64 << 30}},
             },
         });
         let request = CreateSandboxRequest {
             sandbox_id: "s".into(),
-            hostname: "web".into(),
-            dns: vec!["nameserver 10.0.0.1".into(), "search a.b".into()],
             netns: "/run/netns/x".into(),
-            cgroup_parent: "/kubepods/p".into(),
             annotations: HashMap::from([("a".into(), "b".into())]),
-            cpu_quota: 150_000,
-            cpu_period: 100_000,
-            memory: 1 << 30,
+            pod: Some(PodConfig {
+                hostname: "web".into(),
+                dns: vec!["nameserver 10.0.0.1".into(), "search a.b".into()],
+                cgroup_parent: "/kubepods".into(),
+                cpu_quota: 150_000,
+                cpu_period: 100_000,
+                memory: 1 << 30,
+                ..Default::default()
+            }),
+            ..Default::default()
         };
 
         let from_spec = SandboxConfig::from_spec("s", &serde_json::from_value(spec).unwrap());
-        let from_request = SandboxConfig::from_request(request);
+        let from_request = SandboxConfig::from_request(request, None).unwrap();
 
-        assert_eq!(from_spec, from_request);
         assert_eq!(sized(&from_request), (2.0, 1056));
+        let expected = SandboxConfig {
+            provides_files: true,
+            ..from_spec
+        };
+        assert_eq!(from_request, expected);
     }
 
     #[test]
     fn pod_when_nothing_is_asked_for_has_the_default_size() {
-        let from_spec =
-            SandboxConfig::from_spec("s", &serde_json::from_str(r#"{"ociVersion":"1"}"#).unwrap());
-        let from_request = SandboxConfig::from_request(CreateSandboxRequest {
+        let spec: Spec = serde_json::from_str(r#"{"ociVersion":"1"}"#).unwrap();
+        let request = CreateSandboxRequest {
             sandbox_id: "s".into(),
             ..Default::default()
-        });
+        };
 
-        assert_eq!(from_spec, from_request);
+        let bare = SandboxConfig::from_request(request.clone(), None).unwrap();
+        let with_spec = SandboxConfig::from_request(request, Some(&spec)).unwrap();
+
+        assert_eq!(bare, with_spec);
         assert_eq!(
-            (from_spec.netns.as_deref(), from_spec.cgroups_path.as_deref()),
+            (bare.netns.as_deref(), bare.cgroups_path.as_deref()),
             (None, None)
         );
-        assert_eq!(sized(&from_spec), sized(&SandboxConfig::default()));
+        assert_eq!(sized(&bare), sized(&SandboxConfig::default()));
+    }
+
+    #[test]
+    fn pod_when_it_wants_the_hosts_namespaces_is_refused_by_name() {
+        let request = CreateSandboxRequest {
+            sandbox_id: "s".into(),
+            pod: Some(PodConfig {
+                host_namespaces: vec!["pid", "ipc"],
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+
+        let error = SandboxConfig::from_request(request, None).unwrap_err();
+
+        assert_eq!(error.kind, ErrorKind::Unimplemented);
+        assert!(error.message.contains("pid, ipc"), "{error}");
+    }
+
+    #[test]
+    fn cgroup_when_systemds_is_named_as_containerd_does() {
+        let of = |parent: &str| pod_cgroup(Path::new(parent), "s").map(|path| path.display().to_string());
+        assert_eq!(
+            of("/kubepods/besteffort/pod1").as_deref(),
+            Some("/kubepods/besteffort/pod1/s")
+        );
+        assert_eq!(
+            of("/kubepods.slice/kubepods-pod1.slice").as_deref(),
+            Some("kubepods-pod1.slice:cri-containerd:s")
+        );
+        assert_eq!(of(""), None);
     }
 }

@@ -1,8 +1,12 @@
 //! A pod: one VM, one agent, any number of containers.
 
 mod config;
+mod files;
 mod monitor;
 mod virt;
+
+use std::collections::HashMap;
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 
@@ -25,7 +29,37 @@ pub enum SandboxState {
     /// The VM is being stopped on purpose.
     Stopping,
     /// The VM has ended.
-    Stopped(VmExit),
+    Stopped(SandboxEnd),
+}
+
+/// How and when a sandbox ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SandboxEnd {
+    /// Of its VM.
+    pub exit: VmExit,
+    /// When that became known.
+    pub at: SystemTime,
+    /// Whether it was stopped on purpose.
+    pub wanted: bool,
+}
+
+impl SandboxEnd {
+    /// Exit status of a VM that ended by itself: as if killed by signal 9.
+    const KILLED: u32 = 137;
+
+    /// An end that is known just now.
+    pub(crate) fn now(exit: VmExit, wanted: bool) -> Self {
+        Self {
+            exit,
+            at: SystemTime::now(),
+            wanted,
+        }
+    }
+
+    /// As the exit status of a process: 0 for a sandbox that was stopped, 137 for one that died.
+    pub fn status(&self) -> u32 {
+        if self.wanted { 0 } else { Self::KILLED }
+    }
 }
 
 /// State of a sandbox as the Sandbox API knows it: `SANDBOX_READY`, `SANDBOX_NOTREADY`.
@@ -47,11 +81,15 @@ pub struct SandboxStatus {
     /// Whether containers can be created.
     pub state: Readiness,
     /// For people.
-    pub info: std::collections::HashMap<String, String>,
+    pub info: HashMap<String, String>,
+    /// When it became ready.
+    pub created_at: Option<SystemTime>,
+    /// How and when it ended.
+    pub end: Option<SandboxEnd>,
 }
 
-/// A pod, with Kata's methods. The task service calls `start`, `stop`, `wait` and `shutdown`. The others wait for their
-/// callers: `status` and `wait_process` for the Sandbox API, `rescan_network` and the iptables for pod networks,
+/// A pod, with Kata's methods. The handler calls `start`, `stop`, `status`, `wait` and `shutdown`. The others wait for their
+/// callers: `wait_process` for a sandbox that waits for its processes itself, `rescan_network` and the iptables for pod networks,
 /// `direct_volume_*` for volumes, `start_template` for templates, metrics, policy and `agent_sock` for the management
 /// socket. Those whose work belongs to a later release have a default that says so.
 #[async_trait]
@@ -74,7 +112,7 @@ pub trait Sandbox: Send + Sync {
     /// For the Sandbox API.
     async fn status(&self) -> Result<SandboxStatus>;
     /// Waits for the end of the VM.
-    async fn wait(&self) -> Result<VmExit>;
+    async fn wait(&self) -> Result<SandboxEnd>;
     /// Waits for a process; here a matter of [`ContainerManager::wait_process`](crate::containers::ContainerManager).
     async fn wait_process(&self, _process: &ContainerProcess) -> Result<ProcessExit> {
         Err(Error::unsupported("Sandbox::wait_process"))

@@ -8,7 +8,7 @@ use protocols::agent as wire;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-use super::SandboxState;
+use super::{SandboxEnd, SandboxState};
 use crate::agent::Agent;
 use crate::error::ErrorKind;
 use crate::hypervisor::Hypervisor;
@@ -38,7 +38,7 @@ pub(super) async fn vm_end(
     } else {
         tracing::error!(sandbox, %exit, console = console_line(hypervisor.as_ref()), "VM ended unexpectedly");
     }
-    state.send_replace(SandboxState::Stopped(exit));
+    state.send_replace(SandboxState::Stopped(SandboxEnd::now(exit, wanted)));
 }
 
 /// The guest's last words in one line.

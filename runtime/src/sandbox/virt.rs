@@ -1,20 +1,25 @@
 //! The pod's lifecycle over a VM. State is published on a watch channel; no lock is held across a boot or an RPC.
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
+use oci_spec::runtime::Spec;
 use protocols::agent as wire;
 use tokio::sync::{OnceCell, mpsc, watch};
 use tokio::task::JoinSet;
 
+use super::files::PodFiles;
 use super::monitor::{self, Members};
-use super::{Readiness, Sandbox, SandboxConfig, SandboxState, SandboxStatus};
+use super::{Readiness, Sandbox, SandboxConfig, SandboxEnd, SandboxState, SandboxStatus};
 use crate::agent::{Agent, wait_ready};
 use crate::config::TomlConfig;
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::blocking;
 use crate::hypervisor::{Hypervisor, READY_PORT, VmExit};
 use crate::resource::ResourceManager;
+use crate::resource::localhost::LocalhostForward;
 use crate::timeline;
 use crate::types::Event;
 
@@ -36,13 +41,19 @@ pub struct VirtSandbox {
     resources: Arc<ResourceManager>,
     members: Arc<Members>,
     state: watch::Sender<SandboxState>,
+    /// When it became ready.
+    ready_since: OnceLock<SystemTime>,
     /// What the VM is built with is there.
     prepared: OnceCell<()>,
+    /// What it provides to containers that bring none of their own; a pod with a pause container has a CRI for that.
+    files: OnceLock<PodFiles>,
     /// The guest knows of its end.
     goodbye: OnceCell<()>,
     events: mpsc::UnboundedSender<Event>,
     /// Log forwarding, health checks: end with the sandbox.
     background: Mutex<JoinSet<()>>,
+    /// Serves the loopback of the pod's namespace while the sandbox runs.
+    localhost: Mutex<Option<LocalhostForward>>,
 }
 
 impl VirtSandbox {
@@ -64,10 +75,13 @@ impl VirtSandbox {
             resources,
             members: Arc::default(),
             state: watch::Sender::new(SandboxState::Init),
+            ready_since: OnceLock::new(),
             prepared: OnceCell::new(),
+            files: OnceLock::new(),
             goodbye: OnceCell::new(),
             events,
             background: Mutex::default(),
+            localhost: Mutex::default(),
         }
     }
 
@@ -82,6 +96,7 @@ impl VirtSandbox {
             self.hypervisor
                 .prepare_vm(&self.id, netns, &self.pod.annotations)
                 .await?;
+            self.make_files().await?;
             self.resources.prepare_before_start_vm().await
         };
         self.prepared
@@ -89,6 +104,47 @@ impl VirtSandbox {
             .await
             .copied()
             .map_err(|error| error.context(format!("sandbox {}", self.id)))
+    }
+
+    /// The files of a pod whose containers come without.
+    async fn make_files(&self) -> Result<()> {
+        if !self.pod.provides_files {
+            return Ok(());
+        }
+        let (folder, pod) = (self.resources.pod_files(), self.pod.clone());
+        let files = blocking("files of the pod", move || PodFiles::write(folder, &pod)).await?;
+        // Once, as the rest of the preparation.
+        self.files.get_or_init(|| files);
+        Ok(())
+    }
+
+    /// Adds to a container's spec what the pod provides and the spec lacks: /etc/hosts, /etc/hostname, /etc/resolv.conf and
+    /// the pod's shared memory.
+    pub fn provide_files(&self, spec: &mut Spec) {
+        if let Some(files) = self.files.get() {
+            files.mount_into(spec, &self.id);
+        }
+    }
+
+    /// Whether containers can be created.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` saying what it does instead.
+    pub fn require_running(&self) -> Result<()> {
+        let what = match &*self.state.borrow() {
+            SandboxState::Running => return Ok(()),
+            SandboxState::Init => "has not been started".to_owned(),
+            SandboxState::Starting => "is starting".to_owned(),
+            SandboxState::Stopping => "is being stopped".to_owned(),
+            SandboxState::Stopped(end) => format!("has ended: {}", end.exit),
+        };
+        let message = format!("sandbox {} {what}", self.id);
+        Err(Error::new(ErrorKind::FailedPrecondition, message))
+    }
+
+    /// When it became ready.
+    pub fn ready_since(&self) -> Option<SystemTime> {
+        self.ready_since.get().copied()
     }
 
     /// Tells a running guest, once, that it ends: it stops its containers and writes back what it has not yet. Nothing
@@ -109,6 +165,11 @@ impl VirtSandbox {
         self.goodbye.get_or_init(|| goodbye).await;
     }
 
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
     /// Its VM.
     pub fn hypervisor(&self) -> &Arc<dyn Hypervisor> {
         &self.hypervisor
@@ -122,6 +183,11 @@ impl VirtSandbox {
     /// Its resources on the host.
     pub fn resources(&self) -> &Arc<ResourceManager> {
         &self.resources
+    }
+
+    /// Its network namespace on the host; `None` when it was given none.
+    pub fn netns(&self) -> Option<&Path> {
+        self.pod.netns.as_deref()
     }
 
     /// Its containers, which their manager enters here.
@@ -198,6 +264,7 @@ impl VirtSandbox {
                 .iter()
                 .map(|line| kernel_module(line))
                 .collect(),
+            sysctls: self.pod.sysctls.clone(),
             ..Default::default()
         }
     }
@@ -233,14 +300,36 @@ impl VirtSandbox {
         ));
     }
 
-    async fn ended(&self) -> VmExit {
+    /// Lets CRI's port-forward reach the guest. A pod is as good without, but for that.
+    async fn serve_localhost(&self) {
+        let Some(netns) = &self.pod.netns else {
+            return;
+        };
+        match LocalhostForward::start(netns, self.hypervisor.clone()).await {
+            Ok(forward) => *self.localhost() = Some(forward),
+            Err(error) => {
+                tracing::warn!(sandbox = self.id, %error, "port-forward does not reach this pod");
+            }
+        }
+        if *self.state.borrow() != SandboxState::Running {
+            // It was stopped meanwhile, and has looked already.
+            self.localhost().take();
+        }
+    }
+
+    fn localhost(&self) -> MutexGuard<'_, Option<LocalhostForward>> {
+        self.localhost.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn ended(&self) -> SandboxEnd {
         let mut state = self.state.subscribe();
         let ended = state
             .wait_for(|state| matches!(state, SandboxState::Stopped(_)))
             .await;
         match ended.as_deref() {
-            Ok(SandboxState::Stopped(exit)) => exit.clone(),
-            _ => VmExit::Stopped,
+            Ok(SandboxState::Stopped(end)) => end.clone(),
+            // The sender is in `self`, so this cannot be.
+            _ => SandboxEnd::now(VmExit::Stopped, true),
         }
     }
 }
@@ -275,12 +364,15 @@ impl Sandbox for VirtSandbox {
             self.state.send_if_modified(|state| {
                 let ended = matches!(state, SandboxState::Stopped(_));
                 if !ended {
-                    *state = SandboxState::Stopped(exit);
+                    let wanted = *state == SandboxState::Stopping;
+                    *state = SandboxState::Stopped(SandboxEnd::now(exit, wanted));
                 }
                 !ended
             });
         } else if self.enter(&SandboxState::Starting, SandboxState::Running) {
+            self.ready_since.get_or_init(SystemTime::now);
             self.watch_guest();
+            self.serve_localhost().await;
         } else {
             let message = format!("sandbox {}: stopped while it started", self.id);
             return Err(Error::new(ErrorKind::Unavailable, message));
@@ -289,7 +381,8 @@ impl Sandbox for VirtSandbox {
     }
 
     async fn stop(&self) -> Result<()> {
-        if self.enter(&SandboxState::Init, SandboxState::Stopped(VmExit::Stopped)) {
+        let never_ran = SandboxState::Stopped(SandboxEnd::now(VmExit::Stopped, true));
+        if self.enter(&SandboxState::Init, never_ran) {
             return Ok(());
         }
         self.say_goodbye().await;
@@ -298,6 +391,11 @@ impl Sandbox for VirtSandbox {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .abort_all();
+        // The namespace is not held any longer.
+        let localhost = self.localhost().take();
+        if let Some(localhost) = localhost {
+            localhost.stop().await;
+        }
         self.hypervisor.stop_vm().await?;
         if tokio::time::timeout(STOP_VM, self.ended()).await.is_err() {
             let message = format!(
@@ -325,7 +423,16 @@ impl Sandbox for VirtSandbox {
     }
 
     async fn status(&self) -> Result<SandboxStatus> {
-        let ready = *self.state.borrow() == SandboxState::Running;
+        let state = self.state.borrow().clone();
+        let ready = state == SandboxState::Running;
+        let mut info = self.resources.info();
+        let end = match state {
+            SandboxState::Stopped(end) => Some(end),
+            _ => None,
+        };
+        if let Some(end) = &end {
+            info.insert("end".to_owned(), end.exit.to_string());
+        }
         Ok(SandboxStatus {
             sandbox_id: self.id.clone(),
             pid: std::process::id(),
@@ -334,11 +441,13 @@ impl Sandbox for VirtSandbox {
             } else {
                 Readiness::NotReady
             },
-            info: self.resources.info(),
+            info,
+            created_at: self.ready_since(),
+            end,
         })
     }
 
-    async fn wait(&self) -> Result<VmExit> {
+    async fn wait(&self) -> Result<SandboxEnd> {
         Ok(self.ended().await)
     }
 

@@ -1,14 +1,21 @@
 //! A runtime that answers as a test tells it to.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use runtime::error::Result;
-use runtime::handler::TaskHandler;
+use runtime::handler::{SandboxHandler, TaskHandler};
+use runtime::sandbox::{SandboxEnd, SandboxStatus};
 use runtime::types::{
-    ContainerProcess, ContainerStats, CreateContainerRequest, ExecProcessRequest, ProcessExit, ProcessState,
+    ContainerProcess, ContainerStats, CreateContainerRequest, CreateSandboxRequest, DeletedProcess,
+    ExecProcessRequest, ProcessExit, ProcessState, StartedSandbox,
 };
 use tokio::sync::{Semaphore, watch};
+
+/// The pid that stands for every container.
+pub const CONTAINER_PID: u32 = 4711;
 
 /// A call that came in.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +36,14 @@ pub enum Call {
     Stats(String),
     Update(String, Vec<u8>),
     Shutdown(String, bool),
+    CreateSandbox(Box<CreateSandboxRequest>),
+    StartSandbox(String),
+    StopSandbox(String, Option<Duration>),
+    WaitSandbox(String),
+    SandboxStatus(String),
+    PingSandbox(String),
+    SandboxMetrics(String),
+    ShutdownSandbox(String),
 }
 
 /// What a test has the runtime say.
@@ -41,6 +56,9 @@ pub enum Answer {
     State(ProcessState),
     Stats(Box<ContainerStats>),
     Shutdown(bool),
+    Started(StartedSandbox),
+    End(SandboxEnd),
+    Status(Box<SandboxStatus>),
 }
 
 type Answers = Box<dyn Fn(&Call) -> Result<Answer> + Send + Sync>;
@@ -54,6 +72,8 @@ pub struct FakeRuntime {
     pub answered: watch::Sender<usize>,
     pub end: watch::Sender<bool>,
     pub stopped: watch::Sender<bool>,
+    /// Whether a Wait is ever answered.
+    answers_waits: AtomicBool,
 }
 
 impl FakeRuntime {
@@ -73,7 +93,13 @@ impl FakeRuntime {
             answered: watch::Sender::new(0),
             end: watch::Sender::new(false),
             stopped: watch::Sender::new(false),
+            answers_waits: AtomicBool::new(true),
         })
+    }
+
+    /// From now on, whoever waits waits for ever.
+    pub fn never_answer_waits(&self) {
+        self.answers_waits.store(false, Ordering::Relaxed);
     }
 
     pub fn seen(&self) -> Vec<Call> {
@@ -82,6 +108,10 @@ impl FakeRuntime {
 
     async fn answer(&self, call: Call) -> Result<Answer> {
         self.seen.lock().unwrap().push(call.clone());
+        let waits = matches!(call, Call::Wait(_) | Call::WaitSandbox(_));
+        if waits && !self.answers_waits.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
+        }
         self.gate.acquire().await.unwrap().forget();
         let answer = (self.answers)(&call);
         self.answered.send_modify(|count| *count += 1);
@@ -109,8 +139,12 @@ impl TaskHandler for FakeRuntime {
         expect!(self.answer(Call::Start(process.clone())).await, Pid)
     }
 
-    async fn delete_process(&self, process: &ContainerProcess) -> Result<ProcessExit> {
-        expect!(self.answer(Call::Delete(process.clone())).await, Exit)
+    async fn delete_process(&self, process: &ContainerProcess) -> Result<DeletedProcess> {
+        let exit = expect!(self.answer(Call::Delete(process.clone())).await, Exit)?;
+        Ok(DeletedProcess {
+            pid: CONTAINER_PID,
+            exit,
+        })
     }
 
     async fn exec_process(&self, request: ExecProcessRequest) -> Result<()> {
@@ -177,5 +211,42 @@ impl TaskHandler for FakeRuntime {
 
     fn watch_end(&self) -> watch::Receiver<bool> {
         self.end.subscribe()
+    }
+}
+
+#[async_trait]
+impl SandboxHandler for FakeRuntime {
+    async fn create_sandbox(&self, request: CreateSandboxRequest) -> Result<()> {
+        self.answer(Call::CreateSandbox(Box::new(request)))
+            .await
+            .map(drop)
+    }
+
+    async fn start_sandbox(&self, id: &str) -> Result<StartedSandbox> {
+        expect!(self.answer(Call::StartSandbox(id.into())).await, Started)
+    }
+
+    async fn stop_sandbox(&self, id: &str, timeout: Option<Duration>) -> Result<()> {
+        self.answer(Call::StopSandbox(id.into(), timeout)).await.map(drop)
+    }
+
+    async fn wait_sandbox(&self, id: &str) -> Result<SandboxEnd> {
+        expect!(self.answer(Call::WaitSandbox(id.into())).await, End)
+    }
+
+    async fn sandbox_status(&self, id: &str) -> Result<SandboxStatus> {
+        expect!(self.answer(Call::SandboxStatus(id.into())).await, Status).map(|status| *status)
+    }
+
+    async fn ping_sandbox(&self, id: &str) -> Result<()> {
+        self.answer(Call::PingSandbox(id.into())).await.map(drop)
+    }
+
+    async fn stats_sandbox(&self, id: &str) -> Result<ContainerStats> {
+        expect!(self.answer(Call::SandboxMetrics(id.into())).await, Stats).map(|stats| *stats)
+    }
+
+    async fn shutdown_sandbox(&self, id: &str) -> Result<()> {
+        self.answer(Call::ShutdownSandbox(id.into())).await.map(drop)
     }
 }

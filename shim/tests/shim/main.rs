@@ -7,5 +7,7 @@ mod fake;
 mod harness;
 mod panic;
 mod publisher;
+mod sandbox;
 mod start;
+mod streaming;
 mod task;

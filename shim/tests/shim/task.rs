@@ -6,8 +6,6 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use containerd_shim_protos::api;
-use containerd_shim_protos::sandbox_api;
-use containerd_shim_protos::sandbox_async::SandboxClient;
 use containerd_shim_protos::shim_async::TaskClient;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
@@ -24,29 +22,36 @@ use ttrpc::asynchronous::Client;
 use ttrpc::context::Context;
 use ttrpc::proto::Request;
 
-use crate::fake::{Answer, Call, FakeRuntime};
+use crate::fake::{Answer, CONTAINER_PID, Call, FakeRuntime};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
-struct Served {
+pub struct Served {
     _folder: tempfile::TempDir,
-    socket: PathBuf,
+    pub socket: PathBuf,
     idle: Duration,
     task: JoinHandle<Result<(), RunError>>,
 }
 
 impl Served {
-    fn new(runtime: &Arc<FakeRuntime>) -> Self {
+    pub fn new(runtime: &Arc<FakeRuntime>) -> Self {
         Self::with_idle(runtime, PATIENCE * 10)
     }
 
-    fn with_idle(runtime: &Arc<FakeRuntime>, idle: Duration) -> Self {
+    pub fn with_idle(runtime: &Arc<FakeRuntime>, idle: Duration) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("socket");
         let listener = UnixListener::bind(&socket).unwrap();
         let (_, events) = mpsc::unbounded_channel();
         let publisher = Publisher::spawn(events, "test", "");
-        let task = tokio::spawn(serve(listener, runtime.clone(), publisher, idle, || ()));
+        let task = tokio::spawn(serve(
+            listener,
+            runtime.clone(),
+            Arc::default(),
+            publisher,
+            idle,
+            || (),
+        ));
         Self {
             _folder: folder,
             socket,
@@ -59,7 +64,7 @@ impl Served {
         format!("unix://{}", self.socket.display())
     }
 
-    async fn client(&self) -> Client {
+    pub async fn client(&self) -> Client {
         Client::connect(&self.address()).await.unwrap()
     }
 
@@ -68,18 +73,18 @@ impl Served {
     }
 
     /// The process would end now: the socket is gone and the runtime stopped.
-    async fn has_ended(self, runtime: &FakeRuntime) {
+    pub async fn has_ended(self, runtime: &FakeRuntime) {
         timeout(PATIENCE, self.task).await.unwrap().unwrap().unwrap();
         assert!(!self.socket.exists());
         assert!(*runtime.stopped.borrow());
     }
 }
 
-fn ctx() -> Context {
+pub fn ctx() -> Context {
     ttrpc::context::with_duration(PATIENCE)
 }
 
-fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
+pub fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
     match result {
         Err(ttrpc::Error::RpcStatus(status)) => (status.code(), status.message().to_owned()),
         other => panic!("not a status: {other:?}"),
@@ -339,7 +344,7 @@ async fn answer_when_given_carries_what_the_runtime_says() {
     let delete = client.delete(ctx(), &api::DeleteRequest::new()).await.unwrap();
     assert_eq!(
         (delete.pid, delete.exit_status, delete.exited_at.seconds),
-        (std::process::id(), 42, 5)
+        (CONTAINER_PID, 42, 5)
     );
 }
 
@@ -376,22 +381,6 @@ async fn method_when_not_provided_is_unimplemented_by_name() {
         )
     );
 
-    let sandbox = SandboxClient::new(served.client().await);
-    let create = sandbox
-        .create_sandbox(ctx(), &sandbox_api::CreateSandboxRequest::new())
-        .await;
-    assert_eq!(
-        code(create),
-        (
-            Code::UNIMPLEMENTED,
-            "CreateSandbox is not supported by this runtime".to_owned()
-        )
-    );
-    let platform = sandbox
-        .platform(ctx(), &sandbox_api::PlatformRequest::new())
-        .await
-        .unwrap();
-    assert_eq!(platform.platform.os, "linux");
     assert!(runtime.seen().is_empty());
 }
 
@@ -531,7 +520,8 @@ async fn shutdown_when_it_fails_ends_an_empty_shim() {
 
 #[tokio::test]
 async fn shutdown_when_a_client_waits_does_not_wait() {
-    let waiting = FakeRuntime::gated(0, |_| Ok(Answer::Shutdown(true)));
+    let waiting = FakeRuntime::new(|_| Ok(Answer::Shutdown(true)));
+    waiting.never_answer_waits();
     let served = Served::new(&waiting);
     let client = served.task().await;
     let waiter = client.clone();
@@ -539,10 +529,9 @@ async fn shutdown_when_a_client_waits_does_not_wait() {
     while waiting.seen().is_empty() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    let sandbox = SandboxClient::new(served.client().await);
 
-    sandbox
-        .shutdown_sandbox(ctx(), &sandbox_api::ShutdownSandboxRequest::new())
+    client
+        .shutdown(ctx(), &api::ShutdownRequest::new())
         .await
         .unwrap();
 

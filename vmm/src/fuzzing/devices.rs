@@ -59,7 +59,8 @@ impl Subject for Disk {
         let (kind, queue) = (script.byte(), usize::from(script.byte() & 1));
         if kind == 255 {
             let device: &mut dyn Any = device;
-            let _ = device.downcast_mut::<Block>().unwrap().resize();
+            let disk = device.downcast_mut::<Block>().unwrap();
+            let _ = disk.gauge().measure(|size| disk.resize(size));
             return;
         }
         let mut header = [0; 16];

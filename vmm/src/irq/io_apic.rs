@@ -256,8 +256,6 @@ impl BusDevice for IoApic {
 mod tests {
     use std::sync::Arc;
 
-    use proptest::prelude::*;
-
     use super::*;
 
     /// GSI, address and data of each route.
@@ -342,20 +340,26 @@ mod tests {
         assert!(io_apic(30).0.restore(apic.save()).is_err());
     }
 
-    proptest! {
-        #[test]
-        fn registers_when_written_at_random_keep_routes_inside_the_pins(
-            writes in prop::collection::vec((0u64..0x24, any::<u32>(), 0usize..9), 0..200)
-        ) {
-            let (apic, kvm) = io_apic(30);
-            for (offset, value, width) in writes {
-                let bytes = u64::from(value).to_le_bytes();
-                let _ = apic.write(offset, &bytes[..width.min(8)]);
-                let mut data = vec![0; width];
-                apic.read(offset, &mut data);
-            }
-            for routes in &kvm.0.lock().unwrap().0 {
-                prop_assert!(routes.iter().all(|(gsi, address, _)| *gsi < 30 && *address >> 20 == 0xfee));
+    mod properties {
+        use proptest::prelude::*;
+
+        use super::*;
+
+        proptest! {
+            #[test]
+            fn registers_when_written_at_random_keep_routes_inside_the_pins(
+                writes in prop::collection::vec((0u64..0x24, any::<u32>(), 0usize..9), 0..200)
+            ) {
+                let (apic, kvm) = io_apic(30);
+                for (offset, value, width) in writes {
+                    let bytes = u64::from(value).to_le_bytes();
+                    let _ = apic.write(offset, &bytes[..width.min(8)]);
+                    let mut data = vec![0; width];
+                    apic.read(offset, &mut data);
+                }
+                for routes in &kvm.0.lock().unwrap().0 {
+                    prop_assert!(routes.iter().all(|(gsi, address, _)| *gsi < 30 && *address >> 20 == 0xfee));
+                }
             }
         }
     }

@@ -6,7 +6,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::boot::EntryPoint;
 use crate::memory::{GuestMemory, layout};
-use crate::vcpu::cpuid::MSR_ARCH_CAPABILITIES;
+use crate::vcpu::cpuid::{MSR_ARCH_CAPABILITIES, takes_care};
 
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
@@ -67,6 +67,9 @@ pub fn set_msrs(vcpu: &VcpuFd, index: u8) -> Result<(), RegsError> {
 
 /// Gives the vCPU another [`MSR_ARCH_CAPABILITIES`] than the host's, which KVM starts it with; its CPUID must be set.
 ///
+/// Some hosts' KVM knows the host's value, but its vCPUs have no such register to write (kvm-pvm on AMD: it reads as 0). A guest
+/// there has more mitigations than it needs, which is no reason not to run it.
+///
 /// # Errors
 /// [`RegsError::Kvm`].
 pub fn set_arch_capabilities(vcpu: &VcpuFd, index: u8, value: u64) -> Result<(), RegsError> {
@@ -81,7 +84,14 @@ pub fn set_arch_capabilities(vcpu: &VcpuFd, index: u8, value: u64) -> Result<(),
     if read == 1 && msrs.as_slice() == wanted {
         return Ok(());
     }
-    write_msrs(vcpu, index, &wanted)
+    let seen = msrs.as_slice().first().map_or(0, |entry| entry.data);
+    match write_msrs(vcpu, index, &wanted) {
+        Err(error) if read == 1 && takes_care(seen, value) => {
+            tracing::debug!(index, seen, value, %error, "vCPU: IA32_ARCH_CAPABILITIES stays as it is");
+            Ok(())
+        }
+        result => result,
+    }
 }
 
 fn msr(index: u32, data: u64) -> kvm_msr_entry {

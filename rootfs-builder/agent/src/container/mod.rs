@@ -35,7 +35,9 @@ pub use oom::OomNotices;
 pub use ports::{PortError, Ports};
 pub use process::{Process, SignalError};
 pub use resources::{ResourceError, network_stats};
-pub use spec::{CGROUP_PARENT, Shared, SpecError, adapt, is_sandbox, set_device_numbers, sysctl_path};
+pub use spec::{
+    CGROUP_PARENT, Shared, SpecError, adapt, is_sandbox, pid_namespace_of, set_device_numbers, sysctl_path,
+};
 use stdio::exec_outcome;
 pub use stdio::{Plan, StreamError};
 

@@ -45,13 +45,13 @@ pub enum SpecError {
     },
 }
 
-/// Paths of the namespaces that the pod's containers share.
+/// Paths of the namespaces that the container shares with others of its pod.
 pub struct Shared {
     /// IPC namespace.
     pub ipc: PathBuf,
     /// UTS namespace.
     pub uts: PathBuf,
-    /// PID namespace, if the pod shares one.
+    /// PID namespace, if it is not the container's own.
     pub pid: Option<PathBuf>,
 }
 
@@ -104,6 +104,15 @@ pub fn owns_pid_namespace(spec: &Spec) -> bool {
         .into_iter()
         .flatten()
         .any(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_none())
+}
+
+/// The container whose PID namespace the container (not adapted yet) asks for.
+pub fn pid_namespace_of(spec: &Spec) -> Option<&str> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    let of_pids = namespaces
+        .iter()
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Pid)?;
+    protocols::pid_namespace::container_of(of_pids.path().as_deref()?)
 }
 
 /// Whether the container stands for its pod, whose other containers may join its PID namespace.

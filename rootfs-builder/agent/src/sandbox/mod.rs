@@ -1,6 +1,8 @@
 //! The pod as the guest sees it: its containers, the namespaces and volumes they share, and its end.
 
 mod namespaces;
+pub mod pause;
+mod sysctls;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -21,6 +23,8 @@ use crate::options::Options;
 use crate::reaper::Reaper;
 use crate::storage::{Mounted, StorageError};
 use namespaces::Namespaces;
+use pause::Pause;
+pub use sysctls::SysctlError;
 
 /// Folder of the pod's own files, and parent of the containers' bundles.
 const RUN: &str = "/run/kata-containers";
@@ -83,6 +87,19 @@ pub enum SandboxError {
     /// The pod's namespaces could not be made.
     #[error("sandbox namespaces: {0}")]
     Namespaces(io::Error),
+    /// A PID namespace that the container was to share.
+    #[error("container {id}: PID namespace of {owner}: {source}")]
+    PidNamespace {
+        /// The container.
+        id: String,
+        /// Whose.
+        owner: String,
+        /// Why it cannot be had.
+        source: io::Error,
+    },
+    /// A kernel parameter of the pod.
+    #[error(transparent)]
+    Sysctl(#[from] SysctlError),
     /// A file in the guest.
     #[error("{path}: {source}")]
     File {
@@ -109,11 +126,28 @@ struct State {
     id: Option<String>,
     hostname: String,
     namespaces: Option<Arc<Namespaces>>,
-    /// The container whose PID namespace the others join, in a pod that shares it; and the namespace.
-    pid_anchor: Option<(String, File)>,
+    /// What the PID namespace hangs on that the pod's containers share, if they do.
+    pid_anchor: Option<PidAnchor>,
     /// `None` while one is being made.
     containers: HashMap<String, Option<Entry>>,
     storages: Mounted,
+}
+
+/// What a pod's PID namespace hangs on.
+enum PidAnchor {
+    /// The container that stands for the pod, and its namespace.
+    Container(String, File),
+    /// A pod without one has a process for this.
+    Pause(Pause),
+}
+
+impl PidAnchor {
+    fn namespace(&self) -> &File {
+        match self {
+            Self::Container(_, namespace) => namespace,
+            Self::Pause(pause) => pause.namespace(),
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -180,7 +214,8 @@ impl Sandbox {
                 "guest hooks are not supported; none will run"
             );
         }
-        self.namespaces()?;
+        let namespaces = self.namespaces()?;
+        sysctls::apply(&request.sysctls, &namespaces)?;
         if !request.hostname.is_empty() && self.owns_machine {
             let named = nix::unistd::sethostname(&request.hostname);
             named.map_err(|error| SandboxError::Namespaces(error.into()))?;
@@ -203,6 +238,7 @@ impl Sandbox {
             entry.container.kill(KILL_PATIENCE).await;
             entry.container.delete().await;
         }
+        self.state().pid_anchor = None;
         let storages = std::mem::take(&mut self.state().storages);
         let owns_machine = self.owns_machine;
         let release = move || {
@@ -304,19 +340,20 @@ impl Sandbox {
         make_folder(&bundle)?;
         make_folder(&self.context.state_folder)?;
         let devices = self.wait_for_devices(&request.devices).await?;
-        let shared = self.shared_namespaces(&spec, request.sandbox_pidns)?;
-        // The pod's own container comes first and outlives the others; without one, it is the first that shares.
-        let may_anchor = container::is_sandbox(&spec) || request.sandbox_pidns;
+        // Open until the container has joined it.
+        let pids = self.shared_pids(id, &spec, request.sandbox_pidns)?;
+        let shared = self.shared_namespaces(&spec, pids.as_ref())?;
+        let stands_for_pod = container::is_sandbox(&spec);
         let spec_failed = |error: SpecError| failed(error.into());
         container::set_device_numbers(&mut spec, &devices).map_err(spec_failed)?;
         container::adapt(&mut spec, id, &bundle, &shared).map_err(spec_failed)?;
         let container = Container::create(Arc::clone(&self.context), id.to_owned(), bundle, &spec, plan)
             .await
             .map_err(failed)?;
-        if may_anchor && shared.pid.is_none() && self.state().pid_anchor.is_none() {
+        if stands_for_pod && pids.is_none() && self.state().pid_anchor.is_none() {
             // Of an init that has ended already there is none to share.
             let namespace = container.pid_namespace().ok();
-            self.state().pid_anchor = namespace.map(|file| (id.to_owned(), file));
+            self.state().pid_anchor = namespace.map(|file| PidAnchor::Container(id.to_owned(), file));
         }
         Ok(container)
     }
@@ -331,7 +368,9 @@ impl Sandbox {
             let entry = state.containers.get(id).cloned().flatten();
             let entry = entry.ok_or_else(|| SandboxError::NoContainer(id.to_owned()))?;
             state.containers.remove(id);
-            state.pid_anchor.take_if(|(anchor, _)| anchor == id);
+            state
+                .pid_anchor
+                .take_if(|anchor| matches!(anchor, PidAnchor::Container(name, _) if name == id));
             entry
         };
         let patience = if patience.is_zero() {
@@ -391,7 +430,31 @@ impl Sandbox {
         Ok(namespaces)
     }
 
-    fn shared_namespaces(&self, spec: &Spec, share_pids: bool) -> Result<Shared, SandboxError> {
+    /// The PID namespace that container `id` is to join: another container's, or the pod's, which comes into being with the
+    /// first that wants it.
+    fn shared_pids(&self, id: &str, spec: &Spec, of_pod: bool) -> Result<Option<File>, SandboxError> {
+        let failed = |owner: &str| {
+            let (id, owner) = (id.to_owned(), owner.to_owned());
+            move |source| SandboxError::PidNamespace { id, owner, source }
+        };
+        if let Some(other) = container::pid_namespace_of(spec) {
+            let namespace = self.container(other)?.pid_namespace();
+            return namespace.map(Some).map_err(failed(&format!("container {other}")));
+        }
+        if !of_pod {
+            return Ok(None);
+        }
+        let mut state = self.state();
+        let anchor = match state.pid_anchor.take() {
+            Some(anchor) => anchor,
+            None => PidAnchor::Pause(Pause::start(&self.context.reaper).map_err(failed("the pod"))?),
+        };
+        let namespace = anchor.namespace().try_clone();
+        state.pid_anchor = Some(anchor);
+        namespace.map(Some).map_err(failed("the pod"))
+    }
+
+    fn shared_namespaces(&self, spec: &Spec, pids: Option<&File>) -> Result<Shared, SandboxError> {
         let namespaces = self.namespaces()?;
         let mut state = self.state();
         // A pod that came without a hostname takes the first container's.
@@ -403,11 +466,10 @@ impl Sandbox {
                 .map_err(SandboxError::Namespaces)?;
             state.hostname = hostname.to_owned();
         }
-        let anchor = state.pid_anchor.as_ref().filter(|_| share_pids);
         Ok(Shared {
             ipc: namespaces.ipc(),
             uts: namespaces.uts(),
-            pid: anchor.map(|(_, file)| namespaces::path(file)),
+            pid: pids.map(namespaces::path),
         })
     }
 

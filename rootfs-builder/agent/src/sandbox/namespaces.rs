@@ -44,6 +44,18 @@ impl Namespaces {
         })
     }
 
+    /// Runs `work` in both.
+    ///
+    /// # Errors
+    /// Of entering them, and of `work`.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+        on_own_thread(|| {
+            setns(self.ipc.as_fd(), CloneFlags::CLONE_NEWIPC)?;
+            setns(self.uts.as_fd(), CloneFlags::CLONE_NEWUTS)?;
+            work()
+        })
+    }
+
     /// The IPC namespace, for containers to join.
     pub fn ipc(&self) -> PathBuf {
         path(&self.ipc)
@@ -60,7 +72,8 @@ pub fn path(file: &File) -> PathBuf {
     PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()))
 }
 
-fn on_own_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+/// Runs `work` on a thread that ends with it, whatever namespaces it has gone to.
+pub fn on_own_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().spawn_scoped(scope, work)?;
         thread

@@ -22,6 +22,8 @@ pub fn of_sandbox(error: SandboxError) -> ttrpc::Error {
         SandboxError::ContainerExists(_) | SandboxError::SandboxExists(_) => Code::ALREADY_EXISTS,
         SandboxError::NoContainer(_) => Code::NOT_FOUND,
         SandboxError::Unsupported(_) => Code::UNIMPLEMENTED,
+        SandboxError::Sysctl(_) => Code::INVALID_ARGUMENT,
+        SandboxError::PidNamespace { .. } => Code::FAILED_PRECONDITION,
         SandboxError::Storage(error) => of_storage(error),
         SandboxError::Container { source, .. } => of_container(source),
         SandboxError::Stream(error) => of_stream(error),

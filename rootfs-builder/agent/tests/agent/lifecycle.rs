@@ -1,11 +1,14 @@
 use std::time::{Duration, Instant};
 
+use oci_spec::runtime::Mount;
 use protocols::agent::{
-    DestroySandboxRequest, GetOOMEventRequest, GuestDetailsRequest, PauseContainerRequest,
-    ResumeContainerRequest, SetGuestDateTimeRequest, SetPolicyRequest, StatsContainerRequest,
+    CreateContainerRequest, DestroySandboxRequest, GetOOMEventRequest, GuestDetailsRequest,
+    PauseContainerRequest, ResumeContainerRequest, SetGuestDateTimeRequest, SetPolicyRequest,
+    StatsContainerRequest, Storage,
 };
 use protocols::health::CheckRequest;
 use protocols::health::health_check_response::ServingStatus;
+use protocols::oci_convert::spec_to_wire;
 
 use crate::harness::{Agent, Output, PATIENCE, code, context, message, process};
 
@@ -342,6 +345,45 @@ async fn containers_when_made_at_once_do_not_mix() {
             (number as i32, format!("{number}\n"))
         );
     }
+}
+
+/// A volume can only be removed once it is unmounted, which is when what was written to it has reached its place.
+#[tokio::test]
+async fn sandbox_when_destroyed_has_given_back_its_volumes_before_it_answers() {
+    let agent = Agent::start().await;
+    let volume = agent.rootfs().with_file_name("volume");
+    let path = volume.to_str().unwrap();
+    let mut spec = agent.spec("echo ready; while :; do sleep 100; done");
+    let mut mount = Mount::default();
+    mount
+        .set_typ(Some("bind".into()))
+        .set_source(Some(volume.clone()))
+        .set_destination("/volume".into())
+        .set_options(Some(vec!["rbind".into()]));
+    spec.mounts_mut().get_or_insert_default().push(mount);
+    let request = CreateContainerRequest {
+        container_id: "one".into(),
+        OCI: Some(spec_to_wire(&spec)).into(),
+        storages: vec![Storage {
+            driver: "ephemeral".into(),
+            source: "tmpfs".into(),
+            mount_point: path.into(),
+            ..Default::default()
+        }],
+        ..Default::default()
+    };
+    agent.client.create_container(context(), &request).await.unwrap();
+    agent.start_container("one").await.unwrap();
+    agent.read_until("one", "", "ready").await;
+    assert!(volume.exists());
+
+    agent
+        .client
+        .destroy_sandbox(context(), &DestroySandboxRequest::new())
+        .await
+        .unwrap();
+
+    assert!(!volume.exists());
 }
 
 #[tokio::test]

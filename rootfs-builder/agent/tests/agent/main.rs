@@ -3,9 +3,11 @@
 
 mod errors;
 mod exec;
+mod hanging;
 mod harness;
 mod lifecycle;
 mod localhost;
 mod mounts;
 mod network;
+mod pods;
 mod stdio;

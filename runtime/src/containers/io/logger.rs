@@ -1,7 +1,10 @@
-//! `binary://` loggers: a program that reads a container's output.
+//! `binary://` and `binary-v2://` loggers: a program that reads a container's output.
 //!
 //! containerd's contract: descriptor 3 is stdout, 4 is stderr, 5 is closed by the program once it is ready; the
-//! environment has CONTAINER_ID and CONTAINER_NAMESPACE; arguments come from the URI's query, in its order.
+//! environment has CONTAINER_ID and CONTAINER_NAMESPACE; arguments come from the URI's query, in its order. With
+//! `binary-v2://` a closed descriptor 5 is not enough, a program that dies closes it too: a byte is to be written first.
+
+#![allow(unsafe_code)]
 
 use std::io::{PipeReader, PipeWriter, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -31,6 +34,7 @@ impl Logger {
     /// # Errors
     /// Naming the program, which does not run then.
     pub(super) fn spawn(uri: &str, owner: &Owner) -> Result<(Self, OwnedFd, OwnedFd)> {
+        let strict = uri.starts_with("binary-v2://");
         let (program, args) = parse(uri);
         let failed = |error: std::io::Error| {
             let kind = match error.kind() {
@@ -62,7 +66,11 @@ impl Logger {
         let mut logger = Self { child };
         // Only the child may hold these ends now, or the end of a stream would never be seen.
         drop((stdout_read, stderr_read, ready_write));
-        let ready = wait_ready(ready_read).and_then(|()| logger.still_runs());
+        let ready = wait_ready(ready_read).and_then(|written| match written {
+            0 if strict => Err(logger.not_ready()),
+            0 => logger.still_runs(),
+            _ => Ok(()),
+        });
         if let Err(error) = ready {
             logger.kill();
             return Err(failed(error));
@@ -72,6 +80,15 @@ impl Logger {
             nonblocking(stdout_write).map_err(failed)?,
             nonblocking(stderr_write).map_err(failed)?,
         ))
+    }
+
+    /// What a program that has closed its descriptor without a word is told.
+    fn not_ready(&mut self) -> std::io::Error {
+        let why = match self.still_runs() {
+            Err(error) => error.to_string(),
+            Ok(()) => "closed descriptor 5 without writing the byte that binary-v2:// asks for".to_owned(),
+        };
+        std::io::Error::other(why)
     }
 
     /// A program that ends closes its descriptors as well: that is not being ready.
@@ -139,11 +156,11 @@ fn nonblocking(pipe: PipeWriter) -> std::io::Result<OwnedFd> {
     Ok(pipe.into())
 }
 
-/// Blocks until the child closes its end or writes to it.
-fn wait_ready(mut pipe: PipeReader) -> std::io::Result<()> {
+/// Blocks until the child closes its end or writes to it. Returns how many bytes came.
+fn wait_ready(mut pipe: PipeReader) -> std::io::Result<usize> {
     let (sender, receiver) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
-        let result = pipe.read(&mut [0]).map(drop);
+        let result = pipe.read(&mut [0]);
         // The waiting side may have given up.
         let _ = sender.send(result);
     });
@@ -157,7 +174,7 @@ fn wait_ready(mut pipe: PipeReader) -> std::io::Result<()> {
 
 /// `binary:///path?key=value&flag` → program and `["key", "value", "flag"]`.
 fn parse(uri: &str) -> (String, Vec<String>) {
-    let rest = uri.strip_prefix("binary://").unwrap_or(uri);
+    let rest = uri.split_once("://").map_or(uri, |(_, rest)| rest);
     let (program, query) = rest.split_once('?').unwrap_or((rest, ""));
     let args = query
         .split('&')
@@ -166,11 +183,12 @@ fn parse(uri: &str) -> (String, Vec<String>) {
         .filter(|word| !word.is_empty())
         .map(decode)
         .collect();
-    (decode(program), args)
+    // A plus is a plus in a path.
+    (decode(&program.replace('+', "%2B")), args)
 }
 
-/// Percent decoding.
-fn decode(text: &str) -> String {
+/// Decoding of a query: percent signs, and `+` for a space.
+pub(super) fn decode(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((first, tail)) = rest.split_first() {
@@ -208,28 +226,40 @@ mod tests {
         }
     }
 
-    /// A script that can be a logger, and its URI.
-    fn script(folder: &std::path::Path, text: &str) -> String {
-        let script = folder.join("logger");
-        std::fs::write(&script, format!("#!/bin/sh\n{text}\n")).unwrap();
-        std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        format!("binary://{}", script.display())
+    /// The URI of a logger that is a shell script. Not a file written here: another test's fork may hold it open for writing
+    /// for a moment, and then it cannot be executed.
+    fn script(scheme: &str, text: &str) -> String {
+        let text: String = text.bytes().map(|byte| format!("%{byte:02x}")).collect();
+        format!("{scheme}:///bin/sh?-c={text}")
     }
 
     #[test]
     fn logger_when_it_ends_at_once_is_not_ready() {
-        let folder = tempfile::tempdir().unwrap();
-        let error = Logger::spawn(&script(folder.path(), "exit 3"), &owner())
+        for scheme in ["binary", "binary-v2"] {
+            let error = Logger::spawn(&script(scheme, "exit 3"), &owner()).err().unwrap();
+            assert!(error.message.contains("ended before it was ready"), "{error}");
+            assert!(error.message.contains("exit status: 3"), "{error}");
+        }
+    }
+
+    #[test]
+    fn logger_when_strict_is_ready_by_a_byte_only() {
+        let silent = "exec 5>&-; cat <&3; cat <&4";
+        let error = Logger::spawn(&script("binary-v2", silent), &owner())
             .err()
             .unwrap();
-        assert!(error.message.contains("ended before it was ready"), "{error}");
-        assert!(error.message.contains("exit status: 3"), "{error}");
+        assert!(error.message.contains("without writing the byte"), "{error}");
+
+        let (mut logger, stdout, stderr) =
+            Logger::spawn(&script("binary-v2", &format!("echo >&5; {silent}")), &owner()).unwrap();
+        drop((stdout, stderr));
+        assert!(logger.child.wait().unwrap().success());
     }
 
     #[test]
     fn logger_uri_when_parsed_is_program_and_arguments() {
-        let (program, args) = parse("binary:///usr/bin/log%20ger?tag=a%3Db&verbose&x=");
-        assert_eq!(program, "/usr/bin/log ger");
+        let (program, args) = parse("binary:///usr/bin/log%20ger+?tag=a%3Db&verbose&x=");
+        assert_eq!(program, "/usr/bin/log ger+");
         assert_eq!(args, ["tag", "a=b", "verbose", "x"]);
     }
 
@@ -237,14 +267,11 @@ mod tests {
     fn logger_when_started_reads_both_streams() {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("out");
-        let script = folder.path().join("logger");
-        std::fs::write(
-            &script,
-            "#!/bin/sh\nexec 5>&-\n{ echo $CONTAINER_ID $CONTAINER_NAMESPACE $1; cat <&3; cat <&4; } > \"$1\"\n",
-        )
-        .unwrap();
-        std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        let uri = format!("binary://{}?{}", script.display(), out.display());
+        let text = format!(
+            "exec 5>&-; {{ echo $CONTAINER_ID $CONTAINER_NAMESPACE $0; cat <&3; cat <&4; }} > {}",
+            out.display()
+        );
+        let uri = format!("{}&argument", script("binary", &text));
 
         let (mut logger, stdout, stderr) = Logger::spawn(&uri, &owner()).unwrap();
         std::fs::File::from(stdout).write_all(b"to stdout\n").unwrap();
@@ -252,7 +279,7 @@ mod tests {
         assert!(logger.child.wait().unwrap().success());
 
         let text = std::fs::read_to_string(&out).unwrap();
-        assert_eq!(text, format!("c1 ns {}\nto stdout\nto stderr\n", out.display()));
+        assert_eq!(text, "c1 ns argument\nto stdout\nto stderr\n");
     }
 
     #[test]

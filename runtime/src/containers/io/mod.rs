@@ -6,14 +6,18 @@
 //!   end *and* asked for CloseIO;
 //! - outputs are opened for reading and writing, which never waits for a reader and never fails with EPIPE. The end
 //!   of the stream closes them, and the reader sees EOF after the last byte.
+//!
+//! Instead of a FIFO there may be a program (`binary://`, `binary-v2://`), a file that is appended to (`file://`), or a stream
+//! that the client fetches over the shim's socket (`ttrpc+unix://`, [`streaming`]).
 
 mod first_output;
 mod logger;
+mod streaming;
 
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,6 +26,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::host::blocking;
 use crate::hypervisor::{Attach, AttachDirection, Hypervisor};
 use crate::types::Stdio;
+
+pub use streaming::{Client, Direction, Lease, ProcessStream, StreamHub};
 
 /// Who a logger logs for.
 #[derive(Debug, Clone)]
@@ -39,24 +45,37 @@ enum Target {
     Fifo(PathBuf),
     File(PathBuf),
     Binary(String),
+    /// Name of a stream.
+    Stream(String),
 }
 
 fn parse(stream: &'static str, uri: &str) -> Result<Target> {
+    let invalid = |why: &str| Error::new(ErrorKind::InvalidArgument, format!("{stream} {uri:?}: {why}"));
     match uri.split_once("://") {
         _ if uri.is_empty() => Ok(Target::None),
         None if uri.starts_with('/') => Ok(Target::Fifo(uri.into())),
         Some(("fifo", path)) => Ok(Target::Fifo(path.into())),
-        Some(("file", path)) => Ok(Target::File(path.into())),
-        Some(("binary", _)) if stream != "stdin" => Ok(Target::Binary(uri.to_owned())),
+        Some(("file", path)) => file_path(path)
+            .map(Target::File)
+            .ok_or_else(|| invalid("the path is not absolute")),
+        Some(("ttrpc+unix", _)) => streaming::name_in(uri)
+            .map(Target::Stream)
+            .map_err(|why| invalid(&why)),
+        Some(("binary" | "binary-v2", _)) if stream != "stdin" => Ok(Target::Binary(uri.to_owned())),
         Some((scheme, _)) => Err(Error::new(
             ErrorKind::Unimplemented,
             format!("{stream} {uri:?}: {scheme}:// is not supported"),
         )),
-        None => Err(Error::new(
-            ErrorKind::InvalidArgument,
-            format!("{stream} {uri:?} is not an absolute path"),
-        )),
+        None => Err(invalid("is not an absolute path")),
     }
+}
+
+/// The path in `file://PATH`, which a query may follow.
+fn file_path(rest: &str) -> Option<PathBuf> {
+    let path = rest.split('?').next().unwrap_or_default();
+    // A plus is a plus in a path.
+    let path = PathBuf::from(logger::decode(&path.replace('+', "%2B")));
+    path.is_absolute().then_some(path)
 }
 
 /// The streams of a process, served by the muxer.
@@ -72,6 +91,14 @@ pub(super) struct ProcessIo {
     stdin: Mutex<Option<File>>,
     /// The program that reads the outputs, if it is not a client of containerd.
     logger: Mutex<Option<logger::Logger>>,
+    /// stdin and outputs that clients fetch from the shim.
+    streamed: Mutex<Streamed>,
+}
+
+#[derive(Default)]
+struct Streamed {
+    stdin: Option<ProcessStream>,
+    outputs: Vec<ProcessStream>,
 }
 
 impl ProcessIo {
@@ -91,6 +118,7 @@ impl ProcessIo {
             stderr_port: 0,
             stdin: Mutex::new(streams.stdin_writer.take()),
             logger: Mutex::new(streams.logger.take()),
+            streamed: Mutex::new(std::mem::take(&mut streams.streamed)),
         };
         if let Some(fd) = streams.stdin.take() {
             let direction = AttachDirection::ToGuest;
@@ -113,6 +141,13 @@ impl ProcessIo {
     /// Lets go of our write end: stdin ends as soon as the client has let go of its own.
     pub(super) fn close_stdin(&self) {
         self.stdin.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(stream) = &self.streamed().stdin {
+            stream.close();
+        }
+    }
+
+    fn streamed(&self) -> std::sync::MutexGuard<'_, Streamed> {
+        self.streamed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends stdin whatever the client holds: the process is gone.
@@ -121,6 +156,7 @@ impl ProcessIo {
         if self.stdin_port != 0 {
             self.hypervisor.vsock_close(self.stdin_port);
         }
+        self.streamed().stdin.take();
     }
 
     /// Waits until every output has come to its end, at most `timeout`; then closes what is left.
@@ -138,6 +174,16 @@ impl ProcessIo {
                 );
             }
         }
+        let outputs = std::mem::take(&mut self.streamed().outputs);
+        for output in outputs {
+            // What is in the pipe has yet to be fetched.
+            if tokio::time::timeout_at(deadline.into(), output.delivered())
+                .await
+                .is_err()
+            {
+                tracing::warn!(?timeout, "output is not fetched to its end: closed");
+            }
+        }
         self.close();
     }
 
@@ -153,6 +199,7 @@ impl ProcessIo {
         if let Some(logger) = self.logger.lock().unwrap_or_else(PoisonError::into_inner).take() {
             logger.finish();
         }
+        self.streamed().outputs.clear();
     }
 }
 
@@ -171,33 +218,39 @@ pub(super) struct Streams {
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
     logger: Option<logger::Logger>,
+    streamed: Streamed,
 }
 
 impl Streams {
-    /// Opens the streams and starts the logger; needs no guest.
+    /// Opens the streams, those that `hub` knows by name among them, and starts the logger; needs no guest.
     ///
     /// # Errors
     /// Naming the stream and its path; nothing is left open then.
-    pub(super) async fn open(stdio: &Stdio, owner: Owner) -> Result<Self> {
+    pub(super) async fn open(stdio: &Stdio, owner: Owner, hub: Arc<StreamHub>) -> Result<Self> {
         let stdio = stdio.clone();
         // Off the async threads: a logger has ten seconds to get ready, and files may be anywhere.
-        blocking("streams", move || Self::open_now(&stdio, &owner)).await
+        blocking("streams", move || Self::open_now(&stdio, &owner, &hub)).await
     }
 
-    fn open_now(stdio: &Stdio, owner: &Owner) -> Result<Self> {
+    fn open_now(stdio: &Stdio, owner: &Owner, hub: &Arc<StreamHub>) -> Result<Self> {
         let mut opened = Self::default();
-        opened.open_stdin(&stdio.stdin)?;
-        opened.open_outputs(stdio, owner)?;
+        opened.open_stdin(&stdio.stdin, hub)?;
+        opened.open_outputs(stdio, owner, hub)?;
         if opened.stdout.is_some() {
             first_output::watch(&stdio.stdout);
         }
         Ok(opened)
     }
 
-    fn open_stdin(&mut self, uri: &str) -> Result<()> {
+    fn open_stdin(&mut self, uri: &str, hub: &Arc<StreamHub>) -> Result<()> {
         let named = |error: io::Error| stream_error("stdin", uri, &error);
         match parse("stdin", uri)? {
             Target::None | Target::Binary(_) => {}
+            Target::Stream(name) => {
+                let (stream, fd) = hub.open(&name, Direction::Input)?;
+                self.streamed.stdin = Some(stream);
+                self.stdin = Some(fd);
+            }
             Target::File(path) => self.stdin = Some(File::open(path).map_err(named)?.into()),
             Target::Fifo(path) => {
                 let Some(read) = open_fifo(&path, OpenOptions::new().read(true)).map_err(named)? else {
@@ -215,7 +268,7 @@ impl Streams {
         Ok(())
     }
 
-    fn open_outputs(&mut self, stdio: &Stdio, owner: &Owner) -> Result<()> {
+    fn open_outputs(&mut self, stdio: &Stdio, owner: &Owner, hub: &Arc<StreamHub>) -> Result<()> {
         let stdout = parse("stdout", &stdio.stdout)?;
         // With a terminal everything comes out of the one pty.
         let stderr = if stdio.terminal {
@@ -223,6 +276,14 @@ impl Streams {
         } else {
             parse("stderr", &stdio.stderr)?
         };
+        if stdio.terminal && matches!(stdout, Target::File(_)) {
+            // As under runc, which looks for a FIFO of that name.
+            let message = format!(
+                "stdout {:?}: a terminal is not written to a file; use a FIFO, binary:// or a process without terminal",
+                stdio.stdout
+            );
+            return Err(Error::new(ErrorKind::InvalidArgument, message));
+        }
         if let Target::Binary(uri) = &stdout {
             if !matches!(&stderr, Target::None) && stdio.stderr != stdio.stdout {
                 let message = format!("stderr {:?}: must be the logger of stdout, {uri:?}", stdio.stderr);
@@ -234,9 +295,36 @@ impl Streams {
             self.logger = Some(logger);
             return Ok(());
         }
-        self.stdout = open_output("stdout", stdout)?;
-        self.stderr = open_output("stderr", stderr)?;
+        self.stdout = self.open_output("stdout", stdout, hub)?;
+        self.stderr = self.open_output("stderr", stderr, hub)?;
         Ok(())
+    }
+
+    fn open_output(
+        &mut self,
+        stream: &'static str,
+        target: Target,
+        hub: &Arc<StreamHub>,
+    ) -> Result<Option<OwnedFd>> {
+        let named = |path: &Path, error: &io::Error| stream_error(stream, &path.display().to_string(), error);
+        match target {
+            Target::None => Ok(None),
+            Target::Fifo(path) => open_fifo(&path, OpenOptions::new().read(true).write(true))
+                .map(|file| file.map(OwnedFd::from))
+                .map_err(|error| named(&path, &error)),
+            Target::File(path) => open_log(&path)
+                .map(|file| Some(file.into()))
+                .map_err(|error| named(&path, &error)),
+            Target::Stream(name) => {
+                let (stream, fd) = hub.open(&name, Direction::Output)?;
+                self.streamed.outputs.push(stream);
+                Ok(Some(fd))
+            }
+            Target::Binary(uri) => Err(Error::new(
+                ErrorKind::InvalidArgument,
+                format!("{stream} {uri:?}: stdout must use the same logger"),
+            )),
+        }
     }
 }
 
@@ -251,23 +339,16 @@ impl Drop for Streams {
     }
 }
 
-fn open_output(stream: &'static str, target: Target) -> Result<Option<OwnedFd>> {
-    match target {
-        Target::None => Ok(None),
-        Target::Fifo(path) => open_fifo(&path, OpenOptions::new().read(true).write(true))
-            .map(|file| file.map(OwnedFd::from))
-            .map_err(|error| stream_error(stream, &path.display().to_string(), &error)),
-        Target::File(path) => OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .map(|file| Some(file.into()))
-            .map_err(|error| stream_error(stream, &path.display().to_string(), &error)),
-        Target::Binary(uri) => Err(Error::new(
-            ErrorKind::InvalidArgument,
-            format!("{stream} {uri:?}: stdout must use the same logger"),
-        )),
+/// Opens a file that output is appended to, as runc's shim of containerd does: it and the folders to it are made.
+fn open_log(path: &Path) -> io::Result<File> {
+    if let Some(folder) = path.parent() {
+        DirBuilder::new().recursive(true).mode(0o755).create(folder)?;
     }
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o644)
+        .open(path)
 }
 
 /// Opens a FIFO without waiting for its other side. A path that does not exist means nobody listens (nerdctl removes
@@ -317,8 +398,31 @@ mod tests {
             parse("stdout", "binary:///bin/logger?a=b").unwrap(),
             Target::Binary(_)
         ));
-        let error = parse("stdout", "ttrpc+unix:///x?streaming_id=1").unwrap_err();
-        assert_eq!(error.kind, ErrorKind::Unimplemented);
+        assert!(matches!(
+            parse("stdout", "binary-v2:///bin/logger?a=b").unwrap(),
+            Target::Binary(_)
+        ));
+        assert_eq!(
+            parse("stdout", "ttrpc+unix:///x?streaming_id=c1-stdout").unwrap(),
+            Target::Stream("c1-stdout".into())
+        );
+        assert_eq!(
+            parse("stdout", "file:///var/log/a%20b+c?x=y").unwrap(),
+            Target::File("/var/log/a b+c".into())
+        );
+        for unknown in [
+            "grpc+unix:///x?streaming_id=1",
+            "ttrpc+vsock://3:9?streaming_id=1",
+            "attachablebinary:///x",
+        ] {
+            let error = parse("stdout", unknown).unwrap_err();
+            assert_eq!(error.kind, ErrorKind::Unimplemented, "{unknown}");
+            assert!(error.message.contains(unknown), "{error}");
+        }
+        for bad in ["ttrpc+unix:///x", "file://log", "file://"] {
+            let error = parse("stdout", bad).unwrap_err();
+            assert_eq!(error.kind, ErrorKind::InvalidArgument, "{bad}");
+        }
         assert_eq!(parse("stdout", "x").unwrap_err().kind, ErrorKind::InvalidArgument);
     }
 
@@ -340,5 +444,58 @@ mod tests {
                 .is_some()
         );
         assert!(open_fifo(&path, OpenOptions::new().read(true)).unwrap().is_some());
+    }
+
+    fn stdio(stdout: &str, terminal: bool) -> Stdio {
+        Stdio {
+            stdout: stdout.to_owned(),
+            terminal,
+            ..Default::default()
+        }
+    }
+
+    async fn open(stdio: &Stdio) -> Result<Streams> {
+        let owner = Owner {
+            container: "c".into(),
+            namespace: "ns".into(),
+        };
+        Streams::open(stdio, owner, Arc::default()).await
+    }
+
+    #[tokio::test]
+    async fn file_when_output_goes_to_it_is_made_and_appended_to() {
+        use std::io::Write;
+        use std::os::unix::fs::PermissionsExt;
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a/b/log");
+        let uri = format!("file://{}", path.display());
+        for words in ["one", "two"] {
+            let mut streams = open(&stdio(&uri, false)).await.unwrap();
+            File::from(streams.stdout.take().unwrap())
+                .write_all(words.as_bytes())
+                .unwrap();
+        }
+
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "onetwo");
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&path) & !0o644, 0);
+        assert_eq!(mode(path.parent().unwrap()) & !0o755, 0);
+    }
+
+    #[tokio::test]
+    async fn terminal_when_it_is_to_go_to_a_file_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let uri = format!("file://{}", path.display());
+
+        let error = open(&stdio(&uri, true)).await.err().unwrap();
+
+        assert_eq!(error.kind, ErrorKind::InvalidArgument);
+        assert!(
+            error.message.contains("a terminal is not written to a file"),
+            "{error}"
+        );
+        assert!(!path.exists());
     }
 }

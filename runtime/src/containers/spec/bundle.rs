@@ -6,17 +6,43 @@ use std::io;
 use std::path::Path;
 
 use oci_spec::runtime::Spec;
+use serde::de::DeserializeOwned;
 
 use crate::cri::{self, ContainerKind};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Reads `config.json` of `bundle`.
+/// Reads `config.json` of a container's `bundle`.
 ///
 /// # Errors
 /// Naming the file: `NotFound`, or `InvalidArgument` with what is wrong in it.
 pub fn load_spec(bundle: &Path) -> Result<Spec> {
-    let path = bundle.join("config.json");
-    let text = fs::read_to_string(&path).map_err(|error| {
+    let path = bundle.join(CONFIG);
+    let spec: Spec = read(&path)?;
+    let args = spec
+        .process()
+        .as_ref()
+        .and_then(|process| process.args().as_ref());
+    if args.is_none_or(Vec::is_empty) {
+        return Err(invalid(&path, "process.args is missing or empty"));
+    }
+    Ok(spec)
+}
+
+/// Reads `config.json` of a sandbox's `bundle`, which describes no process and which only some clients give.
+///
+/// # Errors
+/// As [`load_spec`]; a missing file is none.
+pub fn load_sandbox_spec(bundle: &Path) -> Result<Option<Spec>> {
+    match read(&bundle.join(CONFIG)) {
+        Err(error) if error.kind == ErrorKind::NotFound => Ok(None),
+        read => read,
+    }
+}
+
+const CONFIG: &str = "config.json";
+
+fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = fs::read_to_string(path).map_err(|error| {
         let kind = match error.kind() {
             io::ErrorKind::NotFound => ErrorKind::NotFound,
             io::ErrorKind::PermissionDenied => ErrorKind::PermissionDenied,
@@ -24,21 +50,14 @@ pub fn load_spec(bundle: &Path) -> Result<Spec> {
         };
         Error::new(kind, format!("{}: {error}", path.display()))
     })?;
-    let invalid = |message: String| {
-        Error::new(
-            ErrorKind::InvalidArgument,
-            format!("{}: {message}", path.display()),
-        )
-    };
-    let spec: Spec = serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
-    let args = spec
-        .process()
-        .as_ref()
-        .and_then(|process| process.args().as_ref());
-    if args.is_none_or(Vec::is_empty) {
-        return Err(invalid("process.args is missing or empty".into()));
-    }
-    Ok(spec)
+    serde_json::from_str(&text).map_err(|error| invalid(path, &error.to_string()))
+}
+
+fn invalid(path: &Path, message: &str) -> Error {
+    Error::new(
+        ErrorKind::InvalidArgument,
+        format!("{}: {message}", path.display()),
+    )
 }
 
 /// What the spec's annotations say the container is to its pod.
@@ -54,6 +73,25 @@ pub fn container_kind(spec: &Spec) -> Result<ContainerKind> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn spec_of_a_sandbox_when_missing_is_none() {
+        let bundle = tempfile::tempdir().unwrap();
+        assert_eq!(load_sandbox_spec(bundle.path()).unwrap(), None);
+
+        let path = bundle.path().join(CONFIG);
+        for (text, present) in [("null", false), (r#"{"ociVersion":"1.0.2"}"#, true)] {
+            fs::write(&path, text).unwrap();
+            assert_eq!(
+                load_sandbox_spec(bundle.path()).unwrap().is_some(),
+                present,
+                "{text}"
+            );
+        }
+        fs::write(&path, "{").unwrap();
+        let error = load_sandbox_spec(bundle.path()).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::InvalidArgument);
+    }
 
     #[test]
     fn spec_when_missing_or_broken_is_named() {

@@ -6,10 +6,11 @@ pub(super) mod bundle;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxBlockIo, LinuxDeviceCgroup, LinuxNamespaceType, LinuxResources, Process, Spec,
+    Linux, LinuxBlockIo, LinuxDeviceCgroup, LinuxNamespaceType, LinuxResources, Process, Spec,
 };
 use protocols::oci_convert::uncarried;
 
+use super::hooks;
 use crate::cri::ContainerKind;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -34,10 +35,12 @@ pub struct GuestSpec {
 /// booted for it.
 ///
 /// # Errors
-/// `Unimplemented` naming all of them, in config.json notation.
+/// `Unimplemented` naming all of them, in config.json notation; `InvalidArgument` for a hook that cannot be run.
 pub fn check(spec: &Spec) -> Result<()> {
+    hooks::check(spec)?;
     let mut lost = Vec::new();
     if let Some(linux) = spec.linux() {
+        lost.extend(host_namespaces(linux));
         // A privileged container gets a list of whatever the host has; it asked for none of them.
         if !is_privileged(linux) {
             lost.extend(foreign_devices(linux).map(|path| {
@@ -165,12 +168,7 @@ pub fn amend(spec: &mut Spec, guest: GuestSpec, kind: &ContainerKind) -> Result<
             "privileged: {foreign} devices of the host are left out, the container has those of its guest"
         ));
     }
-    if let Some(hooks) = spec.hooks_mut().take() {
-        let names = hook_names(&hooks);
-        if !names.is_empty() {
-            warnings.push(format!("OCI hooks are not run: {}", names.join(", ")));
-        }
-    }
+    hooks::leave_to_guest(spec);
     if let Some(root) = spec.root_mut() {
         root.set_path(guest.rootfs.into());
     }
@@ -232,33 +230,29 @@ fn keep_rules_without_numbers(resources: &mut LinuxResources) {
     resources.set_devices(rules.filter(|rules| !rules.is_empty()));
 }
 
-/// Whether the container is to join a PID namespace that exists, the pod's (`shareProcessNamespace`).
-pub fn joins_pid_namespace(spec: &Spec) -> bool {
-    let namespaces = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.namespaces().as_ref());
-    namespaces.into_iter().flatten().any(|namespace| {
-        let path = namespace.path().as_ref();
-        namespace.typ() == LinuxNamespaceType::Pid && path.is_some_and(|path| !path.as_os_str().is_empty())
-    })
+/// Puts a PID namespace of the guest, at `path`, into an amended spec.
+pub fn join_pid_namespace(spec: &mut Spec, path: PathBuf) {
+    let linux = spec.linux_mut().as_mut();
+    let namespaces = linux.and_then(|linux| linux.namespaces_mut().as_mut());
+    let mut namespaces = namespaces.into_iter().flatten();
+    if let Some(of_pids) = namespaces.find(|namespace| namespace.typ() == LinuxNamespaceType::Pid) {
+        of_pids.set_path(Some(path));
+    }
 }
 
-fn hook_names(hooks: &Hooks) -> Vec<String> {
-    let lists = [
-        hooks.prestart(),
-        hooks.create_runtime(),
-        hooks.create_container(),
-        hooks.start_container(),
-        hooks.poststart(),
-        hooks.poststop(),
+/// The namespaces that a container shares with the host by leaving them out: what it would see there is not in its VM.
+fn host_namespaces(linux: &Linux) -> impl Iterator<Item = String> {
+    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
+    let kinds = [
+        (LinuxNamespaceType::Pid, "pid", "hostPID", "processes"),
+        (LinuxNamespaceType::Ipc, "ipc", "hostIPC", "shared memory"),
     ];
-    lists
+    let left_out = kinds
         .into_iter()
-        .flatten()
-        .flatten()
-        .map(|hook| hook.path().display().to_string())
-        .collect()
+        .filter(|(kind, ..)| !namespaces.iter().any(|namespace| namespace.typ() == *kind));
+    left_out.map(|(_, kind, asked, what)| {
+        format!("linux.namespaces: no {kind} namespace ({asked}): the host's {what} cannot be had in a virtual machine")
+    })
 }
 
 #[cfg(test)]
@@ -272,7 +266,8 @@ mod tests {
                 "ambient": []}},
         "root": {"path": "rootfs", "readonly": true},
         "mounts": [{"destination": "/x", "type": "bind", "source": "/host", "options": ["rbind"]}],
-        "hooks": {"prestart": [{"path": "/usr/bin/hook-a"}], "poststop": [{"path": "/usr/bin/hook-b"}]},
+        "hooks": {"prestart": [{"path": "/usr/bin/hook-a"}], "poststop": [{"path": "/usr/bin/hook-b"}],
+            "startContainer": [{"path": "/bin/hook-c"}]},
         "linux": {
             "cgroupsPath": "system.slice:cri:c1", "mountLabel": "m", "seccomp": {"defaultAction": "SCMP_ACT_ERRNO"},
             "namespaces": [{"type": "network", "path": "/run/netns/x"}, {"type": "pid"},
@@ -325,7 +320,6 @@ mod tests {
         assert!(cpu.cpus().is_none() && cpu.mems().is_none());
         let process = spec.process().as_ref().unwrap();
         assert!(process.apparmor_profile().is_none() && process.selinux_label().is_none());
-        assert!(spec.hooks().is_none());
     }
 
     #[test]
@@ -349,27 +343,45 @@ mod tests {
     }
 
     #[test]
-    fn pid_namespace_when_it_has_a_path_is_joined() {
-        for (namespace, joined) in [
-            (r#"{"type":"pid","path":"/proc/4711/ns/pid"}"#, true),
-            (r#"{"type":"pid","path":""}"#, false),
-            (r#"{"type":"pid"}"#, false),
-            (r#"{"type":"network","path":"/run/netns/x"}"#, false),
+    fn pid_namespace_when_it_is_another_containers_is_in_the_spec() {
+        let (mut spec, _) = amended(true);
+
+        join_pid_namespace(&mut spec, "/guest/c2".into());
+
+        let namespaces = spec.linux().as_ref().unwrap().namespaces().as_ref().unwrap();
+        let paths: Vec<_> = namespaces
+            .iter()
+            .map(|namespace| namespace.path().as_deref())
+            .collect();
+        assert_eq!(paths, [Some(Path::new("/guest/c2")), None]);
+    }
+
+    #[test]
+    fn namespaces_of_the_host_when_asked_for_are_refused_by_name() {
+        for (namespaces, expected) in [
+            (r#"[{"type":"ipc"}]"#, "hostPID"),
+            (r#"[{"type":"pid"}]"#, "hostIPC"),
         ] {
-            let json = format!(r#"{{"ociVersion":"1","linux":{{"namespaces":[{namespace}]}}}}"#);
-            let spec = serde_json::from_str(&json).unwrap();
-            assert_eq!(joins_pid_namespace(&spec), joined, "{namespace}");
+            let json = format!(r#"{{"ociVersion":"1","linux":{{"namespaces":{namespaces}}}}}"#);
+            let error = check(&serde_json::from_str(&json).unwrap()).unwrap_err();
+            assert_eq!(error.kind, ErrorKind::Unimplemented);
+            assert!(
+                error.message.contains(expected) && !error.message.contains(';'),
+                "{error}"
+            );
         }
     }
 
     #[test]
-    fn hooks_when_they_do_not_run_are_warned_about() {
-        let (_, warnings) = amended(true);
+    fn hooks_when_amended_are_those_of_the_guest() {
+        let (spec, warnings) = amended(true);
 
-        let all = warnings.join("\n");
-        for expected in ["/usr/bin/hook-a", "/usr/bin/hook-b"] {
-            assert!(all.contains(expected), "{expected} in\n{all}");
-        }
+        let hooks = serde_json::to_value(spec.hooks()).unwrap();
+        assert_eq!(
+            hooks,
+            serde_json::json!({"startContainer": [{"path": "/bin/hook-c"}]})
+        );
+        assert!(!warnings.join("\n").contains("hook"), "{warnings:?}");
     }
 
     #[test]
@@ -399,7 +411,7 @@ mod tests {
 
     #[test]
     fn privileged_container_when_created_has_the_devices_of_its_guest() {
-        let json = r#"{"ociVersion": "1.0.2", "linux": {
+        let json = r#"{"ociVersion": "1.0.2", "linux": {"namespaces": [{"type": "pid"}, {"type": "ipc"}],
             "devices": [{"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
                 {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
                 {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}],

@@ -10,6 +10,7 @@ pub mod balloon;
 pub mod block;
 pub mod config;
 pub mod console;
+pub mod counter;
 pub mod device;
 pub mod fs;
 pub mod image;
@@ -32,5 +33,4 @@ pub mod worker;
 
 pub use device::{ActivateError, Activation, ActiveQueue, CHAIN_FEATURES, VirtioDevice, read_space};
 pub use interrupt::Interrupt;
-pub use queue::{chain, moderation, ring, served_queue};
-pub use worker::{OnLoop, Running, queue_thread};
+pub use worker::{LoopWorker, OnLoop, Running};

@@ -18,7 +18,7 @@ use crate::devices::virtio::state::decode_all;
 
 const MAGIC: [u8; 8] = *b"DBALSNAP";
 /// Version of the format; a state of another version is refused. Count it up with every change of a saved type.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 const HEADER_BYTES: usize = 24;
 /// Largest state: what a file may make us allocate. Devices are bounded one by one.
 const MAX_BYTES: u64 = 512 << 20;
@@ -134,13 +134,13 @@ mod tests {
         }
         // Of the version before, as that one wrote it.
         let mut older = bytes.clone();
-        older[8] = 3;
+        older[8] = 4;
         std::fs::write(&path, &older).unwrap();
         assert!(matches!(
             read::<Vec<u32>>(&path),
             Err(StateFileError::Invalid {
                 reason: InvalidState::Version {
-                    found: 3,
+                    found: 4,
                     supported: VERSION
                 },
                 ..

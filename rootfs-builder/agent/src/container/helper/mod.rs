@@ -5,6 +5,8 @@
 //! one container process, one line of result, gone. The container process is made a sibling of the helper, that is,
 //! a child of the agent, which therefore learns its exit status.
 
+#![allow(unsafe_code)]
+
 mod inside;
 mod mounts;
 

@@ -21,5 +21,5 @@ mod tests;
 mod throttle;
 mod worker;
 
-pub use device::{Block, ResizeDiskError};
+pub use device::{Block, Gauge, ResizeDiskError};
 pub use disk::BlockError;

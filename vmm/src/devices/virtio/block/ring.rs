@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::config::BlockEngine;
 use super::disk::{BlockError, Disk, Route};
 use super::step::{Direction, Step};
+use crate::interrupted;
 use crate::lifecycle::errno_of;
 
 const OPCODES: [(u8, &str); 4] = [
@@ -200,12 +201,7 @@ impl Ring {
         if wait == 0 && self.ring.submission().is_empty() {
             return Ok(());
         }
-        loop {
-            match self.ring.submit_and_wait(wait) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => return result.map(drop),
-            }
-        }
+        interrupted::again(|| self.ring.submit_and_wait(wait)).map(drop)
     }
 
     /// Nobody will take the completions of what the kernel still has.

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::BLOCK_SIZE;
-use super::region::Region;
+use super::region::{Region, Unplugging};
 use crate::devices::virtio::state::{self, StateError};
 use crate::memory::window::WindowError;
 
@@ -16,6 +16,8 @@ struct MemState {
     requested: u64,
     /// First block and count, ascending.
     runs: Vec<(u64, u64)>,
+    /// An UNPLUG of which a part is done.
+    unplugging: Option<Unplugging>,
 }
 
 /// A state that is none of this device, or a device without one.
@@ -36,6 +38,8 @@ pub(super) enum MemStateError {
     Requested(u64),
     #[error("{count} blocks from {first} on")]
     Blocks { first: u64, count: u64 },
+    #[error("an UNPLUG under way of blocks that are not plugged")]
+    Unplugging,
     #[error(transparent)]
     Window(#[from] WindowError),
 }
@@ -50,6 +54,7 @@ pub(super) fn save(device: &str, region: &Region) -> Result<Vec<u8>, StateError>
         size: region.size(),
         requested: region.requested(),
         runs: region.runs(),
+        unplugging: region.unplugging(),
     };
     state::encode(device, &state)
 }
@@ -83,9 +88,14 @@ pub(super) fn restore(device: &str, region: &mut Region, bytes: &[u8]) -> Result
             })
         })?;
     }
+    let begun = state.unplugging.as_ref();
+    if begun.is_some_and(|begun| !begun.is_possible(&state.runs)) {
+        return Err(invalid(MemStateError::Unplugging));
+    }
     region
         .restore(&state.runs)
         .map_err(|error| invalid(error.into()))?;
     region.request(state.requested);
+    region.go_on(state.unplugging);
     Ok(())
 }

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use super::HEADER;
 use super::config::TapConfig;
 use crate::devices::virtio::config::OpenErrorKind;
+use crate::interrupted;
 
 const TUN: &str = "/dev/net/tun";
 
@@ -397,7 +398,7 @@ fn check(result: libc::c_int) -> io::Result<()> {
 /// # Safety
 /// Each segment is memory that may be written for the time of the call.
 pub(super) unsafe fn read_frame(backend: &dyn Backend, segments: &[libc::iovec]) -> io::Result<usize> {
-    retry(|| {
+    interrupted::again_libc(|| {
         // SAFETY: the caller vouches for the segments; their number fits.
         unsafe {
             libc::readv(
@@ -414,7 +415,7 @@ pub(super) unsafe fn read_frame(backend: &dyn Backend, segments: &[libc::iovec])
 /// # Safety
 /// Each segment is memory that may be read for the time of the call.
 pub(super) unsafe fn write_frame(backend: &dyn Backend, segments: &[libc::iovec]) -> io::Result<usize> {
-    retry(|| {
+    interrupted::again_libc(|| {
         // SAFETY: the caller vouches for the segments; their number fits.
         unsafe {
             libc::writev(
@@ -424,16 +425,4 @@ pub(super) unsafe fn write_frame(backend: &dyn Backend, segments: &[libc::iovec]
             )
         }
     })
-}
-
-fn retry(call: impl Fn() -> isize) -> io::Result<usize> {
-    loop {
-        if let Ok(count) = usize::try_from(call()) {
-            return Ok(count);
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
-    }
 }

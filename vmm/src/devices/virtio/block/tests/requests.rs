@@ -374,7 +374,7 @@ fn image_when_used_twice_is_locked() {
         );
     }
     drop(writer);
-    let _reader = Block::new(&config(&path, true)).unwrap();
+    let _reader = anew(&config(&path, true));
     let _second = Block::new(&config(&path, true)).unwrap();
     assert!(matches!(
         Block::new(&config(&path, false)),
