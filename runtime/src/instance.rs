@@ -151,6 +151,15 @@ fn pod_config(options: &RuntimeOptions, pod: &SandboxConfig) -> Result<ConfigFil
     Ok(file)
 }
 
+/// One process is shim and VM: where a client wants the shim, the pod is.
+fn host_cgroup(options: &RuntimeOptions, pods: Option<PathBuf>) -> Option<PathBuf> {
+    if options.shim_cgroup.is_empty() {
+        pods
+    } else {
+        Some(PathBuf::from(&options.shim_cgroup))
+    }
+}
+
 /// How a VM is made; tests replace it.
 pub(crate) type MakeHypervisor =
     dyn Fn(&HypervisorConfig, &TomlConfig, &SandboxPaths, bool) -> Arc<dyn Hypervisor> + Send + Sync;
@@ -197,10 +206,8 @@ impl Recipe {
             .cgroups_path
             .clone()
             .filter(|_| file.config.runtime.sandbox_cgroup_only);
-        // One process is shim and VM: where a client wants the shim, the pod is.
-        let shims = Some(PathBuf::from(&options.shim_cgroup)).filter(|path| !path.as_os_str().is_empty());
         let resources = SandboxResources {
-            cgroups_path: shims.or(pods).filter(|_| self.cgroups),
+            cgroups_path: host_cgroup(options, pods).filter(|_| self.cgroups),
             netns: config.netns.clone(),
         };
         let address = format!("hvsock://{}", paths.hvsock().display());
@@ -214,5 +221,25 @@ impl Recipe {
             Arc::new(resources),
             events,
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroup_when_a_client_names_one_for_the_shim_wins() {
+        let mut options = RuntimeOptions::default();
+        let pods = || Some(PathBuf::from("/kubepods/p"));
+        assert_eq!(host_cgroup(&options, pods()), pods());
+
+        options.shim_cgroup = "/containerd/shim".to_owned();
+        for pods in [pods(), None] {
+            assert_eq!(
+                host_cgroup(&options, pods),
+                Some(PathBuf::from("/containerd/shim"))
+            );
+        }
     }
 }

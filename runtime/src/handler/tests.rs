@@ -573,6 +573,9 @@ async fn exec_when_it_fails_leaves_the_container_running() {
     assert_eq!(bench.wait(exec("e1")).await, 127);
     bench.delete(exec("e1")).await.unwrap();
     assert_eq!(bench.status(init("c1")).await, ProcessStatus::Running);
+    // One that never ran has nothing to complain of.
+    bench.exec("e2", &["exit", "7"]).await.unwrap();
+    assert_eq!(bench.delete(exec("e2")).await.unwrap(), 0);
     bench.manager.shutdown().await;
 }
 
