@@ -10,3 +10,10 @@ pub mod empty {
 include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 
 pub mod oci_convert;
+
+/// Vsock port of the guest where the agent connects the host to TCP ports of the pod's own loopback.
+///
+/// The host writes one line, `CONNECT tcp4 PORT` or `CONNECT tcp6 PORT`. The agent connects to that port of 127.0.0.1
+/// or \[::1] and answers `OK`, after which the connection carries the bytes of both directions, the end of each by
+/// itself; or `ERROR errno text`, after which it closes.
+pub const CONNECT_PORT: u32 = 1030;

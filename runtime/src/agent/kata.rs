@@ -151,6 +151,7 @@ agent_client! {
     destroy_sandbox(wire::DestroySandboxRequest) -> (), "DestroySandbox", short;
     online_cpu_mem(wire::OnlineCPUMemRequest) -> (), "OnlineCPUMem", short;
     add_arp_neighbors(wire::AddARPNeighborsRequest) -> (), "AddARPNeighbors", short;
+    remove_interface(wire::RemoveInterfaceRequest) -> (), "RemoveInterface", short;
     list_interfaces(wire::ListInterfacesRequest) -> wire::Interfaces, "ListInterfaces", short;
     list_routes(wire::ListRoutesRequest) -> wire::Routes, "ListRoutes", short;
     update_interface(wire::UpdateInterfaceRequest) -> types::Interface, "UpdateInterface", short;

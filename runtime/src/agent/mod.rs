@@ -66,6 +66,8 @@ agent_trait! {
     fn online_cpu_mem(wire::OnlineCPUMemRequest) -> ();
     /// Adds neighbours.
     fn add_arp_neighbors(wire::AddARPNeighborsRequest) -> ();
+    /// Takes an interface out of the guest, so that its device can be unplugged.
+    fn remove_interface(wire::RemoveInterfaceRequest) -> ();
     /// Lists network interfaces.
     fn list_interfaces(wire::ListInterfacesRequest) -> wire::Interfaces;
     /// Lists routes.
