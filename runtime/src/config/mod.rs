@@ -18,8 +18,11 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use load::{ConfigFile, Origin, Origins, load, load_with, read};
-pub use validate::{MAX_VCPUS, MIN_MEMORY_MIB};
-pub use words::{AgentName, HypervisorName, RootfsType, RuntimeName, SharedFs, UnknownWord, VirtioFsCache};
+pub use validate::{MAX_NETWORK_QUEUES, MAX_VCPUS, MIN_MEMORY_MIB};
+pub use words::{
+    AgentName, HypervisorName, InternetworkingModel, RootfsType, RuntimeName, SharedFs, UnknownWord,
+    VirtioFsCache,
+};
 
 /// A configuration that cannot be used; each message names file, key, value and what is allowed.
 #[derive(Debug, thiserror::Error)]
@@ -154,6 +157,12 @@ pub struct HypervisorConfig {
     pub virtio_fs_extra_args: Vec<String>,
     /// Empty virtio-mmio slots for devices added to a running VM.
     pub hotplug_slots: u8,
+    /// Queue pairs of each network interface.
+    pub network_queues: u32,
+    /// Bits a second that each network interface may receive; 0 for no limit.
+    pub rx_rate_limiter_max_rate: u64,
+    /// Bits a second that each network interface may send; 0 for no limit.
+    pub tx_rate_limiter_max_rate: u64,
     /// Verbose guest kernel and agent, console forwarded to the log.
     pub enable_debug: bool,
     /// `[hypervisor.dragonball.factory]`
@@ -180,6 +189,9 @@ impl Default for HypervisorConfig {
             virtio_fs_cache: VirtioFsCache::Auto,
             virtio_fs_extra_args: vec!["--thread-pool-size=1".into()],
             hotplug_slots: 8,
+            network_queues: 1,
+            rx_rate_limiter_max_rate: 0,
+            tx_rate_limiter_max_rate: 0,
             enable_debug: false,
             factory: FactoryConfig::default(),
         }
@@ -322,6 +334,10 @@ pub struct RuntimeConfig {
     pub keep_abnormal: bool,
     /// vsock port the agent takes container streams on.
     pub passfd_listener_port: u32,
+    /// What connects the pod's network with the guest.
+    pub internetworking_model: InternetworkingModel,
+    /// Do not make a network namespace for a pod that comes without one.
+    pub disable_new_netns: bool,
 }
 
 impl Default for RuntimeConfig {
@@ -336,6 +352,8 @@ impl Default for RuntimeConfig {
             static_sandbox_resource_mgmt: true,
             keep_abnormal: false,
             passfd_listener_port: 1027,
+            internetworking_model: InternetworkingModel::TcFilter,
+            disable_new_netns: false,
         }
     }
 }

@@ -13,6 +13,7 @@ mod isolation;
 mod like_runc;
 mod memory;
 mod namespaces;
+mod net;
 mod pods;
 mod process;
 mod signals;
