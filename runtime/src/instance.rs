@@ -171,7 +171,7 @@ fn network_settings(config: &TomlConfig, pod: &SandboxConfig) -> Result<NetworkS
     };
     Ok(NetworkSettings {
         model: config.runtime.internetworking_model,
-        queues: hypervisor.network_queues as usize,
+        queues: usize::try_from(hypervisor.network_queues).unwrap_or(1),
         limits: network::limits(node, &pod.annotations)?,
     })
 }

@@ -345,8 +345,6 @@ pub struct RuntimeConfig {
     pub passfd_listener_port: u32,
     /// What connects the pod's network with the guest.
     pub internetworking_model: InternetworkingModel,
-    /// Do not make a network namespace for a pod that comes without one.
-    pub disable_new_netns: bool,
 }
 
 impl Default for RuntimeConfig {
@@ -362,7 +360,6 @@ impl Default for RuntimeConfig {
             keep_abnormal: false,
             passfd_listener_port: 1027,
             internetworking_model: InternetworkingModel::TcFilter,
-            disable_new_netns: false,
         }
     }
 }

@@ -109,7 +109,7 @@ fn net(device: &NetworkDevice, queues: &[OwnedFd]) -> Result<vmm::NetConfig> {
 /// The limiter for `bits` a second; 0 for none.
 fn limiter(bits: u64) -> RateLimiterConfig {
     let bucket = TokenBucketConfig {
-        size: (bits / 8 * REFILL_MS / 1000).max(1),
+        size: (bits / 8 / (1000 / REFILL_MS)).max(1),
         one_time_burst: 0,
         refill_time_ms: REFILL_MS,
     };
@@ -132,7 +132,7 @@ mod tests {
 
         assert_eq!(limiter(0), RateLimiterConfig::default());
         assert_eq!(bytes_a_second(10_000_000), 1_250_000);
-        assert_eq!(bytes_a_second(u64::MAX), u64::MAX / 8 / 10 * 10);
+        assert_eq!(bytes_a_second(u64::MAX), u64::MAX / 80 * 10);
         // What is too little for a byte in a tenth of a second is rounded up: no limit means another thing.
         assert_eq!(bytes_a_second(1), 10);
         for bits in [1, 7, 79, 1000, u64::MAX] {

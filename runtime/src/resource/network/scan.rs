@@ -85,7 +85,7 @@ pub struct Address {
     pub broadcast: Option<Ipv4Addr>,
     /// `RT_SCOPE_*`.
     pub scope: u8,
-    /// `IFA_F_*`.
+    /// Those of `IFA_F_*` that are constants here.
     pub flags: u32,
 }
 
@@ -99,6 +99,8 @@ pub const DADFAILED: u32 = 0x08;
 pub const PERMANENT: u32 = 0x80;
 /// `IFA_F_NOPREFIXROUTE`: without a route to its network.
 pub const NOPREFIXROUTE: u32 = 0x200;
+/// The others come and go by themselves.
+const LASTING: u32 = SECONDARY | NODAD | DADFAILED | PERMANENT | NOPREFIXROUTE;
 
 impl Address {
     /// Whether it is an IPv6 address of the link alone.
@@ -295,7 +297,7 @@ fn address(message: AddressMessage) -> Option<Address> {
         peer: other.filter(|other| *other != ip),
         broadcast,
         scope: message.header.scope.into(),
-        flags,
+        flags: flags & LASTING,
     })
 }
 

@@ -86,8 +86,13 @@ fn shown(netns: &Netns) -> String {
     let without_index: String = addresses
         .lines()
         .filter_map(|line| line.split_once(": "))
-        // Who made an address is the kernel's note, for people only.
-        .map(|(_, rest)| format!("{}\n", rest.replace(" proto kernel_ll", "")))
+        // Who made an address is the kernel's note, and it takes a moment to use one.
+        .map(|(_, rest)| {
+            format!(
+                "{}\n",
+                rest.replace(" proto kernel_ll", "").replace(" tentative", "")
+            )
+        })
         .collect();
     let routes = ip(netns, "-4 route show") + &ip(netns, "-6 route show");
     let neighbours = ip(netns, "neigh show nud permanent");
@@ -263,6 +268,7 @@ fn routes_when_a_guest_cannot_have_them_are_named() {
     let pod = world.pod();
     ip(pod, "route add blackhole 10.66.0.0/16");
     ip(pod, "route add unreachable 10.67.0.0/16");
+    ip(pod, "link set lo up");
     ip(pod, "route add 10.68.0.0/16 dev lo");
 
     let (guest, warnings) = described(&world);
