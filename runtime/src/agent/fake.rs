@@ -2,7 +2,7 @@
 //! `echo WORDS…`, `exit STATUS`, `cat` (stdin to stdout), `sleep` (until signalled), `missing` (start fails),
 //! `slow` (its creation waits for [`FakeGuest::let_slow_go`]).
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -38,12 +38,24 @@ pub(crate) struct FakeGuest {
     /// Attached descriptors by host port.
     pub(crate) attached: Mutex<HashMap<u32, OwnedFd>>,
     pub(crate) attached_changed: Condvar,
+    /// Containers whose cgroup counts a kill for memory.
+    pub(crate) counted_kills: Mutex<HashSet<String>>,
+    /// Its network as it was told.
+    pub(crate) network: Mutex<FakeNetwork>,
     /// Containers that the guest will say were killed for memory.
     pub(crate) killed_for_memory: Mutex<VecDeque<String>>,
     /// When it said each of them.
     pub(crate) told_of_kills: Mutex<Vec<Instant>>,
     slow: SlowCreations,
     processes: Mutex<HashMap<(String, String), Arc<Process>>>,
+}
+
+/// What the host told about the network.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct FakeNetwork {
+    pub(crate) interfaces: Vec<protocols::types::Interface>,
+    pub(crate) routes: Vec<protocols::types::Route>,
+    pub(crate) neighbours: Vec<protocols::types::ARPNeighbor>,
 }
 
 struct Process {
@@ -297,6 +309,56 @@ impl AgentService for Service {
         Ok(Empty::new())
     }
 
+    async fn update_interface(
+        &self,
+        _: &TtrpcContext,
+        request: wire::UpdateInterfaceRequest,
+    ) -> Reply<protocols::types::Interface> {
+        let interface = request.interface.clone().unwrap_or_default();
+        self.0.called(format!("UpdateInterface {}", interface.name));
+        let mut network = self.0.network.lock().unwrap();
+        network
+            .interfaces
+            .retain(|known| known.hwAddr != interface.hwAddr);
+        network.interfaces.push(interface.clone());
+        Ok(interface)
+    }
+
+    async fn update_routes(
+        &self,
+        _: &TtrpcContext,
+        request: wire::UpdateRoutesRequest,
+    ) -> Reply<wire::Routes> {
+        self.0.called("UpdateRoutes".into());
+        let routes = request.routes.unwrap_or_default();
+        self.0.network.lock().unwrap().routes.clone_from(&routes.Routes);
+        Ok(routes)
+    }
+
+    async fn add_arp_neighbors(
+        &self,
+        _: &TtrpcContext,
+        request: wire::AddARPNeighborsRequest,
+    ) -> Reply<Empty> {
+        self.0.called("AddARPNeighbors".into());
+        let neighbours = request.neighbors.unwrap_or_default().ARPNeighbors;
+        self.0.network.lock().unwrap().neighbours = neighbours;
+        Ok(Empty::new())
+    }
+
+    async fn remove_interface(
+        &self,
+        _: &TtrpcContext,
+        request: wire::RemoveInterfaceRequest,
+    ) -> Reply<Empty> {
+        self.0.called(format!("RemoveInterface {}", request.hwAddr));
+        let mut network = self.0.network.lock().unwrap();
+        network
+            .interfaces
+            .retain(|interface| interface.hwAddr != request.hwAddr);
+        Ok(Empty::new())
+    }
+
     async fn get_oom_event(&self, _: &TtrpcContext, _: wire::GetOOMEventRequest) -> Reply<wire::OOMEvent> {
         loop {
             let next = self.0.killed_for_memory.lock().unwrap().pop_front();
@@ -309,6 +371,24 @@ impl AgentService for Service {
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    }
+
+    async fn stats_container(
+        &self,
+        _: &TtrpcContext,
+        request: wire::StatsContainerRequest,
+    ) -> Reply<wire::StatsContainerResponse> {
+        let mut response = wire::StatsContainerResponse::new();
+        let cgroup = response.cgroup_stats.mut_or_insert_default();
+        let counted = self
+            .0
+            .counted_kills
+            .lock()
+            .unwrap()
+            .contains(&request.container_id);
+        cgroup.memory_events.mut_or_insert_default().oom_kill = u64::from(counted);
+        cgroup.pids_stats.mut_or_insert_default().current = 2;
+        Ok(response)
     }
 
     async fn pause_container(&self, _: &TtrpcContext, _: wire::PauseContainerRequest) -> Reply<Empty> {
