@@ -94,7 +94,7 @@ toolchain: # what the Rust compiler needs beside itself
 
 .PHONY: setup
 setup: toolchain # what tests and demo need on the host
-	@$(INSTALL_PACKAGES) containerd runc busybox-static iproute2 iptables containernetworking-plugins socat acpica-tools \
+	@$(INSTALL_PACKAGES) containerd runc busybox-static iproute2 iptables nftables containernetworking-plugins socat acpica-tools \
 	    erofs-utils cpio xz-utils
 
 .PHONY: kernel
