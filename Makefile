@@ -23,6 +23,7 @@ export LIMIT_BUILD ?= 10800
 export LIMIT_PROPERTIES ?= 10800
 export LIMIT_E2E ?= 7200
 export LIMIT_DEMO ?= 1800
+export LIMIT_BENCH ?= 3600
 export LIMIT_CONFORMANCE ?= 43200
 export LIMIT_CONFORMANCE_TEST ?= 600
 # $(call limit,NAME,WHAT) COMMAND...
@@ -93,7 +94,8 @@ toolchain: # what the Rust compiler needs beside itself
 
 .PHONY: setup
 setup: toolchain # what tests and demo need on the host
-	@$(INSTALL_PACKAGES) containerd runc busybox-static iproute2 socat acpica-tools erofs-utils cpio xz-utils
+	@$(INSTALL_PACKAGES) containerd runc busybox-static iproute2 iptables containernetworking-plugins socat acpica-tools \
+	    erofs-utils cpio xz-utils
 
 .PHONY: kernel
 kernel: ## the guest kernel; prints its folder
@@ -128,16 +130,33 @@ e2e: artifacts ## end-to-end tests: here where KVM runs Linux, in the lab elsewh
 
 .PHONY: try
 try: setup ## after an edit, the end-to-end tests whose names hold TEST: make try TEST=hello [BINARIES=e2e]
-	@[ -n '$(TEST)' ] || { echo "which? make try TEST=part-of-a-name [BINARIES='linux e2e bad_input compat guests']" >&2; exit 2; }
+	@[ -n '$(TEST)' ] || { echo "which? make try TEST=part-of-a-name [BINARIES='linux e2e bad_input compat guests cri']" >&2; exit 2; }
 	$(call limit,LIMIT_BUILD,build of what was edited) tests/gather $(ARTIFACTS) kernel image binaries \
 	    $(if $(filter-out linux,$(or $(BINARIES),e2e)),tests) $(if $(filter linux,$(BINARIES)),vmm-tests) \
 	    $(if $(filter guests linux,$(BINARIES)),guests)
 	$(call run_e2e,$(or $(BINARIES),e2e),$(TEST))
 
+STRESS_PODS ?= 20
+STRESS_EXECS ?= 300
+
+.PHONY: stress
+stress: artifacts ## STRESS_PODS pods at once, STRESS_EXECS commands one after another
+	export STRESS_PODS=$(STRESS_PODS) STRESS_EXECS=$(STRESS_EXECS); $(call run_e2e,cri,stress)
+
 .PHONY: bench
 bench: toolchain ## set-up time here; boot, memory and throughput beside QEMU in the lab
 	$(call limit,LIMIT_UNIT,set-up benchmark) $(CARGO) bench $(LOCKED) -p dragonball --bench setup
 	tests/lab/bench
+
+.PHONY: netbench
+netbench: setup ## a pod's network beside runc's: RunPodSandbox, streams, datagrams, memory; instruction counts in the lab
+	$(call limit,LIMIT_BUILD,build of kernel$(comma) image and binaries) tests/gather $(ARTIFACTS) kernel image binaries netbench
+	if $(KVM_RUNS_LINUX); then \
+	    E2E_CONTAINERD_1_7=$$(tests/lab/containerd 1.7 | tail -n 1)/usr/bin \
+	        $(call limit,LIMIT_BENCH,network bench) $(ARTIFACTS)/e2e/run-e2e here netbench; \
+	else \
+	    tests/lab/run --artifacts $(ARTIFACTS) --timeout LIMIT_BENCH --icount -- /artifacts/e2e/run-e2e installed netbench; \
+	fi
 
 .PHONY: demo
 demo: setup ## one container in a microVM, with its timeline

@@ -8,7 +8,7 @@ use tokio::sync::{OnceCell, mpsc};
 
 use crate::agent::KataAgent;
 use crate::config::{self, ConfigFile, HypervisorConfig, TomlConfig, annotations};
-use crate::containers::{ContainerManager, StreamHub, VirtContainerManager};
+use crate::containers::{ContainerManager, StreamHub, VirtContainerManager, poststop};
 use crate::error::{Error, ErrorKind, Result};
 use crate::hypervisor::{Hypervisor, make_dragonball};
 use crate::paths::SandboxPaths;
@@ -122,10 +122,13 @@ impl RuntimeInstance {
     pub(crate) async fn wind_down(&self) {
         let end = async {
             // Containers that nobody has deleted end with the VM; their hooks are noted in a folder that goes with it.
-            if let Err(error) = self.sandbox.stop().await {
-                tracing::error!(%error, "end of the VM");
+            let due = self.containers.take_left_poststop().await;
+            if !due.is_empty() {
+                if let Err(error) = self.sandbox.stop().await {
+                    tracing::error!(%error, "end of the VM");
+                }
+                poststop::run_all(due).await;
             }
-            self.containers.run_left_poststop().await;
             if let Err(error) = self.sandbox.shutdown().await {
                 tracing::error!(%error, "end of the sandbox");
             }

@@ -7,7 +7,6 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use containerd_shim_protos::sandbox_api as wire;
 use containerd_shim_protos::sandbox_async::Sandbox;
-use containerd_shim_protos::types::metrics::Metric;
 use containerd_shim_protos::types::platform::Platform;
 use protobuf::MessageField;
 use protobuf::well_known_types::timestamp::Timestamp;
@@ -217,15 +216,12 @@ impl Sandbox for SandboxService {
         let data = self
             .query("SandboxMetrics", request.sandbox_id.clone(), stats)
             .await?;
-        let metric = Metric {
-            timestamp: MessageField::some(timestamp(SystemTime::now())),
-            id: request.sandbox_id,
-            data: MessageField::some(data),
-            ..Default::default()
-        };
-        Ok(wire::SandboxMetricsResponse {
-            metrics: MessageField::some(metric),
-            ..Default::default()
-        })
+        let mut response = wire::SandboxMetricsResponse::new();
+        // The crate keeps this type's name to itself.
+        let metric = response.metrics.mut_or_insert_default();
+        metric.timestamp = MessageField::some(timestamp(SystemTime::now()));
+        metric.id = request.sandbox_id;
+        metric.data = MessageField::some(data);
+        Ok(response)
     }
 }

@@ -2,7 +2,7 @@
 //! `echo WORDS…`, `exit STATUS`, `cat` (stdin to stdout), `sleep` (until signalled), `missing` (start fails),
 //! `slow` (its creation waits for [`FakeGuest::let_slow_go`]).
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -38,6 +38,8 @@ pub(crate) struct FakeGuest {
     /// Attached descriptors by host port.
     pub(crate) attached: Mutex<HashMap<u32, OwnedFd>>,
     pub(crate) attached_changed: Condvar,
+    /// Containers whose cgroup counts a kill for memory.
+    pub(crate) counted_kills: Mutex<HashSet<String>>,
     /// Containers that the guest will say were killed for memory.
     pub(crate) killed_for_memory: Mutex<VecDeque<String>>,
     /// When it said each of them.
@@ -309,6 +311,24 @@ impl AgentService for Service {
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    }
+
+    async fn stats_container(
+        &self,
+        _: &TtrpcContext,
+        request: wire::StatsContainerRequest,
+    ) -> Reply<wire::StatsContainerResponse> {
+        let mut response = wire::StatsContainerResponse::new();
+        let cgroup = response.cgroup_stats.mut_or_insert_default();
+        let counted = self
+            .0
+            .counted_kills
+            .lock()
+            .unwrap()
+            .contains(&request.container_id);
+        cgroup.memory_events.mut_or_insert_default().oom_kill = u64::from(counted);
+        cgroup.pids_stats.mut_or_insert_default().current = 2;
+        Ok(response)
     }
 
     async fn pause_container(&self, _: &TtrpcContext, _: wire::PauseContainerRequest) -> Reply<Empty> {

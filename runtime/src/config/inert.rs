@@ -39,7 +39,6 @@ const HYPERVISOR: &[(&str, &[&str])] = &[
     ("queue_size", &["128"]),
     ("num_queues", &["1"]),
     ("kernel_verity_params", &["\"\""]),
-    ("guest_hook_path", &["\"\""]),
     ("guest_extension_images", &["[]"]),
     ("default_bridges", &["0"]),
     ("default_maxmemory", &["0"]),

@@ -160,6 +160,8 @@ pub struct HypervisorConfig {
     pub enable_nested_virtualization: bool,
     /// Empty virtio-mmio slots for devices added to a running VM.
     pub hotplug_slots: u8,
+    /// Folder in the guest's image with hooks for every container, in `prestart`, `poststart`, `poststop`; empty for none.
+    pub guest_hook_path: String,
     /// Verbose guest kernel and agent, console forwarded to the log.
     pub enable_debug: bool,
     /// `[hypervisor.dragonball.factory]`
@@ -188,6 +190,7 @@ impl Default for HypervisorConfig {
             cpu_template: CpuTemplate::None,
             enable_nested_virtualization: false,
             hotplug_slots: 8,
+            guest_hook_path: String::new(),
             enable_debug: false,
             factory: FactoryConfig::default(),
         }

@@ -69,7 +69,7 @@ fn search_when_several_are_given_prefers_body_options_environment() {
     let mut options = RuntimeOptions {
         config_path: named.display().to_string(),
         config_body: b"[hypervisor.dragonball]\ndefault_memory = 200\n".to_vec(),
-        ..Default::default()
+        ..RuntimeOptions::default()
     };
     let memory = |options: &RuntimeOptions, environment: Option<&Path>| {
         let file = load_with(options, environment, &[Path::new("/nonexistent"), &listed]).unwrap();

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use protocols::agent as wire;
+use tokio::sync::mpsc;
 
 use super::VirtContainerManager;
-use super::container::Container;
+use super::container::{Container, KILLED};
 use super::process::{Phase, Process};
 use super::signal::SIGKILL;
 use crate::error::{ErrorKind, Result};
@@ -25,7 +26,7 @@ pub(super) const UNKNOWN_STATUS: u32 = 255;
 impl VirtContainerManager {
     /// Waits for a process in the guest, without a time limit, and publishes its exit.
     pub(super) fn spawn_waiter(&self, container: Arc<Container>, process: Arc<Process>) {
-        let sandbox = self.sandbox.clone();
+        let (sandbox, events) = (self.sandbox.clone(), self.events());
         tokio::spawn(async move {
             let request = wire::WaitProcessRequest {
                 container_id: container.id.clone(),
@@ -49,6 +50,10 @@ impl VirtContainerManager {
                 at: SystemTime::now(),
             };
             if process.is_init() {
+                if exit.status == KILLED {
+                    publish_kill_for_memory(&sandbox, &container.id, &events).await;
+                }
+                sandbox.members().end(&container.id);
                 container.init_exited(exit).await;
             } else {
                 process.exited(exit);
@@ -136,6 +141,31 @@ impl VirtContainerManager {
         }
         container.remove_exec(&process.id().exec_id);
         Ok(exit)
+    }
+}
+
+/// An exit by SIGKILL may be the kernel's doing for want of memory. The guest tells of that on a way of its own, and the news
+/// may be slower than those of the exit, which clients take for the last word: so the cgroup is asked.
+async fn publish_kill_for_memory(
+    sandbox: &VirtSandbox,
+    container: &str,
+    events: &mpsc::UnboundedSender<Event>,
+) {
+    if sandbox.members().was_killed(container) {
+        return;
+    }
+    let request = wire::StatsContainerRequest {
+        container_id: container.to_owned(),
+        ..Default::default()
+    };
+    match sandbox.agent().stats_container(request).await {
+        Ok(stats) => {
+            if stats.cgroup_stats.memory_events.oom_kill > 0 {
+                sandbox.members().publish_kill(container, events);
+            }
+        }
+        // It was removed meanwhile, or its VM has ended: nothing more is known.
+        Err(error) => tracing::debug!(container, %error, "kills for memory"),
     }
 }
 

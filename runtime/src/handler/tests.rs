@@ -4,6 +4,7 @@ mod hooks;
 mod pids;
 mod races;
 mod sandbox;
+mod streams;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -23,6 +24,7 @@ struct Bench {
     manager: RuntimeHandlerManager,
     events: mpsc::UnboundedReceiver<Event>,
     vm: Arc<FakeHypervisor>,
+    streams: Arc<containers::StreamHub>,
 }
 
 fn bench(boot: Boot) -> Bench {
@@ -40,13 +42,14 @@ fn bench(boot: Boot) -> Bench {
         cgroups: false,
     };
     let (sender, events) = mpsc::unbounded_channel();
+    let streams = Arc::default();
     let context = ShimContext {
         sandbox_id: "c1".into(),
         namespace: "test".into(),
         bundle: folder.path().join("c1"),
         debug: false,
         log_verbosely: || {},
-        streams: Arc::default(),
+        streams: Arc::clone(&streams),
     };
     let manager = RuntimeHandlerManager::with_recipe(context, sender, recipe);
     Bench {
@@ -54,12 +57,18 @@ fn bench(boot: Boot) -> Bench {
         manager,
         events,
         vm,
+        streams,
     }
 }
 
 impl Bench {
     fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+
+    /// What the agent was asked, in order.
+    fn calls(&self) -> Vec<String> {
+        self.vm.guest.calls.lock().unwrap().clone()
     }
 
     /// A bundle whose container runs `args`.

@@ -1,6 +1,6 @@
 //! Tasks that watch a sandbox: the VM's end, the agent's health, out-of-memory kills.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -98,50 +98,73 @@ fn gives_up(unanswered: u32, keep_abnormal: bool) -> bool {
     unanswered >= UNANSWERED && !keep_abnormal
 }
 
-/// Ids of the pod's containers.
+/// The pod's containers, and what is known of their kills for memory.
 #[derive(Default)]
 pub struct Members {
-    ids: Mutex<HashSet<String>>,
+    kills: Mutex<HashMap<String, Kills>>,
+}
+
+/// What is known of a container's kills for memory.
+#[derive(Default)]
+struct Kills {
+    /// When the last event was published.
+    last: Option<Instant>,
+    /// Its init has ended: what comes now comes late.
+    over: bool,
 }
 
 impl Members {
     /// Adds one.
     pub fn enter(&self, id: &str) {
-        self.ids().insert(id.to_owned());
+        self.kills().insert(id.to_owned(), Kills::default());
     }
 
     /// Takes one away.
     pub fn leave(&self, id: &str) {
-        self.ids().remove(id);
+        self.kills().remove(id);
     }
 
-    fn contains(&self, id: &str) -> bool {
-        self.ids().contains(id)
+    /// Whether a kill of `id` has been published.
+    pub fn was_killed(&self, id: &str) -> bool {
+        self.kills().get(id).is_some_and(|kills| kills.last.is_some())
     }
 
-    fn ids(&self) -> MutexGuard<'_, HashSet<String>> {
-        self.ids.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Publishes a kill of `id`, unless it is a stranger, has ended, or had one a moment ago.
+    pub fn publish_kill(&self, id: &str, events: &mpsc::UnboundedSender<Event>) -> bool {
+        let mut all = self.kills();
+        let Some(kills) = all.get_mut(id) else {
+            return false;
+        };
+        if kills.over || kills.last.is_some_and(|at| at.elapsed() < OOM_INTERVAL) {
+            return false;
+        }
+        kills.last = Some(Instant::now());
+        // Within the lock: whoever finds that it was published may publish what comes after it. Nobody listens once the
+        // shim ends.
+        let _ = events.send(Event::TaskOom {
+            container_id: id.to_owned(),
+        });
+        true
+    }
+
+    /// Nothing of `id` is published any more: its exit is the last that is heard of it.
+    pub fn end(&self, id: &str) {
+        if let Some(kills) = self.kills().get_mut(id) {
+            kills.over = true;
+        }
+    }
+
+    fn kills(&self) -> MutexGuard<'_, HashMap<String, Kills>> {
+        self.kills.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Turns the guest's out-of-memory kills into events: of the pod's own containers, and of each at most one in
 /// [`OOM_INTERVAL`]. The guest may claim what it likes, as fast as it likes.
 pub(super) async fn oom(agent: Arc<dyn Agent>, members: Arc<Members>, events: mpsc::UnboundedSender<Event>) {
-    let mut last: HashMap<String, Instant> = HashMap::new();
     loop {
         match agent.get_oom_event(wire::GetOOMEventRequest::default()).await {
-            Ok(event) if members.contains(&event.container_id) => {
-                last.retain(|_, at| at.elapsed() < OOM_INTERVAL);
-                if last.contains_key(&event.container_id) {
-                    tokio::time::sleep(RETRY).await;
-                    continue;
-                }
-                last.insert(event.container_id.clone(), Instant::now());
-                // Nobody listens once the shim ends.
-                let _ = events.send(Event::TaskOom {
-                    container_id: event.container_id,
-                });
-            }
+            Ok(event) if members.publish_kill(&event.container_id, &events) => {}
             Err(error) if matches!(error.kind, ErrorKind::Unavailable | ErrorKind::Unimplemented) => return,
             Ok(_) => tokio::time::sleep(RETRY).await,
             Err(error) => {
@@ -155,6 +178,26 @@ pub(super) async fn oom(agent: Arc<dyn Agent>, members: Arc<Members>, events: mp
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kill_for_memory_when_late_or_a_strangers_is_not_published() {
+        let (sender, mut events) = mpsc::unbounded_channel();
+        let members = Members::default();
+        members.enter("c1");
+        assert!(!members.publish_kill("stranger", &sender));
+        assert!(!members.was_killed("c1"));
+
+        assert!(members.publish_kill("c1", &sender));
+        assert!(!members.publish_kill("c1", &sender), "a moment ago");
+        assert!(members.was_killed("c1"));
+
+        // Another of the same name has its own.
+        members.enter("c1");
+        members.end("c1");
+        assert!(!members.publish_kill("c1", &sender), "after its exit");
+        let published = std::iter::from_fn(|| events.try_recv().ok()).count();
+        assert_eq!(published, 1);
+    }
 
     #[test]
     fn vm_when_its_agent_is_silent_is_given_up_unless_kept() {

@@ -256,6 +256,7 @@ impl VirtSandbox {
             dns: self.pod.dns.clone(),
             storages: self.resources.storages(self.pod.shm_size),
             sandbox_id: self.id.clone(),
+            guest_hook_path: self.config.hypervisor.dragonball.guest_hook_path.clone(),
             kernel_modules: self
                 .config
                 .agent

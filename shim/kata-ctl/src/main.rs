@@ -69,7 +69,7 @@ fn main() -> ExitCode {
         .unwrap_or_default();
     let options = RuntimeOptions {
         config_path,
-        config_body: Vec::new(),
+        ..RuntimeOptions::default()
     };
     match cli.command {
         Command::Check { kvm_can_run_linux } => {

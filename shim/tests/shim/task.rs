@@ -552,12 +552,12 @@ async fn create_before_idle(
             id: "c".into(),
             ..Default::default()
         };
-        match Client::connect(&served.address()).await {
-            Ok(client) => match TaskClient::new(client).create(ctx(), &create).await {
-                Err(error) if !matches!(error, ttrpc::Error::RpcStatus(_)) => {}
-                answer => return (served, runtime, answer),
-            },
-            Err(_) => {}
+        if let Ok(client) = Client::connect(&served.address()).await {
+            let answer = TaskClient::new(client).create(ctx(), &create).await;
+            // Without a status it is the connection that failed.
+            if matches!(answer, Ok(_) | Err(ttrpc::Error::RpcStatus(_))) {
+                return (served, runtime, answer);
+            }
         }
         idle *= 10;
         assert!(idle < PATIENCE, "the shim ends before it is asked");

@@ -7,6 +7,7 @@ mod events;
 mod exec;
 mod failures;
 mod files;
+mod hooks;
 mod hosts;
 mod hvsock;
 mod isolation;

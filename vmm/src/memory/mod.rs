@@ -11,10 +11,10 @@ pub mod image;
 pub mod layout;
 mod memslots;
 pub mod page_set;
-pub mod pager;
-pub mod seal;
-pub mod userfaultfd;
-pub mod window;
+pub(crate) mod pager;
+pub(crate) mod seal;
+pub(crate) mod userfaultfd;
+pub(crate) mod window;
 pub mod write_log;
 
 use vm_memory::mmap::FromRangesError;

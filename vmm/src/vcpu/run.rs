@@ -229,7 +229,7 @@ impl Vcpu {
         match self.fd.get_regs() {
             Ok(regs) => tracing::error!(vcpu = index, %failure, ?regs, "vCPU failed"),
             Err(error) => {
-                tracing::error!(vcpu = index, %failure, %error, "vCPU failed, registers unreadable")
+                tracing::error!(vcpu = index, %failure, %error, "vCPU failed, registers unreadable");
             }
         }
         ControlFlow::Break(self.failed(failure))

@@ -62,8 +62,11 @@ impl HangingShare {
     /// Fails who waits.
     fn release(&mut self) {
         drop(self.release.take());
-        if let Some(server) = self.server.take() {
-            server.join().unwrap();
+        if let Some(server) = self.server.take()
+            && server.join().is_err()
+            && !std::thread::panicking()
+        {
+            panic!("the share's server panicked");
         }
     }
 }
@@ -77,10 +80,12 @@ impl Drop for HangingShare {
 }
 
 fn serve(mut device: File, used: oneshot::Sender<()>, released: &mpsc::Receiver<()>) {
-    let mut request = vec![0; 1 << 20];
+    // More than the largest write, or the kernel gives nothing.
+    let mut request = vec![0; 2 << 20];
     let mut next = |device: &mut File| {
         // struct fuse_in_header: len, opcode, unique, …
-        device.read(&mut request).unwrap();
+        let len = device.read(&mut request).unwrap();
+        assert!(len >= 40, "{len}");
         let opcode = u32::from_le_bytes(request[4..8].try_into().unwrap());
         (opcode, request[8..16].to_vec())
     };

@@ -5,6 +5,7 @@ mod errors;
 mod exec;
 mod hanging;
 mod harness;
+mod hooks;
 mod lifecycle;
 mod localhost;
 mod mounts;

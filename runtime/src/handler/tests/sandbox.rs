@@ -65,10 +65,6 @@ impl Bench {
         fs::write(&path, spec.to_string()).unwrap();
         self.create_with(request).await
     }
-
-    fn calls(&self) -> Vec<String> {
-        self.vm.guest.calls.lock().unwrap().clone()
-    }
 }
 
 fn kind<T: std::fmt::Debug>(result: Result<T>) -> ErrorKind {
@@ -437,5 +433,84 @@ async fn containers_when_they_share_processes_without_a_pause_container_do_so_in
 
     let created = bench.vm.guest.created.lock().unwrap().clone().unwrap();
     assert!(created.sandbox_pidns);
+    bench.stop().await.unwrap();
+}
+
+/// The guest's own word comes late: the exit waits for what the cgroup knows, and what comes later is not told again.
+#[tokio::test]
+async fn kill_for_memory_when_its_news_are_late_is_published_before_the_exit() {
+    let mut bench = Bench::running().await;
+    for id in ["c2", "c3"] {
+        bench.join(id, &["sleep"]).await.unwrap();
+        bench.start(init(id)).await.unwrap();
+    }
+    bench.events();
+    bench.vm.guest.counted_kills.lock().unwrap().insert("c2".into());
+
+    for id in ["c2", "c3"] {
+        let process = init(id);
+        answer(bench.manager.kill_process(&process, 9, false))
+            .await
+            .unwrap();
+        assert_eq!(bench.wait(init(id)).await, 137);
+        bench
+            .vm
+            .guest
+            .killed_for_memory
+            .lock()
+            .unwrap()
+            .push_back(id.into());
+    }
+
+    let events = bench.events();
+    let of_c2: Vec<_> = events.iter().filter(|event| event.contains("c2")).collect();
+    assert_eq!(of_c2, ["oom c2", "exit c2 137"]);
+    bench.stop().await.unwrap();
+    let late = bench.events();
+    assert!(!late.iter().any(|event| event.starts_with("oom")), "{late:?}");
+}
+
+#[tokio::test]
+async fn figures_of_a_sandbox_are_those_of_its_containers_together() {
+    let bench = Bench::running().await;
+    let none = answer(bench.manager.stats_sandbox(SANDBOX)).await.unwrap();
+    assert_eq!(none.pids_current, 0);
+    for id in ["c2", "c3"] {
+        bench.join(id, &["sleep"]).await.unwrap();
+    }
+
+    let both = answer(bench.manager.stats_sandbox(SANDBOX)).await.unwrap();
+
+    assert_eq!(both.pids_current, 4);
+    bench.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn execs_when_many_come_one_after_another_leave_nothing() {
+    let mut bench = Bench::running().await;
+    bench.join("c2", &["sleep"]).await.unwrap();
+    bench.start(init("c2")).await.unwrap();
+    bench.events();
+    for number in 0..300 {
+        // Of one name, as it is free again each time.
+        let exec = ContainerProcess {
+            container_id: "c2".into(),
+            exec_id: "e".into(),
+        };
+        let request = ExecProcessRequest {
+            process: exec.clone(),
+            spec_json: br#"{"cwd":"/","args":["exit","0"],"user":{"uid":0,"gid":0}}"#.to_vec(),
+            stdio: Stdio::default(),
+        };
+        answer(bench.manager.exec_process(request)).await.unwrap();
+        bench.start(exec.clone()).await.unwrap();
+        assert_eq!(bench.wait(exec.clone()).await, 0, "{number}");
+        bench.delete(exec).await.unwrap();
+    }
+
+    assert!(bench.vm.guest.attached.lock().unwrap().is_empty());
+    let events = bench.events();
+    let exits = events.iter().filter(|event| event.starts_with("exit")).count();
+    assert_eq!((exits, events.len()), (300, 1200));
     bench.stop().await.unwrap();
 }

@@ -9,11 +9,11 @@ use virtio_bindings::virtio_blk::{
 
 use super::*;
 use crate::config::{RateLimiterConfig, TokenBucketConfig};
-use crate::devices::virtio::block::ResizeDiskError;
+use crate::devices::virtio::block::device::ResizeDiskError;
 use crate::devices::virtio::block::state::{BlockState, Unfinished};
 use crate::devices::virtio::state::{self, StateError};
 use crate::devices::virtio::test_ring::{INDIRECT, NEXT, PATIENCE, RINGS, WRITE, survive_malformed_chains};
-use crate::devices::virtio::transport::mmio::INTERRUPT_CONFIG;
+use crate::devices::virtio::transport::mmio::interrupt::INTERRUPT_CONFIG;
 
 on_each_engine![
     reset_when_requests_are_in_flight_leaves_memory_alone,

@@ -16,7 +16,8 @@ use std::time::Instant;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
 use vmm_sys_util::tempdir::TempDir;
 
-use super::{Block, BlockError};
+use super::Block;
+use super::disk::BlockError;
 use crate::config::{BlockConfig, BlockEngine};
 use crate::devices::virtio::image::ImageError;
 use crate::devices::virtio::state::QueuePosition;

@@ -9,7 +9,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::*;
-use crate::devices::virtio::block::BlockError;
+use crate::devices::virtio::block::disk::BlockError;
 use crate::devices::virtio::config::{OpenError, OpenErrorKind};
 use crate::devices::virtio::image::ImageError;
 use crate::devices::virtio::test_ring::{
