@@ -10,8 +10,10 @@ use crate::agent::KataAgent;
 use crate::config::{self, ConfigFile, HypervisorConfig, TomlConfig, annotations};
 use crate::containers::{ContainerManager, StreamHub, VirtContainerManager, poststop};
 use crate::error::{Error, ErrorKind, Result};
+use crate::hypervisor::NetworkLimits;
 use crate::hypervisor::{Hypervisor, make_dragonball};
 use crate::paths::SandboxPaths;
+use crate::resource::network::{self, NetworkSettings};
 use crate::resource::{ResourceManager, SandboxResources};
 use crate::sandbox::{Sandbox, SandboxConfig, VirtSandbox};
 use crate::types::{CreateContainerRequest, Event, RuntimeOptions};
@@ -160,6 +162,20 @@ fn host_cgroup(options: &RuntimeOptions, pods: Option<PathBuf>) -> Option<PathBu
     }
 }
 
+/// How a pod's network is made: the configuration, and the bandwidth that the pod's annotations ask for.
+fn network_settings(config: &TomlConfig, pod: &SandboxConfig) -> Result<NetworkSettings> {
+    let hypervisor = &config.hypervisor.dragonball;
+    let node = NetworkLimits {
+        rx: hypervisor.rx_rate_limiter_max_rate,
+        tx: hypervisor.tx_rate_limiter_max_rate,
+    };
+    Ok(NetworkSettings {
+        model: config.runtime.internetworking_model,
+        queues: hypervisor.network_queues as usize,
+        limits: network::limits(node, &pod.annotations)?,
+    })
+}
+
 /// How a VM is made; tests replace it.
 pub(crate) type MakeHypervisor =
     dyn Fn(&HypervisorConfig, &TomlConfig, &SandboxPaths, bool) -> Arc<dyn Hypervisor> + Send + Sync;
@@ -209,6 +225,7 @@ impl Recipe {
         let resources = SandboxResources {
             cgroups_path: host_cgroup(options, pods).filter(|_| self.cgroups),
             netns: config.netns.clone(),
+            network: network_settings(&file.config, &config)?,
         };
         let address = format!("hvsock://{}", paths.hvsock().display());
         let resources = ResourceManager::new(paths, hypervisor.clone(), hypervisor_config, &resources)?;

@@ -40,12 +40,22 @@ pub(crate) struct FakeGuest {
     pub(crate) attached_changed: Condvar,
     /// Containers whose cgroup counts a kill for memory.
     pub(crate) counted_kills: Mutex<HashSet<String>>,
+    /// Its network as it was told.
+    pub(crate) network: Mutex<FakeNetwork>,
     /// Containers that the guest will say were killed for memory.
     pub(crate) killed_for_memory: Mutex<VecDeque<String>>,
     /// When it said each of them.
     pub(crate) told_of_kills: Mutex<Vec<Instant>>,
     slow: SlowCreations,
     processes: Mutex<HashMap<(String, String), Arc<Process>>>,
+}
+
+/// What the host told about the network.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct FakeNetwork {
+    pub(crate) interfaces: Vec<protocols::types::Interface>,
+    pub(crate) routes: Vec<protocols::types::Route>,
+    pub(crate) neighbours: Vec<protocols::types::ARPNeighbor>,
 }
 
 struct Process {
@@ -296,6 +306,56 @@ impl AgentService for Service {
     async fn tty_win_resize(&self, _: &TtrpcContext, request: wire::TtyWinResizeRequest) -> Reply<Empty> {
         self.0
             .called(format!("TtyWinResize {}x{}", request.column, request.row));
+        Ok(Empty::new())
+    }
+
+    async fn update_interface(
+        &self,
+        _: &TtrpcContext,
+        request: wire::UpdateInterfaceRequest,
+    ) -> Reply<protocols::types::Interface> {
+        let interface = request.interface.clone().unwrap_or_default();
+        self.0.called(format!("UpdateInterface {}", interface.name));
+        let mut network = self.0.network.lock().unwrap();
+        network
+            .interfaces
+            .retain(|known| known.hwAddr != interface.hwAddr);
+        network.interfaces.push(interface.clone());
+        Ok(interface)
+    }
+
+    async fn update_routes(
+        &self,
+        _: &TtrpcContext,
+        request: wire::UpdateRoutesRequest,
+    ) -> Reply<wire::Routes> {
+        self.0.called("UpdateRoutes".into());
+        let routes = request.routes.unwrap_or_default();
+        self.0.network.lock().unwrap().routes.clone_from(&routes.Routes);
+        Ok(routes)
+    }
+
+    async fn add_arp_neighbors(
+        &self,
+        _: &TtrpcContext,
+        request: wire::AddARPNeighborsRequest,
+    ) -> Reply<Empty> {
+        self.0.called("AddARPNeighbors".into());
+        let neighbours = request.neighbors.unwrap_or_default().ARPNeighbors;
+        self.0.network.lock().unwrap().neighbours = neighbours;
+        Ok(Empty::new())
+    }
+
+    async fn remove_interface(
+        &self,
+        _: &TtrpcContext,
+        request: wire::RemoveInterfaceRequest,
+    ) -> Reply<Empty> {
+        self.0.called(format!("RemoveInterface {}", request.hwAddr));
+        let mut network = self.0.network.lock().unwrap();
+        network
+            .interfaces
+            .retain(|interface| interface.hwAddr != request.hwAddr);
         Ok(Empty::new())
     }
 

@@ -54,10 +54,7 @@ const HYPERVISOR: &[(&str, &[&str])] = &[
     ("virtio_fs_queue_size", &[]),
     ("virtio_fs_is_dax", &["false"]),
     ("valid_virtio_fs_daemon_paths", &["[]"]),
-    ("network_queues", &["1"]),
     ("disable_vhost_net", &["false", "true"]),
-    ("rx_rate_limiter_max_rate", &["0"]),
-    ("tx_rate_limiter_max_rate", &["0"]),
     ("disable_seccomp", &["false"]),
     ("seccomp_sandbox", &["\"\""]),
     ("disable_nesting_checks", &["false", "true"]),
@@ -108,12 +105,10 @@ const FACTORY: &[(&str, &[&str])] = &[("template_path", &["\"/run/vc/vm/template
 
 const RUNTIME: &[(&str, &[&str])] = &[
     ("log_level", &["\"info\""]),
-    ("internetworking_model", &["\"none\"", "\"tcfilter\""]),
     ("enable_tracing", &["false"]),
     ("jaeger_endpoint", &["\"\""]),
     ("jaeger_user", &["\"\""]),
     ("jaeger_password", &["\"\""]),
-    ("disable_new_netns", &["false"]),
     ("enable_vcpus_pinning", &["false"]),
     ("emptydir_mode", &["\"shared-fs\""]),
     ("enable_pprof", &["false"]),

@@ -18,9 +18,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use load::{ConfigFile, Origin, Origins, load, load_with, read};
-pub use validate::{MAX_VCPUS, MIN_MEMORY_MIB};
+pub use validate::{MAX_NETWORK_QUEUES, MAX_VCPUS, MIN_MEMORY_MIB};
 pub use words::{
-    AgentName, CpuTemplate, HypervisorName, RootfsType, RuntimeName, SharedFs, UnknownWord, VirtioFsCache,
+    AgentName, CpuTemplate, HypervisorName, InternetworkingModel, RootfsType, RuntimeName, SharedFs,
+    UnknownWord, VirtioFsCache,
 };
 
 /// A configuration that cannot be used; each message names file, key, value and what is allowed.
@@ -162,6 +163,12 @@ pub struct HypervisorConfig {
     pub hotplug_slots: u8,
     /// Folder in the guest's image with hooks for every container, in `prestart`, `poststart`, `poststop`; empty for none.
     pub guest_hook_path: String,
+    /// Queue pairs of each network interface.
+    pub network_queues: u32,
+    /// Bits a second that each network interface may receive; 0 for no limit.
+    pub rx_rate_limiter_max_rate: u64,
+    /// Bits a second that each network interface may send; 0 for no limit.
+    pub tx_rate_limiter_max_rate: u64,
     /// Verbose guest kernel and agent, console forwarded to the log.
     pub enable_debug: bool,
     /// `[hypervisor.dragonball.factory]`
@@ -191,6 +198,9 @@ impl Default for HypervisorConfig {
             enable_nested_virtualization: false,
             hotplug_slots: 8,
             guest_hook_path: String::new(),
+            network_queues: 1,
+            rx_rate_limiter_max_rate: 0,
+            tx_rate_limiter_max_rate: 0,
             enable_debug: false,
             factory: FactoryConfig::default(),
         }
@@ -333,6 +343,10 @@ pub struct RuntimeConfig {
     pub keep_abnormal: bool,
     /// vsock port the agent takes container streams on.
     pub passfd_listener_port: u32,
+    /// What connects the pod's network with the guest.
+    pub internetworking_model: InternetworkingModel,
+    /// Do not make a network namespace for a pod that comes without one.
+    pub disable_new_netns: bool,
 }
 
 impl Default for RuntimeConfig {
@@ -347,6 +361,8 @@ impl Default for RuntimeConfig {
             static_sandbox_resource_mgmt: true,
             keep_abnormal: false,
             passfd_listener_port: 1027,
+            internetworking_model: InternetworkingModel::TcFilter,
+            disable_new_netns: false,
         }
     }
 }

@@ -107,6 +107,16 @@ words! {
         Erofs = "erofs",
     }
 
+    /// What connects the links of a pod's network namespace with its guest.
+    InternetworkingModel = "runtime.internetworking_model" {
+        /// A TAP beside each link, and a filter on both.
+        TcFilter = "tcfilter",
+        /// A macvtap on top of each link.
+        MacVtap = "macvtap",
+        /// A TAP beside each link, connected by somebody else.
+        None = "none",
+    }
+
     /// What runs containers; Kata knows others.
     RuntimeName = "runtime.name" {
         /// In a VM, through the guest's agent.
@@ -123,6 +133,12 @@ words! {
     AgentName = "runtime.agent_name" {
         /// Kata's protocol.
         Kata = "kata",
+    }
+}
+
+impl Default for InternetworkingModel {
+    fn default() -> Self {
+        Self::TcFilter
     }
 }
 

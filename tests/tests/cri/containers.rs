@@ -33,7 +33,7 @@ fn containers_when_started_one_after_another_share_what_a_pod_shares() {
         workload.sh("true");
         workload.stop();
         let status = workload.status();
-        seen.push((status.exit_code, status.reason));
+        seen.push((status.exit_code, status.reason.clone()));
         assert!(
             status.finished_at >= status.started_at && status.started_at > 0,
             "{status:?}"

@@ -15,6 +15,7 @@ mod like_runc;
 mod localhost;
 mod memory;
 mod namespaces;
+mod net;
 mod pods;
 mod process;
 mod shared_pids;
