@@ -20,8 +20,12 @@ TEST_ARGS ?=
 export LIMIT_LINT ?= 3600
 export LIMIT_UNIT ?= 3600
 export LIMIT_BUILD ?= 10800
+export LIMIT_PROPERTIES ?= 10800
 export LIMIT_E2E ?= 7200
 export LIMIT_DEMO ?= 1800
+export LIMIT_BENCH ?= 3600
+export LIMIT_CONFORMANCE ?= 43200
+export LIMIT_CONFORMANCE_TEST ?= 600
 # $(call limit,NAME,WHAT) COMMAND...
 limit = tests/limit $(1) '$(2)'
 comma := ,
@@ -70,6 +74,19 @@ deny: toolchain ## licences, duplicates and sources of dependencies; advisories 
 unit: setup ## unit tests, and KVM tests with tiny guests
 	$(call limit,LIMIT_UNIT,unit and KVM tests) $(CARGO) test $(LOCKED) --workspace
 
+# Input tried by each property test; one that needs a hundred times as long for each gets a hundredth of it.
+PROPTEST_CASES ?= 10000
+
+.PHONY: properties
+properties: toolchain ## searches for input that property tests fail with: PROPTEST_CASES (10000) each, at random; not part of `make test`
+	@$(INSTALL_PACKAGES) acpica-tools
+	$(call properties_of,$(PROPTEST_CASES),properties:: --skip slow_properties::)
+	$(call properties_of,$$((($(PROPTEST_CASES) + 99) / 100)),slow_properties::)
+
+# $(call properties_of,CASES,TESTS): with another seed each time, whatever is set for `make test`.
+properties_of = env -u PROPTEST_RNG_SEED PROPTEST_CASES=$(1) \
+    $(call limit,LIMIT_PROPERTIES,property tests) $(CARGO) test $(LOCKED) --workspace --lib -- $(2)
+
 .PHONY: toolchain
 toolchain: # what the Rust compiler needs beside itself
 	@command -v $(CARGO) >/dev/null || { echo "$(CARGO) not found: install Rust 1.95 or newer" >&2; exit 1; }
@@ -77,7 +94,8 @@ toolchain: # what the Rust compiler needs beside itself
 
 .PHONY: setup
 setup: toolchain # what tests and demo need on the host
-	@$(INSTALL_PACKAGES) containerd runc busybox-static iproute2 socat acpica-tools
+	@$(INSTALL_PACKAGES) containerd runc busybox-static iproute2 iptables nftables containernetworking-plugins socat acpica-tools \
+	    erofs-utils cpio xz-utils
 
 .PHONY: kernel
 kernel: ## the guest kernel; prints its folder
@@ -112,16 +130,33 @@ e2e: artifacts ## end-to-end tests: here where KVM runs Linux, in the lab elsewh
 
 .PHONY: try
 try: setup ## after an edit, the end-to-end tests whose names hold TEST: make try TEST=hello [BINARIES=e2e]
-	@[ -n '$(TEST)' ] || { echo "which? make try TEST=part-of-a-name [BINARIES='linux e2e bad_input compat guests']" >&2; exit 2; }
+	@[ -n '$(TEST)' ] || { echo "which? make try TEST=part-of-a-name [BINARIES='linux e2e bad_input compat guests cri']" >&2; exit 2; }
 	$(call limit,LIMIT_BUILD,build of what was edited) tests/gather $(ARTIFACTS) kernel image binaries \
 	    $(if $(filter-out linux,$(or $(BINARIES),e2e)),tests) $(if $(filter linux,$(BINARIES)),vmm-tests) \
 	    $(if $(filter guests linux,$(BINARIES)),guests)
 	$(call run_e2e,$(or $(BINARIES),e2e),$(TEST))
 
+STRESS_PODS ?= 20
+STRESS_EXECS ?= 300
+
+.PHONY: stress
+stress: artifacts ## STRESS_PODS pods at once, STRESS_EXECS commands one after another
+	export STRESS_PODS=$(STRESS_PODS) STRESS_EXECS=$(STRESS_EXECS); $(call run_e2e,cri,stress)
+
 .PHONY: bench
 bench: toolchain ## set-up time here; boot, memory and throughput beside QEMU in the lab
 	$(call limit,LIMIT_UNIT,set-up benchmark) $(CARGO) bench $(LOCKED) -p dragonball --bench setup
 	tests/lab/bench
+
+.PHONY: netbench
+netbench: setup ## a pod's network beside runc's: RunPodSandbox, streams, datagrams, memory; instruction counts in the lab
+	$(call limit,LIMIT_BUILD,build of kernel$(comma) image and binaries) tests/gather $(ARTIFACTS) kernel image binaries netbench
+	if $(KVM_RUNS_LINUX); then \
+	    E2E_CONTAINERD_1_7=$$(tests/lab/containerd 1.7 | tail -n 1)/usr/bin \
+	        $(call limit,LIMIT_BENCH,network bench) $(ARTIFACTS)/e2e/run-e2e here netbench; \
+	else \
+	    tests/lab/run --artifacts $(ARTIFACTS) --timeout LIMIT_BENCH --icount -- /artifacts/e2e/run-e2e installed netbench; \
+	fi
 
 .PHONY: demo
 demo: setup ## one container in a microVM, with its timeline
@@ -132,6 +167,18 @@ demo: setup ## one container in a microVM, with its timeline
 	    echo "KVM here cannot run Linux: running in the lab, an emulated machine 5 to 20 times slower than metal"; \
 	    tests/lab/run --artifacts $(ARTIFACTS) --timeout LIMIT_DEMO -- /artifacts/e2e/run-e2e installed demo; \
 	fi
+
+CONFORMANCE_RESULTS ?= $(TARGET)/conformance
+export RUNTIMES ?= runc kata
+export CHUNK ?= 16
+TESTS ?=
+
+.PHONY: conformance
+conformance: setup ## containerd's client and CRI suites in the lab, beside runc, into docs/conformance.md; goes on where it was (TESTS, RUNTIMES)
+	$(call limit,LIMIT_BUILD,build of kernel$(comma) image and binaries) tests/gather $(ARTIFACTS) kernel image binaries
+	$(call limit,LIMIT_BUILD,build of the suites) tests/conformance/build
+	$(call limit,LIMIT_CONFORMANCE,suites of containerd) tests/conformance/conformance $(ARTIFACTS) $(CONFORMANCE_RESULTS) $(TESTS)
+	RUNTIMES='runc kata' tests/conformance/report $(CONFORMANCE_RESULTS) >docs/conformance.md
 
 FUZZ_SECONDS ?= 60
 # The target is built first.

@@ -6,25 +6,22 @@ use std::process::Command;
 
 use ttrpc_codegen::Codegen;
 
+/// Files of protos/.
+const MESSAGES: [&str; 4] = ["cri", "runc_options", "runtimeoptions", "streaming"];
+
 fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     Codegen::new()
-        .inputs([
-            "protos/runtimeoptions.proto",
-            "protos/cri.proto",
-            "protos/streaming.proto",
-        ])
+        .inputs(MESSAGES.map(|name| format!("protos/{name}.proto")))
         .include("protos")
         .rust_protobuf()
         .out_dir(&out)
         .run()?;
     // A generated file starts with inner attributes, so it must be a module file: options.rs, pod.rs and streaming_service.rs
     // include such a line.
-    for name in ["runtimeoptions", "cri", "streaming"] {
-        std::fs::write(
-            out.join(format!("wire_{name}.rs")),
-            format!("#[allow(missing_docs)]\nmod {name};\n"),
-        )?;
+    for name in MESSAGES {
+        let line = format!("#[allow(missing_docs)]\nmod {name};\n");
+        std::fs::write(out.join(format!("wire_{name}.rs")), line)?;
         println!("cargo::rerun-if-changed=protos/{name}.proto");
     }
 

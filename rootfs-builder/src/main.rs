@@ -1,6 +1,8 @@
 //! `rootfs-builder`: builds the guest image. An initramfs by default, whose `/init` is the static agent; or an EROFS
 //! image for a block device. The same inputs give the same bytes.
 
+#![forbid(unsafe_code)]
+
 mod cpio;
 mod erofs;
 mod modules;

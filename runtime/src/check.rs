@@ -1,6 +1,10 @@
 //! Whether this host and configuration can run sandboxes: what `kata-ctl check` tells.
 
+use std::path::Path;
+
 use dragonball::probe::{self, ProbeError};
+pub use dragonball::vm::snapshot::RestoreError;
+use dragonball::vm::snapshot::verify;
 
 use crate::handler::load_config;
 use crate::types::RuntimeOptions;
@@ -62,6 +66,15 @@ pub fn configuration(options: &RuntimeOptions) -> Vec<Finding> {
         hypervisor.check_assets(&file.origins).map(|()| "present"),
     ));
     findings
+}
+
+/// Checks a saved machine in `folder` (and the full save below it, if it is a difference) against the checksums taken when it
+/// was written: all of its memory file is read. A clone that maps the file or brings pages in one by one looks at none of them.
+///
+/// # Errors
+/// What is damaged or missing, by file and offset.
+pub fn snapshot(folder: &Path) -> Result<(), RestoreError> {
+    verify(folder)
 }
 
 #[cfg(test)]

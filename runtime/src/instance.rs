@@ -8,10 +8,12 @@ use tokio::sync::{OnceCell, mpsc};
 
 use crate::agent::KataAgent;
 use crate::config::{self, ConfigFile, HypervisorConfig, TomlConfig, annotations};
-use crate::containers::{ContainerManager, StreamHub, VirtContainerManager};
+use crate::containers::{ContainerManager, StreamHub, VirtContainerManager, poststop};
 use crate::error::{Error, ErrorKind, Result};
+use crate::hypervisor::NetworkLimits;
 use crate::hypervisor::{Hypervisor, make_dragonball};
 use crate::paths::SandboxPaths;
+use crate::resource::network::{self, NetworkSettings};
 use crate::resource::{ResourceManager, SandboxResources};
 use crate::sandbox::{Sandbox, SandboxConfig, VirtSandbox};
 use crate::types::{CreateContainerRequest, Event, RuntimeOptions};
@@ -122,10 +124,13 @@ impl RuntimeInstance {
     pub(crate) async fn wind_down(&self) {
         let end = async {
             // Containers that nobody has deleted end with the VM; their hooks are noted in a folder that goes with it.
-            if let Err(error) = self.sandbox.stop().await {
-                tracing::error!(%error, "end of the VM");
+            let due = self.containers.take_left_poststop().await;
+            if !due.is_empty() {
+                if let Err(error) = self.sandbox.stop().await {
+                    tracing::error!(%error, "end of the VM");
+                }
+                poststop::run_all(due).await;
             }
-            self.containers.run_left_poststop().await;
             if let Err(error) = self.sandbox.shutdown().await {
                 tracing::error!(%error, "end of the sandbox");
             }
@@ -146,6 +151,29 @@ fn pod_config(options: &RuntimeOptions, pod: &SandboxConfig) -> Result<ConfigFil
     }
     file.config.validate(&file.origins)?;
     Ok(file)
+}
+
+/// One process is shim and VM: where a client wants the shim, the pod is.
+fn host_cgroup(options: &RuntimeOptions, pods: Option<PathBuf>) -> Option<PathBuf> {
+    if options.shim_cgroup.is_empty() {
+        pods
+    } else {
+        Some(PathBuf::from(&options.shim_cgroup))
+    }
+}
+
+/// How a pod's network is made: the configuration, and the bandwidth that the pod's annotations ask for.
+fn network_settings(config: &TomlConfig, pod: &SandboxConfig) -> Result<NetworkSettings> {
+    let hypervisor = &config.hypervisor.dragonball;
+    let node = NetworkLimits {
+        rx: hypervisor.rx_rate_limiter_max_rate,
+        tx: hypervisor.tx_rate_limiter_max_rate,
+    };
+    Ok(NetworkSettings {
+        model: config.runtime.internetworking_model,
+        queues: usize::try_from(hypervisor.network_queues).unwrap_or(1),
+        limits: network::limits(node, &pod.annotations)?,
+    })
 }
 
 /// How a VM is made; tests replace it.
@@ -190,10 +218,14 @@ impl Recipe {
         hypervisor_config.check_assets(&file.origins)?;
         let paths = SandboxPaths::below(&self.root, &context.namespace, &context.sandbox_id)?;
         let hypervisor = (self.make_hypervisor)(hypervisor_config, &file.config, &paths, debug);
-        let use_cgroups = self.cgroups && file.config.runtime.sandbox_cgroup_only;
+        let pods = config
+            .cgroups_path
+            .clone()
+            .filter(|_| file.config.runtime.sandbox_cgroup_only);
         let resources = SandboxResources {
-            cgroups_path: config.cgroups_path.clone().filter(|_| use_cgroups),
+            cgroups_path: host_cgroup(options, pods).filter(|_| self.cgroups),
             netns: config.netns.clone(),
+            network: network_settings(&file.config, &config)?,
         };
         let address = format!("hvsock://{}", paths.hvsock().display());
         let resources = ResourceManager::new(paths, hypervisor.clone(), hypervisor_config, &resources)?;
@@ -206,5 +238,25 @@ impl Recipe {
             Arc::new(resources),
             events,
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroup_when_a_client_names_one_for_the_shim_wins() {
+        let mut options = RuntimeOptions::default();
+        let pods = || Some(PathBuf::from("/kubepods/p"));
+        assert_eq!(host_cgroup(&options, pods()), pods());
+
+        options.shim_cgroup = "/containerd/shim".to_owned();
+        for pods in [pods(), None] {
+            assert_eq!(
+                host_cgroup(&options, pods),
+                Some(PathBuf::from("/containerd/shim"))
+            );
+        }
     }
 }

@@ -17,6 +17,9 @@
 //! | [`handler`] | the one pod of a shim process, and what may be asked of it |
 //! | [`check`], [`features`] | whether a host can do all this, and what a container may ask for |
 
+// Modules that need it allow it, with a SAFETY comment at each block (clippy::undocumented_unsafe_blocks).
+#![deny(unsafe_code)]
+
 pub mod agent;
 pub mod check;
 pub mod config;

@@ -39,13 +39,15 @@ pub struct ContainerProcess {
     pub exec_id: String,
 }
 
-/// Runtime options of a create request (`runtimeoptions.v1.Options`).
+/// Options of a create request: `runtimeoptions.v1.Options`, or what is honoured of runc's.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RuntimeOptions {
     /// Path of a configuration file to use instead of the default search.
     pub config_path: String,
     /// Inline configuration (containerd 2.x `config_body`); wins over `config_path`.
     pub config_body: Vec<u8>,
+    /// Cgroup for the shim in place of the pod's, a path below the root of the hierarchy; empty for none.
+    pub shim_cgroup: String,
 }
 
 /// Create a container; the first one of a shim also creates the sandbox.

@@ -6,10 +6,13 @@ use protobuf::well_known_types::any::Any;
 use runtime::error::{Error, ErrorKind, Result};
 use runtime::types::RuntimeOptions;
 
+include!(concat!(env!("OUT_DIR"), "/wire_runc_options.rs"));
 include!(concat!(env!("OUT_DIR"), "/wire_runtimeoptions.rs"));
 
 /// Message name; some containerd releases put a host or package in front of it.
 const OPTIONS: &str = "runtimeoptions.v1.Options";
+/// runc's, which `ctr`, docker and containerd's client library send to any runtime.
+const RUNC_OPTIONS: &str = "containerd.runc.v1.Options";
 
 /// Whether `any` holds options of the runtime.
 pub fn is_options(any: &Any) -> bool {
@@ -24,20 +27,34 @@ pub fn decode(any: Option<&Any>) -> Result<RuntimeOptions> {
     let Some(any) = any.filter(|any| !any.type_url.is_empty() || !any.value.is_empty()) else {
         return Ok(RuntimeOptions::default());
     };
+    if any.type_url.ends_with(RUNC_OPTIONS) {
+        let runc: runc_options::Options = parse(any)?;
+        if runc.special_fields.unknown_fields().iter().next().is_some() {
+            tracing::warn!(type_url = %any.type_url, "of runc's options only the cgroup of the shim is honoured");
+        }
+        return Ok(RuntimeOptions {
+            shim_cgroup: runc.shim_cgroup,
+            ..RuntimeOptions::default()
+        });
+    }
     if !is_options(any) {
-        // ctr and docker may send runc's options to any runtime; they configure nothing here.
         tracing::warn!(type_url = %any.type_url, "options of another runtime ignored");
         return Ok(RuntimeOptions::default());
     }
-    let options = runtimeoptions::Options::parse_from_bytes(&any.value).map_err(|error| {
+    let options: runtimeoptions::Options = parse(any)?;
+    Ok(RuntimeOptions {
+        config_path: options.config_path,
+        config_body: options.config_body,
+        shim_cgroup: String::new(),
+    })
+}
+
+fn parse<M: Message>(any: &Any) -> Result<M> {
+    M::parse_from_bytes(&any.value).map_err(|error| {
         Error::new(
             ErrorKind::InvalidArgument,
             format!("options {}: {error}", any.type_url),
         )
-    })?;
-    Ok(RuntimeOptions {
-        config_path: options.config_path,
-        config_body: options.config_body,
     })
 }
 
@@ -77,8 +94,20 @@ mod tests {
         assert_eq!(decode(None).unwrap(), RuntimeOptions::default());
         assert_eq!(decode(Some(&Any::new())).unwrap(), RuntimeOptions::default());
         assert_eq!(
-            decode(Some(&any("containerd.runc.v1.Options", b"\x08\x01"))).unwrap(),
+            decode(Some(&any("some.other.Options", b"\x08\x01"))).unwrap(),
             RuntimeOptions::default()
+        );
+    }
+
+    #[test]
+    fn options_when_runcs_have_the_cgroup_of_the_shim() {
+        // Field 1 (no_pivot_root), true; field 3 (shim_cgroup), length 2, "/s".
+        let options = decode(Some(&any("containerd.runc.v1.Options", b"\x08\x01\x1a\x02/s"))).unwrap();
+
+        assert_eq!(options.shim_cgroup, "/s");
+        assert_eq!(
+            (options.config_path.as_str(), options.config_body.is_empty()),
+            ("", true)
         );
     }
 

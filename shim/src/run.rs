@@ -1,5 +1,7 @@
 //! The serving process: set-up before there are threads, then requests until the sandbox is no longer wanted.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;

@@ -217,6 +217,7 @@ impl Sandbox for SandboxService {
             .query("SandboxMetrics", request.sandbox_id.clone(), stats)
             .await?;
         let mut response = wire::SandboxMetricsResponse::new();
+        // The crate keeps this type's name to itself.
         let metric = response.metrics.mut_or_insert_default();
         metric.timestamp = MessageField::some(timestamp(SystemTime::now()));
         metric.id = request.sandbox_id;

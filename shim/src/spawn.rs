@@ -4,6 +4,8 @@
 //! early, and a pipe on which it reports. Everything else is closed or `/dev/null`, because containerd reads `start`'s
 //! output until its last holder is gone.
 
+#![allow(unsafe_code)]
+
 use std::env;
 use std::fs::File;
 use std::io::{self, Read, Write};

@@ -21,7 +21,7 @@ recipe_hash() {
     # Build the lab's machine and run it.
     LAB_PACKAGES=(qemu-system-data seabios libglib2.0-0 debootstrap busybox-static cpio e2fsprogs kmod xz-utils)
     # Run containers on the host itself.
-    CONTAINERS_PACKAGES=(containerd runc busybox-static iproute2 iptables)
+    CONTAINERS_PACKAGES=(containerd runc busybox-static iproute2 iptables containernetworking-plugins)
 }
 
 # need_packages NAME... — installs the Debian packages that are missing.

@@ -2,11 +2,10 @@
 //!
 //! Everything here panics on failure, as assertions do, after collecting the logs.
 
-use std::cell::Cell;
 use std::fmt::Debug;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 use std::thread;
@@ -35,7 +34,7 @@ pub struct Case {
     daemon: Arc<Containerd>,
     runtime: String,
     log_start: u64,
-    reported: Cell<bool>,
+    reported: AtomicBool,
     next: AtomicU32,
     _watchdog: Sender<()>,
     _host: HostUse,
@@ -58,6 +57,17 @@ impl Case {
         let host = share_host();
         let daemon = Containerd::start(settings).unwrap_or_else(|e| panic!("{name}: {e}"));
         Self::on(name, Arc::new(daemon), host)
+    }
+
+    /// Begins a test on a containerd that other tests use too, beside them.
+    pub fn begin_on(name: &str, daemon: Arc<Containerd>) -> Self {
+        Self::on(name, daemon, share_host())
+    }
+
+    /// Begins a test on a containerd that other tests use too, while no other test runs.
+    pub fn begin_alone_on(name: &str, daemon: Arc<Containerd>) -> Self {
+        let _guard = HOST.write().unwrap_or_else(PoisonError::into_inner);
+        Self::on(name, daemon, HostUse::Alone { _guard })
     }
 
     /// Plays `scenario` under runc, then under the runtime that is tested, and asserts that both have the same result,
@@ -88,16 +98,26 @@ impl Case {
             runtime: daemon.settings.runtime.clone(),
             daemon,
             log_start,
-            reported: Cell::new(false),
+            reported: AtomicBool::new(false),
             next: AtomicU32::new(0),
             _watchdog: watchdog,
             _host: host,
         }
     }
 
+    /// The name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The containerd of this test.
     pub fn daemon(&self) -> &Containerd {
         &self.daemon
+    }
+
+    /// The containerd of this test, for another test.
+    pub fn shared(&self) -> Arc<Containerd> {
+        Arc::clone(&self.daemon)
     }
 
     /// Whether this test's containers run in virtual machines.
@@ -152,8 +172,8 @@ impl Case {
     }
 
     /// Prints the logs once.
-    fn report(&self) {
-        if !self.reported.replace(true) {
+    pub(crate) fn report(&self) {
+        if !self.reported.swap(true, Ordering::Relaxed) {
             eprintln!("==== {}\n{}", self.name, report(&self.daemon, self.log_start));
         }
     }

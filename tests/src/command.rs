@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use std::os::unix::process::ExitStatusExt;
 
 /// How long the readers get to see end-of-file once the process itself is gone.
-const DRAIN_LIMIT: Duration = Duration::from_secs(20);
+const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 /// How often a running child is looked at.
 const POLL: Duration = Duration::from_millis(5);
 
@@ -434,11 +434,13 @@ mod tests {
 
     #[test]
     fn run_when_limit_passes_kills_and_shows_output() {
-        let error = run(
-            Command::new("sh").args(["-c", "echo started; exec sleep 600"]),
-            Duration::from_secs(1),
-        );
-        let text = error.unwrap_err().to_string();
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo started; exec sleep 600"]);
+        let running = Running::start(&mut command, Input::Null).unwrap();
+        running
+            .wait_out("its output", LIMIT, |out| out == "started\n")
+            .unwrap();
+        let text = running.finish(Duration::from_secs(1)).unwrap_err().to_string();
         assert!(
             text.contains("did not finish within 1s (E2E_TIMEOUT raises it)") && text.contains("started"),
             "{text}"

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::command::{self, Finished, Input, Running, eventually};
 use crate::settings::Settings;
-use crate::{diagnosis, image};
+use crate::{cri, diagnosis, image};
 
 /// How long containerd may take to answer; 40 ms on metal, seconds under emulation.
 const START_LIMIT: Duration = Duration::from_secs(120);
@@ -22,11 +22,18 @@ const JANITOR_LIMIT: Duration = Duration::from_secs(120);
 
 const JANITOR: &str = include_str!("janitor.sh");
 
-/// Plugins that slow the start down or reach outside the private folder.
-const DISABLED: &[&str] = &[
+/// CRI, which takes a namespace of its own and a network.
+const CRI_PLUGINS: &[&str] = &[
     "io.containerd.grpc.v1.cri",
     "io.containerd.cri.v1.images",
     "io.containerd.cri.v1.runtime",
+];
+
+/// The namespace of everything CRI makes.
+const CRI_NAMESPACE: &str = "k8s.io";
+
+/// Plugins that slow the start down or reach outside the private folder.
+const DISABLED: &[&str] = &[
     "io.containerd.internal.v1.opt",
     "io.containerd.nri.v1.nri",
     "io.containerd.snapshotter.v1.aufs",
@@ -106,10 +113,11 @@ impl Containerd {
             path: dir.clone(),
             source,
         })?;
+        let namespace = settings.cri.as_ref().map_or(name, |_| CRI_NAMESPACE.to_owned());
         let mut daemon = Self {
             settings,
             dir,
-            namespace: name,
+            namespace,
             snapshotter: String::new(),
             child: Mutex::new(None),
             janitor: None,
@@ -123,18 +131,28 @@ impl Containerd {
     }
 
     fn write_config(&self) -> Result<(), Error> {
-        let disabled = DISABLED
-            .iter()
-            .map(|id| format!("{id:?}"))
-            .collect::<Vec<_>>()
-            .join(", ");
-        let dir = self.dir.display();
-        let text = format!(
-            "version = 2\nroot = \"{dir}/root\"\nstate = \"{dir}/state\"\ndisabled_plugins = [{disabled}]\n\
-             [grpc]\naddress = \"{dir}/c.sock\"\n[debug]\nlevel = \"debug\"\n"
-        );
         let path = self.path("config.toml");
-        fs::write(&path, text).map_err(|source| Error::File { path, source })
+        let failed = |source| Error::File {
+            path: path.clone(),
+            source,
+        };
+        let (mut disabled, mut version, mut sections) = (DISABLED.to_vec(), 2, String::new());
+        if let Some(cri) = &self.settings.cri {
+            cri::cni::write(&cri.networks, &self.dir).map_err(failed)?;
+            // Known before containerd says what works: what works is overlayfs, where pods run.
+            let snapshotter = self.settings.snapshotter.as_deref().unwrap_or("overlayfs");
+            sections = cri.sections(&self.dir, &self.settings, snapshotter);
+            version = cri.config_version();
+        } else {
+            disabled.extend(CRI_PLUGINS);
+        }
+        let disabled = disabled.iter().map(|id| format!("{id:?}")).collect::<Vec<_>>();
+        let (dir, disabled) = (self.dir.display(), disabled.join(", "));
+        let text = format!(
+            "version = {version}\nroot = \"{dir}/root\"\nstate = \"{dir}/state\"\ndisabled_plugins = [{disabled}]\n\
+             [grpc]\naddress = \"{dir}/c.sock\"\n[debug]\nlevel = \"debug\"\n{sections}"
+        );
+        fs::write(&path, text).map_err(failed)
     }
 
     fn hire_janitor(&self) -> Result<(Child, ChildStdin), Error> {
@@ -255,7 +273,7 @@ impl Containerd {
         let done = command::run(&mut import, self.settings.call_limit)?;
         let listed = self.ctr(["images", "ls", "-q"])?;
         if done.code != 0
-            || ![image::BUSYBOX, image::TESTER]
+            || ![image::BUSYBOX, image::TESTER, image::PAUSE]
                 .iter()
                 .all(|name| listed.out().contains(name))
         {

@@ -11,10 +11,14 @@ use sha2::{Digest, Sha256};
 
 use crate::command;
 
+mod pause;
+
 /// Busybox as root in `/`.
 pub const BUSYBOX: &str = "docker.io/e2e/busybox:latest";
 /// The same files with a user, a working directory and a variable set in the image's configuration.
 pub const TESTER: &str = "docker.io/e2e/tester:latest";
+/// A pod's first container: one program that waits and reaps.
+pub const PAUSE: &str = "docker.io/e2e/pause:latest";
 /// `UID:GID` of the normal user, `tester` in the image's `/etc/passwd`.
 pub const TESTER_ID: &str = "1000:1001";
 
@@ -61,7 +65,7 @@ pub fn write_archive(candidates: &[PathBuf], path: &Path) -> Result<(), Error> {
         source,
     })?;
     let list = command::run(Command::new(busybox).arg("--list"), Duration::from_secs(60))?.out();
-    let archive = archive(&layer(&program, &list)?)?;
+    let archive = archive(&layer(&program, &list)?, &pause::layer()?)?;
     std::fs::write(path, archive).map_err(|source| Error::File {
         path: path.to_owned(),
         source,
@@ -91,6 +95,7 @@ pub fn unpack(candidates: &[PathBuf], root: &Path) -> Result<(), Error> {
     })
 }
 
+/// The header of an entry that is the same every time.
 fn header(kind: tar::EntryType, mode: u32, size: usize, owner: (u64, u64)) -> tar::Header {
     let mut header = tar::Header::new_ustar();
     header.set_entry_type(kind);
@@ -156,16 +161,22 @@ impl Blobs {
     }
 }
 
-fn archive(layer: &[u8]) -> std::io::Result<Vec<u8>> {
+fn archive(layer: &[u8], pause: &[u8]) -> std::io::Result<Vec<u8>> {
     let mut blobs = Blobs::default();
     let layer = blobs.add(LAYER_TYPE, layer.to_vec());
+    let pause_layer = blobs.add(LAYER_TYPE, pause.to_vec());
     let path = "PATH=/bin:/usr/bin";
     let root = json!({"Env": [path, "E2E_IMAGE=busybox"], "Cmd": ["/bin/sh"]});
     let tester = json!({
         "Env": [path, "E2E_IMAGE=tester"], "Cmd": ["/bin/sh"], "User": "tester", "WorkingDir": "/home/tester"
     });
+    let pause = json!({"Entrypoint": ["/pause"]});
     let mut manifests = Vec::new();
-    for (name, config) in [(BUSYBOX, root), (TESTER, tester)] {
+    for (name, config, layer) in [
+        (BUSYBOX, root, &layer),
+        (TESTER, tester, &layer),
+        (PAUSE, pause, &pause_layer),
+    ] {
         let config = json!({
             "architecture": "amd64", "os": "linux", "config": config,
             "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
@@ -200,7 +211,7 @@ mod tests {
 
     #[test]
     fn archive_when_built_twice_is_identical() {
-        let build = || archive(&layer(b"program", "sh\necho\nbusybox\n").unwrap()).unwrap();
+        let build = || archive(&layer(b"program", "sh\necho\nbusybox\n").unwrap(), b"pause").unwrap();
         assert!(build() == build());
     }
 

@@ -12,8 +12,10 @@
 pub mod case;
 pub mod command;
 pub mod containerd;
+pub mod cri;
 pub mod diagnosis;
 pub mod events;
+pub mod grpc;
 pub mod hvsock;
 pub mod image;
 pub mod leftovers;

@@ -11,11 +11,16 @@
 //! | `E2E_TIMEOUT` | limit of one `ctr` call, in seconds | 300 |
 //! | `E2E_TEST_TIMEOUT` | limit of one test, in seconds | 1200 |
 //! | `E2E_LINUX_GUESTS` | `0` where KVM cannot run Linux: only tests that fail before a boot apply | 1 |
+//! | `E2E_CNI` | folder of the CNI plugins | `/usr/lib/cni` |
+//! | `E2E_CONTAINERD_1_7`, `E2E_CONTAINERD_2_1` | folders of the newer containerds' programs | `/opt/containerd-1.7/usr/bin`, … |
+//! | `STRESS_PODS`, `STRESS_EXECS` | how many pods at once and commands in sequence the stress tests run | 4, 60 |
 //! | `E2E_GUEST_CONFIGS` | folder of configurations for other guests: `6.12.toml`, `6.1.toml`, `initramfs.toml` | `/usr/share/kata-containers/guests` |
 
 use std::env;
 use std::path::PathBuf;
 use std::time::Duration;
+
+use crate::cri::config::Cri;
 
 /// Runtime type of Debian's runc, which the suite itself is checked against.
 pub const RUNC: &str = "io.containerd.runc.v2";
@@ -43,6 +48,10 @@ pub struct Settings {
     pub guest_configs: PathBuf,
     /// Whether KVM can run Linux here.
     pub linux_guests: bool,
+    /// CRI's plugin with networks for its pods; `None` leaves it out.
+    pub cri: Option<Cri>,
+    /// Folder of the CNI plugins.
+    pub cni: PathBuf,
     /// Shell commands run in a mount namespace of its own before containerd starts in it; `$DIR` is the
     /// private folder.
     pub host_change: Option<String>,
@@ -76,9 +85,18 @@ impl Settings {
             test_limit: seconds("E2E_TEST_TIMEOUT", 1200),
             guest_configs: text("E2E_GUEST_CONFIGS", "/usr/share/kata-containers/guests").into(),
             linux_guests: text("E2E_LINUX_GUESTS", "1") != "0",
+            cri: None,
+            cni: text("E2E_CNI", "/usr/lib/cni").into(),
             host_change: None,
             environment: Vec::new(),
         }
+    }
+
+    /// The folder of the programs of a containerd newer than Debian 12's, such as `1.7`.
+    pub fn newer_containerd(version: &str) -> PathBuf {
+        let variable = format!("E2E_CONTAINERD_{}", version.replace('.', "_"));
+        let default = || format!("/opt/containerd-{version}/usr/bin").into();
+        env::var_os(&variable).map_or_else(default, PathBuf::from)
     }
 
     /// Whether containers run in virtual machines, as opposed to Debian's runc.

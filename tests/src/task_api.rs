@@ -4,19 +4,12 @@
 //! Messages are the subset of `containerd.services.tasks.v1` and `containerd.services.snapshots.v1` used
 //! here, field numbers as in containerd's `api/services/{tasks,snapshots}/v1/*.proto`.
 
-use std::time::Duration;
-
 use prost::Message;
-use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
-use tonic::client::Grpc;
-use tonic::codegen::http::uri::PathAndQuery;
-use tonic::metadata::MetadataValue;
-use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Request, Status};
-use tonic_prost::ProstCodec;
+use tonic::{Code, Status};
 
 use crate::containerd::Containerd;
+use crate::grpc::Client;
 
 /// `containerd.types.Mount`.
 #[derive(Clone, PartialEq, Message)]
@@ -113,14 +106,11 @@ pub const RUNNING: i32 = 2;
 pub const STOPPED: i32 = 3;
 
 /// A wait that is under way.
-pub struct Waiter(JoinHandle<Result<u32, Status>>);
+pub struct Waiter(JoinHandle<Result<WaitResponse, Status>>);
 
 /// A client of one containerd, with the time limit of its settings on every call.
 pub struct TaskApi {
-    runtime: Runtime,
-    channel: Channel,
-    namespace: String,
-    limit: Duration,
+    client: Client,
 }
 
 impl TaskApi {
@@ -129,18 +119,8 @@ impl TaskApi {
     /// # Errors
     /// When the runtime cannot be built or the socket does not answer.
     pub fn connect(daemon: &Containerd) -> Result<Self, Box<dyn std::error::Error>> {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()?;
-        let endpoint = Endpoint::try_from(format!("unix://{}", daemon.socket().display()))?;
-        let channel = runtime.block_on(endpoint.connect())?;
-        let (namespace, limit) = (daemon.namespace().to_owned(), daemon.settings.call_limit);
         Ok(Self {
-            runtime,
-            channel,
-            namespace,
-            limit,
+            client: Client::connect(daemon)?,
         })
     }
 
@@ -216,17 +196,10 @@ impl TaskApi {
     /// Starts a wait of its own connection, as another client would.
     pub fn start_wait(&self, container: &str) -> Waiter {
         let request = process(container, "", 0);
-        let call = unary::<_, WaitResponse>(
-            self.channel.clone(),
-            "containerd.services.tasks.v1.Tasks/Wait",
-            self.namespace.clone(),
-            self.limit,
-            request,
-        );
-        Waiter(
-            self.runtime
-                .spawn(async move { call.await.map(|answer| answer.exit_status) }),
-        )
+        let call = self
+            .client
+            .start::<_, WaitResponse>("containerd.services.tasks.v1.Tasks/Wait", request);
+        Waiter(call)
     }
 
     /// Whether a wait is still under way.
@@ -239,9 +212,7 @@ impl TaskApi {
     /// # Errors
     /// What containerd answered, or `DEADLINE_EXCEEDED`.
     pub fn join(&self, waiter: Waiter) -> Result<u32, Status> {
-        self.runtime
-            .block_on(waiter.0)
-            .map_err(|e| Status::new(Code::Internal, e.to_string()))?
+        self.client.join(waiter.0).map(|answer| answer.exit_status)
     }
 
     fn call<Q, A>(&self, method: &'static str, request: Q) -> Result<A, Status>
@@ -249,14 +220,7 @@ impl TaskApi {
         Q: Message + Send + Sync + 'static,
         A: Message + Default + Send + Sync + 'static,
     {
-        let call = unary(
-            self.channel.clone(),
-            method,
-            self.namespace.clone(),
-            self.limit,
-            request,
-        );
-        self.runtime.block_on(call)
+        self.client.call(method, request)
     }
 }
 
@@ -265,35 +229,5 @@ fn process(container: &str, exec_id: &str, signal: u32) -> ProcessRequest {
         container_id: container.to_owned(),
         exec_id: exec_id.to_owned(),
         signal,
-    }
-}
-
-async fn unary<Q, A>(
-    channel: Channel,
-    method: &'static str,
-    namespace: String,
-    limit: Duration,
-    message: Q,
-) -> Result<A, Status>
-where
-    Q: Message + Send + Sync + 'static,
-    A: Message + Default + Send + Sync + 'static,
-{
-    let internal = |e: &dyn std::fmt::Display| Status::new(Code::Internal, format!("{method}: {e}"));
-    let mut request = Request::new(message);
-    let value = MetadataValue::try_from(namespace).map_err(|e| internal(&e))?;
-    request.metadata_mut().insert("containerd-namespace", value);
-    let path = PathAndQuery::try_from(format!("/{method}")).map_err(|e| internal(&e))?;
-    let mut client = Grpc::new(channel);
-    let call = async {
-        client.ready().await.map_err(|e| internal(&e))?;
-        client.unary(request, path, ProstCodec::default()).await
-    };
-    match tokio::time::timeout(limit, call).await {
-        Ok(answer) => answer.map(tonic::Response::into_inner),
-        Err(_) => Err(Status::new(
-            Code::DeadlineExceeded,
-            format!("{method}: no answer within {limit:?}"),
-        )),
     }
 }

@@ -3,17 +3,13 @@
 //! They are Debian packages of later suites, unpacked into folders of their own; `E2E_CONTAINERD_1_7` and
 //! `E2E_CONTAINERD_2_1` name the folders of their programs.
 
-use std::path::PathBuf;
-
 use tests::events::{Event, Events, position};
 use tests::{Case, Settings};
 
 /// A test on the containerd of this version, which must be installed.
 #[track_caller]
 fn begin(name: &str, version: &str) -> Case {
-    let variable = format!("E2E_CONTAINERD_{}", version.replace('.', "_"));
-    let default = || format!("/opt/containerd-{version}/usr/bin").into();
-    let folder = std::env::var_os(&variable).map_or_else(default, PathBuf::from);
+    let folder = Settings::newer_containerd(version);
     assert!(
         folder.join("containerd").exists(),
         "no containerd {version} in {}",

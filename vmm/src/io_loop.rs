@@ -21,9 +21,12 @@ pub type Worker = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 /// The loop cannot be started or no longer answers.
 #[derive(Debug, thiserror::Error)]
 pub enum IoLoopError {
-    /// epoll or eventfd creation failed.
-    #[error("I/O loop: cannot create the event manager: {0}")]
-    Create(String),
+    /// The kernel refuses an eventfd.
+    #[error("I/O loop: eventfd: {0}")]
+    EventFd(#[from] io::Error),
+    /// The kernel refuses epoll, or to watch something with it.
+    #[error("I/O loop: epoll: {0}")]
+    Epoll(#[from] event_manager::Error),
     /// The thread could not be spawned.
     #[error("I/O loop: cannot start thread {name}: {source}")]
     Spawn {
@@ -32,9 +35,9 @@ pub enum IoLoopError {
         /// Cause.
         source: io::Error,
     },
-    /// The loop has ended, or refused the worker.
-    #[error("I/O loop: {0}")]
-    Endpoint(String),
+    /// The loop has ended.
+    #[error("I/O loop: cannot {0}: the loop has ended")]
+    Ended(&'static str),
 }
 
 /// What others ask of the loop, carried out on its thread between two events.
@@ -62,12 +65,10 @@ impl IoLoop {
     /// Starts the loop on a thread called `name`.
     ///
     /// # Errors
-    /// [`IoLoopError::Create`] or [`IoLoopError::Spawn`] when the kernel refuses epoll, eventfd or the thread.
+    /// [`IoLoopError`] when the kernel refuses epoll, eventfd or the thread.
     pub fn spawn(name: &str) -> Result<(Self, JoinHandle<()>), IoLoopError> {
-        let create_error = |error: &dyn std::fmt::Debug| IoLoopError::Create(format!("{error:?}"));
-        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|e| create_error(&e))?;
-        let wake = Arc::new(wake);
-        let mut manager: EventManager<Worker> = EventManager::new().map_err(|e| create_error(&e))?;
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let mut manager: EventManager<Worker> = EventManager::new()?;
         let waker = Arc::new(Mutex::new(Waker {
             event: wake.clone(),
             watched: Ok(()),
@@ -77,7 +78,7 @@ impl IoLoop {
             &mut waker.lock().unwrap_or_else(PoisonError::into_inner).watched,
             Ok(()),
         );
-        watched.map_err(|e| create_error(&e))?;
+        watched?;
         let (calls, asked) = mpsc::channel::<Call>();
         let stop = Arc::new(AtomicBool::new(false));
         let ended = stop.clone();
@@ -116,21 +117,20 @@ impl IoLoop {
     /// Carries `call` out on the loop's thread; `what` is for people.
     fn call<T: Send + 'static>(
         &self,
-        what: &str,
+        what: &'static str,
         call: impl FnOnce(&mut EventManager<Worker>) -> T + Send + 'static,
     ) -> Result<T, IoLoopError> {
-        let ended = || IoLoopError::Endpoint(format!("cannot {what}: the loop has ended"));
         let (answer, answered) = mpsc::sync_channel(1);
         let call = move |manager: &mut EventManager<Worker>| {
             // Whoever asked waits.
             let _ = answer.send(call(manager));
         };
-        self.calls.send(Box::new(call)).map_err(|_| ended())?;
-        self.wake
-            .write(1)
-            .map_err(|e| IoLoopError::Endpoint(format!("cannot {what}: {e}")))?;
+        self.calls
+            .send(Box::new(call))
+            .map_err(|_| IoLoopError::Ended(what))?;
+        self.wake.write(1)?;
         // A loop that ends drops the calls it has not answered.
-        answered.recv().map_err(|_| ended())
+        answered.recv().map_err(|_| IoLoopError::Ended(what))
     }
 
     /// Kernel thread id of the loop; waits until its thread has started.
@@ -143,17 +143,16 @@ impl IoLoop {
     /// Must not be called from the loop's own thread.
     ///
     /// # Errors
-    /// [`IoLoopError::Endpoint`] when the loop has ended.
+    /// [`IoLoopError::Ended`] when the loop has ended.
     pub fn drain(&self) -> Result<(), IoLoopError> {
         // A call to the endpoint is no sign of that: several are answered in a row without a look at events. An event of
         // our own is: the first time it may overtake some of those epoll has ready, the second time none.
-        let unavailable = |e: &dyn std::fmt::Display| IoLoopError::Endpoint(format!("cannot drain: {e}"));
-        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|e| unavailable(&e))?;
-        event.write(1).map_err(|e| unavailable(&e))?;
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        event.write(1)?;
         let (done, seen) = mpsc::sync_channel(1);
         let turns = 2;
         let id = self.add(Arc::new(Mutex::new(Probe { event, turns, done })))?;
-        seen.recv().map_err(|e| unavailable(&e))?;
+        seen.recv().map_err(|_| IoLoopError::Ended("drain"))?;
         self.remove(id).map(|_| ())
     }
 
@@ -162,7 +161,7 @@ impl IoLoop {
     /// Must not be called from the loop's own thread (it would wait for itself).
     ///
     /// # Errors
-    /// [`IoLoopError::Endpoint`] when the loop has ended.
+    /// [`IoLoopError::Ended`] when the loop has ended.
     pub fn add(&self, worker: Worker) -> Result<SubscriberId, IoLoopError> {
         self.call("add a worker", move |manager| manager.add_subscriber(worker))
     }
@@ -170,10 +169,10 @@ impl IoLoop {
     /// Takes a worker back. When this returns the loop no longer calls it.
     ///
     /// # Errors
-    /// [`IoLoopError::Endpoint`] when the loop has ended or does not know `id`.
+    /// [`IoLoopError::Ended`] when the loop has ended or does not know `id`.
     pub fn remove(&self, id: SubscriberId) -> Result<Worker, IoLoopError> {
-        self.call("remove a worker", move |manager| manager.remove_subscriber(id))?
-            .map_err(|e| IoLoopError::Endpoint(format!("cannot remove a worker: {e:?}")))
+        let removed = self.call("remove a worker", move |manager| manager.remove_subscriber(id))?;
+        Ok(removed?)
     }
 
     /// Ends the thread after the event in hand. Idempotent.
@@ -235,7 +234,7 @@ mod tests {
 
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_secs(10);
+    const PATIENCE: Duration = Duration::from_secs(60);
 
     /// Notes that its event came.
     struct Noting {
@@ -321,6 +320,6 @@ mod tests {
         io.drain().unwrap();
         io.stop();
         thread.join().unwrap();
-        assert!(matches!(io.drain(), Err(IoLoopError::Endpoint(_))));
+        assert!(matches!(io.drain(), Err(IoLoopError::Ended(_))));
     }
 }

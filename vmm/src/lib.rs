@@ -34,10 +34,11 @@ mod bus;
 
 pub mod memory;
 
-pub mod io_loop;
-pub mod rate_limiter;
+mod io_loop;
+mod rate_limiter;
 
 mod descriptors;
+mod interrupted;
 mod kvm;
 mod lifecycle;
 

@@ -61,7 +61,25 @@ pub enum ProbeError {
         "/dev/kvm cannot run Linux: it does not execute CMPXCHG16B ({0}); it seems to be a software backend without \
          hardware virtualization (VT-x, AMD-V)"
     )]
-    Incapable(String),
+    Incapable(ProbeFailure),
+}
+
+/// What a probe guest did instead of what the hardware does.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProbeFailure {
+    /// It reported another result.
+    #[error("wrong result {0:?}")]
+    Result(Vec<u8>),
+    /// It ended otherwise.
+    #[error("{0}")]
+    Exit(String),
+    /// KVM_RUN failed.
+    #[error(transparent)]
+    Run(#[from] kvm_ioctls::Error),
+    /// Signals kept it from running.
+    #[error("interrupted too often")]
+    Interrupted,
 }
 
 /// KVM modules that run guests on hardware virtualization.
@@ -100,18 +118,18 @@ fn run_guest(kvm: &Kvm) -> Result<(), ProbeError> {
 }
 
 fn run(vcpu: &mut VcpuFd) -> Result<(), ProbeError> {
-    let incapable = |what: String| Err(ProbeError::Incapable(what));
+    let incapable = |failure| Err(ProbeError::Incapable(failure));
     for _ in 0..MAX_EXITS {
         match vcpu.run() {
             Ok(VcpuExit::IoOut(PORT, &[SUCCESS])) => return Ok(()),
-            Ok(VcpuExit::IoOut(PORT, data)) => return incapable(format!("wrong result {data:?}")),
+            Ok(VcpuExit::IoOut(PORT, data)) => return incapable(ProbeFailure::Result(data.to_vec())),
             Ok(VcpuExit::Intr) => {}
-            Ok(exit) => return incapable(format!("{exit:?}")),
+            Ok(exit) => return incapable(ProbeFailure::Exit(format!("{exit:?}"))),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
-            Err(error) => return incapable(error.to_string()),
+            Err(error) => return incapable(error.into()),
         }
     }
-    incapable("interrupted too often".to_owned())
+    incapable(ProbeFailure::Interrupted)
 }
 
 #[cfg(test)]

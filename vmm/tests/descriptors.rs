@@ -211,6 +211,10 @@ fn starve<E: std::fmt::Debug>(make: impl Fn() -> Result<Vm, E>) {
             vm.stop().unwrap();
             assert_eq!(vm.wait(), ExitReason::Stopped);
         }
+        let end = Instant::now() + LONG;
+        while settled() != before && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(2));
+        }
         assert_eq!(settled(), before, "with {free} descriptors");
         if succeeded {
             assert!(free > 10, "with {free} descriptors already");

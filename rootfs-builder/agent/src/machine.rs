@@ -1,5 +1,7 @@
 //! The virtual machine around the containers: processors and memory plugged in, its clock, its randomness.
 
+#![allow(unsafe_code)]
+
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;

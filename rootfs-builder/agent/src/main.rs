@@ -4,6 +4,9 @@
 //! `kata-agent --no-init agent.server_addr=unix:///tmp/agent.sock …` in private mount, PID, IPC and UTS
 //! namespaces, with cgroup v2 mounted on /sys/fs/cgroup. `--listen ADDRESS` is short for `agent.server_addr=`.
 
+// Modules that need it allow it, with a SAFETY comment at each block (clippy::undocumented_unsafe_blocks).
+#![deny(unsafe_code)]
+
 mod container;
 mod init;
 mod logging;

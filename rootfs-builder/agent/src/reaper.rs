@@ -4,6 +4,8 @@
 //! container process may die before its helper has reported it. Statuses nobody asked for are therefore kept as
 //! long as a [`Launch`] is in progress, and forgotten after.
 
+#![allow(unsafe_code)]
+
 use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -127,7 +129,7 @@ impl Drop for Launch {
 #[cfg(test)]
 mod tests {
     use std::process::Command;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use super::*;
 
@@ -146,15 +148,21 @@ mod tests {
         let late = spawn("exit 7");
         let killed = reaper.exit_of(spawn("kill -9 $$"));
         let real_time = reaper.exit_of(spawn("kill -40 $$"));
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        let ended = async |pid| {
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while !reaper.state().unclaimed.contains_key(&pid) {
+                assert!(Instant::now() < deadline, "{pid} has not ended");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        ended(late).await;
 
         assert_eq!(reaper.exit_of(late).await, Ok(7));
         assert_eq!(early.await, Ok(42));
         assert_eq!(killed.await, Ok(SIGNALED + 9));
         assert_eq!(real_time.await, Ok(SIGNALED + 40));
         let forgotten = spawn("exit 1");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        assert!(reaper.state().unclaimed.contains_key(&forgotten));
+        ended(forgotten).await;
         drop(launch);
         assert!(reaper.state().unclaimed.is_empty());
     }

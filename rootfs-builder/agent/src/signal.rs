@@ -3,6 +3,8 @@
 //! Linux has 64 of them. The real-time ones, 32 to 64, have no name in `nix`, but containers use them like any other:
 //! `STOPSIGNAL SIGRTMIN+3` asks systemd to halt.
 
+#![allow(unsafe_code)]
+
 use std::fmt;
 
 use nix::errno::Errno;

@@ -1,21 +1,30 @@
 //! An agent for tests: a ttrpc server on one end of a socket pair. Its containers are scripts in `args`:
 //! `echo WORDS…`, `exit STATUS`, `cat` (stdin to stdout), `sleep` (until signalled), `missing` (start fails),
-//! `slow` (its creation takes a moment).
+//! `slow` (its creation waits for [`FakeGuest::let_slow_go`]).
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures::StreamExt;
 use protocols::agent as wire;
 use protocols::agent_ttrpc::{AgentService, create_agent_service};
 use protocols::empty::Empty;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use ttrpc::r#async::TtrpcContext;
+
+/// A permit for each `slow` creation that may end.
+struct SlowCreations(Semaphore);
+
+impl Default for SlowCreations {
+    fn default() -> Self {
+        Self(Semaphore::new(0))
+    }
+}
 
 /// What the host sees of the guest.
 #[derive(Default)]
@@ -31,9 +40,22 @@ pub(crate) struct FakeGuest {
     pub(crate) attached_changed: Condvar,
     /// Containers whose cgroup counts a kill for memory.
     pub(crate) counted_kills: Mutex<HashSet<String>>,
+    /// Its network as it was told.
+    pub(crate) network: Mutex<FakeNetwork>,
     /// Containers that the guest will say were killed for memory.
     pub(crate) killed_for_memory: Mutex<VecDeque<String>>,
+    /// When it said each of them.
+    pub(crate) told_of_kills: Mutex<Vec<Instant>>,
+    slow: SlowCreations,
     processes: Mutex<HashMap<(String, String), Arc<Process>>>,
+}
+
+/// What the host told about the network.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct FakeNetwork {
+    pub(crate) interfaces: Vec<protocols::types::Interface>,
+    pub(crate) routes: Vec<protocols::types::Route>,
+    pub(crate) neighbours: Vec<protocols::types::ARPNeighbor>,
 }
 
 struct Process {
@@ -45,6 +67,20 @@ struct Process {
 impl FakeGuest {
     fn called(&self, call: String) {
         self.calls.lock().unwrap().push(call);
+    }
+
+    /// Ends the creation of one `slow` container.
+    pub(crate) fn let_slow_go(&self) {
+        self.slow.0.add_permits(1);
+    }
+
+    /// Waits until `call` has come in.
+    pub(crate) async fn wait_for_call(&self, call: &str) {
+        let begin = Instant::now();
+        while !self.calls.lock().unwrap().iter().any(|seen| seen == call) {
+            assert!(begin.elapsed() < Duration::from_secs(120), "no {call}");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
 
     /// Ends a descriptor, as the muxer does.
@@ -184,7 +220,7 @@ impl AgentService for Service {
             return Err(status(ttrpc::Code::INVALID_ARGUMENT, "refused by the test"));
         }
         if process.Args == ["slow"] {
-            tokio::time::sleep(Duration::from_millis(300)).await;
+            self.0.slow.0.acquire().await.unwrap().forget();
         }
         self.0.add(
             &request.container_id,
@@ -273,10 +309,61 @@ impl AgentService for Service {
         Ok(Empty::new())
     }
 
+    async fn update_interface(
+        &self,
+        _: &TtrpcContext,
+        request: wire::UpdateInterfaceRequest,
+    ) -> Reply<protocols::types::Interface> {
+        let interface = request.interface.clone().unwrap_or_default();
+        self.0.called(format!("UpdateInterface {}", interface.name));
+        let mut network = self.0.network.lock().unwrap();
+        network
+            .interfaces
+            .retain(|known| known.hwAddr != interface.hwAddr);
+        network.interfaces.push(interface.clone());
+        Ok(interface)
+    }
+
+    async fn update_routes(
+        &self,
+        _: &TtrpcContext,
+        request: wire::UpdateRoutesRequest,
+    ) -> Reply<wire::Routes> {
+        self.0.called("UpdateRoutes".into());
+        let routes = request.routes.unwrap_or_default();
+        self.0.network.lock().unwrap().routes.clone_from(&routes.Routes);
+        Ok(routes)
+    }
+
+    async fn add_arp_neighbors(
+        &self,
+        _: &TtrpcContext,
+        request: wire::AddARPNeighborsRequest,
+    ) -> Reply<Empty> {
+        self.0.called("AddARPNeighbors".into());
+        let neighbours = request.neighbors.unwrap_or_default().ARPNeighbors;
+        self.0.network.lock().unwrap().neighbours = neighbours;
+        Ok(Empty::new())
+    }
+
+    async fn remove_interface(
+        &self,
+        _: &TtrpcContext,
+        request: wire::RemoveInterfaceRequest,
+    ) -> Reply<Empty> {
+        self.0.called(format!("RemoveInterface {}", request.hwAddr));
+        let mut network = self.0.network.lock().unwrap();
+        network
+            .interfaces
+            .retain(|interface| interface.hwAddr != request.hwAddr);
+        Ok(Empty::new())
+    }
+
     async fn get_oom_event(&self, _: &TtrpcContext, _: wire::GetOOMEventRequest) -> Reply<wire::OOMEvent> {
         loop {
             let next = self.0.killed_for_memory.lock().unwrap().pop_front();
             if let Some(container_id) = next {
+                self.0.told_of_kills.lock().unwrap().push(Instant::now());
                 return Ok(wire::OOMEvent {
                     container_id,
                     ..Default::default()

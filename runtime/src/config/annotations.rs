@@ -83,6 +83,9 @@ fn hypervisor(file: &mut ConfigFile, name: &str, key: &str, value: &str) -> Resu
         "shared_fs" => set_word(&mut config.shared_fs, name, value, key)?,
         "virtio_fs_cache" => set_word(&mut config.virtio_fs_cache, name, value, key)?,
         "enable_debug" => set(&mut config.enable_debug, name, value, key)?,
+        "network_queues" => set(&mut config.network_queues, name, value, key)?,
+        "rx_rate_limiter_max_rate" => set(&mut config.rx_rate_limiter_max_rate, name, value, key)?,
+        "tx_rate_limiter_max_rate" => set(&mut config.tx_rate_limiter_max_rate, name, value, key)?,
         _ => return Ok(false),
     };
     file.origins
@@ -113,6 +116,9 @@ fn agent(file: &mut ConfigFile, name: &str, key: &str, value: &str) -> Result<bo
 
 fn runtime(file: &mut ConfigFile, name: &str, key: &str, value: &str) -> Result<bool, ConfigError> {
     match key {
+        "internetworking_model" => {
+            set_word(&mut file.config.runtime.internetworking_model, name, value, key)?;
+        }
         "disable_guest_seccomp" => {
             // A pod may ask for more confinement, not for less.
             let mut disable = true;

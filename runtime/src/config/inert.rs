@@ -39,7 +39,6 @@ const HYPERVISOR: &[(&str, &[&str])] = &[
     ("queue_size", &["128"]),
     ("num_queues", &["1"]),
     ("kernel_verity_params", &["\"\""]),
-    ("guest_hook_path", &["\"\""]),
     ("guest_extension_images", &["[]"]),
     ("default_bridges", &["0"]),
     ("default_maxmemory", &["0"]),
@@ -55,10 +54,7 @@ const HYPERVISOR: &[(&str, &[&str])] = &[
     ("virtio_fs_queue_size", &[]),
     ("virtio_fs_is_dax", &["false"]),
     ("valid_virtio_fs_daemon_paths", &["[]"]),
-    ("network_queues", &["1"]),
     ("disable_vhost_net", &["false", "true"]),
-    ("rx_rate_limiter_max_rate", &["0"]),
-    ("tx_rate_limiter_max_rate", &["0"]),
     ("disable_seccomp", &["false"]),
     ("seccomp_sandbox", &["\"\""]),
     ("disable_nesting_checks", &["false", "true"]),
@@ -109,7 +105,6 @@ const FACTORY: &[(&str, &[&str])] = &[("template_path", &["\"/run/vc/vm/template
 
 const RUNTIME: &[(&str, &[&str])] = &[
     ("log_level", &["\"info\""]),
-    ("internetworking_model", &["\"none\"", "\"tcfilter\""]),
     ("enable_tracing", &["false"]),
     ("jaeger_endpoint", &["\"\""]),
     ("jaeger_user", &["\"\""]),

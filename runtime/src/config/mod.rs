@@ -18,8 +18,11 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use load::{ConfigFile, Origin, Origins, load, load_with, read};
-pub use validate::{MAX_VCPUS, MIN_MEMORY_MIB};
-pub use words::{AgentName, HypervisorName, RootfsType, RuntimeName, SharedFs, UnknownWord, VirtioFsCache};
+pub use validate::{MAX_NETWORK_QUEUES, MAX_VCPUS, MIN_MEMORY_MIB};
+pub use words::{
+    AgentName, CpuTemplate, HypervisorName, InternetworkingModel, RootfsType, RuntimeName, SharedFs,
+    UnknownWord, VirtioFsCache,
+};
 
 /// A configuration that cannot be used; each message names file, key, value and what is allowed.
 #[derive(Debug, thiserror::Error)]
@@ -152,8 +155,20 @@ pub struct HypervisorConfig {
     pub virtio_fs_cache: VirtioFsCache,
     /// `--thread-pool-size=N` is used; anything else is reported.
     pub virtio_fs_extra_args: Vec<String>,
+    /// Makes the CPUs of several hosts look alike to guests.
+    pub cpu_template: CpuTemplate,
+    /// Lets the guest be a hypervisor itself (VT-x, AMD-V).
+    pub enable_nested_virtualization: bool,
     /// Empty virtio-mmio slots for devices added to a running VM.
     pub hotplug_slots: u8,
+    /// Folder in the guest's image with hooks for every container, in `prestart`, `poststart`, `poststop`; empty for none.
+    pub guest_hook_path: String,
+    /// Queue pairs of each network interface.
+    pub network_queues: u32,
+    /// Bits a second that each network interface may receive; 0 for no limit.
+    pub rx_rate_limiter_max_rate: u64,
+    /// Bits a second that each network interface may send; 0 for no limit.
+    pub tx_rate_limiter_max_rate: u64,
     /// Verbose guest kernel and agent, console forwarded to the log.
     pub enable_debug: bool,
     /// `[hypervisor.dragonball.factory]`
@@ -179,7 +194,13 @@ impl Default for HypervisorConfig {
             shared_fs: SharedFs::InlineVirtioFs,
             virtio_fs_cache: VirtioFsCache::Auto,
             virtio_fs_extra_args: vec!["--thread-pool-size=1".into()],
+            cpu_template: CpuTemplate::None,
+            enable_nested_virtualization: false,
             hotplug_slots: 8,
+            guest_hook_path: String::new(),
+            network_queues: 1,
+            rx_rate_limiter_max_rate: 0,
+            tx_rate_limiter_max_rate: 0,
             enable_debug: false,
             factory: FactoryConfig::default(),
         }
@@ -322,6 +343,8 @@ pub struct RuntimeConfig {
     pub keep_abnormal: bool,
     /// vsock port the agent takes container streams on.
     pub passfd_listener_port: u32,
+    /// What connects the pod's network with the guest.
+    pub internetworking_model: InternetworkingModel,
 }
 
 impl Default for RuntimeConfig {
@@ -336,6 +359,7 @@ impl Default for RuntimeConfig {
             static_sandbox_resource_mgmt: true,
             keep_abnormal: false,
             passfd_listener_port: 1027,
+            internetworking_model: InternetworkingModel::TcFilter,
         }
     }
 }

@@ -69,6 +69,7 @@ fn search_when_several_are_given_prefers_body_options_environment() {
     let mut options = RuntimeOptions {
         config_path: named.display().to_string(),
         config_body: b"[hypervisor.dragonball]\ndefault_memory = 200\n".to_vec(),
+        ..RuntimeOptions::default()
     };
     let memory = |options: &RuntimeOptions, environment: Option<&Path>| {
         let file = load_with(options, environment, &[Path::new("/nonexistent"), &listed]).unwrap();
@@ -205,6 +206,10 @@ fn words_when_unknown_name_line_key_and_what_is_allowed() {
             "hypervisor.dragonball.virtio_fs_cache = \"some\": must be one of never, auto, always",
         ),
         (
+            "[hypervisor.dragonball]\ncpu_template = \"T2\"\n",
+            "hypervisor.dragonball.cpu_template = \"T2\": must be one of none, x86-64-v2, x86-64-v3, x86-64-v4",
+        ),
+        (
             "[runtime]\nhypervisor_name = \"qemu\"\n",
             "runtime.hypervisor_name = \"qemu\": must be one of dragonball",
         ),
@@ -218,6 +223,11 @@ fn words_when_unknown_name_line_key_and_what_is_allowed() {
 fn files_when_malformed_name_the_line() {
     let text = message("[hypervisor.dragonball]\ndefault_memory = [\n");
     assert!(text.contains("line 2") || text.contains("line 3"), "{text}");
+    let text = message("[hypervisor.dragonball]\nenable_nested_virtualization = \"yes\"\n");
+    assert!(
+        text.contains("line 2") && text.contains("expected a boolean"),
+        "{text}"
+    );
     let text = message("[hypervisor.dragonball]\n\ndefault_memory = \"much\"\n");
     assert!(text.contains("line 3") && text.contains("expected u64"), "{text}");
 }

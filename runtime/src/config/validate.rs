@@ -12,6 +12,9 @@ const MAX_MEMORY_MIB: u64 = 1 << 20;
 /// Most vCPUs of a VM.
 pub const MAX_VCPUS: u8 = 254;
 
+/// Most queue pairs of a network interface.
+pub const MAX_NETWORK_QUEUES: u32 = 8;
+
 impl TomlConfig {
     /// Checks every value; files are looked at by [`HypervisorConfig::check_assets`].
     ///
@@ -63,6 +66,10 @@ impl HypervisorConfig {
         }
         if self.hotplug_slots > 32 {
             return Err(value("hotplug_slots", &self.hotplug_slots, "must be 0 to 32"));
+        }
+        if !(1..=MAX_NETWORK_QUEUES).contains(&self.network_queues) {
+            let allowed = format!("must be 1 to {MAX_NETWORK_QUEUES}");
+            return Err(value("network_queues", &self.network_queues, &allowed));
         }
         if self.kernel_params.contains(['\n', '\0']) {
             return Err(value(

@@ -85,6 +85,18 @@ words! {
         Always = "always",
     }
 
+    /// What the guest's processors look like.
+    CpuTemplate = "hypervisor.dragonball.cpu_template" {
+        /// As the host's.
+        None = "none",
+        /// SSE4.2 and POPCNT.
+        V2 = "x86-64-v2",
+        /// AVX2, BMI, FMA, MOVBE.
+        V3 = "x86-64-v3",
+        /// AVX-512.
+        V4 = "x86-64-v4",
+    }
+
     /// Filesystem of a guest image.
     RootfsType = "hypervisor.dragonball.rootfs_type" {
         /// ext4
@@ -93,6 +105,16 @@ words! {
         Xfs = "xfs",
         /// EROFS
         Erofs = "erofs",
+    }
+
+    /// What connects the links of a pod's network namespace with its guest.
+    InternetworkingModel = "runtime.internetworking_model" {
+        /// A TAP beside each link, and a filter on both.
+        TcFilter = "tcfilter",
+        /// A macvtap on top of each link.
+        MacVtap = "macvtap",
+        /// A TAP beside each link, connected by somebody else.
+        None = "none",
     }
 
     /// What runs containers; Kata knows others.
@@ -111,6 +133,12 @@ words! {
     AgentName = "runtime.agent_name" {
         /// Kata's protocol.
         Kata = "kata",
+    }
+}
+
+impl Default for InternetworkingModel {
+    fn default() -> Self {
+        Self::TcFilter
     }
 }
 

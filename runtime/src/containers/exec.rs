@@ -14,6 +14,7 @@ use super::process::{Phase, Process};
 use super::spec::amend_process;
 use crate::error::{Error, ErrorKind, Result};
 use crate::paths::check_id;
+use crate::sandbox::Sandbox;
 use crate::types::{Event, ExecProcessRequest};
 
 impl VirtContainerManager {
@@ -99,6 +100,8 @@ impl VirtContainerManager {
     }
 
     async fn start_init(&self, container: &Container) -> Result<()> {
+        // docker and nerdctl make interfaces between the creation of a container and its start.
+        self.sandbox.rescan_network().await?;
         // Its terminal exists since its creation.
         if let Some((width, height)) = container.init.take_size()
             && let Err(error) = self.resize_in_guest(&container.init, width, height).await

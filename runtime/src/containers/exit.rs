@@ -126,8 +126,9 @@ impl VirtContainerManager {
     async fn delete_exec(&self, container: &Container, process: &Process) -> Result<ProcessExit> {
         let exit = match process.phase() {
             Phase::Stopped(exit) => exit,
+            // It never ran: 0, as runc's shim says.
             Phase::Created => ProcessExit {
-                status: KILLED,
+                status: 0,
                 at: SystemTime::now(),
             },
             Phase::Starting { .. } | Phase::Running | Phase::Paused => {

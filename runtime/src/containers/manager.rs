@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use super::container::Container;
 use super::host_pid::HostPid;
 use super::io::StreamHub;
-use super::poststop::{self, Records};
+use super::poststop::{Poststop, Records};
 use super::process::Process;
 use super::spec::amend_resources;
 use super::{ContainerManager, pod_stats, stats};
@@ -80,11 +80,12 @@ impl VirtContainerManager {
             .take()
     }
 
-    /// Runs the poststop hooks of containers that nobody has deleted. To be called before the sandbox' folders go.
-    pub(crate) async fn run_left_poststop(&self) {
+    /// The poststop hooks of containers that nobody has deleted: the caller's to run. To be called before the sandbox' folders
+    /// go.
+    pub(crate) async fn take_left_poststop(&self) -> Vec<Poststop> {
         let records = Records::of(&self.sandbox.resources().state_folder());
         let due = tokio::task::spawn_blocking(move || records.take_all()).await;
-        poststop::run_all(due.unwrap_or_default()).await;
+        due.unwrap_or_default()
     }
 
     /// Whether any container is left.

@@ -4,6 +4,7 @@ mod hooks;
 mod pids;
 mod races;
 mod sandbox;
+mod streams;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -16,13 +17,14 @@ use crate::hypervisor::VmExit;
 use crate::hypervisor::fake::{Boot, FakeHypervisor};
 use crate::types::{ContainerProcess, ExecProcessRequest, Mount, ProcessStatus, Stdio};
 
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(120);
 
 struct Bench {
     folder: tempfile::TempDir,
     manager: RuntimeHandlerManager,
     events: mpsc::UnboundedReceiver<Event>,
     vm: Arc<FakeHypervisor>,
+    streams: Arc<containers::StreamHub>,
 }
 
 fn bench(boot: Boot) -> Bench {
@@ -40,13 +42,14 @@ fn bench(boot: Boot) -> Bench {
         cgroups: false,
     };
     let (sender, events) = mpsc::unbounded_channel();
+    let streams = Arc::default();
     let context = ShimContext {
         sandbox_id: "c1".into(),
         namespace: "test".into(),
         bundle: folder.path().join("c1"),
         debug: false,
         log_verbosely: || {},
-        streams: Arc::default(),
+        streams: Arc::clone(&streams),
     };
     let manager = RuntimeHandlerManager::with_recipe(context, sender, recipe);
     Bench {
@@ -54,12 +57,18 @@ fn bench(boot: Boot) -> Bench {
         manager,
         events,
         vm,
+        streams,
     }
 }
 
 impl Bench {
     fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+
+    /// What the agent was asked, in order.
+    fn calls(&self) -> Vec<String> {
+        self.vm.guest.calls.lock().unwrap().clone()
     }
 
     /// A bundle whose container runs `args`.
@@ -171,6 +180,16 @@ impl Bench {
             });
         }
         events
+    }
+
+    /// Waits until the container's rootfs and volume are where the guest will look for them.
+    async fn prepared(&self) {
+        let share = self.path("run/kata-containers/shared/sandboxes/test@c1/shared/passthrough");
+        let begin = Instant::now();
+        while !share.join("c1/rootfs/file").exists() || !share.join("c1-00000001-data").exists() {
+            assert!(begin.elapsed() < LIMIT, "rootfs and volume wait for the guest");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     /// Mounts and state below the bench's folder.
@@ -366,7 +385,7 @@ async fn output_when_unread_delays_neither_exit_nor_kill() {
     let begin = Instant::now();
     bench.kill(init("c1"), 9).await.unwrap();
     assert_eq!(bench.wait(init("c1")).await, 137);
-    assert!(begin.elapsed() < Duration::from_secs(5));
+    assert!(begin.elapsed() < LIMIT);
     bench.manager.shutdown().await;
 }
 
@@ -554,6 +573,9 @@ async fn exec_when_it_fails_leaves_the_container_running() {
     assert_eq!(bench.wait(exec("e1")).await, 127);
     bench.delete(exec("e1")).await.unwrap();
     assert_eq!(bench.status(init("c1")).await, ProcessStatus::Running);
+    // One that never ran has nothing to complain of.
+    bench.exec("e2", &["exit", "7"]).await.unwrap();
+    assert_eq!(bench.delete(exec("e2")).await.unwrap(), 0);
     bench.manager.shutdown().await;
 }
 
@@ -618,7 +640,7 @@ async fn boot_when_shut_down_is_interrupted() {
         let bench = bench.clone();
         tokio::spawn(async move { bench.create("c1", &["sleep"]).await })
     };
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    bench.prepared().await;
     assert!(bench.shutdown().await);
     assert_eq!(creating.await.unwrap().unwrap_err().kind, ErrorKind::Unavailable);
     assert_eq!(bench.leftovers(), Vec::<String>::new());
@@ -631,12 +653,7 @@ async fn container_when_its_guest_boots_is_prepared() {
         let bench = bench.clone();
         tokio::spawn(async move { bench.create("c1", &["sleep"]).await })
     };
-    let share = bench.path("run/kata-containers/shared/sandboxes/test@c1/shared/passthrough");
-    let begin = Instant::now();
-    while !share.join("c1/rootfs/file").exists() || !share.join("c1-00000001-data").exists() {
-        assert!(begin.elapsed() < LIMIT, "rootfs and volume wait for the guest");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    bench.prepared().await;
     assert!(!creating.is_finished());
 
     bench.manager.shutdown().await;
@@ -765,7 +782,7 @@ async fn kills_for_memory_when_of_strangers_or_too_many_are_not_events() {
     bench.create("c1", &["sleep"]).await.unwrap();
     bench.start(init("c1")).await.unwrap();
     bench.events();
-    let claims = ["stranger", "c1", "c1", "", "../c1", "c1"].map(str::to_owned);
+    let claims = ["stranger", "c1", "c1", "", "../c1", "c1", "stranger"].map(str::to_owned);
     *bench.vm.guest.killed_for_memory.lock().unwrap() = claims.into();
 
     while !bench.vm.guest.killed_for_memory.lock().unwrap().is_empty() {
@@ -774,10 +791,12 @@ async fn kills_for_memory_when_of_strangers_or_too_many_are_not_events() {
     bench.kill(init("c1"), 9).await.unwrap();
     bench.wait(init("c1")).await;
 
-    // The last claim came seconds after the first.
+    // The last of its claims came seconds after the first, and so may the second have on a busy machine.
     let events = bench.events();
     let claimed = events.iter().filter(|event| *event == "oom c1").count();
-    assert!((1..=2).contains(&claimed), "{events:?}");
+    let told = bench.vm.guest.told_of_kills.lock().unwrap().clone();
+    let apart = told[3] - told[1] >= Duration::from_secs(1);
+    assert!((1..=2).contains(&claimed) || claimed == 3 && apart, "{events:?}");
     assert_eq!(events.len(), claimed + 1, "{events:?}");
     bench.manager.shutdown().await;
 }

@@ -4,6 +4,8 @@
 //! its place: no moment in which a read-only mount can be written through, and one system call for what mount(2) can
 //! only do mount by mount. Linux 5.12 has all three.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;

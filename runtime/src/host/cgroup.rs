@@ -74,10 +74,14 @@ fn inherit(folder: &Path, file: &str) -> io::Result<()> {
 /// # Errors
 /// What the kernel said.
 pub fn remove(folder: &Path) -> io::Result<()> {
+    remove_within(folder, BUSY)
+}
+
+fn remove_within(folder: &Path, patience: Duration) -> io::Result<()> {
     let start = Instant::now();
     loop {
         match try_remove(folder) {
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && start.elapsed() < BUSY => {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && start.elapsed() < patience => {
                 thread::sleep(BUSY_PAUSE);
             }
             done => return done,
@@ -160,7 +164,7 @@ mod tests {
             thread::sleep(Duration::from_millis(50));
             fs::remove_dir(child)
         });
-        remove(&folder).unwrap();
+        remove_within(&folder, Duration::from_secs(60)).unwrap();
         release.join().unwrap().unwrap();
         assert!(!folder.exists());
     }

@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{cgroup, mounts};
+use super::netns::Netns;
+use super::{cgroup, link, mounts};
 
 /// One thing to undo.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,16 +31,40 @@ pub enum Undo {
     RemoveTree(PathBuf),
     /// Move what runs in this cgroup to its parent, then remove it.
     RemoveCgroup(PathBuf),
+    /// Remove this network link.
+    DeleteLink {
+        /// Its namespace.
+        netns: Netns,
+        /// Its name.
+        link: String,
+    },
+    /// Take the ingress qdisc, with its filters, off this network link.
+    DeleteIngress {
+        /// Its namespace.
+        netns: Netns,
+        /// Its name.
+        link: String,
+        /// Its index: another one of this name is left alone.
+        index: u32,
+    },
 }
 
 impl Undo {
-    fn run(&self) -> Result<(), String> {
+    /// Undoes it. Blocks. Idempotent.
+    ///
+    /// # Errors
+    /// One line: what could not be undone, and why.
+    pub fn run(&self) -> Result<(), String> {
         match self {
             Self::Unmount(path) => mounts::unmount(path).map_err(|error| error.to_string()),
             Self::RemoveFile(path) => mounts::remove_file(path).map_err(|error| error.to_string()),
             Self::RemoveTree(path) => mounts::remove_tree(path).map_err(|error| error.to_string()),
             Self::RemoveCgroup(path) => {
                 cgroup::remove(path).map_err(|error| format!("cgroup {}: {error}", path.display()))
+            }
+            Self::DeleteLink { netns, link } => link::delete(netns, link).map_err(|error| error.to_string()),
+            Self::DeleteIngress { netns, link, index } => {
+                link::delete_ingress(netns, link, *index).map_err(|error| error.to_string())
             }
         }
     }

@@ -7,6 +7,7 @@
 pub mod bind;
 pub mod cgroup;
 pub mod journal;
+pub mod link;
 pub mod mkdir;
 pub mod mountinfo;
 pub mod mounts;

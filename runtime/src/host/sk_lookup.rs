@@ -15,6 +15,8 @@
 //! namespace is as before. So there is nothing to write into the journal, and nothing to undo after a crash. Neither link nor
 //! program keeps the namespace alive; the listening socket does.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 

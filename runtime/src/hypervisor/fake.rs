@@ -163,6 +163,13 @@ impl Hypervisor for FakeHypervisor {
         Ok(())
     }
 
+    async fn update_device(&self, device: DeviceType) -> Result<()> {
+        let mut devices = self.devices.lock().unwrap();
+        let known = devices.iter_mut().find(|known| known.id() == device.id());
+        *known.ok_or_else(|| Error::new(ErrorKind::NotFound, "no such device"))? = device;
+        Ok(())
+    }
+
     async fn get_agent_socket(&self) -> Result<String> {
         Ok(String::new())
     }

@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -60,6 +61,8 @@ pub enum DeviceType {
     Block(BlockDevice),
     /// A shared directory.
     ShareFs(ShareFsDevice),
+    /// A network interface.
+    Network(NetworkDevice),
 }
 
 impl DeviceType {
@@ -68,6 +71,7 @@ impl DeviceType {
         match self {
             Self::Block(device) => &device.id,
             Self::ShareFs(device) => &device.id,
+            Self::Network(device) => &device.id,
         }
     }
 }
@@ -98,6 +102,55 @@ pub struct ShareFsDevice {
     pub threads: u8,
 }
 
+/// A network interface over a TAP. It leaves its MTU to whoever configures it in the guest: one that is told by the
+/// device could never grow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkDevice {
+    /// Id, unique in the VM.
+    pub id: String,
+    /// Name of the TAP, for messages.
+    pub tap: String,
+    /// Its open queues.
+    pub queues: TapQueues,
+    /// Hardware address of the guest's interface.
+    pub mac: [u8; 6],
+    /// Bandwidth.
+    pub limits: NetworkLimits,
+}
+
+/// Limits of an interface as its guest sees it, in bits a second; 0 for none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct NetworkLimits {
+    /// What it receives.
+    pub rx: u64,
+    /// What it sends.
+    pub tx: u64,
+}
+
+/// The open queues of a TAP, one descriptor for each, until a VM takes them: a TAP goes with its last descriptor.
+#[derive(Debug, Clone)]
+pub struct TapQueues(Arc<Mutex<Vec<OwnedFd>>>);
+
+impl TapQueues {
+    /// To be handed over.
+    pub fn new(queues: Vec<OwnedFd>) -> Self {
+        Self(Arc::new(Mutex::new(queues)))
+    }
+
+    /// Takes them; nothing is left for a second caller.
+    pub fn take(&self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl PartialEq for TapQueues {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for TapQueues {}
+
 /// Threads of a VM, for cgroups and metrics.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct VcpuThreadIds {
@@ -112,6 +165,10 @@ pub struct Capabilities {
     pub block_device: bool,
     /// Block devices in a running VM.
     pub block_device_hotplug: bool,
+    /// Network interfaces in a running VM.
+    pub network_device_hotplug: bool,
+    /// Network interfaces with several queues.
+    pub multi_queue: bool,
     /// Shared directories.
     pub fs_sharing: bool,
     /// vsock.
@@ -155,7 +212,7 @@ pub trait GuestListener: Send {
 
 /// A virtual machine, with Kata's methods and those of the in-process vsock.
 ///
-/// Without a caller yet are `resize_vcpu`, `resize_memory`, `update_device`, `get_thread_ids` and the memory block size
+/// Without a caller yet are `resize_vcpu`, `resize_memory`, `get_thread_ids` and the memory block size
 /// (VMs that grow and shrink with their containers, volumes that grow), `pause_vm`, `resume_vm`, `save_vm`, `save_state`
 /// and `disconnect` (templates), `check`, `get_pids`, `get_ns_path`, `get_jailer_root`, `get_agent_socket` and the metrics
 /// (management socket). Those whose work belongs to a later release have a default that says so.

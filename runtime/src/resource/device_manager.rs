@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::hypervisor::{DeviceType, Hypervisor};
+use crate::hypervisor::{DeviceType, Hypervisor, NetworkDevice};
 
 /// What makes two requests one device.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -17,6 +17,8 @@ enum Key {
     Block(PathBuf, bool),
     /// A share by its tag.
     ShareFs(String),
+    /// A network interface by its TAP, which nobody else can have.
+    Network(String),
 }
 
 /// A device as the hypervisor has it; `None` while it is not there. Locked across its adding and its removing.
@@ -30,6 +32,8 @@ struct Table {
     keys: HashMap<String, Key>,
     /// Disks so far; their ids are not used again.
     disks: u64,
+    /// Network interfaces so far.
+    interfaces: u64,
 }
 
 /// The devices of one VM.
@@ -47,8 +51,8 @@ impl DeviceManager {
         }
     }
 
-    /// Gives the VM `device`, or one more user to a device that is the same. Returns it as the VM has it: a disk's id is
-    /// the manager's choice, and what the guest reads as its serial.
+    /// Gives the VM `device`, or one more user to a device that is the same. Returns it as the VM has it: a disk's and an
+    /// interface's id is the manager's choice; the guest reads the disk's as its serial.
     ///
     /// # Errors
     /// Those of [`Hypervisor::add_device`]; nothing is kept then.
@@ -92,6 +96,14 @@ impl DeviceManager {
         Ok(())
     }
 
+    /// Puts other limits on an interface that is attached.
+    ///
+    /// # Errors
+    /// Those of [`Hypervisor::update_device`].
+    pub async fn limit(&self, device: NetworkDevice) -> Result<()> {
+        self.hypervisor.update_device(DeviceType::Network(device)).await
+    }
+
     /// Ids of the devices that are attached, sorted.
     pub fn attached(&self) -> Vec<String> {
         let mut ids: Vec<_> = self.table().keys.keys().cloned().collect();
@@ -101,10 +113,17 @@ impl DeviceManager {
 
     /// Disks are numbered: an id of at most 20 bytes is their serial (VIRTIO_BLK_ID_BYTES), by which the guest finds them.
     fn named(&self, mut device: DeviceType) -> DeviceType {
-        if let DeviceType::Block(disk) = &mut device {
-            let mut table = self.table();
-            disk.id = format!("disk{}", table.disks);
-            table.disks += 1;
+        let mut table = self.table();
+        match &mut device {
+            DeviceType::Block(disk) => {
+                disk.id = format!("disk{}", table.disks);
+                table.disks += 1;
+            }
+            DeviceType::Network(interface) => {
+                interface.id = format!("net{}", table.interfaces);
+                table.interfaces += 1;
+            }
+            DeviceType::ShareFs(_) => {}
         }
         device
     }
@@ -147,6 +166,7 @@ fn key(device: &DeviceType) -> Key {
     match device {
         DeviceType::Block(disk) => Key::Block(disk.path.clone(), disk.read_only),
         DeviceType::ShareFs(share) => Key::ShareFs(share.tag.clone()),
+        DeviceType::Network(interface) => Key::Network(interface.tap.clone()),
     }
 }
 

@@ -9,6 +9,8 @@
 //! and then reset. Nothing outlives the process (see [`sk_lookup`](crate::host::sk_lookup)); the namespace is held by the
 //! listening socket until [`LocalhostForward::stop`].
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};

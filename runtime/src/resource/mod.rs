@@ -12,10 +12,12 @@ pub mod volume;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use oci_spec::runtime::Spec;
 use protocols::agent::Storage;
 
+use crate::agent::Agent;
 use crate::config::HypervisorConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::blocking;
@@ -25,10 +27,16 @@ use crate::paths::SandboxPaths;
 use crate::types::Mount;
 use cgroup::CgroupsResource;
 use device_manager::DeviceManager;
-use network::Network;
+use network::{Network, NetworkSettings, PodNetwork};
 use rootfs::{Rootfs, ShareFsRootfs};
 use share_fs::{InlineVirtioFs, ShareFs};
 use volume::Volumes;
+
+/// How long changes of the network are gathered.
+const SETTLE: Duration = Duration::from_millis(50);
+
+/// How long it is left alone at most when the guest's network cannot follow.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The resources of one sandbox.
 pub struct ResourceManager {
@@ -47,6 +55,8 @@ pub struct SandboxResources {
     pub cgroups_path: Option<PathBuf>,
     /// Network namespace; `None` for the host's own or a fresh one.
     pub netns: Option<PathBuf>,
+    /// How it is connected.
+    pub network: NetworkSettings,
 }
 
 impl ResourceManager {
@@ -67,7 +77,8 @@ impl ResourceManager {
             .as_deref()
             .map(CgroupsResource::new)
             .transpose()?;
-        let network = Box::new(network::NoNetwork::new(resources.netns.clone()));
+        let (netns, settings) = (resources.netns.clone(), resources.network.clone());
+        let network = Box::new(PodNetwork::new(netns, settings, journal.clone()));
         Ok(Self {
             paths,
             journal,
@@ -86,6 +97,46 @@ impl ResourceManager {
     /// The VM's devices.
     pub fn devices(&self) -> &DeviceManager {
         &self.devices
+    }
+
+    /// Makes the guest's network what its namespace on the host is now.
+    ///
+    /// # Errors
+    /// Those of [`Network::rescan`].
+    pub async fn sync_network(&self, agent: &dyn Agent) -> Result<()> {
+        self.network.rescan(&self.devices, agent).await
+    }
+
+    /// Keeps the guest's network what its namespace's is, until the namespace goes.
+    pub async fn follow_network(self: Arc<Self>, agent: Arc<dyn Agent>) {
+        let Some(mut changes) = self.network.changes().await else {
+            return;
+        };
+        let mut pause = SETTLE;
+        loop {
+            let (resources, agent) = (self.clone(), agent.clone());
+            // To its end, whoever ends this: half an interface is nobody's.
+            let synced = tokio::spawn(async move { resources.sync_network(agent.as_ref()).await });
+            match synced.await {
+                Ok(Ok(())) => pause = SETTLE,
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, "the guest's network is not what its namespace's is");
+                    // What was made for an interface and taken back is a change, too.
+                    pause = (pause * 2).min(PATIENCE);
+                }
+                Err(error) => tracing::error!(%error, "following the pod's network"),
+            }
+            if !changes.next().await {
+                return;
+            }
+            // Few changes come alone.
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// Lets nothing of the network be made from now on; [`Self::cleanup`] undoes what was.
+    pub async fn close_network(&self) {
+        self.network.close().await;
     }
 
     /// Cgroup, network and share, beside each other: everything the VM is built with.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::host::netns::OWN;
 use crate::resource::cpu_mem::InitialSizeManager;
 use crate::resource::volume::{DEFAULT_SHM_SIZE, shm_size};
 use crate::types::CreateSandboxRequest;
@@ -130,8 +131,14 @@ fn netns(spec: &Spec) -> Option<PathBuf> {
     let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
     let network = namespaces
         .iter()
-        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)?;
-    network.path().clone().filter(|path| !path.as_os_str().is_empty())
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
+    let Some(network) = network else {
+        // The runtime specification: in none of its own, a container is in the runtime's.
+        return Some(OWN.into());
+    };
+    // Docker names a process that never is one while the namespace has yet to be made.
+    let placeholder = |path: &PathBuf| path.as_os_str().is_empty() || path == Path::new("/proc/0/ns/net");
+    network.path().clone().filter(|path| !placeholder(path))
 }
 
 /// Lines of the file that is mounted on /etc/resolv.conf.
@@ -213,6 +220,21 @@ mod tests {
             ..from_spec
         };
         assert_eq!(from_request, expected);
+    }
+
+    #[test]
+    fn netns_when_the_spec_has_none_or_leaves_it_open_is_told_apart() {
+        let of = |namespaces: serde_json::Value| {
+            let spec = serde_json::json!({"ociVersion": "1.0.2", "linux": {"namespaces": namespaces}});
+            netns(&serde_json::from_value(spec).unwrap())
+        };
+        let path = |path: &str| serde_json::json!([{"type": "network", "path": path}]);
+
+        assert_eq!(of(path("/run/netns/x")), Some("/run/netns/x".into()));
+        assert_eq!(of(path("")), None);
+        assert_eq!(of(path("/proc/0/ns/net")), None);
+        assert_eq!(of(serde_json::json!([{"type": "network"}])), None);
+        assert_eq!(of(serde_json::json!([{"type": "pid"}])), Some(OWN.into()));
     }
 
     #[test]

@@ -89,7 +89,7 @@ pub struct SandboxStatus {
 }
 
 /// A pod, with Kata's methods. The handler calls `start`, `stop`, `status`, `wait` and `shutdown`. The others wait for their
-/// callers: `wait_process` for a sandbox that waits for its processes itself, `rescan_network` and the iptables for pod networks,
+/// callers: `wait_process` for a sandbox that waits for its processes itself, the iptables for pod networks,
 /// `direct_volume_*` for volumes, `start_template` for templates, metrics, policy and `agent_sock` for the management
 /// socket. Those whose work belongs to a later release have a default that says so.
 #[async_trait]
@@ -118,9 +118,7 @@ pub trait Sandbox: Send + Sync {
         Err(Error::unsupported("Sandbox::wait_process"))
     }
     /// Looks for interfaces that appeared later.
-    async fn rescan_network(&self) -> Result<()> {
-        Err(Error::unsupported("Sandbox::rescan_network"))
-    }
+    async fn rescan_network(&self) -> Result<()>;
     /// iptables-restore in the guest.
     async fn set_iptables(&self, is_ipv6: bool, data: Vec<u8>) -> Result<Vec<u8>>;
     /// iptables-save in the guest.

@@ -238,6 +238,7 @@ impl VirtSandbox {
             exit = self.hypervisor.wait_vm() => Err(Error::new(ErrorKind::Unavailable, exit.to_string())),
         };
         create.map_err(|error| self.boot_error("setting the sandbox up in the guest", begin, error))?;
+        self.resources.sync_network(self.agent.as_ref()).await?;
         timeline::mark("agent ready");
         Ok(())
     }
@@ -256,6 +257,7 @@ impl VirtSandbox {
             dns: self.pod.dns.clone(),
             storages: self.resources.storages(self.pod.shm_size),
             sandbox_id: self.id.clone(),
+            guest_hook_path: self.config.hypervisor.dragonball.guest_hook_path.clone(),
             kernel_modules: self
                 .config
                 .agent
@@ -293,6 +295,7 @@ impl VirtSandbox {
         let keep = self.config.runtime.keep_abnormal;
         let health = monitor::health(agent.clone(), hypervisor.clone(), self.id.clone(), keep);
         background.spawn(health);
+        background.spawn(self.resources.clone().follow_network(agent.clone()));
         background.spawn(monitor::oom(
             agent.clone(),
             self.members.clone(),
@@ -409,6 +412,7 @@ impl Sandbox for VirtSandbox {
 
     async fn cleanup(&self) -> Result<()> {
         let files = self.hypervisor.cleanup().await;
+        self.resources.close_network().await;
         let resources = self.resources.clone();
         let cleaned = tokio::task::spawn_blocking(move || resources.cleanup()).await;
         cleaned.unwrap_or_else(|error| Err(Error::new(ErrorKind::Internal, format!("cleanup: {error}"))))?;
@@ -449,6 +453,10 @@ impl Sandbox for VirtSandbox {
 
     async fn wait(&self) -> Result<SandboxEnd> {
         Ok(self.ended().await)
+    }
+
+    async fn rescan_network(&self) -> Result<()> {
+        self.resources.sync_network(self.agent.as_ref()).await
     }
 
     async fn set_iptables(&self, is_ipv6: bool, data: Vec<u8>) -> Result<Vec<u8>> {

@@ -1,7 +1,16 @@
 //! `kata-ctl`, on whatever host the tests run.
 
+// The tiny guests of the VMM's tests: what is saved here is a machine like theirs.
+#[path = "../../../vmm/tests/guest/mod.rs"]
+mod guest;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::process::{Command, Output};
 
+use dragonball::Vm;
+use dragonball::vm::snapshot::SaveKind;
 use serde_json::Value;
 
 fn ctl(words: &[&str]) -> Output {
@@ -64,6 +73,42 @@ fn env_when_asked_for_json_is_json() {
     assert_eq!(env["runtime"]["type"], "io.containerd.kata.v2");
     assert!(env["host"].is_object() && env["configuration"].is_object());
     assert!(stdout(&ctl(&["env"])).contains("  type: io.containerd.kata.v2"));
+}
+
+#[test]
+fn snapshot_when_verified_is_undamaged_or_says_where_it_is_not() {
+    let scratch = guest::Scratch::new();
+    let folder = scratch.path().join("saved");
+    let code = guest::Code::default().print("saved\n").spin();
+    let vm = Vm::new(guest::config(&scratch, &code)).unwrap();
+    vm.start().unwrap();
+    guest::wait_for(&vm, "saved");
+    vm.pause().unwrap();
+    vm.save(&folder, &SaveKind::Full).unwrap();
+    vm.stop().unwrap();
+    let verify = |folder: &Path| ctl(&["snapshot", "verify", folder.to_str().unwrap()]);
+
+    let output = verify(&folder);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(stdout(&output), format!("{}: undamaged\n", folder.display()));
+
+    // The guest's code, which is somewhere in its memory.
+    let memory = File::options().write(true).open(folder.join("memory")).unwrap();
+    memory.write_all_at(&[0x90], guest::LOAD).unwrap();
+    let output = verify(&folder);
+    assert!(!output.status.success() && output.stdout.is_empty(), "{output:?}");
+    let text = stderr(&output);
+    assert!(
+        text.starts_with(&format!("kata-ctl: snapshot {}: ", folder.display())) && text.contains("0x100000"),
+        "{text}"
+    );
+
+    let output = verify(scratch.path());
+    let missing = scratch.path().join("state").display().to_string();
+    assert!(
+        !output.status.success() && stderr(&output).contains(&missing),
+        "{output:?}"
+    );
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The shim binary: parses the command line and runs the action.
 
+#![forbid(unsafe_code)]
+
 use std::io::{self, Write};
 use std::process::ExitCode;
 

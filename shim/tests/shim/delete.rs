@@ -73,7 +73,7 @@ fn delete_when_the_shim_lives_ends_it() {
 fn delete_when_the_pid_is_reused_leaves_it_alone() {
     let pod = Pod::new("reused", Some(CONFIG));
     let mut bystander = Command::new("sleep")
-        .arg("60")
+        .arg("3600")
         .stdin(Stdio::null())
         .spawn()
         .unwrap();

@@ -123,7 +123,7 @@ impl FakeRuntime {
 macro_rules! expect {
     ($answer:expr, $kind:ident) => {
         match $answer? {
-            Answer::$kind(value) => Ok(value),
+            Answer::$kind(value) => Result::<_>::Ok(value),
             other => panic!("the test answers with {other:?}"),
         }
     };

@@ -1,4 +1,5 @@
-//! Streams over a real socket, frame by frame as containerd's client (Go's ttrpc) sends them.
+//! Streams over a real socket, frame by frame as containerd's client (Go's ttrpc) sends them. The tests read and write the
+//! process' ends of pipes themselves, which blocks: the shim has threads of its own.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -222,7 +223,7 @@ async fn output_when_large_arrives_in_order_within_the_window_and_ends() {
     timeout(PATIENCE, process.delivered()).await.unwrap();
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn output_when_its_client_vanishes_waits_for_the_next() {
     let served = Served::new();
     let (process, mut guest) = served.open("c-stdout", Direction::Output);
@@ -242,7 +243,7 @@ async fn output_when_its_client_vanishes_waits_for_the_next() {
     assert_eq!(peer.bytes().await, None);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn output_when_its_client_closes_the_stream_is_closed_by_the_shim_too() {
     let served = Served::new();
     let (_process, mut guest) = served.open("c-stdout", Direction::Output);
@@ -253,7 +254,7 @@ async fn output_when_its_client_closes_the_stream_is_closed_by_the_shim_too() {
     guest.write_all(b"still a reader").unwrap();
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn client_when_another_takes_its_stream_over_is_sent_away() {
     let served = Served::new();
     let (_process, mut guest) = served.open("s", Direction::Output);
@@ -290,7 +291,7 @@ async fn stdin_when_sent_arrives_in_order_and_ends() {
     assert!(timeout(PATIENCE, reading).await.unwrap().unwrap() == expected);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn stdin_when_the_process_is_gone_is_closed() {
     let served = Served::new();
     let (process, guest) = served.open("c-stdin", Direction::Input);
@@ -300,7 +301,7 @@ async fn stdin_when_the_process_is_gone_is_closed() {
     assert_eq!(peer.message().await, None);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn stdin_when_its_client_vanishes_stays_open_until_close_io() {
     let served = Served::new();
     let (process, mut guest) = served.open("c-stdin", Direction::Input);
@@ -326,7 +327,7 @@ async fn stdin_when_its_client_vanishes_stays_open_until_close_io() {
     assert_eq!(timeout(PATIENCE, rest).await.unwrap().unwrap(), b"");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn stream_when_asked_for_wrongly_is_refused() {
     let served = Served::new();
     let mut peer = served.connect().await;
@@ -349,7 +350,7 @@ async fn stream_when_asked_for_wrongly_is_refused() {
     );
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn service_when_its_request_comes_in_pieces_is_ttrpcs() {
     let served = Served::new();
     // Connections that say nothing, or go before they do, are in nobody's way.

@@ -29,6 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub struct Served {
     _folder: tempfile::TempDir,
     pub socket: PathBuf,
+    idle: Duration,
     task: JoinHandle<Result<(), RunError>>,
 }
 
@@ -54,14 +55,17 @@ impl Served {
         Self {
             _folder: folder,
             socket,
+            idle,
             task,
         }
     }
 
+    fn address(&self) -> String {
+        format!("unix://{}", self.socket.display())
+    }
+
     pub async fn client(&self) -> Client {
-        Client::connect(&format!("unix://{}", self.socket.display()))
-            .await
-            .unwrap()
+        Client::connect(&self.address()).await.unwrap()
     }
 
     async fn task(&self) -> TaskClient {
@@ -535,15 +539,35 @@ async fn shutdown_when_a_client_waits_does_not_wait() {
     wait.abort();
 }
 
+/// A shim that ends itself when it is idle for a while, and what it answered to a create: on a busy machine it may have
+/// ended before that came, and has to be given more time.
+async fn create_before_idle(
+    runtime: impl Fn() -> Arc<FakeRuntime>,
+) -> (Served, Arc<FakeRuntime>, ttrpc::Result<api::CreateTaskResponse>) {
+    let mut idle = Duration::from_millis(100);
+    loop {
+        let runtime = runtime();
+        let served = Served::with_idle(&runtime, idle);
+        let create = api::CreateTaskRequest {
+            id: "c".into(),
+            ..Default::default()
+        };
+        if let Ok(client) = Client::connect(&served.address()).await {
+            let answer = TaskClient::new(client).create(ctx(), &create).await;
+            // Without a status it is the connection that failed.
+            if matches!(answer, Ok(_) | Err(ttrpc::Error::RpcStatus(_))) {
+                return (served, runtime, answer);
+            }
+        }
+        idle *= 10;
+        assert!(idle < PATIENCE, "the shim ends before it is asked");
+    }
+}
+
 #[tokio::test]
 async fn shim_when_forgotten_ends_itself() {
-    let runtime = FakeRuntime::new(|_| Err(Error::new(ErrorKind::Unavailable, "no VM")));
-    let served = Served::with_idle(&runtime, Duration::from_millis(100));
-    let create = served
-        .task()
-        .await
-        .create(ctx(), &api::CreateTaskRequest::new())
-        .await;
+    let runtime = || FakeRuntime::new(|_| Err(Error::new(ErrorKind::Unavailable, "no VM")));
+    let (served, runtime, create) = create_before_idle(runtime).await;
     assert_eq!(code(create).0, Code::UNAVAILABLE);
 
     served.has_ended(&runtime).await;
@@ -551,21 +575,20 @@ async fn shim_when_forgotten_ends_itself() {
 
 #[tokio::test]
 async fn shim_when_it_has_a_container_stays() {
-    let runtime = FakeRuntime::new(|request| match request {
-        Call::Create(_) => Ok(Answer::Pid(7)),
-        _ => Ok(Answer::Exit(exit(0))),
-    });
-    let served = Served::with_idle(&runtime, Duration::from_millis(50));
-    let client = served.task().await;
-    let create = api::CreateTaskRequest {
-        id: "c".into(),
-        ..Default::default()
+    let runtime = || {
+        FakeRuntime::new(|request| match request {
+            Call::Create(_) => Ok(Answer::Pid(7)),
+            _ => Ok(Answer::Exit(exit(0))),
+        })
     };
-    client.create(ctx(), &create).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let (served, runtime, create) = create_before_idle(runtime).await;
+    create.unwrap();
+    tokio::time::sleep(4 * served.idle).await;
     assert!(served.socket.exists());
 
-    client
+    served
+        .task()
+        .await
         .delete(
             ctx(),
             &api::DeleteRequest {

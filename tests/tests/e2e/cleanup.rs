@@ -67,7 +67,12 @@ fn host_when_command_was_not_found_is_as_before() {
     let done = case.container().run(&["no-such-command"]).flag("--rm").output();
     assert_ne!(done.code, 0, "{}", done.describe());
     assert!(done.err().contains("no-such-command"), "{}", done.describe());
-    let bound = good.elapsed * 5 + std::time::Duration::from_secs(20);
-    assert!(done.elapsed < bound, "failed by a timeout: {}", done.describe());
+    let bound = good.elapsed * 10 + std::time::Duration::from_secs(60);
+    let timeout = done.err().contains("deadline") || done.err().contains("timed out");
+    assert!(
+        done.elapsed < bound && !timeout,
+        "failed by a timeout: {}",
+        done.describe()
+    );
     assert_eq!(added(case.daemon(), &before), [""; 0]);
 }

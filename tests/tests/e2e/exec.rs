@@ -93,8 +93,13 @@ fn exec_when_command_is_missing_fails_and_leaves_the_container_alone() {
     let done = container.exec(&[], &["no-such-command"]);
     assert_ne!(done.code, 0, "{}", done.describe());
     assert!(done.err().contains("no-such-command"), "{}", done.describe());
-    let bound = good.elapsed * 5 + std::time::Duration::from_secs(20);
-    assert!(done.elapsed < bound, "failed by a timeout: {}", done.describe());
+    let bound = good.elapsed * 10 + std::time::Duration::from_secs(60);
+    let timeout = done.err().contains("deadline") || done.err().contains("timed out");
+    assert!(
+        done.elapsed < bound && !timeout,
+        "failed by a timeout: {}",
+        done.describe()
+    );
     assert_eq!(container.state().as_deref(), Some("RUNNING"));
     container.exec(&[], &["true"]).expect_code(0);
 }

@@ -83,7 +83,8 @@ fn locks_of_the_host_hold_in_the_container_and_the_other_way() {
     let script = "flock -n /mnt/lock true || echo taken; \
                   (flock -x 9; echo mine; while [ ! -e /mnt/go ]; do sleep 0.1; done) 9>>/mnt/lock & \
                   sleep 1; touch /mnt/waiting; wait; flock -n /mnt/lock echo free; \
-                  (flock -x 9; sleep 1; echo first) 9>>/mnt/own & sleep 0.3; flock -x /mnt/own echo second; wait";
+                  (flock -x 9; touch /mnt/held; sleep 1; echo first) 9>>/mnt/own & \
+                  while [ ! -e /mnt/held ]; do sleep 0.1; done; flock -x /mnt/own echo second; wait";
     let script = format!("ln -sf usr/lib /lib; ln -sf usr/lib64 /lib64; {script}");
     let running = container
         .run(&["/bin/sh", "-c", &script])
@@ -92,6 +93,9 @@ fn locks_of_the_host_hold_in_the_container_and_the_other_way() {
         .option("--mount", &bind(&folder, "/mnt", "rbind:rw"))
         .start(Input::Null);
     assert!(eventually(case.limit(), || folder.join("waiting").exists()));
+    running
+        .wait_out("the refusal", case.limit(), |out| out.contains('\n'))
+        .unwrap();
     assert_eq!(running.out(), "taken\n");
     rustix::fs::flock(&file, FlockOperation::Unlock).unwrap();
     running

@@ -7,7 +7,7 @@ use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::memory::{GuestMemory, layout};
 
@@ -32,18 +32,18 @@ pub struct Tables {
 }
 
 /// The tables do not fit.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum AcpiError {
     /// More bytes than the area reserved for them.
     #[error("ACPI tables: {0} bytes do not fit in {max}", max = layout::ACPI_TABLES_SIZE)]
     TooLarge(usize),
     /// Guest memory does not reach there.
-    #[error("ACPI tables: cannot write at {address:#x}: {reason}")]
+    #[error("ACPI tables: cannot write at {address:#x}: {source}")]
     Write {
         /// Guest physical address.
         address: u64,
         /// Cause.
-        reason: String,
+        source: GuestMemoryError,
     },
 }
 
@@ -59,9 +59,9 @@ impl Tables {
         }
         memory
             .write_slice(&bytes, GuestAddress(layout::ACPI_TABLES))
-            .map_err(|e| AcpiError::Write {
+            .map_err(|source| AcpiError::Write {
                 address: layout::ACPI_TABLES,
-                reason: e.to_string(),
+                source,
             })?;
         Ok(layout::ACPI_TABLES)
     }

@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::BootError;
+use super::{BootError, KernelFault};
 
 /// Largest kernel accepted, decompressed.
 const MAX_KERNEL: u64 = 1 << 30;
@@ -34,10 +34,9 @@ impl Header {
         }
         let version = u16::from_le_bytes([setup[0x206], setup[0x207]]);
         if version < MIN_VERSION {
-            let problem = format!("bzImage with boot protocol {version:#x}, older than 2.08");
             return Err(BootError::Malformed {
                 path: path.to_owned(),
-                problem,
+                problem: KernelFault::OldProtocol(version),
             });
         }
         let field = |at: usize| u32::from_le_bytes([setup[at], setup[at + 1], setup[at + 2], setup[at + 3]]);
@@ -75,9 +74,9 @@ impl Header {
                 path: path.to_owned(),
                 source,
             })?;
-        decompress(&payload).map_err(|e| BootError::Malformed {
+        decompress(&payload).map_err(|error| BootError::Malformed {
             path: path.to_owned(),
-            problem: format!("bzImage: cannot decompress the kernel: {e}"),
+            problem: KernelFault::Compressed(error),
         })
     }
 }

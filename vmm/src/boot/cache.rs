@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 
 use super::BootError;
 use super::bzimage::Header;
+use crate::interrupted;
 
 /// Opens the ELF kernel inside the bzImage `file`, extracting it first if the cache has none.
 ///
@@ -78,11 +79,9 @@ fn content_hash(mut file: &File) -> io::Result<String> {
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 16];
     loop {
-        match file.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(read) => hasher.update(buffer.get(..read).unwrap_or_default()),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+        match interrupted::again(|| file.read(&mut buffer))? {
+            0 => break,
+            read => hasher.update(buffer.get(..read).unwrap_or_default()),
         }
     }
     Ok(hasher

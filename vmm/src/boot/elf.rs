@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::{BootError, EntryPoint};
+use super::{BootError, EntryPoint, KernelFault};
 use crate::memory::layout;
 
 const MAGIC: [u8; 4] = *b"\x7fELF";
@@ -76,9 +76,7 @@ impl Image {
             (CLASS_64, LITTLE_ENDIAN, MACHINE_X86_64) => true,
             (CLASS_32, LITTLE_ENDIAN, MACHINE_386) => false,
             (class, data, machine) => {
-                return Err(reader.malformed(format!(
-                    "ELF file for another machine (class {class}, data {data}, machine {machine})"
-                )));
+                return Err(reader.malformed(KernelFault::OtherMachine { class, data, machine }));
             }
         };
         let headers = reader.program_headers(&header, wide)?;
@@ -95,7 +93,7 @@ impl Image {
             }
         }
         if segments.is_empty() {
-            return Err(reader.malformed("ELF file without loadable segments".to_owned()));
+            return Err(reader.malformed(KernelFault::NoSegments));
         }
         let elf_entry = if wide {
             u64_at(&header, 24)
@@ -113,11 +111,7 @@ impl Image {
             let pvh = reader
                 .pvh_entry(&headers)?
                 .filter(|entry| in_segment(u64::from(*entry)));
-            EntryPoint::Pvh(pvh.ok_or_else(|| {
-                reader.malformed(format!(
-                    "entry point {elf_entry:#x} is in no segment and there is no PVH note"
-                ))
-            })?)
+            EntryPoint::Pvh(pvh.ok_or_else(|| reader.malformed(KernelFault::NoEntry(elf_entry)))?)
         };
         Ok(Self {
             file,
@@ -135,7 +129,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn malformed(&self, problem: String) -> BootError {
+    fn malformed(&self, problem: KernelFault) -> BootError {
         BootError::Malformed {
             path: self.path.clone(),
             problem,
@@ -184,7 +178,10 @@ impl Reader<'_> {
         };
         let expected = if wide { 56 } else { 32 };
         if entry_size != expected || count > MAX_PROGRAM_HEADERS {
-            return Err(self.malformed(format!("{count} program headers of {entry_size} bytes")));
+            return Err(self.malformed(KernelFault::ProgramHeaders {
+                count,
+                size: entry_size,
+            }));
         }
         let mut headers = Vec::new();
         for index in 0..u64::from(count) {
@@ -223,10 +220,10 @@ impl Reader<'_> {
             || load.address < layout::HIGH_RAM_START
             || end > layout::RAM_LOW_MAX
         {
-            return Err(self.malformed(format!(
-                "segment at {:#x}..{end:#x} cannot be loaded",
-                load.address
-            )));
+            return Err(self.malformed(KernelFault::Segment {
+                start: load.address,
+                end,
+            }));
         }
         Ok(end)
     }

@@ -58,5 +58,5 @@ pub fn write_zero_page(
     let address = layout::ZERO_PAGE;
     memory
         .write_obj(page, GuestAddress(address))
-        .map_err(|e| write_error(address, &e))
+        .map_err(write_error(address))
 }

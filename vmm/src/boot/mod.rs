@@ -13,7 +13,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 pub use self::config::BootConfig;
 use crate::memory::{GuestMemory, layout};
@@ -80,7 +80,7 @@ pub enum BootError {
         /// The file.
         path: PathBuf,
         /// What is wrong.
-        problem: String,
+        problem: KernelFault,
     },
     /// The compressed kernel could not be put into the cache.
     #[error("kernel cache {path}: {source}")]
@@ -110,13 +110,56 @@ pub enum BootError {
     #[error("kernel command line: contains a NUL byte")]
     CmdlineNul,
     /// Guest memory refused a write.
-    #[error("boot data at {address:#x}: {reason}")]
+    #[error("boot data at {address:#x}: {source}")]
     Write {
         /// Guest physical address.
         address: u64,
         /// Cause.
-        reason: String,
+        source: GuestMemoryError,
     },
+}
+
+/// What is wrong with a file that looks like a kernel.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelFault {
+    /// ELF, for another processor.
+    #[error("ELF file for another machine (class {class}, data {data}, machine {machine})")]
+    OtherMachine {
+        /// EI_CLASS.
+        class: u8,
+        /// EI_DATA.
+        data: u8,
+        /// e_machine.
+        machine: u16,
+    },
+    /// ELF, and nothing to load.
+    #[error("ELF file without loadable segments")]
+    NoSegments,
+    /// A number or size of program headers that no kernel has.
+    #[error("{count} program headers of {size} bytes")]
+    ProgramHeaders {
+        /// e_phnum.
+        count: u16,
+        /// e_phentsize.
+        size: u16,
+    },
+    /// A segment outside of where a kernel can be.
+    #[error("segment at {start:#x}..{end:#x} cannot be loaded")]
+    Segment {
+        /// Guest physical address.
+        start: u64,
+        /// First address after it.
+        end: u64,
+    },
+    /// Nowhere to begin.
+    #[error("entry point {0:#x} is in no segment and there is no PVH note")]
+    NoEntry(u64),
+    /// A bzImage from before 2008.
+    #[error("bzImage with boot protocol {0:#x}, older than 2.08")]
+    OldProtocol(u16),
+    /// A bzImage whose payload is damaged, too large or in an unknown format.
+    #[error("bzImage: cannot decompress the kernel: {0}")]
+    Compressed(io::Error),
 }
 
 /// Where the initramfs is in guest memory.
@@ -156,18 +199,14 @@ pub fn load(
         .ok_or_else(|| too_small(initramfs_size))?;
 
     for segment in &kernel.segments {
-        load_file_range(
-            memory,
-            segment.address,
-            &kernel.file,
-            segment.offset,
-            segment.size,
-        )?;
+        let range = (segment.offset, segment.size);
+        load_file_range(memory, segment.address, &kernel.file, range)
+            .map_err(file_error("kernel", &config.kernel))?;
     }
     let initramfs = match initramfs {
         Some((path, (file, size))) => {
-            load_file_range(memory, initramfs_start, &file, 0, size)
-                .map_err(|e| e.with_file("initramfs", path))?;
+            load_file_range(memory, initramfs_start, &file, (0, size))
+                .map_err(file_error("initramfs", path))?;
             Some(Initramfs {
                 address: initramfs_start,
                 size,
@@ -250,7 +289,7 @@ fn describe_start(file: &File) -> String {
     }
 }
 
-/// Reads `size` bytes of `file` from `offset` to `address`.
+/// Reads a range of `file` (offset and size) to `address`.
 ///
 /// Not mapped over guest memory, though that would share pages between guests: 4 KiB pages of a file cost the guest up to
 /// three nested page faults each, where huge pages of its own cost one. `ctr run` in the lab, mapped against read: 8,438
@@ -259,15 +298,15 @@ fn load_file_range(
     memory: &GuestMemory,
     address: u64,
     mut file: &File,
-    offset: u64,
-    size: u64,
-) -> Result<(), BootError> {
-    file.seek(SeekFrom::Start(offset))
-        .map_err(|e| write_error(address, &e))?;
-    let length = usize::try_from(size).map_err(|e| write_error(address, &e))?;
-    memory
-        .read_exact_volatile_from(GuestAddress(address), &mut file.as_fd(), length)
-        .map_err(|e| write_error(address, &e))
+    (offset, size): (u64, u64),
+) -> io::Result<()> {
+    file.seek(SeekFrom::Start(offset))?;
+    let length = usize::try_from(size).map_err(io::Error::other)?;
+    let read = memory.read_exact_volatile_from(GuestAddress(address), &mut file.as_fd(), length);
+    read.map_err(|error| match error {
+        GuestMemoryError::IOError(error) => error,
+        other => io::Error::other(other),
+    })
 }
 
 fn write_cmdline(memory: &GuestMemory, cmdline: &str) -> Result<(), BootError> {
@@ -282,27 +321,18 @@ fn write_cmdline(memory: &GuestMemory, cmdline: &str) -> Result<(), BootError> {
     let address = layout::CMDLINE;
     memory
         .write_slice(&bytes, GuestAddress(address))
-        .map_err(|e| write_error(address, &e))
+        .map_err(write_error(address))
 }
 
-fn write_error(address: u64, reason: &dyn std::fmt::Display) -> BootError {
-    BootError::Write {
-        address,
-        reason: reason.to_string(),
-    }
+fn write_error(address: u64) -> impl Fn(GuestMemoryError) -> BootError {
+    move |source| BootError::Write { address, source }
 }
 
-impl BootError {
-    /// Names the file that was being loaded, for errors that only know an address.
-    fn with_file(self, what: &'static str, path: &Path) -> Self {
-        match self {
-            Self::Write { reason, .. } => Self::File {
-                what,
-                path: path.to_owned(),
-                source: io::Error::other(reason),
-            },
-            other => other,
-        }
+fn file_error(what: &'static str, path: &Path) -> impl Fn(io::Error) -> BootError {
+    move |source| BootError::File {
+        what,
+        path: path.to_owned(),
+        source,
     }
 }
 

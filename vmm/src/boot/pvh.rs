@@ -57,5 +57,5 @@ pub fn write_start_info(
 fn write<T: ByteValued>(memory: &GuestMemory, address: u64, value: T) -> Result<(), BootError> {
     memory
         .write_obj(value, GuestAddress(address))
-        .map_err(|e| write_error(address, &e))
+        .map_err(write_error(address))
 }

@@ -60,6 +60,16 @@ pub struct CpuHotplug {
     changed: Condvar,
 }
 
+/// Saved presence of the processors of another machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{saved} processors saved, the machine has {present}")]
+pub struct PresenceError {
+    /// Processors of the saved machine.
+    pub saved: usize,
+    /// Processors of this one.
+    pub present: usize,
+}
+
 impl CpuHotplug {
     /// `max` processors, of which the first `boot` are there.
     pub fn new(shared: Arc<SharedPage>, boot: u8, max: u8) -> Self {
@@ -87,15 +97,14 @@ impl CpuHotplug {
     /// Takes over saved presence, by index. The shared page is part of the guest's memory and says the same.
     ///
     /// # Errors
-    /// The reason, when it is another machine's.
-    pub fn restore(&self, present: &[bool]) -> Result<(), String> {
+    /// It is another machine's.
+    pub fn restore(&self, present: &[bool]) -> Result<(), PresenceError> {
         let mut cpus = self.lock();
         if cpus.len() != present.len() {
-            return Err(format!(
-                "{} processors saved, the machine has {}",
-                present.len(),
-                cpus.len()
-            ));
+            return Err(PresenceError {
+                saved: present.len(),
+                present: cpus.len(),
+            });
         }
         for ((index, cpu), present) in (0u8..).zip(cpus.iter_mut()).zip(present) {
             *cpu = if *present { Cpu::Present } else { Cpu::Absent };

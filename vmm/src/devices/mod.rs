@@ -3,11 +3,11 @@
 // What a guest chooses must not be able to panic.
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
-pub mod cpu_hotplug;
-pub mod ged;
-pub mod power;
-pub mod power_button;
-pub mod pvpanic;
-pub mod serial;
+pub(crate) mod cpu_hotplug;
+pub(crate) mod ged;
+pub(crate) mod power;
+pub(crate) mod power_button;
+pub(crate) mod pvpanic;
+pub(crate) mod serial;
 pub mod virtio;
-pub mod vmgenid;
+pub(crate) mod vmgenid;

@@ -62,6 +62,23 @@ struct Uart {
     pending: PendingInput,
 }
 
+/// A state that is none of COM1.
+#[derive(Debug, thiserror::Error)]
+enum SerialStateError {
+    #[error(
+        "interrupt enable {interrupt_enable:#x}, line status {line_status:#x} with {fifo} bytes in the FIFO"
+    )]
+    Registers {
+        interrupt_enable: u8,
+        line_status: u8,
+        fifo: usize,
+    },
+    #[error("{0} bytes of input")]
+    Input(usize),
+    #[error(transparent)]
+    Uart(#[from] vm_superio::serial::Error<io::Error>),
+}
+
 /// Registers and input of COM1.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SerialState {
@@ -161,22 +178,18 @@ impl Serial {
     /// # Errors
     /// [`StateError::Invalid`]; nothing has changed.
     pub fn restore_state(&self, state: &SerialState) -> Result<(), StateError> {
-        let invalid = |reason: String| StateError::Invalid {
-            device: "COM1".to_owned(),
-            reason,
-        };
+        let invalid = |error: SerialStateError| StateError::invalid("COM1", error);
         let has_data = u8::from(!state.fifo.is_empty());
         if state.interrupt_enable & !0xf != 0 || state.line_status != LSR_IDLE | has_data {
-            return Err(invalid(format!(
-                "interrupt enable {:#x}, line status {:#x} with {} bytes in the FIFO",
-                state.interrupt_enable,
-                state.line_status,
-                state.fifo.len()
-            )));
+            return Err(invalid(SerialStateError::Registers {
+                interrupt_enable: state.interrupt_enable,
+                line_status: state.line_status,
+                fifo: state.fifo.len(),
+            }));
         }
         let mut pending = PendingInput::default();
         if pending.push(&state.pending) != state.pending.len() {
-            return Err(invalid(format!("{} bytes of input", state.pending.len())));
+            return Err(invalid(SerialStateError::Input(state.pending.len())));
         }
         let [baud_divisor_low, baud_divisor_high] = state.divisor;
         let registers = vm_superio::serial::SerialState {
@@ -193,7 +206,7 @@ impl Serial {
         };
         let (irq, log) = (Irq(self.irqfd.clone()), LogWriter(self.log.clone()));
         let registers = vm_superio::Serial::from_state(&registers, irq, NoEvents, log)
-            .map_err(|error| invalid(format!("{error:?}")))?;
+            .map_err(|error| invalid(error.into()))?;
         *self.lock() = Uart { registers, pending };
         Ok(())
     }

@@ -59,7 +59,8 @@ impl Subject for Disk {
         let (kind, queue) = (script.byte(), usize::from(script.byte() & 1));
         if kind == 255 {
             let device: &mut dyn Any = device;
-            let _ = device.downcast_mut::<Block>().unwrap().resize();
+            let disk = device.downcast_mut::<Block>().unwrap();
+            let _ = disk.gauge().measure(|size| disk.resize(size));
             return;
         }
         let mut header = [0; 16];
@@ -127,7 +128,8 @@ impl Subject for Memory {
         self.start = window.region().start;
         let mut device = Mem::new("mem", window, size);
         // As if the host had asked for all of it: that waits for the guest.
-        let asked: (u64, u64, u64, Vec<(u64, u64)>) = (self.start, size, size, Vec::new());
+        type Fields = (u64, u64, u64, Vec<(u64, u64)>, Option<(u64, u64, u64)>);
+        let asked: Fields = (self.start, size, size, Vec::new(), None);
         device.restore(&state::encode("mem", &asked).unwrap()).unwrap();
         Box::new(device)
     }

@@ -58,6 +58,22 @@ pub trait Routing: Send + Sync {
     fn unmasked(&self, pin: u8);
 }
 
+/// Saved registers cannot be taken over.
+#[derive(Debug, thiserror::Error)]
+pub enum IoApicStateError {
+    /// They are of another machine.
+    #[error("I/O APIC: {saved} pins saved, the machine has {present}")]
+    Pins {
+        /// Pins of the saved machine.
+        saved: usize,
+        /// Pins of this one.
+        present: usize,
+    },
+    /// KVM refuses the routes.
+    #[error("KVM_SET_GSI_ROUTING: {0}")]
+    Routing(kvm_ioctls::Error),
+}
+
 /// The registers, as they are saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IoApicState {
@@ -105,21 +121,18 @@ impl IoApic {
     /// Takes over saved registers and tells KVM the routes.
     ///
     /// # Errors
-    /// The reason, when they are of another machine or KVM refuses the routes.
-    pub fn restore(&self, state: IoApicState) -> Result<(), String> {
+    /// [`IoApicStateError`].
+    pub fn restore(&self, state: IoApicState) -> Result<(), IoApicStateError> {
         let mut registers = self.lock();
         if state.entries.len() != registers.entries.len() {
-            return Err(format!(
-                "I/O APIC: {} pins saved, the machine has {}",
-                state.entries.len(),
-                registers.entries.len()
-            ));
+            return Err(IoApicStateError::Pins {
+                saved: state.entries.len(),
+                present: registers.entries.len(),
+            });
         }
         *registers = state;
         let routes = registers.routes();
-        self.routing
-            .set(&routes)
-            .map_err(|e| format!("KVM_SET_GSI_ROUTING: {e}"))
+        self.routing.set(&routes).map_err(IoApicStateError::Routing)
     }
 
     fn write_register(&self, value: u32) {
@@ -243,8 +256,6 @@ impl BusDevice for IoApic {
 mod tests {
     use std::sync::Arc;
 
-    use proptest::prelude::*;
-
     use super::*;
 
     /// GSI, address and data of each route.
@@ -329,20 +340,26 @@ mod tests {
         assert!(io_apic(30).0.restore(apic.save()).is_err());
     }
 
-    proptest! {
-        #[test]
-        fn registers_when_written_at_random_keep_routes_inside_the_pins(
-            writes in prop::collection::vec((0u64..0x24, any::<u32>(), 0usize..9), 0..200)
-        ) {
-            let (apic, kvm) = io_apic(30);
-            for (offset, value, width) in writes {
-                let bytes = u64::from(value).to_le_bytes();
-                let _ = apic.write(offset, &bytes[..width.min(8)]);
-                let mut data = vec![0; width];
-                apic.read(offset, &mut data);
-            }
-            for routes in &kvm.0.lock().unwrap().0 {
-                prop_assert!(routes.iter().all(|(gsi, address, _)| *gsi < 30 && *address >> 20 == 0xfee));
+    mod properties {
+        use proptest::prelude::*;
+
+        use super::*;
+
+        proptest! {
+            #[test]
+            fn registers_when_written_at_random_keep_routes_inside_the_pins(
+                writes in prop::collection::vec((0u64..0x24, any::<u32>(), 0usize..9), 0..200)
+            ) {
+                let (apic, kvm) = io_apic(30);
+                for (offset, value, width) in writes {
+                    let bytes = u64::from(value).to_le_bytes();
+                    let _ = apic.write(offset, &bytes[..width.min(8)]);
+                    let mut data = vec![0; width];
+                    apic.read(offset, &mut data);
+                }
+                for routes in &kvm.0.lock().unwrap().0 {
+                    prop_assert!(routes.iter().all(|(gsi, address, _)| *gsi < 30 && *address >> 20 == 0xfee));
+                }
             }
         }
     }

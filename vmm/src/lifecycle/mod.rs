@@ -6,13 +6,11 @@ pub mod gate;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-
-pub use exit::ExitReason;
+pub use exit::{ExitReason, Failure, VcpuFailure, errno_of};
 use gate::Gate;
 
 /// Where a machine is in its life.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VmState {
     /// Built; no vCPU has run.
     Configured,

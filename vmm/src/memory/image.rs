@@ -48,6 +48,29 @@ pub struct Contents {
     checksums: Vec<u32>,
 }
 
+/// What a saved state says of the memory file cannot be so.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ContentsError {
+    /// An extent that is empty, out of order, no whole pages or beyond the memory.
+    #[error("memory: {len:#x} bytes at offset {offset:#x} of {size:#x} bytes")]
+    Extent {
+        /// Byte offset in the file.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// Bytes of the whole memory.
+        size: u64,
+    },
+    /// Not one for each chunk.
+    #[error("memory: {count} checksums of {chunks} chunks")]
+    Checksums {
+        /// Checksums.
+        count: u64,
+        /// Chunks with data.
+        chunks: u64,
+    },
+}
+
 impl Contents {
     /// Bytes of data.
     pub fn bytes(&self) -> u64 {
@@ -59,14 +82,20 @@ impl Contents {
     ///
     /// # Errors
     /// What is wrong.
-    pub fn check(&self, size: u64) -> Result<(), String> {
+    pub fn check(&self, size: u64) -> Result<(), ContentsError> {
         let (mut end, mut chunks, mut last) = (0, 0, None);
         for extent in &self.extents {
             let next = extent.offset.checked_add(extent.len).filter(|next| *next <= size);
             let whole = extent.offset.is_multiple_of(PAGE as u64) && extent.len.is_multiple_of(PAGE as u64);
             match next {
                 Some(next) if extent.offset >= end && whole && extent.len > 0 => end = next,
-                _ => return Err(format!("memory: {extent:?} of {size:#x} bytes")),
+                _ => {
+                    return Err(ContentsError::Extent {
+                        offset: extent.offset,
+                        len: extent.len,
+                        size,
+                    });
+                }
             }
             let (from, to) = (extent.offset / CHUNK, (end - 1) / CHUNK);
             chunks += to - from + u64::from(last != Some(from));
@@ -74,7 +103,7 @@ impl Contents {
         }
         match self.checksums.len() as u64 {
             count if count == chunks => Ok(()),
-            count => Err(format!("memory: {count} checksums of {chunks} chunks")),
+            count => Err(ContentsError::Checksums { count, chunks }),
         }
     }
 

@@ -11,12 +11,13 @@ pub mod image;
 pub mod layout;
 mod memslots;
 pub mod page_set;
-pub mod pager;
-pub mod seal;
-pub mod userfaultfd;
-pub mod window;
+pub(crate) mod pager;
+pub(crate) mod seal;
+pub(crate) mod userfaultfd;
+pub(crate) mod window;
 pub mod write_log;
 
+use vm_memory::mmap::FromRangesError;
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion, MemoryRegionAddress};
 
 pub use discard::discard;
@@ -32,12 +33,12 @@ pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The host refused the address space.
-    #[error("memory: cannot map {size_mib} MiB of guest RAM and windows: {reason}")]
+    #[error("memory: cannot map {size_mib} MiB of guest RAM and windows: {source}")]
     Allocate {
         /// Requested size, windows included.
         size_mib: u64,
         /// Cause.
-        reason: String,
+        source: FromRangesError,
     },
     /// A region of the layout is not mapped in this process.
     #[error("memory: nothing is mapped for guest address {0:#x}")]
@@ -53,16 +54,16 @@ pub enum MemoryError {
 /// [`MemoryError::Allocate`] when the host has no address space or commit limit left.
 #[allow(unsafe_code)]
 pub fn allocate(layout: &MemoryLayout) -> Result<GuestMemory, MemoryError> {
-    let fail = |reason: String| MemoryError::Allocate {
+    let fail = |source| MemoryError::Allocate {
         size_mib: layout.regions().iter().map(|region| region.size).sum::<u64>() >> 20,
-        reason,
+        source,
     };
     let mut ranges = Vec::new();
     for region in layout.regions() {
-        let len = usize::try_from(region.size).map_err(|e| fail(e.to_string()))?;
+        let len = usize::try_from(region.size).map_err(|_| fail(FromRangesError::InvalidGuestRegion))?;
         ranges.push((GuestAddress(region.start), len));
     }
-    let memory = GuestMemory::from_ranges(&ranges).map_err(|e| fail(e.to_string()))?;
+    let memory = GuestMemory::from_ranges(&ranges).map_err(fail)?;
     for (region, description) in memory.iter().zip(layout.regions()) {
         let Ok(address) = region.get_host_address(MemoryRegionAddress(0)) else {
             continue;

@@ -71,7 +71,7 @@ fn members(mut word: u64) -> impl Iterator<Item = u64> {
 }
 
 #[cfg(test)]
-mod tests {
+mod properties {
     use std::collections::BTreeSet;
 
     use proptest::prelude::*;

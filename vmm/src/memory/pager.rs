@@ -22,6 +22,7 @@ use super::GuestMemory;
 use super::image::{self, Place};
 use super::layout::{MemoryLayout, RegionKind};
 use super::userfaultfd::{Userfaultfd, Watch};
+use crate::lifecycle::{Failure, errno_of};
 
 /// linux/userfaultfd.h
 const EVENT_PAGEFAULT: u8 = 0x12;
@@ -55,7 +56,7 @@ impl Pager {
         layout: &MemoryLayout,
         file: &File,
         watch: Watch,
-        failed: impl FnOnce(String) + Send + 'static,
+        failed: impl FnOnce(Failure) + Send + 'static,
     ) -> io::Result<Self> {
         let uffd = Arc::new(Userfaultfd::open(watch)?);
         let source = Source::map(file, image::file_size(layout))?;
@@ -150,7 +151,7 @@ struct Worker {
     regions: Vec<(u64, u64, u64)>,
     stop: Arc<EventFd>,
     /// `None` once it was called: from then on there are only zeros.
-    failed: Option<Box<dyn FnOnce(String) + Send>>,
+    failed: Option<Box<dyn FnOnce(Failure) + Send>>,
     /// Keeps the mappings while faults are served.
     _memory: Arc<GuestMemory>,
 }
@@ -161,14 +162,18 @@ impl Worker {
             match poll(&[self.stop.as_raw_fd(), self.uffd.messages().as_raw_fd()], -1) {
                 Ok(ready) if ready.first() == Some(&true) => return,
                 Ok(_) => {}
-                Err(error) => self.fail(format!("poll of userfaultfd: {error}")),
+                Err(error) => self.fail(Failure::PageFaults {
+                    source: errno_of(&error),
+                }),
             }
             let mut message = [0; MESSAGE_BYTES];
             match self.uffd.messages().read(&mut message) {
                 Ok(MESSAGE_BYTES) => self.serve(&message),
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => self.fail(format!("reading a fault from userfaultfd: {error}")),
+                Err(error) => self.fail(Failure::PageFaults {
+                    source: errno_of(&error),
+                }),
             }
         }
     }
@@ -197,10 +202,10 @@ impl Worker {
                 Err(error) => match error.raw_os_error() {
                     // Somebody else brought it in, or mappings are being changed: whoever waits tries again.
                     Some(libc::EEXIST | libc::EAGAIN) => return self.uffd.wake(start + page, PAGE as u64),
-                    _ => self.fail(format!(
-                        "page at offset {:#x} of the memory file: {error}",
-                        offset + page
-                    )),
+                    _ => self.fail(Failure::Page {
+                        offset: offset + page,
+                        source: errno_of(&error),
+                    }),
                 },
             }
         }
@@ -210,13 +215,13 @@ impl Worker {
     }
 
     /// Reports the failure. vCPUs are told to leave the guest, and have a moment to do so: none is to see the zeros.
-    fn fail(&mut self, reason: String) {
+    fn fail(&mut self, failure: Failure) {
         let Some(failed) = self.failed.take() else {
             // Not a fault for each turn of the loop.
             return std::thread::sleep(PAUSE);
         };
-        tracing::error!(reason, "pager: guest memory cannot be brought in");
-        failed(format!("guest memory cannot be brought in: {reason}"));
+        tracing::error!(%failure, "pager");
+        failed(failure);
         // Ends early when the machine is taken apart; the loop looks at that again.
         let _ = poll(&[self.stop.as_raw_fd()], GRACE_MS);
     }
@@ -321,8 +326,17 @@ mod tests {
                 [0x200_0000, 0x300_0000].map(|address| clone.read_obj(GuestAddress(address)).unwrap())
             }
         });
-        let reason = told.recv_timeout(Duration::from_secs(30)).unwrap();
-        assert!(reason.contains("offset 0x2000000"), "{reason}");
+        let failure = told.recv_timeout(Duration::from_secs(60)).unwrap();
+        assert!(
+            matches!(
+                failure,
+                Failure::Page {
+                    offset: 0x200_0000,
+                    ..
+                }
+            ),
+            "{failure}"
+        );
         assert_eq!(waiting.join().unwrap(), [0, 0]);
         drop(pager);
         // The sender went with the only call.

@@ -27,6 +27,7 @@ use super::image;
 use super::layout::{MemoryLayout, RegionKind};
 use super::page_set::{PAGE, PageSet};
 use super::userfaultfd::{Userfaultfd, Watch};
+use crate::interrupted;
 
 /// linux/fs.h: `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
@@ -286,15 +287,12 @@ impl WriteLog {
             argument.category_inverted = PAGE_IS_FILE;
         }
         while argument.start < argument.end {
-            // SAFETY: `argument` is the structure the request takes; the ranges it points to live as long as the loop.
-            let count = unsafe { libc::ioctl(self.pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) };
-            let Ok(count) = usize::try_from(count) else {
-                let source = io::Error::last_os_error();
-                if source.kind() == io::ErrorKind::Interrupted {
-                    continue;
-                }
-                return Err(scan_error(&argument, source));
-            };
+            let count = interrupted::again_libc(|| {
+                // SAFETY: `argument` is the structure the request takes; the ranges it points to live as long as the loop.
+                let count = unsafe { libc::ioctl(self.pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) };
+                count as isize
+            });
+            let count = count.map_err(|source| scan_error(&argument, source))?;
             for range in ranges.iter().take(count) {
                 let page = |address: u64| region.first_page + (address - region.address) / PAGE;
                 found(page(range.start)..page(range.end), range.categories);

@@ -3,13 +3,11 @@
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use proptest::prelude::*;
-
 use super::bucket::{BucketState, MAX_OPERATION, TokenBucket};
 use super::{Buckets, RateLimiter, RateLimiterState};
 use crate::rate_limiter::{BucketConfigError, RateLimiterConfig, TokenBucketConfig};
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn bucket(size: u64, one_time_burst: u64, refill_time_ms: u64) -> TokenBucketConfig {
     TokenBucketConfig {
@@ -125,13 +123,18 @@ fn validate_when_a_bucket_would_be_stuck_is_refused() {
 
 #[test]
 fn timer_when_throttled_fires_when_the_tokens_are_there() {
-    let mut limiter = RateLimiter::new(&bandwidth(bucket(1000, 0, 200))).unwrap();
     let start = Instant::now();
+    let mut limiter = RateLimiter::new(&bandwidth(bucket(1000, 0, 200))).unwrap();
     assert!(limiter.consume(1000, 1));
     assert!(!wait_readable(&limiter, Duration::ZERO), "armed without need");
-    assert!(!limiter.consume(500, 1));
+    let mut taken = 0;
+    // Once at the most, unless this test is stopped for longer than it takes to fill half of the bucket.
+    while limiter.consume(500, 1) {
+        taken += 500;
+    }
     assert!(wait_readable(&limiter, PATIENCE));
-    assert!(start.elapsed() >= ms(100));
+    // 1000 were there, those taken since and the 500 that were missing came at 5 in a ms.
+    assert!(start.elapsed() >= ms((taken + 500) / 5));
     limiter.on_timer();
     assert!(limiter.consume(500, 1));
     assert!(!wait_readable(&limiter, Duration::ZERO));
@@ -143,7 +146,8 @@ fn timer_when_two_wait_fires_for_the_shorter_one_first() {
     let mut limiter = RateLimiter::new(&bandwidth(bucket(1000, 0, 1_000_000))).unwrap();
     assert!(limiter.consume(1000, 1));
     assert!(!limiter.consume(1000, 1));
-    assert!(!limiter.consume(1, 1));
+    // A token comes each second.
+    while limiter.consume(1, 1) {}
     assert!(wait_readable(&limiter, PATIENCE));
 }
 
@@ -170,9 +174,9 @@ fn limiter_when_not_configured_lets_everything_pass() {
 #[test]
 fn may_start_when_charged_into_debt_says_no_until_it_is_paid() {
     let mut limiter = RateLimiter::new(&bandwidth(bucket(1000, 0, 100))).unwrap();
-    assert!(limiter.may_start());
-    limiter.charge(2000, 1);
-    assert!(!limiter.may_start());
+    while limiter.may_start() {
+        limiter.charge(2000, 1);
+    }
     assert!(wait_readable(&limiter, PATIENCE));
     limiter.on_timer();
     assert!(limiter.may_start());
@@ -229,100 +233,106 @@ fn restore_when_saved_goes_on_from_there_and_when_absurd_is_cut() {
     }
 }
 
-prop_compose! {
-    /// Small numbers, so that a test crosses all limits many times.
-    fn small_bucket()(size in 1u64..2000, burst in 0u64..2000, refill in 1u64..2000) -> TokenBucketConfig {
-        bucket(size, burst, refill)
+mod properties {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    prop_compose! {
+        /// Small numbers, so that a test crosses all limits many times.
+        fn small_bucket()(size in 1u64..2000, burst in 0u64..2000, refill in 1u64..2000) -> TokenBucketConfig {
+            bucket(size, burst, refill)
+        }
     }
-}
 
-/// Steps of time in ns and sizes of operations.
-fn operations() -> impl Strategy<Value = Vec<(u64, u64)>> {
-    let step = prop_oneof![Just(0), 1u64..1000, 1u64..1_000_000, 1u64..3_000_000_000];
-    prop::collection::vec((step, 0u64..3000), 1..80)
-}
+    /// Steps of time in ns and sizes of operations.
+    fn operations() -> impl Strategy<Value = Vec<(u64, u64)>> {
+        let step = prop_oneof![Just(0), 1u64..1000, 1u64..1_000_000, 1u64..3_000_000_000];
+        prop::collection::vec((step, 0u64..3000), 1..80)
+    }
 
-proptest! {
-    #[test]
-    fn tokens_in_any_window_stay_within_size_and_burst_and_rate(config in small_bucket(), operations in operations()) {
-        let mut bucket = TokenBucket::new(&config, Duration::ZERO);
-        let mut now = Duration::ZERO;
-        let mut granted = Vec::new();
-        for (step, tokens) in operations {
-            now += Duration::from_nanos(step);
-            if bucket.wait(tokens, now).is_zero() {
+    proptest! {
+        #[test]
+        fn tokens_in_any_window_stay_within_size_and_burst_and_rate(config in small_bucket(), operations in operations()) {
+            let mut bucket = TokenBucket::new(&config, Duration::ZERO);
+            let mut now = Duration::ZERO;
+            let mut granted = Vec::new();
+            for (step, tokens) in operations {
+                now += Duration::from_nanos(step);
+                if bucket.wait(tokens, now).is_zero() {
+                    bucket.take(tokens);
+                    granted.push((now, u128::from(tokens)));
+                }
+            }
+            let refill = u128::from(config.refill_time_ms) * 1_000_000;
+            for first in 0..granted.len() {
+                let mut sum = 0;
+                let mut largest = 0;
+                for &(at, tokens) in &granted[first..] {
+                    sum += tokens;
+                    largest = largest.max(tokens);
+                    // An operation larger than the bucket goes into debt by what it is larger.
+                    let at_once = u128::from(config.size).max(largest) + u128::from(config.one_time_burst);
+                    let rate = u128::from(config.size) * (at - granted[first].0).as_nanos();
+                    prop_assert!(sum * refill <= at_once * refill + rate, "{sum} tokens from {first} to {at:?}");
+                }
+            }
+        }
+
+        #[test]
+        fn operation_when_it_waits_as_told_always_passes(config in small_bucket(), operations in operations()) {
+            let mut bucket = TokenBucket::new(&config, Duration::ZERO);
+            let mut now = Duration::ZERO;
+            for (step, tokens) in operations {
+                now += Duration::from_nanos(step);
+                let wait = bucket.wait(tokens, now);
+                if wait > Duration::from_nanos(1) {
+                    let early = now + wait - Duration::from_nanos(1);
+                    prop_assert!(!bucket.wait(tokens, early).is_zero(), "waits longer than needed");
+                }
+                now += wait;
+                prop_assert!(bucket.wait(tokens, now).is_zero(), "starved");
                 bucket.take(tokens);
-                granted.push((now, u128::from(tokens)));
             }
         }
-        let refill = u128::from(config.refill_time_ms) * 1_000_000;
-        for first in 0..granted.len() {
-            let mut sum = 0;
-            let mut largest = 0;
-            for &(at, tokens) in &granted[first..] {
-                sum += tokens;
-                largest = largest.max(tokens);
-                // An operation larger than the bucket goes into debt by what it is larger.
-                let at_once = u128::from(config.size).max(largest) + u128::from(config.one_time_burst);
-                let rate = u128::from(config.size) * (at - granted[first].0).as_nanos();
-                prop_assert!(sum * refill <= at_once * refill + rate, "{sum} tokens from {first} to {at:?}");
-            }
-        }
-    }
 
-    #[test]
-    fn operation_when_it_waits_as_told_always_passes(config in small_bucket(), operations in operations()) {
-        let mut bucket = TokenBucket::new(&config, Duration::ZERO);
-        let mut now = Duration::ZERO;
-        for (step, tokens) in operations {
-            now += Duration::from_nanos(step);
-            let wait = bucket.wait(tokens, now);
-            if wait > Duration::from_nanos(1) {
-                let early = now + wait - Duration::from_nanos(1);
-                prop_assert!(!bucket.wait(tokens, early).is_zero(), "waits longer than needed");
+        #[test]
+        fn bucket_when_always_asked_uses_the_whole_rate(config in small_bucket(), step in 1u64..1_000_000) {
+            let refill = u128::from(config.refill_time_ms) * 1_000_000;
+            // Who empties it keeps less than a token back; what one step brings must fit above that, or the bucket runs over.
+            let room = u128::from(config.size - 1);
+            prop_assume!(u128::from(config.size) * u128::from(step) <= room * refill);
+            let mut bucket = TokenBucket::new(&config, Duration::ZERO);
+            let mut now = Duration::ZERO;
+            let mut taken = 0u128;
+            for _ in 0..2000 {
+                now += Duration::from_nanos(step);
+                while bucket.wait(1, now).is_zero() {
+                    bucket.take(1);
+                    taken += 1;
+                }
             }
-            now += wait;
-            prop_assert!(bucket.wait(tokens, now).is_zero(), "starved");
-            bucket.take(tokens);
+            let rate = u128::from(config.size) * now.as_nanos() / refill;
+            // Full at the start: what time brought until the first request is lost.
+            let lost = u128::from(config.size) * u128::from(step) / refill + 1;
+            let expected = u128::from(config.size + config.one_time_burst) + rate;
+            prop_assert!(taken <= expected && taken + lost >= expected, "{taken} of {expected}");
         }
-    }
 
-    #[test]
-    fn bucket_when_always_asked_uses_the_whole_rate(config in small_bucket(), step in 1u64..1_000_000) {
-        let refill = u128::from(config.refill_time_ms) * 1_000_000;
-        // Who empties it keeps less than a token back; what one step brings must fit above that, or the bucket runs over.
-        let room = u128::from(config.size - 1);
-        prop_assume!(u128::from(config.size) * u128::from(step) <= room * refill);
-        let mut bucket = TokenBucket::new(&config, Duration::ZERO);
-        let mut now = Duration::ZERO;
-        let mut taken = 0u128;
-        for _ in 0..2000 {
-            now += Duration::from_nanos(step);
-            while bucket.wait(1, now).is_zero() {
-                bucket.take(1);
-                taken += 1;
+        #[test]
+        fn bucket_when_numbers_are_extreme_does_not_overflow(
+            size in 1u64.., burst in any::<u64>(), refill in 1u64..,
+            operations in prop::collection::vec((any::<u64>(), any::<u64>(), any::<u32>()), 1..50),
+        ) {
+            let mut bucket = TokenBucket::new(&bucket(size, burst, refill), Duration::ZERO);
+            let mut now = Duration::ZERO;
+            for (tokens, seconds, nanos) in operations {
+                now = now.saturating_add(Duration::new(seconds, nanos % 1_000_000_000));
+                let _ = bucket.wait(tokens, now);
+                bucket.take(tokens);
+                let state = bucket.state(now);
+                prop_assert!(state.level <= i128::from(size) && state.level >= -i128::from(MAX_OPERATION));
             }
-        }
-        let rate = u128::from(config.size) * now.as_nanos() / refill;
-        // Full at the start: what time brought until the first request is lost.
-        let lost = u128::from(config.size) * u128::from(step) / refill + 1;
-        let expected = u128::from(config.size + config.one_time_burst) + rate;
-        prop_assert!(taken <= expected && taken + lost >= expected, "{taken} of {expected}");
-    }
-
-    #[test]
-    fn bucket_when_numbers_are_extreme_does_not_overflow(
-        size in 1u64.., burst in any::<u64>(), refill in 1u64..,
-        operations in prop::collection::vec((any::<u64>(), any::<u64>(), any::<u32>()), 1..50),
-    ) {
-        let mut bucket = TokenBucket::new(&bucket(size, burst, refill), Duration::ZERO);
-        let mut now = Duration::ZERO;
-        for (tokens, seconds, nanos) in operations {
-            now = now.saturating_add(Duration::new(seconds, nanos % 1_000_000_000));
-            let _ = bucket.wait(tokens, now);
-            bucket.take(tokens);
-            let state = bucket.state(now);
-            prop_assert!(state.level <= i128::from(size) && state.level >= -i128::from(MAX_OPERATION));
         }
     }
 }

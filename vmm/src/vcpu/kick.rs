@@ -52,7 +52,11 @@ pub fn install_handler() -> io::Result<()> {
 /// # Errors
 /// pthread_sigmask failed.
 pub fn unblock() -> io::Result<()> {
-    vmm_sys_util::signal::unblock_signal(signal()).map_err(|e| io::Error::other(e.to_string()))
+    vmm_sys_util::signal::unblock_signal(signal()).map_err(|error| match error {
+        // How vmm-sys-util says it: with the error number inside.
+        vmm_sys_util::signal::Error::UnblockSignal(errno) => io::Error::from_raw_os_error(errno.errno()),
+        other => io::Error::other(other.to_string()),
+    })
 }
 
 /// While it lives, kicks reach the vCPU. Bound to the thread that made it.

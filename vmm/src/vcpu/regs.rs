@@ -2,11 +2,11 @@
 
 use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::boot::EntryPoint;
 use crate::memory::{GuestMemory, layout};
-use crate::vcpu::cpuid::MSR_ARCH_CAPABILITIES;
+use crate::vcpu::cpuid::{MSR_ARCH_CAPABILITIES, takes_care};
 
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
@@ -44,12 +44,12 @@ pub enum RegsError {
         source: kvm_ioctls::Error,
     },
     /// Guest memory refused a write.
-    #[error("boot structures at {address:#x}: {reason}")]
+    #[error("boot structures at {address:#x}: {source}")]
     Memory {
         /// Guest physical address.
         address: u64,
         /// Cause.
-        reason: String,
+        source: GuestMemoryError,
     },
 }
 
@@ -67,6 +67,9 @@ pub fn set_msrs(vcpu: &VcpuFd, index: u8) -> Result<(), RegsError> {
 
 /// Gives the vCPU another [`MSR_ARCH_CAPABILITIES`] than the host's, which KVM starts it with; its CPUID must be set.
 ///
+/// Some hosts' KVM knows the host's value, but its vCPUs have no such register to write (kvm-pvm on AMD: it reads as 0). A guest
+/// there has more mitigations than it needs, which is no reason not to run it.
+///
 /// # Errors
 /// [`RegsError::Kvm`].
 pub fn set_arch_capabilities(vcpu: &VcpuFd, index: u8, value: u64) -> Result<(), RegsError> {
@@ -81,7 +84,14 @@ pub fn set_arch_capabilities(vcpu: &VcpuFd, index: u8, value: u64) -> Result<(),
     if read == 1 && msrs.as_slice() == wanted {
         return Ok(());
     }
-    write_msrs(vcpu, index, &wanted)
+    let seen = msrs.as_slice().first().map_or(0, |entry| entry.data);
+    match write_msrs(vcpu, index, &wanted) {
+        Err(error) if read == 1 && takes_care(seen, value) => {
+            tracing::debug!(index, seen, value, %error, "vCPU: IA32_ARCH_CAPABILITIES stays as it is");
+            Ok(())
+        }
+        result => result,
+    }
 }
 
 fn msr(index: u32, data: u64) -> kvm_msr_entry {
@@ -259,19 +269,13 @@ fn write_page_tables(memory: &GuestMemory) -> Result<(), RegsError> {
     }
     memory
         .write_slice(&entries, GuestAddress(pd))
-        .map_err(|e| RegsError::Memory {
-            address: pd,
-            reason: e.to_string(),
-        })
+        .map_err(|source| RegsError::Memory { address: pd, source })
 }
 
 fn write(memory: &GuestMemory, address: u64, value: u64) -> Result<(), RegsError> {
     memory
         .write_obj(value, GuestAddress(address))
-        .map_err(|e| RegsError::Memory {
-            address,
-            reason: e.to_string(),
-        })
+        .map_err(|source| RegsError::Memory { address, source })
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::bus::Bus;
 use crate::lifecycle::gate::Passage;
-use crate::lifecycle::{ExitReason, Lifecycle};
+use crate::lifecycle::{ExitReason, Failure, Lifecycle, VcpuFailure, errno_of};
 use crate::vcpu::kick;
 use crate::vcpu::metrics::VcpuCounters;
 
@@ -95,8 +95,7 @@ struct Leaving(Arc<Lifecycle>);
 impl Drop for Leaving {
     fn drop(&mut self) {
         if thread::panicking() {
-            self.0
-                .finish(ExitReason::Failure("vCPU thread panicked".to_owned()));
+            self.0.finish(ExitReason::Failure(Failure::VcpuPanicked));
         }
         self.0.gate().leave();
     }
@@ -139,11 +138,8 @@ impl Vcpu {
         let registration = kick::Registration::new(&mut self.fd);
         let lifecycle = self.lifecycle.clone();
         if let Err(error) = kick::unblock() {
-            let failure = format!(
-                "vCPU {}: cannot unblock the signal that stops it: {error}",
-                self.index
-            );
-            lifecycle.finish(ExitReason::Failure(failure));
+            let failure = VcpuFailure::Signal(errno_of(&error));
+            lifecycle.finish(self.failed(failure));
         }
         loop {
             match lifecycle.gate().pass(leaving, || self.finish_instruction()) {
@@ -219,37 +215,35 @@ impl Vcpu {
             }
             Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_CRASH, _)) => return ControlFlow::Break(ExitReason::Panic),
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => return ControlFlow::Continue(()),
-            Ok(VcpuExit::InternalError) => self.describe_internal_error(),
-            Ok(VcpuExit::FailEntry(reason, _)) => {
-                format!("KVM cannot enter the guest, hardware reason {reason:#x}")
-            }
-            Ok(other) => format!("unexpected exit {other:?}"),
+            Ok(VcpuExit::InternalError) => self.internal_error(),
+            Ok(VcpuExit::FailEntry(reason, _)) => VcpuFailure::Entry(reason),
+            Ok(other) => VcpuFailure::Exit(format!("{other:?}")),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                 VcpuCounters::count(&self.counters.interrupted);
                 self.fd.set_kvm_immediate_exit(0);
                 return ControlFlow::Continue(());
             }
-            Err(error) => format!("KVM_RUN: {error}"),
+            Err(error) => VcpuFailure::Run(error),
         };
         let index = self.index;
         match self.fd.get_regs() {
-            Ok(regs) => tracing::error!(vcpu = index, failure, ?regs, "vCPU failed"),
-            Err(error) => tracing::error!(vcpu = index, failure, %error, "vCPU failed, registers unreadable"),
+            Ok(regs) => tracing::error!(vcpu = index, %failure, ?regs, "vCPU failed"),
+            Err(error) => {
+                tracing::error!(vcpu = index, %failure, %error, "vCPU failed, registers unreadable");
+            }
         }
-        ControlFlow::Break(ExitReason::Failure(format!("vCPU {index}: {failure}")))
+        ControlFlow::Break(self.failed(failure))
     }
 
-    fn describe_internal_error(&mut self) -> String {
+    fn failed(&self, failure: VcpuFailure) -> ExitReason {
+        let index = self.index;
+        ExitReason::Failure(Failure::Vcpu { index, failure })
+    }
+
+    fn internal_error(&mut self) -> VcpuFailure {
         // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which KVM fills this member of the union.
         let suberror = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
-        let what = match suberror {
-            1 => "instruction emulation failed",
-            2 => "simultaneous exceptions",
-            3 => "exit while delivering an event",
-            4 => "unexpected exit reason",
-            _ => "unknown",
-        };
         let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
-        format!("KVM internal error {suberror} ({what}) at rip {rip:#x}")
+        VcpuFailure::Internal { suberror, rip }
     }
 }

@@ -43,7 +43,7 @@ use crate::vcpu::create::{self, VcpuContext};
 use crate::vcpu::regs;
 use crate::vm::acpi::Platform;
 use crate::vm::console::Input;
-use crate::vm::error::BuildError;
+use crate::vm::error::{BuildError, DeviceFault};
 use crate::vm::machine::{Board, Machine, Origin};
 use crate::vm::registry::Content;
 use crate::vm::vcpus::Vcpus;
@@ -306,9 +306,9 @@ fn connect(
         let connected = device.connect(windows);
         devices.push((
             content,
-            connected.map_err(|e| BuildError::Device {
+            connected.map_err(|error| BuildError::Device {
                 id,
-                reason: e.to_string(),
+                source: error.into(),
             })?,
         ));
     }
@@ -347,7 +347,7 @@ pub fn plug(
     let plugged = machine.devices.plug(index, content, device);
     plugged.map(drop).map_err(|error| BuildError::Device {
         id,
-        reason: error.to_string(),
+        source: error.into(),
     })
 }
 
@@ -454,9 +454,9 @@ impl<'c> Opener<'c> {
     /// # Errors
     /// [`BuildError::Device`].
     pub fn open(&mut self, content: &Content) -> Result<Box<dyn Opened>, BuildError> {
-        let error = |id: &str| {
-            let id = id.to_owned();
-            move |reason| BuildError::Device { id, reason }
+        let error = |id: &str, source| BuildError::Device {
+            id: id.to_owned(),
+            source,
         };
         Ok(match (content, &self.config.vsock) {
             (Content::Console, _) => {
@@ -469,27 +469,26 @@ impl<'c> Opener<'c> {
                 Complete::opened(device)
             }
             (Content::Vsock, Some(config)) => {
-                let vsock = Vsock::new(config).map_err(|e| e.to_string());
-                let (device, handle) = vsock.map_err(error("vsock"))?;
+                let vsock = Vsock::new(config);
+                let (device, handle) = vsock.map_err(|e| error("vsock", e.into()))?;
                 self.vsock = Some(handle);
                 Complete::opened(device)
             }
             (Content::Vsock, None) => {
-                return Err(error("vsock")("the configuration has none".to_owned()));
+                return Err(error("vsock", DeviceFault::NotConfigured));
             }
             (Content::Mem, _) => {
-                return Err(error(mem::DEVICE_ID)("comes with the memory".to_owned()));
+                return Err(error(mem::DEVICE_ID, DeviceFault::OfMemory));
             }
-            (Content::Device(config), _) => config
-                .knobs()
-                .open()
-                .map_err(|e| error(config.id())(e.to_string()))?,
+            (Content::Device(config), _) => {
+                config.knobs().open().map_err(|e| error(config.id(), e.into()))?
+            }
             (Content::Adopted(config), _) => {
                 let fds = self.tap_fds.remove(config.id()).unwrap_or_default();
                 config
                     .knobs()
                     .adopt(fds)
-                    .map_err(|e| error(config.id())(e.to_string()))?
+                    .map_err(|e| error(config.id(), e.into()))?
             }
         })
     }

@@ -1,5 +1,7 @@
 //! Disks that change while the guest runs.
 
+use std::convert::Infallible;
+
 use crate::devices::virtio::block::Block;
 use crate::vm::{DeviceError, Vm};
 
@@ -11,6 +13,11 @@ impl Vm {
     /// [`DeviceError`]; with [`Refused`](DeviceError::Refused) for an image that became smaller or cannot be measured. The
     /// capacity is as before.
     pub fn resize_disk(&self, id: &str) -> Result<u64, DeviceError> {
-        self.with_device(id, "disk", Block::resize)
+        // The guest's requests and registers do not wait for the host's storage.
+        let gauge = self.with_device(id, "disk", |disk: &mut Block| Ok::<_, Infallible>(disk.gauge()))?;
+        let resize = |size| self.with_device(id, "disk", |disk: &mut Block| disk.resize(size));
+        gauge
+            .measure(resize)
+            .map_err(|error| DeviceError::Refused(Box::new(error)))?
     }
 }

@@ -1,5 +1,6 @@
 //! What can go wrong with a machine, one enum per operation.
 
+use std::fmt;
 use std::io;
 use std::time::Duration;
 
@@ -7,7 +8,7 @@ use crate::acpi::tables::AcpiError;
 use crate::boot::BootError;
 use crate::bus::BusError;
 use crate::config::ConfigError;
-use crate::devices::virtio::config::OpenErrorKind;
+use crate::devices::virtio::config::OpenError;
 use crate::devices::virtio::vsock::VsockError;
 use crate::io_loop::IoLoopError;
 pub use crate::kvm::{IoctlError, KvmError};
@@ -17,6 +18,7 @@ use crate::memory::window::WindowError;
 use crate::vcpu::cpuid::CpuidError;
 use crate::vcpu::create::VcpuError;
 use crate::vcpu::regs::RegsError;
+use crate::vm::registry::{ConnectError, ResumeError};
 
 /// A machine cannot be built. Nothing of it is left behind.
 #[derive(Debug, thiserror::Error)]
@@ -84,12 +86,12 @@ pub enum BuildError {
     #[error(transparent)]
     Bus(#[from] BusError),
     /// A device.
-    #[error("device {id}: {reason}")]
+    #[error("device {id}: {source}")]
     Device {
         /// Device id.
         id: String,
         /// What is wrong with it.
-        reason: String,
+        source: DeviceFault,
     },
     /// The I/O loop.
     #[error(transparent)]
@@ -102,6 +104,26 @@ pub enum BuildError {
         /// Cause.
         source: io::Error,
     },
+}
+
+/// What is wrong with a device of a machine that is to be built.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceFault {
+    /// It cannot be opened, or has no place in guest memory.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The vsock device.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
+    /// KVM does not take it.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// A saved machine has it, its configuration has not.
+    #[error("the configuration has none")]
+    NotConfigured,
+    /// A saved machine has it among those that are opened.
+    #[error("comes with the memory")]
+    OfMemory,
 }
 
 /// A state change is not possible.
@@ -120,7 +142,7 @@ pub enum VmError {
     Interrupt(#[from] io::Error),
     /// A device of a restored machine cannot go on.
     #[error("cannot resume the machine: {0}")]
-    Device(String),
+    Device(#[from] ResumeError),
     /// The machine has no vsock device.
     #[error("the machine has no vsock device")]
     NoVsock,
@@ -144,15 +166,26 @@ pub enum ResizeVcpuError {
         max: u8,
     },
     /// The host cannot make a vCPU.
-    #[error("vCPU {index}: {reason}")]
+    #[error("vCPU {index}: {source}")]
     Host {
         /// vCPU index.
         index: u8,
         /// Cause.
-        reason: String,
+        source: StartVcpuError,
+    },
+    /// The guest cannot be told.
+    #[error("vCPUs: {requested} requested, interrupt of the generic event device: {source}")]
+    Interrupt {
+        /// Requested.
+        requested: u8,
+        /// Cause.
+        source: io::Error,
     },
     /// The guest refused or is silent.
-    #[error("vCPUs: {requested} requested, the guest has {reached} after {} ms: {reason}", waited.as_millis())]
+    #[error(
+        "vCPUs: {requested} requested, the guest has {reached} after {} ms: {}",
+        waited.as_millis(), Listed(refusals)
+    )]
     Guest {
         /// Requested.
         requested: u8,
@@ -160,9 +193,58 @@ pub enum ResizeVcpuError {
         reached: u8,
         /// Time waited.
         waited: Duration,
-        /// vCPUs and what the guest said about them.
-        reason: String,
+        /// What became of each vCPU that did not come or go.
+        refusals: Vec<VcpuRefusal>,
     },
+}
+
+/// The host cannot make a vCPU, or not its thread.
+#[derive(Debug, thiserror::Error)]
+pub enum StartVcpuError {
+    /// The machine ends.
+    #[error("the machine ends")]
+    Ending,
+    /// KVM does not make it.
+    #[error(transparent)]
+    Create(#[from] VcpuError),
+    /// KVM does not let one that was used before wait for INIT.
+    #[error(transparent)]
+    WaitForInit(#[from] RegsError),
+    /// The host refuses the thread.
+    #[error("thread: {0}")]
+    Thread(#[from] io::Error),
+}
+
+/// What a guest did with a request to take or to give back a vCPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum VcpuRefusal {
+    /// It answered.
+    #[error("vCPU {index}: _OST status {status:#x}")]
+    Refused {
+        /// vCPU index.
+        index: u8,
+        /// ACPI 6.5, 6.3.5: what its kernel says.
+        status: u8,
+    },
+    /// It did not.
+    #[error("vCPU {index}: no answer")]
+    Silent {
+        /// vCPU index.
+        index: u8,
+    },
+}
+
+/// Errors in one line.
+struct Listed<'e, E>(&'e [E]);
+
+impl<E: fmt::Display> fmt::Display for Listed<'_, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, error) in self.0.iter().enumerate() {
+            let separator = if index == 0 { "" } else { ", " };
+            write!(f, "{separator}{error}")?;
+        }
+        Ok(())
+    }
 }
 
 /// A device cannot be added or removed. The machine is as before.
@@ -196,15 +278,13 @@ pub enum HotplugError {
     /// The guest still uses it.
     #[error("device {0}: the guest's driver is still bound to it")]
     InUse(String),
-    /// The device itself.
-    #[error("device {id}: {reason}")]
+    /// The device itself; [`OpenError::kind`] says what can be done about it.
+    #[error("device {id}: {source}")]
     Device {
         /// Device id.
         id: String,
-        /// What can be done about it.
-        kind: OpenErrorKind,
         /// What is wrong with it.
-        reason: String,
+        source: OpenError,
     },
     /// KVM or the host refused.
     #[error("device {id}: {what}: {source}")]

@@ -60,10 +60,9 @@ impl Vm {
         open: impl FnOnce() -> Result<(Box<dyn Opened>, T), OpenError>,
     ) -> Result<(DeviceInfo, T), HotplugError> {
         let id = config.id();
-        let device_error = |error: OpenError| HotplugError::Device {
+        let device_error = |source: OpenError| HotplugError::Device {
             id: id.to_owned(),
-            kind: error.kind(),
-            reason: error.to_string(),
+            source,
         };
         // What is refused anyway is not opened. Opening takes as long as the host's storage does, and nobody waits for it.
         slot_for(&*self.machine_for(id)?, config)?;

@@ -23,10 +23,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use crate::devices::virtio::balloon::{BalloonError, BalloonStatistics, BalloonStatus};
-pub use crate::devices::virtio::config::OpenErrorKind;
+pub use crate::devices::virtio::config::{OpenError, OpenErrorKind};
 pub use crate::devices::virtio::mem::ResizeMemoryError;
-pub use crate::lifecycle::{ExitReason, VmState};
-pub use error::{BuildError, DeviceError, HotplugError, IoctlError, KvmError, ResizeVcpuError, VmError};
+pub use crate::lifecycle::{ExitReason, Failure, VcpuFailure, VmState};
+pub use error::{
+    BuildError, DeviceError, DeviceFault, HotplugError, IoctlError, KvmError, ResizeVcpuError,
+    StartVcpuError, VcpuRefusal, VmError,
+};
 pub use info::{BootTimings, DeviceAddress, DeviceInfo, DeviceMetrics, Mark, ThreadIds, VmMetrics};
 
 use crate::config::VmConfig;
@@ -198,7 +201,7 @@ impl Vm {
     pub fn resume(&self) -> Result<(), VmError> {
         let _passage = lock(&self.passage);
         if let (VmState::Paused, Some(machine)) = (self.state(), self.machine.get()) {
-            machine.devices.resume().map_err(VmError::Device)?;
+            machine.devices.resume()?;
         }
         self.transition("resume", VmState::Paused, VmState::Running)?;
         self.lifecycle.gate().open();

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::devices::cpu_hotplug::Cpu;
 use crate::devices::ged::Event;
-use crate::vm::error::ResizeVcpuError;
+use crate::vm::error::{ResizeVcpuError, VcpuRefusal};
 use crate::vm::machine::Machine;
 use crate::vm::{Vm, VmState, lock};
 
@@ -47,7 +47,7 @@ impl Vm {
         if changed.is_empty() {
             return Ok((old, old));
         }
-        if let Err(error) = machine.ask(&missing, &surplus) {
+        if let Err(error) = machine.ask(count, &missing, &surplus) {
             for index in &changed {
                 hotplug.settle(*index, before(missing.contains(index)));
             }
@@ -55,21 +55,24 @@ impl Vm {
             return Err(error);
         }
         let answers = hotplug.wait(&changed, deadline);
-        let (mut failures, mut gone) = (Vec::new(), Vec::new());
+        let (mut refusals, mut gone) = (Vec::new(), Vec::new());
         for (index, answer) in changed.iter().zip(answers) {
             let inserted = missing.contains(index);
-            let (settled, failure) = match answer {
+            let (settled, refusal) = match answer {
                 Cpu::Present | Cpu::Absent => (answer, None),
                 Cpu::Refused(status) => (
                     before(inserted),
-                    Some(format!("vCPU {index}: _OST status {status:#x}")),
+                    Some(VcpuRefusal::Refused {
+                        index: *index,
+                        status,
+                    }),
                 ),
                 Cpu::Inserting | Cpu::Ejecting => {
-                    (before(inserted), Some(format!("vCPU {index}: no answer")))
+                    (before(inserted), Some(VcpuRefusal::Silent { index: *index }))
                 }
             };
             hotplug.settle(*index, settled);
-            failures.extend(failure);
+            refusals.extend(refusal);
             if settled == Cpu::Absent {
                 gone.push(*index);
             }
@@ -77,14 +80,14 @@ impl Vm {
         machine.vcpus.park(&gone);
         let reached = present(&hotplug.cpus());
         tracing::info!(old, requested = count, reached, "vCPUs resized");
-        if failures.is_empty() {
+        if refusals.is_empty() {
             return Ok((old, reached));
         }
         Err(ResizeVcpuError::Guest {
             requested: count,
             reached,
             waited: started.elapsed(),
-            reason: failures.join(", "),
+            refusals,
         })
     }
 }
@@ -101,7 +104,7 @@ fn present(cpus: &[Cpu]) -> u8 {
 
 impl Machine {
     /// Makes the threads of `missing` and asks the guest to take them and to give `surplus` back.
-    fn ask(&self, missing: &[u8], surplus: &[u8]) -> Result<(), ResizeVcpuError> {
+    fn ask(&self, requested: u8, missing: &[u8], surplus: &[u8]) -> Result<(), ResizeVcpuError> {
         for index in missing {
             self.vcpus.start(&self.vm, *index)?;
         }
@@ -112,9 +115,6 @@ impl Machine {
             self.vcpus.hotplug.eject(*index);
         }
         let notified = self.board.ged.notify(Event::Processors);
-        notified.map_err(|error| ResizeVcpuError::Host {
-            index: missing.iter().chain(surplus).copied().next().unwrap_or(0),
-            reason: format!("interrupt of the generic event device: {error}"),
-        })
+        notified.map_err(|source| ResizeVcpuError::Interrupt { requested, source })
     }
 }

@@ -14,7 +14,9 @@ use crate::config::DeviceConfig;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::transport::mmio::registers::register::{INTERRUPT_ACK, QUEUE_NOTIFY};
 use crate::devices::virtio::transport::mmio::slots::{self, Slots};
-use crate::devices::virtio::transport::mmio::{Host, INTERRUPT_USED_RING, MmioTransport, SlotInterrupt};
+use crate::devices::virtio::transport::mmio::{
+    Host, INTERRUPT_USED_RING, MmioTransport, SlotInterrupt, StartError,
+};
 use crate::memory::layout;
 use crate::vm::info::{DeviceAddress, DeviceInfo, DeviceMetrics};
 use crate::vm::lock;
@@ -42,6 +44,16 @@ pub enum RemoveError {
     Empty,
     /// A driver runs it.
     Active,
+}
+
+/// A device that was stopped for a save, or is of a restored machine, cannot go on.
+#[derive(Debug, thiserror::Error)]
+#[error("device {id}: {source}")]
+pub struct ResumeError {
+    /// Device id.
+    pub id: String,
+    /// Cause.
+    pub source: StartError,
 }
 
 /// No slot holds a device of that name.
@@ -345,16 +357,17 @@ impl Registry {
     /// Lets all suspended devices go on.
     ///
     /// # Errors
-    /// What the first that cannot said; the others go on.
-    pub fn resume(&self) -> Result<(), String> {
+    /// The first that cannot; the others go on.
+    pub fn resume(&self) -> Result<(), ResumeError> {
         let mut result = Ok(());
         for index in 0..self.slots.len() {
             if let Some(mut slot) = self.slots.lock(index)
                 && let Some(transport) = slot.as_mut()
             {
-                let resumed = transport
-                    .resume()
-                    .map_err(|reason| format!("device {}: {reason}", transport.id()));
+                let resumed = transport.resume().map_err(|source| ResumeError {
+                    id: transport.id().to_owned(),
+                    source,
+                });
                 result = result.and(resumed);
             }
         }

@@ -1,5 +1,6 @@
 //! The processors of a machine: who has a thread, who is kept for later.
 
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -9,7 +10,7 @@ use crate::vcpu::create::{self, VcpuContext};
 use crate::vcpu::kick;
 use crate::vcpu::metrics::VcpuMetrics;
 use crate::vcpu::run::{Vcpu, VcpuThread};
-use crate::vm::error::{BuildError, ResizeVcpuError};
+use crate::vm::error::{BuildError, ResizeVcpuError, StartVcpuError};
 use crate::vm::lock;
 
 /// The processors of a machine.
@@ -22,6 +23,16 @@ pub struct Vcpus {
     pub context: VcpuContext,
     /// What the guest knows of them.
     pub hotplug: Arc<CpuHotplug>,
+}
+
+/// A vCPU was stopped, and the host refuses it another thread.
+#[derive(Debug, thiserror::Error)]
+#[error("vCPU {index}: {source}")]
+pub struct NoThread {
+    /// vCPU index.
+    pub index: u8,
+    /// Cause.
+    pub source: io::Error,
 }
 
 #[derive(Debug, Default)]
@@ -67,25 +78,28 @@ impl Vcpus {
     /// # Errors
     /// [`ResizeVcpuError::Host`].
     pub fn start(&self, vm: &VmFd, index: u8) -> Result<(), ResizeVcpuError> {
-        let host = |reason: String| ResizeVcpuError::Host { index, reason };
+        self.try_start(vm, index)
+            .map_err(|source| ResizeVcpuError::Host { index, source })
+    }
+
+    fn try_start(&self, vm: &VmFd, index: u8) -> Result<(), StartVcpuError> {
         let mut list = self.lock();
         if list.ended {
-            return Err(host("the machine ends".to_owned()));
+            return Err(StartVcpuError::Ending);
         }
         let spare = list.spare.iter().position(|vcpu| vcpu.index == index);
         let vcpu = match spare {
             Some(position) => {
                 let vcpu = list.spare.swap_remove(position);
-                create::wait_for_init(&vcpu.fd, index).map_err(|e| host(e.to_string()))?;
+                create::wait_for_init(&vcpu.fd, index)?;
                 vcpu
             }
             None => {
-                let fd = create::create(vm, &self.context.model, index, self.context.max)
-                    .map_err(|e| host(e.to_string()))?;
+                let fd = create::create(vm, &self.context.model, index, self.context.max)?;
                 self.context.connect(index, fd)
             }
         };
-        let thread = vcpu.spawn().map_err(|e| host(e.to_string()))?;
+        let thread = vcpu.spawn()?;
         let position = list.threads.partition_point(|thread| thread.index < index);
         list.threads.insert(position, thread);
         Ok(())
@@ -117,15 +131,15 @@ impl Vcpus {
     /// They are parked, and wait at the gate again.
     ///
     /// # Errors
-    /// What cannot be made again.
-    pub fn stopped<T>(&self, operation: impl FnOnce(&[Vcpu]) -> T) -> Result<T, String> {
+    /// The first vCPU whose thread cannot be made again.
+    pub fn stopped<T>(&self, operation: impl FnOnce(&[Vcpu]) -> T) -> Result<T, NoThread> {
         let mut list = self.lock();
         let threads = std::mem::take(&mut list.threads);
         let vcpus: Vec<Vcpu> = threads.into_iter().filter_map(VcpuThread::retire).collect();
         let result = operation(&vcpus);
         for vcpu in vcpus {
             let index = vcpu.index;
-            let thread = vcpu.spawn().map_err(|error| format!("vCPU {index}: {error}"))?;
+            let thread = vcpu.spawn().map_err(|source| NoThread { index, source })?;
             list.threads.push(thread);
         }
         Ok(result)

@@ -18,7 +18,7 @@ use dragonball::vm::ExitReason;
 /// Where the guest's code is loaded and starts.
 pub const LOAD: u64 = 0x10_0000;
 /// Far beyond what any test needs; only reached when something is broken.
-pub const LONG: Duration = Duration::from_secs(30);
+pub const LONG: Duration = Duration::from_secs(120);
 
 /// Bytes of x86-64 code, appended instruction by instruction.
 #[derive(Debug, Default, Clone)]

@@ -160,7 +160,7 @@ fn pause_when_resumed_goes_on_without_complaint() {
     let scratch = Scratch::new();
     let mut config = config(
         &scratch,
-        "echo waiting; i=0; while [ $i -lt 30 ]; do i=$((i+1)); echo tick $i; sleep 0.1; done; dmesg | grep -ci lockup",
+        "echo waiting; i=0; while [ $i -lt 100 ]; do i=$((i+1)); echo tick $i; sleep 0.1; done; dmesg | grep -ci lockup",
     );
     config.vcpus = VcpuConfig { boot: 2, max: 2 };
     let vm = start(config);

@@ -8,6 +8,8 @@
 //! The rules are runc's: its list of what every container gets, then the specification's, each a line of version 1's
 //! `devices.allow` or `devices.deny`.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};

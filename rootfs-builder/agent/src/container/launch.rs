@@ -1,5 +1,7 @@
 //! Starting the helper and hearing from it.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
@@ -81,6 +83,7 @@ pub async fn launch(
         }
         Ok(Err(error)) => Err(error),
         Ok(Ok(Answer::Error(reason))) => Err(LaunchError::Refused(reason)),
+        Ok(Ok(Answer::Done)) => Err(LaunchError::Refused("no process was made".to_owned())),
         Ok(Ok(Answer::Pid(pid))) => {
             let pid = Pid::from_raw(pid);
             let exec_report = pipe::Receiver::from_owned_fd(exec_reader)?;
@@ -89,6 +92,28 @@ pub async fn launch(
                 exit: reaper.exit_of(pid),
                 exec_report,
             })
+        }
+    }
+}
+
+/// Runs the helper for `request`, which makes no process.
+///
+/// # Errors
+/// The helper's reason, or that it gave none.
+pub async fn run(reaper: &Reaper, request: &Request) -> Result<(), LaunchError> {
+    let _launch = reaper.launch();
+    let (result_reader, result_writer) = pipe2(OFlag::O_CLOEXEC).map_err(io::Error::from)?;
+    let helper = spawn(request, vec![result_writer])?;
+    let helper_exit = reaper.exit_of(helper);
+    let results = pipe::Receiver::from_owned_fd(result_reader)?;
+    match timeout(LAUNCH_PATIENCE, hear(results, helper_exit)).await {
+        Ok(Ok(Answer::Done | Answer::Pid(_))) => Ok(()),
+        Ok(Ok(Answer::Error(reason))) => Err(LaunchError::Refused(reason)),
+        Ok(Err(error)) => Err(error),
+        Err(_) => {
+            // Its exit is collected like any orphan's.
+            let _ = nix::sys::signal::kill(helper, nix::sys::signal::SIGKILL);
+            Err(LaunchError::Timeout)
         }
     }
 }

@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use nix::unistd::Pid;
 use oci_spec::runtime::Process as ProcessSpec;
 use tokio::net::unix::pipe;
 
@@ -71,14 +72,7 @@ async fn make_on_terminal(
         .console_size()
         .map(|size| (side(size.height()), side(size.width())));
     let launched = launch(context, &request, Vec::new()).await?;
-    let terminal = match console.receive() {
-        Ok(terminal) => terminal,
-        Err(error) => {
-            // Nobody could ever see or stop it.
-            let _ = Signal::KILL.send(launched.pid);
-            return Err(ContainerError::Stdio(error));
-        }
-    };
+    let terminal = terminal_of(launched.pid, console)?;
     if let Err(error) = terminal.give_to(spec.user().uid()) {
         tracing::warn!(uid = spec.user().uid(), %error, "the terminal stays root's");
     }
@@ -88,6 +82,14 @@ async fn make_on_terminal(
     Ok(Made {
         process,
         exec_report: launched.exec_report,
+    })
+}
+
+/// The terminal that process `pid` sent. Without one the process is killed: nobody could ever see or stop it.
+fn terminal_of(pid: Pid, console: pty::ConsoleSocket) -> Result<pty::Pty, ContainerError> {
+    console.receive().map_err(|error| {
+        let _ = Signal::KILL.send(pid);
+        ContainerError::Stdio(error)
     })
 }
 
@@ -110,5 +112,47 @@ pub fn not_executed(reason: String) -> ContainerError {
         ContainerError::NoProgram(reason)
     } else {
         ContainerError::Exec(reason)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    use super::*;
+
+    /// Ends by itself only long after the test has.
+    fn sleeper() -> std::process::Child {
+        Command::new("sleep").arg("600").spawn().unwrap()
+    }
+
+    fn killed_by(
+        mut child: std::process::Child,
+        console: pty::ConsoleSocket,
+    ) -> (ContainerError, Option<i32>) {
+        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+        let error = terminal_of(pid, console).err().expect("there is no terminal");
+        (error, child.wait().unwrap().signal())
+    }
+
+    #[tokio::test]
+    async fn process_when_it_sent_no_terminal_is_killed() {
+        let path = std::env::temp_dir().join(format!("agent-console-{}", std::process::id()));
+        // Nobody connected.
+        let console = pty::ConsoleSocket::bind(path.clone()).unwrap();
+        let (error, signal) = killed_by(sleeper(), console);
+        assert!(matches!(error, ContainerError::Stdio(_)), "{error}");
+        assert_eq!(signal, Some(libc::SIGKILL));
+
+        // Somebody did, and sent something else.
+        let console = pty::ConsoleSocket::bind(path.clone()).unwrap();
+        let mut stream = UnixStream::connect(&path).unwrap();
+        std::io::Write::write_all(&mut stream, b"no terminal").unwrap();
+        let (error, signal) = killed_by(sleeper(), console);
+        assert!(error.to_string().contains("sent no terminal"), "{error}");
+        assert_eq!(signal, Some(libc::SIGKILL));
+        assert!(!path.exists());
     }
 }

@@ -3,6 +3,7 @@
 mod cgroup;
 pub mod devices;
 pub mod helper;
+mod hooks;
 mod launch;
 mod make;
 mod oom;
@@ -22,13 +23,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use oci_spec::runtime::{Process as ProcessSpec, Spec};
+use oci_spec::runtime::{Hook, Process as ProcessSpec, Spec};
 use tokio::net::unix::pipe;
 use tokio::time::timeout;
 
 use cgroup::Cgroup;
 use devices::DeviceRules;
-use helper::Kind;
+use helper::{Kind, Request};
+pub use hooks::GuestHooks;
 pub use launch::LaunchError;
 use make::{make, not_executed};
 pub use oom::OomNotices;
@@ -155,6 +157,8 @@ pub struct Context {
     pub pipe_size: Option<u32>,
     /// Gets the name of a container whose process was killed for memory.
     pub out_of_memory: OomNotices,
+    /// Hooks of the guest's image, once the sandbox has named their folder.
+    pub hooks: std::sync::OnceLock<GuestHooks>,
 }
 
 /// A container.
@@ -286,9 +290,36 @@ impl Container {
             .await
             .map_err(ContainerError::Stdio)?
         {
-            Some(reason) => Err(not_executed(reason)),
-            None => Ok(()),
+            Some(reason) => return Err(not_executed(reason)),
+            None => {}
         }
+        let hooks = self.context.hooks.get().map(|hooks| &hooks.poststart[..]);
+        if let Err(error) = self.run_hooks(hooks.unwrap_or_default()).await {
+            self.kill(KILL_PATIENCE).await;
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Runs hooks of the guest's image, one after the other, up to the first that fails.
+    async fn run_hooks(&self, hooks: &[Hook]) -> Result<(), ContainerError> {
+        if hooks.is_empty() {
+            return Ok(());
+        }
+        let number = self.next_file.fetch_add(1, Ordering::Relaxed);
+        let file = self.bundle.join(format!("hooks-{number}.json"));
+        write_json(&file, &hooks)?;
+        let request = Request {
+            id: self.id.clone(),
+            state: self.context.state_folder.clone(),
+            console: None,
+            size: None,
+            kind: Kind::Hooks { hooks: file.clone() },
+        };
+        let done = launch::run(&self.context.reaper, &request).await;
+        // Left over, it goes with the bundle.
+        let _ = std::fs::remove_file(&file);
+        Ok(done?)
     }
 
     /// Runs another process in the container.
@@ -450,6 +481,10 @@ impl Container {
 
     /// Removes what the container had on disk, and its cgroup. Call [`kill`](Self::kill) before.
     pub async fn delete(&self) {
+        let hooks = self.context.hooks.get().map(|hooks| &hooks.poststop[..]);
+        if let Err(error) = self.run_hooks(hooks.unwrap_or_default()).await {
+            tracing::warn!(container = self.id, %error, "poststop hooks of the guest");
+        }
         let state = self.context.state_folder.join(&self.id);
         discard(&self.id, self.cgroup.clone(), vec![state, self.bundle.clone()]).await;
     }

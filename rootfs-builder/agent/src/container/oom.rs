@@ -1,5 +1,7 @@
 //! Tells when the kernel kills a container's process for memory: `memory.events` changes, and inotify says so.
 
+#![allow(unsafe_code)]
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};

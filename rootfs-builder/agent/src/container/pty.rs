@@ -1,5 +1,7 @@
 //! The agent's end of a container's terminal.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};

@@ -35,6 +35,14 @@ pub enum SpecError {
         /// Why.
         source: std::io::Error,
     },
+    /// A hook's program is not in the guest.
+    #[error("createContainer hook {path}: {source}; its program must be in the guest's image")]
+    Hook {
+        /// The program.
+        path: PathBuf,
+        /// Why.
+        source: nix::Error,
+    },
     /// A device of the container has no node in the guest.
     #[error("device {path}: {source}")]
     Device {
@@ -66,14 +74,7 @@ pub fn adapt(spec: &mut Spec, id: &str, bundle: &Path, shared: &Shared) -> Resul
     adapt_root(spec, bundle)?;
     let privileged = super::device_rules(spec).allows_everything();
     adapt_process(spec, privileged)?;
-    if spec
-        .hooks()
-        .as_ref()
-        .is_some_and(|hooks| *hooks != oci_spec::runtime::Hooks::default())
-    {
-        tracing::warn!(container = id, "hooks belong to the host; the guest runs none");
-    }
-    spec.set_hooks(None);
+    super::hooks::keep_guests(spec)?;
     // The sandbox's UTS namespace has its hostname already.
     spec.set_hostname(None);
 

@@ -3,6 +3,8 @@
 //! All of it happens before the first thread starts, and in an order: modules before anything needs their devices,
 //! the new root before the first container.
 
+#![allow(unsafe_code)]
+
 mod modules;
 mod mounts;
 mod power;

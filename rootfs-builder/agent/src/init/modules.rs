@@ -1,5 +1,7 @@
 //! Kernel modules of a stock kernel: the image carries them uncompressed, with a list in load order.
 
+#![allow(unsafe_code)]
+
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;

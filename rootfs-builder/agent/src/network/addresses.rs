@@ -153,7 +153,7 @@ pub async fn list(netlink: &Netlink, link: &Link) -> Result<Vec<Address>, Networ
     Ok(present.into_iter().map(|(address, _)| address).collect())
 }
 
-/// Gives `link` exactly the addresses `wanted`, which are in the order of [`list`]; with `keep_link_local` beside those the kernel made.
+/// Gives `link` exactly the addresses `wanted`, added in this order, which makes a difference (see [`list`]); with `keep_link_local` beside those the kernel made.
 ///
 /// # Errors
 /// The kernel refuses one.
@@ -187,9 +187,8 @@ pub async fn replace(
     for address in wanted_v4.iter().skip(alike) {
         add(netlink, link, address).await?;
     }
-    // The newest comes first.
-    for address in wanted_v6.iter().rev() {
-        if !present_v6.iter().any(|(present, _)| present == *address) {
+    for address in wanted_v6 {
+        if !present_v6.iter().any(|(present, _)| present == address) {
             add(netlink, link, address).await?;
         }
     }
@@ -209,16 +208,29 @@ async fn present(netlink: &Netlink, link: &Link) -> Result<Vec<(Address, Address
 }
 
 async fn add(netlink: &Netlink, link: &Link, address: &Address) -> Result<(), NetworkError> {
-    let mut request = netlink
-        .handle
-        .address()
-        .add(link.index, address.ip, address.prefix);
-    *request.message_mut() = address.message(link.index);
+    if address.ip.is_ipv4() {
+        return put(netlink, link, address).await;
+    }
+    // The pod's namespace has asked for duplicates on the same network; to ask again would leave the pod without the
+    // address for a second or two. An address that did not have to ask does not when it gets its own flags either.
+    let settled = Address {
+        flags: address.flags | AddressFlags::Nodad,
+        ..address.clone()
+    };
+    put(netlink, link, &settled).await?;
+    if settled != *address {
+        put(netlink, link, address).await?;
+    }
+    Ok(())
+}
+
+/// Adds the address, or gives it other flags.
+async fn put(netlink: &Netlink, link: &Link, address: &Address) -> Result<(), NetworkError> {
     let Address { ip, prefix, .. } = address;
-    request.execute().await.map_err(failed(format!(
-        "add address {ip}/{prefix} to network interface {}",
-        link.name
-    )))
+    let mut request = netlink.handle.address().add(link.index, *ip, *prefix).replace();
+    *request.message_mut() = address.message(link.index);
+    let what = format!("add address {ip}/{prefix} to network interface {}", link.name);
+    request.execute().await.map_err(failed(what))
 }
 
 async fn delete(

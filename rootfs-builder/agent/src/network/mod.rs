@@ -9,6 +9,7 @@ mod netlink;
 mod removal;
 mod routes;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -96,7 +97,8 @@ pub struct Network {
     patience: Duration,
     /// Absent where the agent does not own the machine: its devices are not to be touched then.
     sysfs: Option<PathBuf>,
-    changes: Mutex<()>,
+    /// Numbers of the interfaces that the host has set up; locked by who changes anything.
+    pods: Mutex<BTreeSet<u32>>,
 }
 
 impl Network {
@@ -105,7 +107,7 @@ impl Network {
         Self {
             patience,
             sysfs: owns_machine.then(|| PathBuf::from(SYSFS)),
-            changes: Mutex::default(),
+            pods: Mutex::default(),
         }
     }
 
@@ -118,7 +120,8 @@ impl Network {
         let wanted = interfaces::Wanted::from_wire(wanted)?;
         let mut netlink = Netlink::open(&[MulticastGroup::Link])?;
         let index = netlink.wait_for(wanted.address(), self.patience).await?;
-        let _turn = self.changes.lock().await;
+        let mut pods = self.pods.lock().await;
+        pods.insert(index);
         interfaces::update(&netlink, index, &wanted).await?;
         interfaces::describe(&netlink, &netlink.link(index).await?).await
     }
@@ -136,15 +139,16 @@ impl Network {
         Ok(list)
     }
 
-    /// `UpdateRoutes`: the interfaces that occur in `wanted` get exactly these routes, beside those the kernel makes by
-    /// itself. Returns all routes there are then.
+    /// `UpdateRoutes`: the interfaces that the host has set up, or that occur in `wanted`, get exactly these routes, beside
+    /// those the kernel makes by itself. What containers made for themselves on others stays. Returns all routes there are
+    /// then.
     ///
     /// # Errors
     /// A value makes no sense (nothing is changed), or the kernel refuses.
     pub async fn update_routes(&self, wanted: &Routes) -> Result<Routes, NetworkError> {
-        let _turn = self.changes.lock().await;
+        let pods = self.pods.lock().await;
         let netlink = Netlink::open(&[])?;
-        routes::update(&netlink, &wanted.Routes).await?;
+        routes::update(&netlink, &wanted.Routes, &pods).await?;
         routes::list(&netlink).await
     }
 
@@ -161,28 +165,28 @@ impl Network {
     /// # Errors
     /// A value makes no sense (nothing is changed), or the kernel refuses.
     pub async fn add_neighbours(&self, wanted: &ARPNeighbors) -> Result<(), NetworkError> {
-        let _turn = self.changes.lock().await;
+        let _turn = self.pods.lock().await;
         neighbours::add(&Netlink::open(&[])?, &wanted.ARPNeighbors).await
     }
 
     /// `RemoveInterface`: takes the interface with `address` down and its virtio driver off the device, so that the host
-    /// can unplug it.
+    /// can unplug it. Without such an interface that has been done.
     ///
     /// # Errors
-    /// There is none, it is not a virtio device's, sysfs shows another interface under its name, or this is not a guest.
+    /// It is not a virtio device's, sysfs shows another interface under its name, or this is not a guest.
     pub async fn remove_interface(&self, address: &str) -> Result<(), NetworkError> {
         let address = interfaces::parse_hardware_address(address)?;
-        let _turn = self.changes.lock().await;
+        let mut pods = self.pods.lock().await;
         let netlink = Netlink::open(&[])?;
-        let text = interfaces::hardware_address(&address);
-        let link = netlink.find(&address).await?;
-        let link =
-            link.ok_or_else(|| NetworkError::NoInterface(format!("with the hardware address {text}")))?;
+        let Some(link) = netlink.find(&address).await? else {
+            return Ok(());
+        };
         let Some(sysfs) = self.sysfs.clone() else {
             return Err(NetworkError::NotAGuest(link.name));
         };
         let device = removal::Device::of(&sysfs, &link)?;
         netlink.set_up(link.index, false).await?;
+        pods.remove(&link.index);
         let unbound = tokio::task::spawn_blocking(move || device.unbind()).await;
         unbound.unwrap_or_else(|error| {
             Err(NetworkError::Kernel {

@@ -25,6 +25,8 @@ pub struct Link {
     pub name: String,
     /// Its hardware address; empty if it has none.
     pub address: Vec<u8>,
+    /// The one its device came with, which nobody can change; empty if it has no device.
+    pub permanent_address: Vec<u8>,
     /// Largest packet in bytes.
     pub mtu: u32,
     /// `IFF_*`.
@@ -39,6 +41,7 @@ impl Link {
             index: message.header.index,
             name: String::new(),
             address: Vec::new(),
+            permanent_address: Vec::new(),
             mtu: 0,
             flags: message.header.flags,
             kind: String::new(),
@@ -47,6 +50,7 @@ impl Link {
             match attribute {
                 LinkAttribute::IfName(name) => link.name = name,
                 LinkAttribute::Address(address) => link.address = address,
+                LinkAttribute::PermAddress(address) => link.permanent_address = address,
                 LinkAttribute::Mtu(mtu) => link.mtu = mtu,
                 LinkAttribute::LinkInfo(infos) => {
                     let kind = infos.iter().find_map(|info| match info {
@@ -120,25 +124,12 @@ impl Netlink {
             .ok_or_else(|| NetworkError::NoInterface(index.to_string()))
     }
 
-    /// The interface with the hardware `address`. A device comes before what was made on it: a VLAN of a container has its
-    /// device's address.
+    /// The interface with the hardware `address`, also if a container has given it another one since.
     ///
     /// # Errors
     /// Several have it, or the kernel refuses.
     pub async fn find(&self, address: &[u8]) -> Result<Option<Link>, NetworkError> {
-        let mut links = self.links().await?;
-        links.retain(|link| link.address == address);
-        if links.iter().any(|link| link.kind.is_empty()) {
-            links.retain(|link| link.kind.is_empty());
-        }
-        if links.len() > 1 {
-            let names: Vec<&str> = links.iter().map(|link| link.name.as_str()).collect();
-            return Err(NetworkError::Ambiguous {
-                address: hardware_address(address),
-                names: names.join(", "),
-            });
-        }
-        Ok(links.pop())
+        choose(self.links().await?, address)
     }
 
     /// Waits up to `patience` for the interface with the hardware `address`, looking whenever one comes or changes.
@@ -208,6 +199,22 @@ impl Drop for Netlink {
     }
 }
 
+/// A device comes before what was made on it: a VLAN of a container has its device's address.
+fn choose(mut links: Vec<Link>, address: &[u8]) -> Result<Option<Link>, NetworkError> {
+    links.retain(|link| link.address == address || link.permanent_address == address);
+    if links.iter().any(|link| link.kind.is_empty()) {
+        links.retain(|link| link.kind.is_empty());
+    }
+    if links.len() > 1 {
+        let names: Vec<&str> = links.iter().map(|link| link.name.as_str()).collect();
+        return Err(NetworkError::Ambiguous {
+            address: hardware_address(address),
+            names: names.join(", "),
+        });
+    }
+    Ok(links.pop())
+}
+
 /// What the kernel said to `what`.
 pub fn failed(what: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> NetworkError {
     move |error| NetworkError::Kernel {
@@ -222,4 +229,48 @@ pub fn failed(what: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> Netwo
 /// Whether the kernel answered `errno`.
 pub fn is_errno(error: &NetworkError, errno: i32) -> bool {
     matches!(error, NetworkError::Kernel { source, .. } if source.raw_os_error() == Some(errno))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link(index: u32, kind: &str, address: u8, permanent: u8) -> Link {
+        let bytes = |last: u8| {
+            if last == 0 {
+                Vec::new()
+            } else {
+                vec![2, 0, 0, 0, 0, last]
+            }
+        };
+        Link {
+            index,
+            name: format!("eth{index}"),
+            address: bytes(address),
+            permanent_address: bytes(permanent),
+            mtu: 1500,
+            flags: LinkFlags::empty(),
+            kind: kind.into(),
+        }
+    }
+
+    #[test]
+    fn interface_when_chosen_is_the_device() {
+        let wanted = [2, 0, 0, 0, 0, 1];
+        let index = |links: &[Link]| choose(links.to_vec(), &wanted).map(|link| link.map(|link| link.index));
+        let (device, other) = (link(1, "", 1, 1), link(2, "", 2, 2));
+        let vlan = link(3, "vlan", 1, 0);
+        let readdressed = link(4, "", 9, 1);
+        assert_eq!(
+            index(&[other.clone(), device.clone(), vlan.clone()]).unwrap(),
+            Some(1)
+        );
+        assert_eq!(index(&[vlan.clone(), other.clone()]).unwrap(), Some(3));
+        assert_eq!(
+            index(&[other.clone(), readdressed.clone(), vlan]).unwrap(),
+            Some(4)
+        );
+        assert_eq!(index(&[other]).unwrap(), None);
+        assert!(index(&[device, readdressed]).is_err());
+    }
 }

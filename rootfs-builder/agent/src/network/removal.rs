@@ -129,6 +129,7 @@ mod tests {
             index: 7,
             name: "eth0".into(),
             address: vec![2, 0, 0, 0, 0, 1],
+            permanent_address: vec![2, 0, 0, 0, 0, 1],
             mtu: 1500,
             flags: LinkFlags::empty(),
             kind: String::new(),

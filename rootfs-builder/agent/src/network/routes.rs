@@ -52,14 +52,19 @@ struct Present {
     message: RouteMessage,
 }
 
-/// Gives the interfaces that occur in `wanted` exactly these routes, beside those the kernel made.
+/// Gives the interfaces `pods`, and those that occur in `wanted`, exactly these routes, beside those the kernel made.
 ///
 /// # Errors
 /// A value makes no sense (nothing is changed), or the kernel refuses a route.
-pub async fn update(netlink: &Netlink, wanted: &[types::Route]) -> Result<(), NetworkError> {
+pub async fn update(
+    netlink: &Netlink,
+    wanted: &[types::Route],
+    pods: &BTreeSet<u32>,
+) -> Result<(), NetworkError> {
     let names = names(netlink.links().await?);
     let mut wanted = merge(wanted, &names)?;
-    let links: BTreeSet<u32> = wanted.iter().flat_map(Route::links).collect();
+    let listed = wanted.iter().flat_map(Route::links);
+    let links: BTreeSet<u32> = listed.chain(pods.iter().copied()).collect();
     let present = present(netlink).await?;
     let theirs = present
         .iter()

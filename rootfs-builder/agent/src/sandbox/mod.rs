@@ -164,6 +164,7 @@ impl Sandbox {
             state_folder: PathBuf::from(STATE),
             pipe_size: options.pipe_size,
             out_of_memory: OomNotices::default(),
+            hooks: std::sync::OnceLock::new(),
         };
         Self {
             context: Arc::new(context),
@@ -209,10 +210,9 @@ impl Sandbox {
             )));
         }
         if !request.guest_hook_path.is_empty() {
-            tracing::warn!(
-                path = request.guest_hook_path,
-                "guest hooks are not supported; none will run"
-            );
+            let hooks = container::GuestHooks::find(Path::new(&request.guest_hook_path));
+            // A sandbox is created once.
+            let _ = self.context.hooks.set(hooks);
         }
         let namespaces = self.namespaces()?;
         sysctls::apply(&request.sysctls, &namespaces)?;
@@ -347,6 +347,9 @@ impl Sandbox {
         let spec_failed = |error: SpecError| failed(error.into());
         container::set_device_numbers(&mut spec, &devices).map_err(spec_failed)?;
         container::adapt(&mut spec, id, &bundle, &shared).map_err(spec_failed)?;
+        if let Some(hooks) = self.context.hooks.get() {
+            hooks.add_to(&mut spec);
+        }
         let container = Container::create(Arc::clone(&self.context), id.to_owned(), bundle, &spec, plan)
             .await
             .map_err(failed)?;

@@ -22,7 +22,7 @@ use ttrpc::asynchronous::Client;
 use ttrpc::context::{Context, with_timeout};
 
 /// Ten times what a busy machine needs.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 const APPLETS: [&str; 20] = [
     "sh", "cat", "cut", "echo", "grep", "sleep", "true", "kill", "head", "mknod", "pwd", "stty", "hostname",
     "id", "ls", "printf", "readlink", "test", "touch", "yes",
@@ -65,6 +65,15 @@ impl Agent {
     }
 
     pub async fn start_with(options: &[&str]) -> Self {
+        Self::start_as(options, &[]).await
+    }
+
+    /// In an image with `hooks` of its own: path below `guest_hook_path`, and script.
+    pub async fn start_with_hooks(hooks: &[(&str, &str)]) -> Self {
+        Self::start_as(&[], hooks).await
+    }
+
+    async fn start_as(options: &[&str], hooks: &[(&str, &str)]) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let name = format!(
             "agent-test-{}-{}",
@@ -73,6 +82,9 @@ impl Agent {
         );
         let folder = std::env::temp_dir().join(&name);
         make_rootfs(&folder.join("rootfs"));
+        for (path, script) in hooks {
+            make_program(&folder.join("hooks").join(path), script);
+        }
         let cgroup = cgroup_v2().join(&name);
         std::fs::create_dir(&cgroup).unwrap();
 
@@ -132,7 +144,7 @@ impl Agent {
         let agent = Self {
             client: AgentServiceClient::new(client.clone()),
             health: HealthClient::new(client),
-            folder,
+            folder: folder.clone(),
             cgroup,
             child,
         };
@@ -140,6 +152,11 @@ impl Agent {
             sandbox_id: name,
             hostname: "pod-name".into(),
             dns: vec!["nameserver 192.0.2.1".into()],
+            guest_hook_path: if hooks.is_empty() {
+                String::new()
+            } else {
+                folder.join("hooks").display().to_string()
+            },
             ..Default::default()
         };
         agent.client.create_sandbox(context(), &sandbox).await.unwrap();
@@ -160,6 +177,11 @@ impl Agent {
 
     pub fn rootfs(&self) -> PathBuf {
         self.folder.join("rootfs")
+    }
+
+    /// What a program of the test's has left in the folder of this agent.
+    pub fn left(&self, name: &str) -> String {
+        std::fs::read_to_string(self.folder.join(name)).unwrap_or_default()
     }
 
     pub fn log(&self) -> String {
@@ -314,6 +336,18 @@ impl Agent {
         )
     }
 
+    /// The agent's open descriptors, once those of earlier calls are closed.
+    pub async fn steady_descriptors(&self) -> usize {
+        let (mut count, mut seen) = (0, 0);
+        while seen < 50 {
+            let (now, _) = self.descriptors_and_zombies();
+            seen = if now == count { seen + 1 } else { 0 };
+            count = now;
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        count
+    }
+
     pub async fn remove(&self, id: &str) -> RpcResult<()> {
         let request = RemoveContainerRequest {
             container_id: id.into(),
@@ -442,6 +476,21 @@ pub fn message(error: &ttrpc::Error) -> String {
         ttrpc::Error::RpcStatus(status) => status.message.clone(),
         other => panic!("not a status: {other}"),
     }
+}
+
+/// A script that runs in `FOLDER`, the agent's. Another process writes it: a fork of this one could hold it open for writing
+/// for a moment, and then it cannot be executed.
+fn make_program(path: &Path, script: &str) {
+    let made = Command::new("sh")
+        .args([
+            "-c",
+            "mkdir -p \"${1%/*}\"; printf '#!/bin/sh\\n%s\\n' \"$2\" > \"$1\"; chmod 755 \"$1\"",
+            "sh",
+        ])
+        .arg(path)
+        .arg(script)
+        .status();
+    assert!(made.unwrap().success());
 }
 
 fn make_rootfs(root: &Path) {

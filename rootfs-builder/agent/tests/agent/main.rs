@@ -3,7 +3,9 @@
 
 mod errors;
 mod exec;
+mod hanging;
 mod harness;
+mod hooks;
 mod lifecycle;
 mod localhost;
 mod mounts;

@@ -12,6 +12,7 @@ use crate::harness::{Agent, RpcResult, code, context, message};
 
 const FIRST: &str = "02:00:00:00:00:01";
 const SECOND: &str = "02:00:00:00:00:02";
+const THIRD: &str = "02:00:00:00:00:03";
 
 fn address(address: &str, mask: &str) -> IPAddress {
     let is_v6 = address.contains(':');
@@ -19,7 +20,6 @@ fn address(address: &str, mask: &str) -> IPAddress {
         family: if is_v6 { IPFamily::v6 } else { IPFamily::v4 }.into(),
         address: address.into(),
         mask: mask.into(),
-        flags: if is_v6 { 0x2 } else { 0 },
         ..Default::default()
     }
 }
@@ -135,14 +135,15 @@ async fn interface_when_updated_is_what_the_message_says() {
 
         assert_eq!((answer.name.as_str(), answer.mtu), ("eth0", 1400));
         assert_eq!(answer.IPAddresses.len(), 6);
+        assert!(answer.IPAddresses.iter().all(|address| address.flags == 0));
         assert_eq!(
             agent.addresses("eth0"),
             [
                 "169.254.7.7/32 scope link",
                 "10.0.0.2/24 brd 10.0.0.255 scope global",
                 "10.0.0.3/24 scope global",
-                "fd00::2/64 scope global",
                 "fd00::3/64 scope global",
+                "fd00::2/64 scope global",
                 "fe80::42/64 scope link",
             ]
         );
@@ -333,7 +334,7 @@ async fn interface_when_a_value_makes_no_sense_is_left_alone() {
 }
 
 #[tokio::test]
-async fn hardware_address_when_a_vlan_shares_it_means_the_device_or_is_refused() {
+async fn hardware_address_when_several_interfaces_have_it_is_refused() {
     let agent = Agent::start().await;
     agent.plug("plug0", FIRST);
     agent.plug("plug1", FIRST);
@@ -364,7 +365,10 @@ async fn routes_when_updated_are_exactly_the_listed_ones() {
         .update_interface(&interface("eth1", SECOND, &[address("10.1.0.2", "24")]))
         .await
         .unwrap();
-    agent.in_network("ip route add 10.77.0.0/16 dev eth1");
+    // Of a container's own making.
+    agent.plug("own", THIRD);
+    agent.in_network("ip link set own up");
+    agent.in_network("ip route add 10.77.0.0/16 dev own");
     agent.in_network("ip route add 10.78.0.0/16 dev eth0");
     let wanted = [
         // Before the route that reaches its gateway.
@@ -426,11 +430,9 @@ async fn routes_when_updated_are_exactly_the_listed_ones() {
         );
         assert_eq!(
             agent.routes("-4", "eth1"),
-            [
-                "10.1.0.0/24 proto kernel scope link src 10.1.0.2",
-                "10.77.0.0/16 scope link"
-            ]
+            ["10.1.0.0/24 proto kernel scope link src 10.1.0.2"]
         );
+        assert_eq!(agent.routes("-4", "own"), ["10.77.0.0/16 scope link"]);
         assert_eq!(agent.log().matches(" goes").count(), 1, "{}", agent.log());
     }
 
@@ -463,6 +465,15 @@ async fn routes_when_updated_are_exactly_the_listed_ones() {
         (through.gateway.as_str(), through.device.as_str()),
         ("10.0.0.1", "eth0")
     );
+
+    // None is left in the pod's namespace.
+    agent.update_routes(&[]).await.unwrap();
+    assert_eq!(agent.routes("-4", "eth0"), [""; 0]);
+    assert_eq!(
+        agent.routes("-4", "eth1"),
+        ["10.1.0.0/24 proto kernel scope link src 10.1.0.2"]
+    );
+    assert_eq!(agent.routes("-4", "own"), ["10.77.0.0/16 scope link"]);
 }
 
 #[tokio::test]
@@ -623,7 +634,6 @@ async fn removal_when_the_agent_owns_no_machine_is_refused() {
         .unwrap();
     for (address, expected) in [
         (FIRST, Code::FAILED_PRECONDITION),
-        (SECOND, Code::NOT_FOUND),
         ("eth0", Code::INVALID_ARGUMENT),
     ] {
         let request = RemoveInterfaceRequest {
@@ -638,4 +648,11 @@ async fn removal_when_the_agent_owns_no_machine_is_refused() {
         assert_eq!(code(&error), expected, "{error}");
     }
     assert!(agent.in_network("ip link show dev eth0").contains(",UP,"));
+
+    // One that has gone already.
+    let request = RemoveInterfaceRequest {
+        hwAddr: SECOND.into(),
+        ..Default::default()
+    };
+    agent.client.remove_interface(context(), &request).await.unwrap();
 }

@@ -4,10 +4,9 @@ use protocols::agent::{CloseStdinRequest, ReadStreamRequest, TtyWinResizeRequest
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
-use crate::harness::{Agent, code, context, message, process};
+use crate::harness::{Agent, PATIENCE, code, context, message, process};
 
 const MIB: usize = 1 << 20;
-const PATIENCE: Duration = Duration::from_secs(60);
 
 fn close(id: &str) -> CloseStdinRequest {
     CloseStdinRequest {
@@ -124,7 +123,8 @@ async fn output_when_a_child_outlives_the_process_stays_open_until_the_child_end
     agent.create("one", &agent.spec("sleep 1000")).await.unwrap();
     agent.start_container("one").await.unwrap();
     let mut stdout = agent.connect(6201).await;
-    let script = "(sleep 0.5; echo late) & echo early";
+    // Late is when the shell has ended and was waited for.
+    let script = "(while kill -0 $$ 2>/dev/null; do sleep 0.05; done; echo late) & echo early";
     agent
         .exec("one", "background", &process(&["sh", "-c", script]), [0, 6201, 0])
         .await
@@ -160,7 +160,7 @@ async fn connection_when_the_host_closes_it_after_the_exit_is_given_back() {
     let agent = Agent::start_with_ports().await;
     agent.create("one", &agent.spec("sleep 1000")).await.unwrap();
     agent.start_container("one").await.unwrap();
-    let (before, _) = agent.descriptors_and_zombies();
+    let before = agent.steady_descriptors().await;
     let stdout = agent.connect(6401).await;
     let script = "sleep 1000 & exit 0";
     agent

@@ -115,17 +115,15 @@ async fn hook_when_it_leaves_a_process_behind_has_ended() {
 async fn hook_when_its_time_is_over_is_killed_with_its_children() {
     let folder = tempfile::tempdir().unwrap();
     // A lock shows whether any process of the hook's lives: the kernel gives it back with the last one.
-    let mut hook = shell("exec 9> lock; flock 9; echo waiting >&2; sleep 100000 & wait");
+    let mut hook = shell("exec 9> lock; flock 9; sleep 100000 & wait");
     hook.set_timeout(Some(1));
 
     let error = outcome(&hook, folder.path(), b"").await.unwrap_err();
 
     assert_eq!(error.kind, ErrorKind::DeadlineExceeded);
-    assert_eq!(
-        error.message,
-        "killed: has not ended after its timeout of 1 s, stderr: waiting"
-    );
-    let lock = fs::File::open(folder.path().join("lock")).unwrap();
+    assert_eq!(error.message, "killed: has not ended after its timeout of 1 s");
+    // On a slow machine it may not even have got so far.
+    let lock = fs::File::create(folder.path().join("lock")).unwrap();
     let free = tokio::task::spawn_blocking(move || lock.lock());
     tokio::time::timeout(LIMIT, free)
         .await
@@ -192,10 +190,12 @@ fn netns_when_hooks_are_to_fill_one_without_a_place_is_made() {
         let pid = netns_for_hooks(&spec(hooks.clone())).unwrap();
         assert_eq!(pid.is_some(), made, "{hooks}");
     }
-    let mut elsewhere = spec(serde_json::json!({"createRuntime": hook}));
-    let namespaces = serde_json::json!({"namespaces": [{"type": "network", "path": "/run/netns/x"}]});
-    elsewhere.set_linux(serde_json::from_value(namespaces).unwrap());
-    assert!(netns_for_hooks(&elsewhere).unwrap().is_none());
+    for (path, made) in [("/run/netns/x", false), ("", true), (DOCKERS_NETNS, true)] {
+        let mut spec = spec(serde_json::json!({"createRuntime": hook}));
+        let namespaces = serde_json::json!({"namespaces": [{"type": "network", "path": path}]});
+        spec.set_linux(serde_json::from_value(namespaces).unwrap());
+        assert_eq!(netns_for_hooks(&spec).unwrap().is_some(), made, "{path}");
+    }
 }
 
 #[tokio::test]

@@ -4,6 +4,8 @@
 //! environment has CONTAINER_ID and CONTAINER_NAMESPACE; arguments come from the URI's query, in its order. With
 //! `binary-v2://` a closed descriptor 5 is not enough, a program that dies closes it too: a byte is to be written first.
 
+#![allow(unsafe_code)]
+
 use std::io::{PipeReader, PipeWriter, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;

@@ -45,10 +45,6 @@ impl Bench {
     fn names(&self) -> Vec<String> {
         self.noted().into_iter().map(|(name, ..)| name).collect()
     }
-
-    fn calls(&self) -> Vec<String> {
-        self.vm.guest.calls.lock().unwrap().clone()
-    }
 }
 
 #[tokio::test]
@@ -251,12 +247,28 @@ async fn poststop_when_the_shim_crashed_runs_once() {
     fs::copy(paths.journal(), &copy).unwrap();
     fs::rename(&copy, paths.journal()).unwrap();
     let (one, other) = tokio::join!(cleanup(), cleanup());
-    one.unwrap();
-    other.unwrap();
+    // The one that comes second may find the first at work.
+    assert!(one.is_ok() || other.is_ok(), "{one:?} {other:?}");
 
     assert_eq!(bench.names(), ["poststop"]);
     bench.manager.shutdown().await;
     assert_eq!(bench.names(), ["poststop"]);
+}
+
+#[tokio::test]
+async fn guest_hook_path_when_configured_is_told_to_the_agent() {
+    let bench = bench(Boot::Announced);
+    let mut request = bench.create_request("c1", &["sleep"], Stdio::default());
+    request
+        .options
+        .config_body
+        .extend(b"guest_hook_path = \"/usr/share/oci/hooks\"\n");
+
+    bench.create_with(request).await.unwrap();
+
+    let sandbox = bench.vm.guest.sandbox.lock().unwrap().clone().unwrap();
+    assert_eq!(sandbox.guest_hook_path, "/usr/share/oci/hooks");
+    bench.manager.shutdown().await;
 }
 
 #[tokio::test]

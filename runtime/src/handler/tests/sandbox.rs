@@ -65,10 +65,6 @@ impl Bench {
         fs::write(&path, spec.to_string()).unwrap();
         self.create_with(request).await
     }
-
-    fn guest_calls(&self) -> Vec<String> {
-        self.vm.guest.calls.lock().unwrap().clone()
-    }
 }
 
 fn kind<T: std::fmt::Debug>(result: Result<T>) -> ErrorKind {
@@ -80,7 +76,7 @@ async fn pod_when_run_by_the_sandbox_api_has_no_container_of_its_own() {
     let mut bench = bench(Boot::Announced);
     bench.make().await.unwrap();
     assert_eq!(
-        bench.guest_calls(),
+        bench.calls(),
         Vec::<String>::new(),
         "nothing runs before the start"
     );
@@ -124,7 +120,7 @@ async fn pod_when_run_by_the_sandbox_api_has_no_container_of_its_own() {
         "CreateContainer c3",
         "DestroySandbox",
     ];
-    assert_eq!(bench.guest_calls(), expected);
+    assert_eq!(bench.calls(), expected);
     let events = [
         "create c2",
         "start c2",
@@ -222,7 +218,7 @@ async fn step_when_done_twice_exists_already() {
     bench.stop().await.unwrap();
     assert_eq!(kind(bench.make().await), ErrorKind::FailedPrecondition);
     let destroyed = bench
-        .guest_calls()
+        .calls()
         .iter()
         .filter(|call| *call == "DestroySandbox")
         .count();
@@ -329,7 +325,7 @@ async fn sandbox_when_it_was_never_started_can_be_stopped() {
 
     assert_eq!(bench.end().await.status(), 0);
     assert_eq!(bench.leftovers(), Vec::<String>::new());
-    assert_eq!(bench.guest_calls(), Vec::<String>::new());
+    assert_eq!(bench.calls(), Vec::<String>::new());
     assert_eq!(kind(bench.boot().await), ErrorKind::FailedPrecondition);
 }
 
@@ -452,7 +448,10 @@ async fn kill_for_memory_when_its_news_are_late_is_published_before_the_exit() {
     bench.vm.guest.counted_kills.lock().unwrap().insert("c2".into());
 
     for id in ["c2", "c3"] {
-        bench.kill(init(id), 9).await.unwrap();
+        let process = init(id);
+        answer(bench.manager.kill_process(&process, 9, false))
+            .await
+            .unwrap();
         assert_eq!(bench.wait(init(id)).await, 137);
         bench
             .vm

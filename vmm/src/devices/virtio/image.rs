@@ -113,12 +113,16 @@ const PAUSE: Duration = Duration::from_millis(5);
 
 /// Locks all of `file` for reading, or for writing. False when another virtual machine or process has it.
 fn lock(file: &File, read_only: bool) -> io::Result<bool> {
+    lock_within(file, read_only, PATIENCE)
+}
+
+fn lock_within(file: &File, read_only: bool, patience: Duration) -> io::Result<bool> {
     let kind = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
     // SAFETY: all-zero is a valid `flock`: the whole file, pid 0 as open file description locks require.
     let mut range: libc::flock64 = unsafe { std::mem::zeroed() };
     range.l_type = kind as i16;
     range.l_whence = libc::SEEK_SET as i16;
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + patience;
     loop {
         // SAFETY: `range` outlives the call, the descriptor is open.
         if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw mut range) } == 0 {
@@ -154,7 +158,7 @@ mod tests {
             std::thread::sleep(PAUSE);
             drop(first);
         });
-        assert!(lock(&open(), false).unwrap());
+        assert!(lock_within(&open(), false, Duration::from_secs(60)).unwrap());
         later.join().unwrap();
     }
 }

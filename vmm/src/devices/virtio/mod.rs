@@ -6,31 +6,31 @@
 //! A new device is a folder here, a variant of [`DeviceConfig`](crate::config::DeviceConfig), and the line beside it that
 //! says what the variant's knobs are.
 
-pub mod balloon;
-pub mod block;
-pub mod config;
+pub(crate) mod balloon;
+pub(crate) mod block;
+pub(crate) mod config;
 pub mod console;
-pub mod device;
+pub(crate) mod counter;
+pub(crate) mod device;
 pub mod fs;
-pub mod image;
-pub mod interrupt;
-pub mod mem;
+pub(crate) mod image;
+pub(crate) mod interrupt;
+pub(crate) mod mem;
 pub mod net;
-pub mod pmem;
-pub mod queue;
-pub mod rng;
-pub mod state;
+pub(crate) mod pmem;
+pub(crate) mod queue;
+pub(crate) mod rng;
+pub(crate) mod state;
 #[cfg(test)]
 pub mod test_allocations;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod test_resume;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod test_ring;
-pub mod transport;
+pub(crate) mod transport;
 pub mod vsock;
-pub mod worker;
+pub(crate) mod worker;
 
-pub use device::{ActivateError, Activation, ActiveQueue, CHAIN_FEATURES, VirtioDevice, read_space};
-pub use interrupt::Interrupt;
-pub use queue::{chain, moderation, ring, served_queue};
-pub use worker::{OnLoop, Running, queue_thread};
+pub(crate) use device::{ActivateError, Activation, ActiveQueue, CHAIN_FEATURES, VirtioDevice, read_space};
+pub(crate) use interrupt::Interrupt;
+pub(crate) use worker::{LoopWorker, OnLoop, Running};

@@ -17,25 +17,57 @@ pub struct QueuePosition {
     pub next_used: u16,
 }
 
-/// A device's state cannot be saved or restored.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+/// A device's state cannot be saved or restored. What is in the way is an enum of the device's own.
+#[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// The device is in a state that has no form outside this process.
-    #[error("{device}: cannot be saved: {reason}")]
+    #[error("{device}: cannot be saved: {source}")]
     Unsupported {
         /// Device id from the configuration.
         device: String,
         /// What stands in the way, and what to do.
-        reason: String,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The bytes are not a state of this device.
-    #[error("{device}: saved state is invalid: {reason}")]
+    #[error("{device}: saved state is invalid: {source}")]
     Invalid {
         /// Device id from the configuration.
         device: String,
         /// What is wrong with it.
-        reason: String,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
+}
+
+impl StateError {
+    /// `device` cannot be saved because of `source`.
+    pub fn unsupported(device: &str, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self::Unsupported {
+            device: device.to_owned(),
+            source: Box::new(source),
+        }
+    }
+
+    /// What was saved is no state of `device` because of `source`.
+    pub fn invalid(device: &str, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self::Invalid {
+            device: device.to_owned(),
+            source: Box::new(source),
+        }
+    }
+}
+
+/// A state is not what postcard makes of one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EncodingError {
+    /// It cannot be written, or is cut off or damaged.
+    #[error(transparent)]
+    Postcard(#[from] postcard::Error),
+    /// More than anybody reads.
+    #[error("{0} bytes of state, at most {MAX_STATE_BYTES}")]
+    TooLarge(usize),
+    /// There is something after it.
+    #[error("{0} bytes too many")]
+    Leftover(usize),
 }
 
 /// Encodes `state` of `device` (its id, for the error).
@@ -43,15 +75,12 @@ pub enum StateError {
 /// # Errors
 /// [`StateError::Unsupported`] when it is larger than [`MAX_STATE_BYTES`].
 pub fn encode(device: &str, state: &impl Serialize) -> Result<Vec<u8>, StateError> {
-    let unsupported = |reason: String| StateError::Unsupported {
-        device: device.to_owned(),
-        reason,
-    };
-    let bytes = postcard::to_stdvec(state).map_err(|e| unsupported(e.to_string()))?;
-    if bytes.len() > MAX_STATE_BYTES {
-        return Err(unsupported(format!("{} bytes of state", bytes.len())));
-    }
-    Ok(bytes)
+    let bytes = postcard::to_stdvec(state).map_err(EncodingError::from);
+    let bounded = bytes.and_then(|bytes| match bytes.len() {
+        0..=MAX_STATE_BYTES => Ok(bytes),
+        len => Err(EncodingError::TooLarge(len)),
+    });
+    bounded.map_err(|error| StateError::unsupported(device, error))
 }
 
 /// Decodes what [`encode`] gave; all of `bytes` must belong to it.
@@ -59,14 +88,17 @@ pub fn encode(device: &str, state: &impl Serialize) -> Result<Vec<u8>, StateErro
 /// # Errors
 /// [`StateError::Invalid`].
 pub fn decode<T: DeserializeOwned>(device: &str, bytes: &[u8]) -> Result<T, StateError> {
-    let invalid = |reason: String| StateError::Invalid {
-        device: device.to_owned(),
-        reason,
-    };
-    match postcard::take_from_bytes(bytes) {
-        Ok((state, [])) => Ok(state),
-        Ok((_, rest)) => Err(invalid(format!("{} bytes too many", rest.len()))),
-        Err(error) => Err(invalid(error.to_string())),
+    decode_all(bytes).map_err(|error| StateError::invalid(device, error))
+}
+
+/// What postcard made of a value, and nothing else after it.
+///
+/// # Errors
+/// [`EncodingError`].
+pub fn decode_all<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, EncodingError> {
+    match postcard::take_from_bytes(bytes)? {
+        (state, []) => Ok(state),
+        (_, rest) => Err(EncodingError::Leftover(rest.len())),
     }
 }
 

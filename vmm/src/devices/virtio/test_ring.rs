@@ -40,7 +40,7 @@ pub const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 /// Descriptor flags.
 pub const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 /// Longest wait of any test for a device.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// One buffer of a chain.
 #[derive(Debug, Clone, Copy)]

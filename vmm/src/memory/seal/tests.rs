@@ -4,8 +4,6 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use proptest::collection::vec;
-use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 
 use super::*;
@@ -220,43 +218,50 @@ fn is_stopped(exit: &Result<kvm_ioctls::VcpuExit, kvm_ioctls::Error>) -> bool {
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
+mod slow_properties {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
 
-    #[test]
-    fn blocks_when_opened_and_closed_at_random_are_open_or_sealed(
-        changes in vec((any::<bool>(), 0..LEN / BLOCK, 1..6u64), 1..60),
-        query in (0..LEN / 4096, 1..2000u64),
-    ) {
-        let (memory, seal) = sealed(LEN);
-        let start = memory.get_host_address(GuestAddress(0)).unwrap() as usize;
-        let mut model = [false; (LEN / BLOCK) as usize];
-        for (open, first, count) in changes {
-            let range = first as usize..(first + count) as usize;
-            let fits = model.get(range.clone()).is_some_and(|blocks| blocks.iter().all(|block| *block != open));
-            let change = if open { Seal::open } else { Seal::close };
-            prop_assert_eq!(change(&seal, first * BLOCK, count * BLOCK).is_ok(), fits);
-            if fits {
-                model[range].fill(open);
+    use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn blocks_when_opened_and_closed_at_random_are_open_or_sealed(
+            changes in vec((any::<bool>(), 0..LEN / BLOCK, 1..6u64), 1..60),
+            query in (0..LEN / 4096, 1..2000u64),
+        ) {
+            let (memory, seal) = sealed(LEN);
+            let start = memory.get_host_address(GuestAddress(0)).unwrap() as usize;
+            let mut model = [false; (LEN / BLOCK) as usize];
+            for (open, first, count) in changes {
+                let range = first as usize..(first + count) as usize;
+                let fits = model.get(range.clone()).is_some_and(|blocks| blocks.iter().all(|block| *block != open));
+                let change = if open { Seal::open } else { Seal::close };
+                prop_assert_eq!(change(&seal, first * BLOCK, count * BLOCK).is_ok(), fits);
+                if fits {
+                    model[range].fill(open);
+                }
             }
-        }
-        let usable: Vec<bool> = (0..LEN / BLOCK).map(|block| kernel_writes(&memory, block * BLOCK + 4096)).collect();
-        prop_assert_eq!(&usable[..], &model[..]);
-        prop_assert_eq!(seal.open_bytes(), model.iter().filter(|open| **open).count() as u64 * BLOCK);
-        let runs = model.chunk_by(|a, b| a == b).filter(|run| run[0]).count();
-        prop_assert_eq!(seal.area.runs.load(Ordering::Relaxed), runs as u64);
-        let (offset, len) = (query.0 * 4096, query.1 * 4096);
-        let mut pages = (query.0..query.0 + query.1).map(|page| page * 4096 / BLOCK);
-        let open = pages.all(|block| model.get(block as usize).is_some_and(|open| *open));
-        prop_assert_eq!(seal.is_open(offset, len), open);
-        let mut expected: Vec<Range<usize>> = Vec::new();
-        for (block, _) in model.iter().enumerate().filter(|(_, open)| !**open) {
-            let at = start + block * BLOCK as usize;
-            match expected.last_mut() {
-                Some(last) if last.end == at => last.end += BLOCK as usize,
-                _ => expected.push(at..at + BLOCK as usize),
+            let usable: Vec<bool> = (0..LEN / BLOCK).map(|block| kernel_writes(&memory, block * BLOCK + 4096)).collect();
+            prop_assert_eq!(&usable[..], &model[..]);
+            prop_assert_eq!(seal.open_bytes(), model.iter().filter(|open| **open).count() as u64 * BLOCK);
+            let runs = model.chunk_by(|a, b| a == b).filter(|run| run[0]).count();
+            prop_assert_eq!(seal.area.runs.load(Ordering::Relaxed), runs as u64);
+            let (offset, len) = (query.0 * 4096, query.1 * 4096);
+            let mut pages = (query.0..query.0 + query.1).map(|page| page * 4096 / BLOCK);
+            let open = pages.all(|block| model.get(block as usize).is_some_and(|open| *open));
+            prop_assert_eq!(seal.is_open(offset, len), open);
+            let mut expected: Vec<Range<usize>> = Vec::new();
+            for (block, _) in model.iter().enumerate().filter(|(_, open)| !**open) {
+                let at = start + block * BLOCK as usize;
+                match expected.last_mut() {
+                    Some(last) if last.end == at => last.end += BLOCK as usize,
+                    _ => expected.push(at..at + BLOCK as usize),
+                }
             }
+            prop_assert_eq!(sealed_in(start, LEN as usize), expected);
         }
-        prop_assert_eq!(sealed_in(start, LEN as usize), expected);
     }
 }

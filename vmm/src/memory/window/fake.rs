@@ -5,9 +5,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -51,10 +49,12 @@ pub fn windows(hotplug: u64, pmem: u64) -> (Windows, Arc<GuestMemory>, Arc<FakeM
 }
 
 /// An unnamed file.
-pub fn tempfile() -> File {
+#[cfg(test)]
+pub fn tempfile() -> std::fs::File {
+    use std::os::fd::FromRawFd;
     // SAFETY: the name is a C string; the result is checked.
     let fd = unsafe { libc::memfd_create(c"window".as_ptr(), libc::MFD_CLOEXEC) };
     assert!(fd >= 0);
     // SAFETY: `fd` was just opened and belongs to nobody else.
-    unsafe { File::from_raw_fd(fd) }
+    unsafe { std::fs::File::from_raw_fd(fd) }
 }

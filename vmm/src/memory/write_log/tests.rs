@@ -6,7 +6,6 @@ use std::path::Path;
 
 use io_uring::types::Fd;
 use io_uring::{IoUring, opcode};
-use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 use vmm_sys_util::tempfile::TempFile;
 
@@ -383,36 +382,42 @@ enum Step {
     Save,
 }
 
-fn steps() -> impl Strategy<Value = Vec<Step>> {
-    // Near huge pages' borders, and in few places, so that they meet.
-    let range = (0u64..600, prop_oneof![1u64..4, Just(513u64)]);
-    let step = prop_oneof![
-        4 => (range.clone(), 0u64..4).prop_map(|((first, pages), value)| Step::Write { first, pages, value }),
-        1 => range.clone().prop_map(|(first, pages)| Step::Clear { first, pages }),
-        2 => range.clone().prop_map(|(first, pages)| Step::Read { first, pages }),
-        4 => range.prop_map(|(first, pages)| Step::Discard { first, pages }),
-        1 => Just(Step::PageOut),
-        2 => Just(Step::Save),
-    ];
-    proptest::collection::vec(step, 0..12)
-}
+mod slow_properties {
+    use proptest::prelude::*;
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(60))]
-    #[test]
-    fn difference_when_by_log_is_the_one_by_comparing(
-        kind in prop_oneof![Just(Kind::Fresh), Just(Kind::Eager), Just(Kind::Mapped), Just(Kind::Paged)],
-        steps in steps(),
-    ) {
-        let mut setup = Setup::new(kind);
-        for step in &steps {
-            setup.apply(step);
+    use super::*;
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        // Near huge pages' borders, and in few places, so that they meet.
+        let range = (0u64..600, prop_oneof![1u64..4, Just(513u64)]);
+        let step = prop_oneof![
+            4 => (range.clone(), 0u64..4).prop_map(|((first, pages), value)| Step::Write { first, pages, value }),
+            1 => range.clone().prop_map(|(first, pages)| Step::Clear { first, pages }),
+            2 => range.clone().prop_map(|(first, pages)| Step::Read { first, pages }),
+            4 => range.prop_map(|(first, pages)| Step::Discard { first, pages }),
+            1 => Just(Step::PageOut),
+            2 => Just(Step::Save),
+        ];
+        proptest::collection::vec(step, 0..12)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+        #[test]
+        fn difference_when_by_log_is_the_one_by_comparing(
+            kind in prop_oneof![Just(Kind::Fresh), Just(Kind::Eager), Just(Kind::Mapped), Just(Kind::Paged)],
+            steps in steps(),
+        ) {
+            let mut setup = Setup::new(kind);
+            for step in &steps {
+                setup.apply(step);
+            }
+            let [log, comparing] = setup.differences();
+            prop_assert_eq!(&log.0.contents, &comparing.0.contents);
+            let now = content(&setup.memory);
+            prop_assert!(setup.restored(&log) == now, "by log");
+            prop_assert!(setup.restored(&comparing) == now, "by comparing");
         }
-        let [log, comparing] = setup.differences();
-        prop_assert_eq!(&log.0.contents, &comparing.0.contents);
-        let now = content(&setup.memory);
-        prop_assert!(setup.restored(&log) == now, "by log");
-        prop_assert!(setup.restored(&comparing) == now, "by comparing");
     }
 }
 

@@ -2,7 +2,7 @@
 
 use kvm_bindings::kvm_cpuid_entry2;
 
-use super::model::{CpuModel, RESTRICTIONS};
+use super::model::{CpuModel, takes_care};
 use super::{CpuTemplate, Register, find};
 
 /// Registers of feature bits, each of which a guest may use once it has seen it. The last is KVM's own leaf
@@ -133,9 +133,7 @@ pub(super) fn check(saved: &CpuModel, template: CpuTemplate, here: &CpuModel) ->
         saved.arch_capabilities.unwrap_or(0),
         here.arch_capabilities.unwrap_or(0),
     );
-    // Most bits say what the CPU is not vulnerable to; some say that it needs more care.
-    let (lost, added) = (then & !now & !RESTRICTIONS, now & !then & RESTRICTIONS);
-    if lost != 0 || added != 0 {
+    if !takes_care(then, now) {
         return Err(CpuMismatch::ArchCapabilities {
             saved: then,
             here: now,

@@ -16,7 +16,7 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
 pub use compatible::CpuMismatch;
-pub use model::{CpuConfig, CpuModel, MSR_ARCH_CAPABILITIES};
+pub use model::{CpuConfig, CpuModel, MSR_ARCH_CAPABILITIES, takes_care};
 pub use template::CpuTemplate;
 use topology::Topology;
 

@@ -13,6 +13,12 @@ pub const MSR_ARCH_CAPABILITIES: u32 = 0x10a;
 /// return stack is empty.
 pub(super) const RESTRICTIONS: u64 = 1 << 2 | 1 << 19;
 
+/// Whether a guest that sees `seen` of [`MSR_ARCH_CAPABILITIES`] has the mitigations it needs where that is `real`: most bits say
+/// what the CPU is not vulnerable to; some say that it needs more care.
+pub fn takes_care(seen: u64, real: u64) -> bool {
+    seen & !real & !RESTRICTIONS == 0 && real & !seen & RESTRICTIONS == 0
+}
+
 /// Leaf 1, ecx: VT-x.
 const VMX: u32 = 1 << 5;
 /// Leaf 0x80000001, ecx: AMD-V.
@@ -107,6 +113,13 @@ fn arch_capabilities(kvm: &Kvm) -> Result<Option<u64>, CpuidError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn takes_care_when_an_immunity_is_hidden_holds_and_when_a_warning_is_does_not() {
+        let (immune, warned) = (1, RESTRICTIONS);
+        assert!(takes_care(0, immune) && takes_care(immune, immune) && takes_care(warned, 0));
+        assert!(!takes_care(immune, 0) && !takes_care(0, warned) && !takes_care(immune, warned));
+    }
 
     fn leaf(function: u32, ecx: u32) -> kvm_cpuid_entry2 {
         kvm_cpuid_entry2 {

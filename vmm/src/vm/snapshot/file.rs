@@ -14,10 +14,11 @@ use serde::de::DeserializeOwned;
 
 use super::staged::Staged;
 use super::{InvalidState, StateFileError};
+use crate::devices::virtio::state::decode_all;
 
 const MAGIC: [u8; 8] = *b"DBALSNAP";
 /// Version of the format; a state of another version is refused. Count it up with every change of a saved type.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 const HEADER_BYTES: usize = 24;
 /// Largest state: what a file may make us allocate. Devices are bounded one by one.
 const MAX_BYTES: u64 = 512 << 20;
@@ -31,9 +32,9 @@ pub(super) fn stage(path: &Path, state: &impl Serialize) -> Result<Staged, State
         path: path.to_owned(),
         source,
     };
-    let body = postcard::to_stdvec(state).map_err(|e| StateFileError::Invalid {
+    let body = postcard::to_stdvec(state).map_err(|error| StateFileError::Invalid {
         path: path.to_owned(),
-        reason: InvalidState::Content(e.to_string()),
+        reason: InvalidState::Content(error.into()),
     })?;
     let staged = Staged::create(path).map_err(io)?;
     staged.file().write_all(&header(&body)).map_err(io)?;
@@ -106,11 +107,7 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, InvalidState> {
     if found != expected {
         return Err(InvalidState::Checksum { found, expected });
     }
-    match postcard::take_from_bytes(body) {
-        Ok((state, [])) => Ok(state),
-        Ok((_, rest)) => Err(InvalidState::Content(format!("{} bytes too many", rest.len()))),
-        Err(error) => Err(InvalidState::Content(error.to_string())),
-    }
+    decode_all(body).map_err(InvalidState::Content)
 }
 
 #[cfg(test)]
@@ -137,13 +134,13 @@ mod tests {
         }
         // Of the version before, as that one wrote it.
         let mut older = bytes.clone();
-        older[8] = 3;
+        older[8] = 4;
         std::fs::write(&path, &older).unwrap();
         assert!(matches!(
             read::<Vec<u32>>(&path),
             Err(StateFileError::Invalid {
                 reason: InvalidState::Version {
-                    found: 3,
+                    found: 4,
                     supported: VERSION
                 },
                 ..

@@ -24,11 +24,17 @@ use std::sync::Arc;
 pub use save::SaveReport;
 pub use verify::verify;
 
-use crate::devices::virtio::state::StateError;
-use crate::memory::image::ReadError;
+use crate::config::ConfigError;
+use crate::devices::cpu_hotplug::PresenceError;
+use crate::devices::virtio::state::{EncodingError, StateError};
+use crate::irq::io_apic::IoApicStateError;
+use crate::kvm::KvmError;
+use crate::memory::image::{ContentsError, ReadError};
 pub use crate::vcpu::cpuid::CpuMismatch;
 use crate::vcpu::state::VcpuStateError;
 use crate::vm::error::BuildError;
+use crate::vm::registry::ResumeError;
+use crate::vm::vcpus::NoThread;
 use crate::vm::{ExitReason, VmState};
 
 /// Name of the state file in a save's folder.
@@ -154,7 +160,7 @@ pub enum InvalidState {
     },
     /// It cannot be decoded.
     #[error("state: {0}")]
-    Content(String),
+    Content(EncodingError),
 }
 
 /// A machine cannot be saved. It is as before.
@@ -177,6 +183,9 @@ pub enum SaveError {
     /// A vCPU.
     #[error(transparent)]
     Vcpu(#[from] VcpuStateError),
+    /// KVM cannot be used any more.
+    #[error(transparent)]
+    Open(#[from] KvmError),
     /// KVM.
     #[error("{ioctl}: {source}")]
     Kvm {
@@ -202,11 +211,36 @@ pub enum SaveError {
         /// Its folder.
         path: PathBuf,
         /// Why not.
-        reason: String,
+        reason: BaseError,
     },
-    /// The machine was saved, but a device or vCPU could not go on; the machine is stopped.
+    /// A vCPU whose thread ended for the save could not be made again; the machine is stopped.
+    #[error("the machine cannot go on after the save: {0}")]
+    Vcpus(#[from] NoThread),
+    /// The machine was saved, but a device could not go on; the machine is stopped.
     #[error("the machine was saved and cannot go on: {0}")]
-    Resume(String),
+    Resume(ResumeError),
+}
+
+/// A save that nothing can be a difference against.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BaseError {
+    /// It would be replaced by the difference.
+    #[error("it is the folder to be written")]
+    Target,
+    /// There are two floors, not more.
+    #[error("it is a difference against {}", against.display())]
+    Difference {
+        /// Folder of the full save.
+        against: PathBuf,
+    },
+    /// It is of another machine.
+    #[error("its memory has {len} bytes, this machine's has {size}")]
+    Size {
+        /// Bytes of its memory file.
+        len: u64,
+        /// Bytes of the machine's memory.
+        size: u64,
+    },
 }
 
 /// A saved machine cannot be restored. Nothing of it is left behind.
@@ -217,13 +251,13 @@ pub enum RestoreError {
     File(#[from] StateFileError),
     /// The state contradicts itself.
     #[error("saved state: {0}")]
-    Invalid(String),
+    Invalid(Contradiction),
     /// The host's CPU is not the one it was saved on.
     #[error(transparent)]
     Cpu(#[from] CpuMismatch),
     /// An override names something the machine does not have.
     #[error("override: {0}")]
-    Override(String),
+    Override(OverrideError),
     /// The memory file cannot be read, or is damaged.
     #[error("{path}: {source}")]
     Memory {
@@ -244,4 +278,82 @@ pub enum RestoreError {
     /// The machine cannot be built on this host.
     #[error(transparent)]
     Build(#[from] BuildError),
+}
+
+/// A saved state whose parts do not belong together.
+#[derive(Debug, thiserror::Error)]
+pub enum Contradiction {
+    /// The machine's configuration.
+    #[error("configuration: {0}")]
+    Config(ConfigError),
+    /// The knobs of a device.
+    #[error(transparent)]
+    Device(ConfigError),
+    /// Not one entry for each processor.
+    #[error("{saved} processors, the configuration has {max}")]
+    Processors {
+        /// Entries.
+        saved: usize,
+        /// Maximum of the configuration.
+        max: usize,
+    },
+    /// States of other processors than those the guest has.
+    #[error("processors and their states do not match")]
+    ProcessorStates,
+    /// Nothing that could run.
+    #[error("no processor")]
+    NoProcessor,
+    /// A window that no configuration can have.
+    #[error("a pmem window of {0:#x} bytes")]
+    PmemWindow(u64),
+    /// Ids are unique.
+    #[error("two devices have the same id")]
+    DuplicateDevice,
+    /// What the memory file is said to contain.
+    #[error(transparent)]
+    Contents(#[from] ContentsError),
+    /// The interrupt controller's registers.
+    #[error(transparent)]
+    IoApic(#[from] IoApicStateError),
+    /// Presence of processors.
+    #[error(transparent)]
+    Presence(#[from] PresenceError),
+    /// One has a serial port, the other has none.
+    #[error("COM1 and its state do not match")]
+    Serial,
+    /// The base of a difference was replaced.
+    #[error("{} is not the save this one is a difference against", .0.display())]
+    Base(PathBuf),
+    /// The memory file was cut, or is another machine's.
+    #[error("{} has {len} bytes, the machine's memory has {size}", path.display())]
+    MemorySize {
+        /// The memory file.
+        path: PathBuf,
+        /// Its length.
+        len: u64,
+        /// Bytes of the machine's memory.
+        size: u64,
+    },
+}
+
+/// Something a machine was to get instead of what it was saved with.
+#[derive(Debug, thiserror::Error)]
+pub enum OverrideError {
+    /// Disks and networks the saved machine does not have.
+    #[error("the saved machine has no {}", .0.join(", no "))]
+    Unknown(Vec<String>),
+    /// A socket for a device the saved machine does not have.
+    #[error("the saved machine has no vsock device")]
+    NoVsock,
+    /// Nobody can open by name what was handed over open.
+    #[error("network {0} was given open TAP queues: give it others (tap_fds) or a TAP by name (taps)")]
+    TapNeeded(String),
+    /// An open TAP queue cannot be duplicated.
+    #[error("network {id}: open TAP queue: {source}")]
+    TapQueue {
+        /// Device id.
+        id: String,
+        /// Cause.
+        source: io::Error,
+    },
 }

@@ -11,7 +11,7 @@ use kvm_bindings::{KVM_CLOCK_REALTIME, kvm_clock_data};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use super::state::{ClockState, MachineState};
-use super::{MEMORY, MemoryMode, RestoreError, RestoreOptions, STATE, file};
+use super::{Contradiction, MEMORY, MemoryMode, OverrideError, RestoreError, RestoreOptions, STATE, file};
 use crate::acpi::shared_page::SharedPage;
 use crate::config::{DeviceConfig, VmConfig};
 use crate::devices::ged::Event;
@@ -61,44 +61,48 @@ impl Vm {
 
 /// What the file says must be possible before anything is allocated for it.
 pub(super) fn check(state: &MachineState) -> Result<(), RestoreError> {
-    let invalid = |reason: String| Err(RestoreError::Invalid(reason));
+    let invalid = |contradiction| Err(RestoreError::Invalid(contradiction));
     if let Err(error) = state.config.validate() {
-        return invalid(format!("configuration: {error}"));
+        return invalid(Contradiction::Config(error));
     }
     let max = usize::from(state.config.vcpus.max);
     if state.present.len() != max {
-        return invalid(format!(
-            "{} processors, the configuration has {max}",
-            state.present.len()
-        ));
+        return invalid(Contradiction::Processors {
+            saved: state.present.len(),
+            max,
+        });
     }
     let present = state.present.iter().zip(0u8..).filter(|(present, _)| **present);
     if !present
         .map(|(_, index)| index)
         .eq(state.vcpus.iter().map(|vcpu| vcpu.index))
     {
-        return invalid("processors and their states do not match".to_owned());
+        return invalid(Contradiction::ProcessorStates);
     }
     if state.vcpus.is_empty() {
-        return invalid("no processor".to_owned());
+        return invalid(Contradiction::NoProcessor);
     }
     if state.memory.pmem_window > crate::config::MAX_MEMORY_MIB << 20 {
-        return invalid(format!("a pmem window of {:#x} bytes", state.memory.pmem_window));
+        return invalid(Contradiction::PmemWindow(state.memory.pmem_window));
     }
     let mut ids: Vec<&str> = devices(state).map(DeviceConfig::id).collect();
     let count = ids.len();
     ids.sort_unstable();
     ids.dedup();
     if ids.len() != count {
-        return invalid("two devices have the same id".to_owned());
+        return invalid(Contradiction::DuplicateDevice);
     }
     for device in devices(state) {
         if let Err(error) = device.validate() {
-            return invalid(error.to_string());
+            return invalid(Contradiction::Device(error));
         }
     }
     let size = image::file_size(&layout(state));
-    state.memory.contents.check(size).map_err(RestoreError::Invalid)
+    state.memory.contents.check(size).map_err(invalid_state)
+}
+
+fn invalid_state(contradiction: impl Into<Contradiction>) -> RestoreError {
+    RestoreError::Invalid(contradiction.into())
 }
 
 fn devices(state: &MachineState) -> impl Iterator<Item = &DeviceConfig> {
@@ -135,9 +139,7 @@ pub(super) fn apply(state: &mut MachineState, options: &RestoreOptions) -> Resul
     match (&mut state.config.vsock, &options.vsock_uds) {
         (Some(vsock), Some(path)) => vsock.uds_path = Some(path.clone()),
         (None, Some(_)) => {
-            return Err(RestoreError::Override(
-                "the saved machine has no vsock device".to_owned(),
-            ));
+            return Err(RestoreError::Override(OverrideError::NoVsock));
         }
         (_, None) => {}
     }
@@ -172,10 +174,8 @@ impl Overrides {
             DeviceConfig::Net(net) => {
                 let (name, open) = (self.taps.remove(&net.id), self.adopted.remove(&net.id));
                 if was_adopted && name.is_none() && !open {
-                    return Err(RestoreError::Override(format!(
-                        "network {} was given open TAP queues: give it others (tap_fds) or a TAP by name (taps)",
-                        net.id
-                    )));
+                    let id = net.id.clone();
+                    return Err(RestoreError::Override(OverrideError::TapNeeded(id)));
                 }
                 let mut config = config.clone();
                 if let (DeviceConfig::Net(net), Some(name)) = (&mut *config, name) {
@@ -198,10 +198,7 @@ impl Overrides {
         if left.is_empty() {
             return Ok(());
         }
-        Err(RestoreError::Override(format!(
-            "the saved machine has no {}",
-            left.join(", no ")
-        )))
+        Err(RestoreError::Override(OverrideError::Unknown(left)))
     }
 }
 
@@ -296,8 +293,10 @@ fn duplicate(
     let mut duplicates = BTreeMap::new();
     for (id, fds) in fds {
         let fds = fds.iter().map(|fd| fd.try_clone()).collect::<io::Result<_>>();
-        let fds =
-            fds.map_err(|error| RestoreError::Override(format!("network {id}: open TAP queue: {error}")))?;
+        let fds = fds.map_err(|source| {
+            let id = id.clone();
+            RestoreError::Override(OverrideError::TapQueue { id, source })
+        })?;
         duplicates.insert(id.clone(), fds);
     }
     Ok(duplicates)
@@ -362,9 +361,9 @@ fn connect(
     if let Some(opened) = opened {
         let id = opened.id().to_owned();
         let device = opened.connect_again(&machine.windows, state);
-        return device.map_err(|e| BuildError::Device {
+        return device.map_err(|error| BuildError::Device {
             id,
-            reason: e.to_string(),
+            source: error.into(),
         });
     }
     let window = machine.windows.hotplug()?.clone();
@@ -379,19 +378,17 @@ fn set_board(machine: &Machine, state: &MachineState) -> Result<(), RestoreError
     board
         .io_apic
         .restore(state.io_apic.clone())
-        .map_err(RestoreError::Invalid)?;
+        .map_err(invalid_state)?;
     machine
         .vcpus
         .hotplug
         .restore(&state.present)
-        .map_err(RestoreError::Invalid)?;
+        .map_err(invalid_state)?;
     match (&board.serial, &state.serial) {
         (Some(serial), Some(state)) => serial.restore_state(state)?,
         (None, None) => {}
         _ => {
-            return Err(RestoreError::Invalid(
-                "COM1 and its state do not match".to_owned(),
-            ));
+            return Err(RestoreError::Invalid(Contradiction::Serial));
         }
     }
     board.ged.restore(state.ged_pending);
@@ -424,12 +421,10 @@ impl<'s> Layers<'s> {
             Some(base) => {
                 let saved: MachineState = file::read(&base.dir.join(STATE))?;
                 if saved.id != base.id || saved.memory.base.is_some() {
-                    return Err(RestoreError::Invalid(format!(
-                        "{} is not the save this one is a difference against",
-                        base.dir.display()
-                    )));
+                    let dir = base.dir.clone();
+                    return Err(RestoreError::Invalid(Contradiction::Base(dir)));
                 }
-                saved.memory.contents.check(size).map_err(RestoreError::Invalid)?;
+                saved.memory.contents.check(size).map_err(invalid_state)?;
                 let (path, file) = open_memory(&base.dir, size)?;
                 Some((path, file, saved.memory.contents))
             }
@@ -546,7 +541,7 @@ fn start_pager(
 ) -> io::Result<Pager> {
     let start = |watch| {
         let lifecycle = lifecycle.clone();
-        let failed = move |reason| lifecycle.finish(ExitReason::Failure(reason));
+        let failed = move |failure| lifecycle.finish(ExitReason::Failure(failure));
         Pager::start(memory, layout, file, watch, failed)
     };
     if track_writes {
@@ -570,10 +565,11 @@ fn open_memory(dir: &Path, size: u64) -> Result<(PathBuf, File), RestoreError> {
     let file = File::open(&path).map_err(error)?;
     let len = file.metadata().map_err(error)?.len();
     if len != size {
-        return Err(RestoreError::Invalid(format!(
-            "{} has {len} bytes, the machine's memory has {size}",
-            path.display()
-        )));
+        return Err(RestoreError::Invalid(Contradiction::MemorySize {
+            path,
+            len,
+            size,
+        }));
     }
     Ok((path, file))
 }

@@ -9,16 +9,18 @@ use kvm_bindings::KVM_CLOCK_REALTIME;
 
 use super::staged::{self, Staged};
 use super::state::{Base, ClockState, DeviceState, MachineState, MemoryState, SlotState};
-use super::{MEMORY, STATE, SaveError, SaveKind, file};
+use super::{BaseError, MEMORY, STATE, SaveError, SaveKind, file};
 use crate::devices::cpu_hotplug::Cpu;
 use crate::devices::vmgenid;
 use crate::kvm;
+use crate::lifecycle::{ExitReason, Failure, errno_of};
 use crate::memory::image::{self, Pages, Written};
 use crate::memory::layout::RegionKind;
 use crate::memory::page_set::PageSet;
 use crate::vcpu::state::{self as vcpu_state, Inventory, VcpuState};
 use crate::vm::machine::{Machine, Origin};
-use crate::vm::{ExitReason, Vm, VmState, lock};
+use crate::vm::vcpus::NoThread;
+use crate::vm::{Vm, VmState, lock};
 
 /// What was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,10 +50,11 @@ impl Vm {
         let machine = self.paused()?;
         let result = self.save_parts(&machine, dir, base);
         // Whatever happened, the machine is to be usable.
-        if let Err(reason) = machine.devices.resume() {
+        if let Err(error) = machine.devices.resume() {
+            let id = error.id.clone();
             self.lifecycle
-                .finish(ExitReason::Failure(format!("after a save: {reason}")));
-            return Err(SaveError::Resume(reason));
+                .finish(ExitReason::Failure(Failure::DeviceResume { id }));
+            return Err(SaveError::Resume(error));
         }
         result
     }
@@ -129,7 +132,7 @@ impl Vm {
     }
 
     fn save_vcpus(&self, machine: &Machine) -> Result<Vec<VcpuState>, SaveError> {
-        let kvm = kvm::open().map_err(|error| SaveError::Resume(error.to_string()))?;
+        let kvm = kvm::open()?;
         let inventory = Inventory::new(&kvm, self.config.cpu.nested).map_err(|source| SaveError::Kvm {
             ioctl: "KVM_GET_MSR_INDEX_LIST",
             source,
@@ -140,9 +143,10 @@ impl Vm {
                 .map(|vcpu| vcpu_state::save(&vcpu.fd, vcpu.index, &inventory));
             states.collect::<Result<Vec<_>, _>>()
         });
-        let states = states.map_err(|reason| {
-            self.lifecycle.finish(ExitReason::Failure(reason.clone()));
-            SaveError::Resume(reason)
+        let states = states.inspect_err(|NoThread { index, source }| {
+            let (index, source) = (*index, errno_of(source));
+            self.lifecycle
+                .finish(ExitReason::Failure(Failure::VcpuThread { index, source }));
         })?;
         Ok(states?)
     }
@@ -194,19 +198,16 @@ impl Opened {
         };
         let io = |path: PathBuf| move |source| SaveError::Io { path, source };
         let dir = fs::canonicalize(dir).map_err(io(dir.clone()))?;
-        let refused = |reason: String| SaveError::Base {
+        let refused = |reason| SaveError::Base {
             path: dir.clone(),
             reason,
         };
         if fs::canonicalize(target).is_ok_and(|target| target == dir) {
-            return Err(refused("it is the folder to be written".to_owned()));
+            return Err(refused(BaseError::Target));
         }
         let state: MachineState = file::read(&dir.join(STATE))?;
         if let Some(other) = state.memory.base {
-            return Err(refused(format!(
-                "it is a difference against {}",
-                other.dir.display()
-            )));
+            return Err(refused(BaseError::Difference { against: other.dir }));
         }
         let path = dir.join(MEMORY);
         let memory = File::open(&path).map_err(io(path.clone()))?;
@@ -215,9 +216,7 @@ impl Opened {
             image::file_size(machine.windows.layout()),
         );
         if len != size {
-            return Err(refused(format!(
-                "its memory has {len} bytes, this machine's has {size}"
-            )));
+            return Err(refused(BaseError::Size { len, size }));
         }
         Ok(Self::Difference {
             memory,

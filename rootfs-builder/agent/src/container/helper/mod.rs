@@ -5,6 +5,8 @@
 //! one container process, one line of result, gone. The container process is made a sibling of the helper, that is,
 //! a child of the agent, which therefore learns its exit status.
 
+#![allow(unsafe_code)]
+
 mod inside;
 mod mounts;
 
@@ -18,11 +20,12 @@ use std::process::ExitCode;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::error::LibcontainerError;
+use libcontainer::hooks::{self, HookError};
 use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::unistd::{AccessFlags, access, execv};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Hook, Spec};
 use serde::{Deserialize, Serialize};
 
 use super::pty;
@@ -68,6 +71,11 @@ pub enum Kind {
         /// The process, in config.json's notation.
         process: PathBuf,
     },
+    /// No process: hooks, in the guest and outside of the container.
+    Hooks {
+        /// The list, in config.json's notation.
+        hooks: PathBuf,
+    },
 }
 
 /// Whether `reason`, of a process that could not be made or executed, is that its program does not exist.
@@ -82,6 +90,8 @@ pub fn is_missing_program(reason: &str) -> bool {
 pub enum Answer {
     /// The container process, a child of the agent.
     Pid(i32),
+    /// There is none, and none was asked for.
+    Done,
     /// Why there is none.
     Error(String),
 }
@@ -101,6 +111,10 @@ enum HelperError {
         path: PathBuf,
         source: oci_spec::OciSpecError,
     },
+    #[error("hooks of the guest: {0}")]
+    Hook(#[from] HookError),
+    #[error("{path}: {source}")]
+    File { path: PathBuf, source: std::io::Error },
     #[error("container {0} has no process")]
     NoProcess(String),
 }
@@ -114,7 +128,7 @@ pub fn main(request: Option<&String>) -> ExitCode {
         .and_then(|request| Ok(serde_json::from_str(request)?))
         .and_then(|request| run(&request));
     let (answer, code) = match outcome {
-        Ok(pid) => (Answer::Pid(pid), ExitCode::SUCCESS),
+        Ok(answer) => (answer, ExitCode::SUCCESS),
         Err(error) => (Answer::Error(chain(&error)), ExitCode::FAILURE),
     };
     let mut line = serde_json::to_vec(&answer).unwrap_or_default();
@@ -124,7 +138,32 @@ pub fn main(request: Option<&String>) -> ExitCode {
     code
 }
 
-fn run(request: &Request) -> Result<i32, HelperError> {
+fn run(request: &Request) -> Result<Answer, HelperError> {
+    if let Kind::Hooks { hooks } = &request.kind {
+        run_hooks(request, hooks)?;
+        return Ok(Answer::Done);
+    }
+    make_process(request).map(Answer::Pid)
+}
+
+/// Runs the hooks in the file `hooks`, up to the first that fails.
+fn run_hooks(request: &Request, hooks: &Path) -> Result<(), HelperError> {
+    let text = std::fs::read(hooks).map_err(|source| HelperError::File {
+        path: hooks.to_owned(),
+        source,
+    })?;
+    let hooks: Vec<Hook> = serde_json::from_slice(&text)?;
+    let container = Container::load(request.state.join(&request.id))?;
+    Ok(hooks::run_hooks(
+        Some(&hooks),
+        Some(&container.state),
+        None,
+        None,
+        None,
+    )?)
+}
+
+fn make_process(request: &Request) -> Result<i32, HelperError> {
     let mut builder = ContainerBuilder::new(request.id.clone(), SyscallType::default())
         .with_root_path(&request.state)?
         .with_console_socket(request.console.as_ref())
@@ -158,6 +197,7 @@ fn run(request: &Request) -> Result<i32, HelperError> {
                 .with_detach(true);
             Ok(tenant.build()?.as_raw())
         }
+        Kind::Hooks { .. } => Err(HelperError::NoProcess(request.id.clone())),
     }
 }
 

@@ -5,6 +5,8 @@
 //! of its own, of which libcontainer takes a copy. What it must make is what shows the container's other namespaces
 //! (proc, sysfs, cgroup, mqueue), and what lies below or above those.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};

@@ -10,9 +10,9 @@ use super::release::PAGE;
 use super::state::BalloonState;
 use super::statistics::{BalloonStatistics, Snapshot};
 use super::worker::{BalloonWorker, Counters, Role};
-use crate::devices::virtio::queue_thread::QueueThread;
-use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::state::{QueuePosition, StateError};
+use crate::devices::virtio::worker::queue_thread::QueueThread;
 use crate::devices::virtio::{
     ActivateError, Activation, CHAIN_FEATURES, Interrupt, VirtioDevice, read_space,
 };

@@ -13,6 +13,14 @@ pub(super) struct BalloonState {
     pub(super) actual: u32,
 }
 
+/// A target beyond the guest's memory.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("target of {target} pages, the guest has {max}")]
+struct TargetTooLarge {
+    target: u32,
+    max: u32,
+}
+
 impl BalloonState {
     /// Encodes it for `device`.
     ///
@@ -29,10 +37,11 @@ impl BalloonState {
     pub(super) fn restore(device: &str, bytes: &[u8], max: u32) -> Result<Self, StateError> {
         let state: Self = state::decode(device, bytes)?;
         if state.target > max {
-            return Err(StateError::Invalid {
-                device: device.to_owned(),
-                reason: format!("target of {} pages, the guest has {max}", state.target),
-            });
+            let error = TargetTooLarge {
+                target: state.target,
+                max,
+            };
+            return Err(StateError::invalid(device, error));
         }
         Ok(state)
     }

@@ -7,7 +7,7 @@ use crate::devices::virtio::test_resume::{activate_at, config};
 use crate::devices::virtio::test_ring::{
     BUFFERS, Buf, MEMORY_SIZE, PATIENCE, TestGuest, TestRing, flood, survive_malformed_chains,
 };
-use crate::devices::virtio::transport::mmio::INTERRUPT_CONFIG;
+use crate::devices::virtio::transport::mmio::interrupt::INTERRUPT_CONFIG;
 use crate::devices::virtio::{CHAIN_FEATURES, VirtioDevice};
 use crate::guest_log::recorder::assert_limited;
 use crate::memory::window::Windows;

@@ -3,7 +3,6 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::time::{
@@ -14,10 +13,11 @@ use virtio_queue::DescriptorChain;
 use super::device::Shared;
 use super::release::{PAGE, Released, release};
 use super::statistics::{MAX_BYTES, Snapshot};
-use crate::devices::virtio::chain::Chain;
-use crate::devices::virtio::queue_thread::ThreadWorker;
-use crate::devices::virtio::served_queue::{Served, ServedQueue};
+use crate::devices::virtio::counter::counters;
+use crate::devices::virtio::queue::chain::Chain;
+use crate::devices::virtio::queue::served_queue::{Served, ServedQueue};
 use crate::devices::virtio::state::QueuePosition;
+use crate::devices::virtio::worker::queue_thread::ThreadWorker;
 use crate::memory::GuestMemory;
 use crate::memory::window::Windows;
 
@@ -39,29 +39,15 @@ pub(super) enum Role {
     Reporting,
 }
 
-/// What the device counts.
-#[derive(Debug, Default)]
-pub(super) struct Counters {
-    inflated: AtomicU64,
-    deflated: AtomicU64,
-    reported: AtomicU64,
-    refused: AtomicU64,
-    statistics: AtomicU64,
-    invalid: AtomicU64,
-}
-
-impl Counters {
-    /// All counters by name.
-    pub(super) fn all(&self) -> Vec<(&'static str, u64)> {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        vec![
-            ("inflated_bytes", get(&self.inflated)),
-            ("deflated_bytes", get(&self.deflated)),
-            ("reported_bytes", get(&self.reported)),
-            ("refused_ranges", get(&self.refused)),
-            ("statistics_received", get(&self.statistics)),
-            ("requests_invalid", get(&self.invalid)),
-        ]
+counters! {
+    /// What the device counts.
+    pub(super) struct Counters {
+        inflated: "inflated_bytes",
+        deflated: "deflated_bytes",
+        reported: "reported_bytes",
+        refused: "refused_ranges",
+        statistics: "statistics_received",
+        invalid: "requests_invalid",
     }
 }
 
@@ -171,7 +157,7 @@ fn take(
         Ok(chain) => chain,
         Err(error) => {
             guest_log!(DEBUG, %error, "balloon: chain dropped");
-            counters.invalid.fetch_add(1, Ordering::Relaxed);
+            counters.invalid.inc();
             return;
         }
     };
@@ -193,8 +179,8 @@ fn take(
             (release(memory, windows, &ranges), &counters.reported)
         }
     };
-    counter.fetch_add(released.bytes, Ordering::Relaxed);
-    counters.refused.fetch_add(released.refused, Ordering::Relaxed);
+    counter.add(released.bytes);
+    counters.refused.add(released.refused);
 }
 
 /// The pages an inflate chain names, at most [`MAX_PFNS`]: an array of le32 page numbers.
@@ -228,7 +214,7 @@ fn receive(shared: &Shared, queue: &mut ServedQueue, held: &mut Option<u16>) -> 
                 let mut bytes = vec![0; len.min(MAX_BYTES)];
                 if chain.readable.read(&memory, 0, &mut bytes).is_ok() {
                     *shared.statistics() = Some(Snapshot::parse(&bytes));
-                    shared.counters.statistics.fetch_add(1, Ordering::Relaxed);
+                    shared.counters.statistics.inc();
                 }
                 // The driver has one buffer (5.5.6.3); one that sends more gets the older back.
                 if let Some(older) = held.replace(head) {
@@ -237,7 +223,7 @@ fn receive(shared: &Shared, queue: &mut ServedQueue, held: &mut Option<u16>) -> 
             }
             Err(error) => {
                 guest_log!(DEBUG, %error, "balloon: statistics dropped");
-                shared.counters.invalid.fetch_add(1, Ordering::Relaxed);
+                shared.counters.invalid.inc();
                 queue.complete(head, 0);
             }
         }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
@@ -84,6 +84,28 @@ pub struct Block {
     active: Option<Active>,
 }
 
+/// Measures the image of a disk, which may take as long as the host's storage does.
+#[derive(Debug)]
+pub struct Gauge(Arc<Target>);
+
+impl Gauge {
+    /// Gives `take` the size of the image in bytes, for [`Block::resize`]. Who measures the same disk meanwhile waits, so that
+    /// an older size never comes after a newer one.
+    ///
+    /// # Errors
+    /// [`ResizeDiskError::Measure`].
+    pub fn measure<T>(&self, take: impl FnOnce(u64) -> T) -> Result<T, ResizeDiskError> {
+        let target = &self.0;
+        let _only = target.measuring.lock().unwrap_or_else(PoisonError::into_inner);
+        let size = target.disk.measure();
+        let size = size.map_err(|source| ResizeDiskError::Measure {
+            id: target.id.clone(),
+            source,
+        })?;
+        Ok(take(size))
+    }
+}
+
 impl Block {
     /// Opens and locks the image.
     ///
@@ -110,18 +132,21 @@ impl Block {
         })
     }
 
-    /// Reads the size of the image again and tells the guest, whose disk gets it at once. Returns the capacity in bytes.
+    /// What measures the image while the guest goes on using the disk.
+    pub fn gauge(&self) -> Gauge {
+        Gauge(self.target.clone())
+    }
+
+    /// Gives the disk `size`, what [`Gauge::measure`] said in bytes, and tells the guest, which has it at once. Returns the
+    /// capacity in bytes.
     ///
     /// A disk in use only grows: its guest counts on every sector it has seen. Without a driver it takes any size.
     ///
     /// # Errors
     /// [`ResizeDiskError`]; the capacity is as before.
-    pub fn resize(&mut self) -> Result<u64, ResizeDiskError> {
+    pub fn resize(&mut self, size: u64) -> Result<u64, ResizeDiskError> {
         let disk = &self.target.disk;
         let id = || self.target.id.clone();
-        let size = disk
-            .measure()
-            .map_err(|source| ResizeDiskError::Measure { id: id(), source })?;
         let new = size - size % u64::from(disk.block_size());
         let old = disk.sectors() * SECTOR;
         if new == 0 {

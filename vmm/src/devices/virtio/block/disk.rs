@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 
 use super::config::BlockConfig;
+use super::ring::RingFault;
 use crate::devices::virtio::config::{OpenError, OpenErrorKind};
 use crate::devices::virtio::image::{self, ImageError};
 
@@ -75,7 +76,7 @@ pub enum BlockError {
         /// Device id.
         id: String,
         /// What is missing.
-        reason: String,
+        reason: RingFault,
     },
     /// The rate limiter's timer.
     #[error("disk {id}: rate limiter: {source}")]

@@ -21,5 +21,4 @@ mod tests;
 mod throttle;
 mod worker;
 
-pub use device::{Block, ResizeDiskError};
-pub use disk::BlockError;
+pub use device::Block;

@@ -2,7 +2,7 @@
 
 use super::disk::Disk;
 use super::step::{Step, Transfer};
-use crate::devices::virtio::chain::Iovecs;
+use crate::devices::virtio::queue::chain::Iovecs;
 
 /// Part of the disk, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use super::disk::{Disk, SECTOR};
 use super::ranges::{Range, Ranges};
 use super::step::{Direction, Next, Step, Transfer};
 use super::target::{SERIAL_BYTES, Target};
-use crate::devices::virtio::chain::{Buffers, Chain, Iovecs, OutOfBuffer};
+use crate::devices::virtio::queue::chain::{Buffers, Chain, Iovecs, OutOfBuffer};
 use crate::memory::GuestMemory;
 
 /// `struct virtio_blk_req`: type, reserved, sector.

@@ -12,11 +12,14 @@ use std::sync::OnceLock;
 use io_uring::register::{Probe, Restriction};
 use io_uring::squeue::Flags;
 use io_uring::{IoUring, opcode, squeue, types};
+use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::config::BlockEngine;
 use super::disk::{BlockError, Disk, Route};
 use super::step::{Direction, Step};
+use crate::interrupted;
+use crate::lifecycle::errno_of;
 
 const OPCODES: [(u8, &str); 4] = [
     (opcode::Readv::CODE, "READV"),
@@ -27,9 +30,37 @@ const OPCODES: [(u8, &str); 4] = [
 /// IORING_UNREGISTER_FILES (include/uapi/linux/io_uring.h).
 const UNREGISTER_FILES: u8 = 3;
 
+/// What a host's io_uring lacks.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RingFault {
+    /// A system call failed.
+    #[error("{what}: {source}")]
+    Refused {
+        /// The call, or the file it is about.
+        what: &'static str,
+        /// Cause.
+        source: errno::Error,
+    },
+    /// An operation is missing.
+    #[error("the kernel has no IORING_OP_{0}")]
+    Operation(&'static str),
+    /// Completions may get lost (before Linux 5.5).
+    #[error("the kernel may drop completions")]
+    Drops,
+}
+
+impl RingFault {
+    fn refused(what: &'static str) -> impl Fn(io::Error) -> Self {
+        move |error| Self::Refused {
+            what,
+            source: errno_of(&error),
+        }
+    }
+}
+
 /// Whether this host has all of it; found out once per process.
-pub(super) fn available() -> Result<(), &'static str> {
-    static PROBE: OnceLock<Result<(), String>> = OnceLock::new();
+pub(super) fn available() -> Result<(), RingFault> {
+    static PROBE: OnceLock<Result<(), RingFault>> = OnceLock::new();
     let result = PROBE.get_or_init(|| {
         let result = probe();
         match &result {
@@ -43,14 +74,11 @@ pub(super) fn available() -> Result<(), &'static str> {
         }
         result
     });
-    match result {
-        Ok(()) => Ok(()),
-        Err(reason) => Err(reason),
-    }
+    result.clone()
 }
 
-fn probe() -> Result<(), String> {
-    let failed = |what: &'static str| move |error: io::Error| format!("{what}: {error}");
+fn probe() -> Result<(), RingFault> {
+    let failed = RingFault::refused;
     let null = std::fs::File::open("/dev/null").map_err(failed("/dev/null"))?;
     let ring = IoUring::builder()
         .setup_r_disabled()
@@ -61,12 +89,12 @@ fn probe() -> Result<(), String> {
         .register_probe(&mut probe)
         .map_err(failed("IORING_REGISTER_PROBE"))?;
     if let Some((_, name)) = OPCODES.iter().find(|(code, _)| !probe.is_supported(*code)) {
-        return Err(format!("the kernel has no IORING_OP_{name}"));
+        return Err(RingFault::Operation(name));
     }
     if !ring.params().is_feature_nodrop() {
-        return Err("the kernel may drop completions".to_owned());
+        return Err(RingFault::Drops);
     }
-    restrict(&ring, &[null.as_raw_fd()]).map_err(|(what, error)| format!("{what}: {error}"))
+    restrict(&ring, &[null.as_raw_fd()]).map_err(|(what, error)| RingFault::refused(what)(error))
 }
 
 fn restrict(ring: &IoUring, files: &[i32]) -> Result<(), (&'static str, io::Error)> {
@@ -108,7 +136,7 @@ pub(super) fn choose(id: &str, engine: BlockEngine, in_memory: bool) -> Result<b
             .map(|()| true)
             .map_err(|reason| BlockError::NoIoUring {
                 id: id.to_owned(),
-                reason: reason.to_owned(),
+                reason,
             }),
     }
 }
@@ -173,12 +201,7 @@ impl Ring {
         if wait == 0 && self.ring.submission().is_empty() {
             return Ok(());
         }
-        loop {
-            match self.ring.submit_and_wait(wait) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => return result.map(drop),
-            }
-        }
+        interrupted::again(|| self.ring.submit_and_wait(wait)).map(drop)
     }
 
     /// Nobody will take the completions of what the kernel still has.

@@ -53,10 +53,7 @@ pub(super) fn restore(
     let state: BlockState = state::decode(&target.id, bytes)?;
     let checked =
         check_capacity(&target.disk, state.sectors).and_then(|()| check_unfinished(&state, queue_sizes));
-    checked.map_err(|reason| StateError::Invalid {
-        device: target.id.clone(),
-        reason,
-    })?;
+    checked.map_err(|error| StateError::invalid(&target.id, error))?;
     target.disk.set_sectors(state.sectors);
     target.set_writeback(state.writeback);
     // Without a limiter in either there is nothing to carry over: the configuration decides.
@@ -66,33 +63,44 @@ pub(super) fn restore(
     Ok(state.unfinished)
 }
 
+/// A state that is none of this disk.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+enum BlockStateError {
+    #[error("unfinished requests of queue {0}")]
+    Unfinished(u16),
+    #[error("capacity of {sectors} sectors, not a number of blocks of {block_size} bytes")]
+    Blocks { sectors: u64, block_size: u32 },
+    #[error(
+        "the disk had {saved} sectors when it was saved, its image has {present} now: it was cut or is another one"
+    )]
+    Cut { saved: u64, present: u64 },
+}
+
 /// Each queue once, each head once and in the queue.
-fn check_unfinished(state: &BlockState, queue_sizes: &[u16]) -> Result<(), String> {
+fn check_unfinished(state: &BlockState, queue_sizes: &[u16]) -> Result<(), BlockStateError> {
     let mut queues = HashSet::new();
     for Unfinished { queue, heads } in &state.unfinished {
         let size = queue_sizes.get(usize::from(*queue)).copied().unwrap_or(0);
         let mut seen = HashSet::new();
         let fits = |head: &u16| *head < size && seen.insert(*head);
         if !queues.insert(queue) || !heads.iter().all(fits) {
-            return Err(format!("unfinished requests of queue {queue}"));
+            return Err(BlockStateError::Unfinished(*queue));
         }
     }
     Ok(())
 }
 
-fn check_capacity(disk: &Disk, saved: u64) -> Result<(), String> {
+fn check_capacity(disk: &Disk, saved: u64) -> Result<(), BlockStateError> {
     let present = disk.sectors();
     let block = u64::from(disk.block_size()) / SECTOR;
     if saved == 0 || !saved.is_multiple_of(block) {
-        return Err(format!(
-            "capacity of {saved} sectors, not a number of blocks of {} bytes",
-            disk.block_size()
-        ));
+        return Err(BlockStateError::Blocks {
+            sectors: saved,
+            block_size: disk.block_size(),
+        });
     }
     if saved > present {
-        return Err(format!(
-            "the disk had {saved} sectors when it was saved, its image has {present} now: it was cut or is another one"
-        ));
+        return Err(BlockStateError::Cut { saved, present });
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use super::disk::{Disk, Route};
-use crate::devices::virtio::chain::{Buffers, Iovecs, OutOfBuffer};
+use crate::devices::virtio::queue::chain::{Buffers, Iovecs, OutOfBuffer};
 use crate::memory::GuestMemory;
 
 /// Linux' UIO_MAXIOV.

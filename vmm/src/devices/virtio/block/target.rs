@@ -1,6 +1,7 @@
 //! What all queues of a disk share.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -9,6 +10,7 @@ use virtio_bindings::virtio_blk::{
 
 use super::disk::Disk;
 use super::throttle::Throttle;
+use crate::devices::virtio::counter::Counter;
 
 /// Bytes of the serial the guest reads.
 pub(super) const SERIAL_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
@@ -22,6 +24,8 @@ pub(super) struct Target {
     pub(super) counters: Counters,
     pub(super) throttle: Option<Throttle>,
     writeback: AtomicBool,
+    /// Held by who reads the image's size until the disk has it.
+    pub(super) measuring: Mutex<()>,
 }
 
 impl Target {
@@ -37,6 +41,7 @@ impl Target {
             counters: Counters::default(),
             throttle,
             writeback: AtomicBool::new(true),
+            measuring: Mutex::default(),
         }
     }
 
@@ -53,8 +58,8 @@ impl Target {
 /// Requests of one type.
 #[derive(Debug, Default)]
 struct Kind {
-    requests: AtomicU64,
-    bytes: AtomicU64,
+    requests: Counter,
+    bytes: Counter,
 }
 
 /// Answered requests.
@@ -65,14 +70,14 @@ pub(super) struct Counters {
     flush: Kind,
     discard: Kind,
     zeroes: Kind,
-    errors: AtomicU64,
+    errors: Counter,
 }
 
 impl Counters {
     /// Counts a request of type `kind` over `bytes`; one that failed counts as an error only.
     pub(super) fn add(&self, kind: u32, bytes: u64, ok: bool) {
         if !ok {
-            self.errors.fetch_add(1, Ordering::Relaxed);
+            self.errors.inc();
             return;
         }
         let kind = match kind {
@@ -83,13 +88,13 @@ impl Counters {
             VIRTIO_BLK_T_WRITE_ZEROES => &self.zeroes,
             _ => return,
         };
-        kind.requests.fetch_add(1, Ordering::Relaxed);
-        kind.bytes.fetch_add(bytes, Ordering::Relaxed);
+        kind.requests.inc();
+        kind.bytes.add(bytes);
     }
 
     pub(super) fn snapshot(&self) -> Vec<(&'static str, u64)> {
-        let requests = |kind: &Kind| kind.requests.load(Ordering::Relaxed);
-        let bytes = |kind: &Kind| kind.bytes.load(Ordering::Relaxed);
+        let requests = |kind: &Kind| kind.requests.get();
+        let bytes = |kind: &Kind| kind.bytes.get();
         vec![
             ("read_requests", requests(&self.read)),
             ("read_bytes", bytes(&self.read)),
@@ -100,7 +105,7 @@ impl Counters {
             ("discard_bytes", bytes(&self.discard)),
             ("write_zeroes_requests", requests(&self.zeroes)),
             ("write_zeroes_bytes", bytes(&self.zeroes)),
-            ("errors", self.errors.load(Ordering::Relaxed)),
+            ("errors", self.errors.get()),
         ]
     }
 }

@@ -2,14 +2,13 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
 use super::state::ConsoleState;
 use super::worker::{ConsoleWorker, Counters};
 use super::{ConsoleInput, ConsoleLog, INPUT_CAPACITY};
-use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, OnLoop, VirtioDevice};
 
@@ -71,16 +70,9 @@ impl VirtioDevice for Console {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let queues = [
-            activation.take_queue(ID, RECEIVE)?,
-            activation.take_queue(ID, TRANSMIT)?,
-        ];
-        let [receive, transmit] = queues.map(|queue| {
-            ServedQueue::new(ID, queue, activation.memory.clone(), activation.interrupt.clone())
-        });
         let worker = ConsoleWorker::new(
-            receive,
-            transmit,
+            ServedQueue::take(&mut activation, ID, RECEIVE)?,
+            ServedQueue::take(&mut activation, ID, TRANSMIT)?,
             self.log.clone(),
             self.input.clone(),
             self.counters.clone(),
@@ -94,8 +86,7 @@ impl VirtioDevice for Console {
     }
 
     fn suspend(&mut self) -> Vec<QueuePosition> {
-        let running = self.running.take();
-        running.map_or_else(Vec::new, |r| r.stop(ID, |worker| worker.positions()))
+        OnLoop::suspend(&mut self.running, ID)
     }
 
     fn save(&self) -> Result<Vec<u8>, StateError> {
@@ -111,8 +102,8 @@ impl VirtioDevice for Console {
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
         vec![
-            ("output_bytes", self.counters.output.load(Ordering::Relaxed)),
-            ("input_bytes", self.counters.input.load(Ordering::Relaxed)),
+            ("output_bytes", self.counters.output.get()),
+            ("input_bytes", self.counters.input.get()),
             ("input_waiting", self.input.pending().len() as u64),
         ]
     }

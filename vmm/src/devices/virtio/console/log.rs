@@ -9,6 +9,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::interrupted;
+
 /// Bytes kept unless asked otherwise.
 const DEFAULT_CAPACITY: usize = 64 << 10;
 /// Bytes written to a device that says it has room.
@@ -170,14 +172,11 @@ impl Sink {
     fn write(&mut self, bytes: &[u8]) -> (usize, io::Result<()>) {
         let mut taken = 0;
         while let Some(rest) = bytes.get(taken..).filter(|rest| !rest.is_empty()) {
-            match self.write_once(rest) {
+            match interrupted::again(|| self.write_once(rest)) {
                 Ok(0) => break,
                 Ok(count) => taken += count,
-                Err(error) => match error.kind() {
-                    io::ErrorKind::Interrupted => {}
-                    io::ErrorKind::WouldBlock => break,
-                    _ => return (taken, Err(error)),
-                },
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return (taken, Err(error)),
             }
         }
         (taken, Ok(()))

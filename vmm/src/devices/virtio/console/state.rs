@@ -12,16 +12,18 @@ pub(super) struct ConsoleState {
     pub(super) input: Vec<u8>,
 }
 
+/// More input than a console keeps.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0} bytes of input, at most {INPUT_CAPACITY}")]
+struct TooMuchInput(usize);
+
 impl ConsoleState {
     /// # Errors
     /// [`StateError::Invalid`].
     pub(super) fn decode(device: &str, bytes: &[u8]) -> Result<Self, StateError> {
         let state: Self = state::decode(device, bytes)?;
         if state.input.len() > INPUT_CAPACITY {
-            return Err(StateError::Invalid {
-                device: device.to_owned(),
-                reason: format!("{} bytes of input, at most {INPUT_CAPACITY}", state.input.len()),
-            });
+            return Err(StateError::invalid(device, TooMuchInput(state.input.len())));
         }
         Ok(state)
     }

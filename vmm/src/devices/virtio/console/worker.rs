@@ -1,14 +1,15 @@
 //! Both queues, served on the I/O loop.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_queue::DescriptorChain;
 
 use super::{ConsoleInput, ConsoleLog};
-use crate::devices::virtio::chain::Chain;
-use crate::devices::virtio::served_queue::{Served, ServedQueue};
+use crate::devices::virtio::LoopWorker;
+use crate::devices::virtio::counter::Counter;
+use crate::devices::virtio::queue::chain::Chain;
+use crate::devices::virtio::queue::served_queue::{Answer, ServedQueue};
 use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
 
@@ -25,8 +26,8 @@ const COPY_BYTES: usize = 4096;
 /// What moved.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
-    pub(super) output: AtomicU64,
-    pub(super) input: AtomicU64,
+    pub(super) output: Counter,
+    pub(super) input: Counter,
 }
 
 /// Moves the guest's output into the log and the input into the guest's buffers.
@@ -56,13 +57,7 @@ impl ConsoleWorker {
         }
     }
 
-    /// Where the queues stand.
-    pub(super) fn positions(&self) -> Vec<QueuePosition> {
-        vec![self.receive.position(), self.transmit.position()]
-    }
-
     fn take_output(&mut self) {
-        self.transmit.take_kick();
         let Self {
             transmit: queue,
             log,
@@ -70,12 +65,9 @@ impl ConsoleWorker {
             ..
         } = self;
         let limit = queue.size();
-        let served = queue.serve(BUDGET, |memory, chain| {
-            transmit(memory, chain, limit, log, counters)
+        queue.turn(BUDGET, |_, memory, chain| {
+            Answer::Written(transmit(memory, chain, limit, log, counters))
         });
-        if served == Served::More {
-            queue.kick_self();
-        }
     }
 
     /// Fills receive buffers as long as there is input. Kicks are asked for only when input waits for buffers.
@@ -118,11 +110,15 @@ impl ConsoleWorker {
             return 0;
         }
         pending.consume(bytes.len());
-        self.counters
-            .input
-            .fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.counters.input.add(bytes.len() as u64);
         // At most INPUT_CAPACITY.
         u32::try_from(bytes.len()).unwrap_or(u32::MAX)
+    }
+}
+
+impl LoopWorker for ConsoleWorker {
+    fn positions(&self) -> Vec<QueuePosition> {
+        vec![self.receive.position(), self.transmit.position()]
     }
 }
 
@@ -179,7 +175,7 @@ fn transmit(
             break;
         }
         log.write(piece);
-        counters.output.fetch_add(now, Ordering::Relaxed);
+        counters.output.add(now);
         offset += now;
         left -= now;
     }

@@ -19,7 +19,7 @@ use super::waiting::{MAX_WAITING, Waiting};
 use super::worker::{FsWorkers, Service, lock};
 use crate::descriptors::Budget;
 use crate::devices::virtio::config::{OpenError, OpenErrorKind};
-use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};
 use crate::rate_limiter::RateLimiter;

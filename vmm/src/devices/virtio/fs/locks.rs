@@ -469,7 +469,7 @@ impl Share {
 }
 
 #[cfg(test)]
-mod tests {
+mod properties {
     use proptest::prelude::*;
 
     use super::{Kind, Ranges};

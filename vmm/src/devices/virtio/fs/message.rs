@@ -14,7 +14,7 @@ use fuse_backend_rs::common::file_traits::FileReadWriteVolatile;
 use vm_memory::ByteValued;
 
 use super::sys::errno;
-use crate::devices::virtio::chain::{Buffers, OutOfBuffer};
+use crate::devices::virtio::queue::chain::{Buffers, OutOfBuffer};
 use crate::memory::GuestMemory;
 
 /// Most data of one READ or WRITE in bytes, as told the guest: `max_pages` of 4 KiB.

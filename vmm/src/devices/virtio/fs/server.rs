@@ -23,7 +23,7 @@ use super::locks::Holder;
 use super::message::{Arguments, GuestData, MAX_DATA, MessageError, Request, Room, opcode, read_header};
 use super::share::Share;
 use super::sys::errno;
-use crate::devices::virtio::chain::Chain;
+use crate::devices::virtio::queue::chain::Chain;
 use crate::memory::GuestMemory;
 
 /// The first minor version whose INIT has an answer as long as ours; virtio-fs came with 7.31.

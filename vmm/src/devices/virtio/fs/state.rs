@@ -11,11 +11,11 @@
 //!   either: two processes restored from one state cannot both own the files.
 
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use fuse_backend_rs::api::filesystem::ROOT_ID;
@@ -29,6 +29,7 @@ use super::mounts::{MAX_MOUNTS, Mount, Names, ROOT_MOUNT, Root};
 use super::open_files::Handle;
 use super::share::{OPEN_FLAGS, Share};
 use super::sys::{self, Stat};
+use crate::devices::virtio::config::KnobError;
 use crate::devices::virtio::state::StateError;
 use crate::rate_limiter::RateLimiterState;
 
@@ -162,11 +163,59 @@ impl<'a> Walk<'a> {
 }
 
 fn shown(mount: &Mount, path: &[u8]) -> PathBuf {
-    mount.path.join(std::ffi::OsStr::from_bytes(path))
+    mount.path.join(OsStr::from_bytes(path))
 }
 
 fn content_matters(cache: FsCache, writeback: bool) -> bool {
     writeback || cache == FsCache::Always
+}
+
+/// A share that has no form outside this process.
+#[derive(Debug, thiserror::Error)]
+enum UnsaveableShare {
+    #[error(
+        "{0:?} was unmounted while files of it were open and the guest still holds some of them: close them first"
+    )]
+    Unmounted(String),
+    #[error(
+        "{path:?} is open in the guest ({count} times) and is deleted or was moved out of the share: close it first"
+    )]
+    Gone { path: PathBuf, count: usize },
+    #[error("{path:?}: {source}")]
+    Path { path: PathBuf, source: io::Error },
+    #[error("flags of an open file: {0}")]
+    Handle(io::Error),
+}
+
+/// A state that is none of this share, or of files that are not any more what the guest knows.
+#[derive(Debug, thiserror::Error)]
+enum ShareStateError {
+    #[error("the root was made of several shares, the configuration has one directory")]
+    SeveralShares,
+    #[error("the configuration has one directory")]
+    OneDirectory,
+    #[error("{0} shares, at most {MAX_MOUNTS}")]
+    TooManyMounts(usize),
+    #[error(transparent)]
+    MountName(#[from] KnobError),
+    #[error("{path:?}: {source}")]
+    Directory { path: PathBuf, source: io::Error },
+    #[error("share {name:?} has number {id}")]
+    MountNumber { name: String, id: u64 },
+    #[error("inode {inode} is of share {mount}, which there is not")]
+    NoMount { inode: u64, mount: u64 },
+    #[error("inode {inode} with {lookups} references")]
+    References { inode: u64, lookups: u64 },
+    #[error("{path:?}: {source}: the guest knows this file and needs it")]
+    File { path: PathBuf, source: io::Error },
+    #[error("{path:?} is {change}: the guest knows it as it was when the state was saved")]
+    Changed { path: PathBuf, change: &'static str },
+    #[error("{path:?} is locked by another process: the guest had the lock")]
+    Locked { path: PathBuf },
+    #[error("open file {id} of inode {inode}: {source}")]
+    Handle { id: u64, inode: u64, source: io::Error },
+    #[error("a lock of the guest cannot be taken again: {0}")]
+    Lock(io::Error),
 }
 
 /// What the guest holds of `share`. `device` is the id, for errors. Called while no worker runs.
@@ -176,10 +225,7 @@ pub(super) fn save(
     limiter: RateLimiterState,
     waiting: Vec<(usize, u16)>,
 ) -> Result<FsState, StateError> {
-    let unsupported = |reason: String| StateError::Unsupported {
-        device: device.to_owned(),
-        reason,
-    };
+    let unsupported = |error: UnsaveableShare| StateError::unsupported(device, error);
     let (mounts, last_mount) = match &*share.root() {
         root @ Root::Directory(_) => (root.mounts(), ROOT_MOUNT),
         root @ Root::Names(names) => (root.mounts(), names.last_id()),
@@ -200,10 +246,7 @@ pub(super) fn save(
         .find(|inode| mounts.iter().all(|m| m.id != inode.mount().id));
     if let Some(inode) = gone {
         let mount = inode.mount();
-        return Err(unsupported(format!(
-            "{:?} was unmounted while files of it were open and the guest still holds some of them: close them first",
-            mount.name
-        )));
+        return Err(unsupported(UnsaveableShare::Unmounted(mount.name.clone())));
     }
     let handles = handles.iter().map(|(id, handle)| {
         let flags = sys::open_flags(handle.as_fd())? & (OPEN_FLAGS | libc::O_DIRECTORY);
@@ -216,7 +259,7 @@ pub(super) fn save(
     });
     let handles = handles
         .collect::<io::Result<_>>()
-        .map_err(|e| unsupported(e.to_string()))?;
+        .map_err(|error| unsupported(UnsaveableShare::Handle(error)))?;
     let mounts = mounts.iter().map(|mount| MountState {
         id: mount.id,
         name: mount.name.clone(),
@@ -256,8 +299,11 @@ fn save_inodes<'a>(
     mount: &Mount,
     inodes: impl Iterator<Item = &'a Arc<Inode>>,
     open: &HashMap<u64, usize>,
-) -> Result<Vec<InodeState>, String> {
-    let failed = |error: io::Error| format!("{:?}: {error}", mount.path);
+) -> Result<Vec<InodeState>, UnsaveableShare> {
+    let failed = |source: io::Error| UnsaveableShare::Path {
+        path: mount.path.clone(),
+        source,
+    };
     let root = sys::path_of(share.proc_fds.as_fd(), mount.root()).map_err(failed)?;
     let mut paths = Vec::new();
     for inode in inodes {
@@ -288,21 +334,21 @@ fn save_inodes<'a>(
                 identity,
             }),
             (None, None) => {
-                guest_log!(DEBUG, path = %lossy(&path), "fs: the guest knows a file without a name, left out");
+                guest_log!(DEBUG, path = ?lossy(&path), "fs: the guest knows a file without a name, left out");
             }
             (None, Some(count)) => {
-                return Err(format!(
-                    "{} is open in the guest ({count} times) and is deleted or was moved out of the share: close it first",
-                    lossy(&path)
-                ));
+                return Err(UnsaveableShare::Gone {
+                    path: lossy(&path),
+                    count: *count,
+                });
             }
         }
     }
     Ok(saved)
 }
 
-fn lossy(path: &[u8]) -> String {
-    format!("{:?}", Path::new(std::ffi::OsStr::from_bytes(path)))
+fn lossy(path: &[u8]) -> PathBuf {
+    PathBuf::from(OsStr::from_bytes(path))
 }
 
 /// `path` relative to `root`, both absolute.
@@ -318,10 +364,7 @@ fn below<'p>(root: &[u8], path: &'p [u8]) -> Option<&'p [u8]> {
 /// the configuration names too is the configuration's, so that it can be another path.
 pub(super) fn restore(config: &FsConfig, share: &Share, state: FsState) -> Result<(), StateError> {
     let device = &config.id;
-    let invalid = |reason: String| StateError::Invalid {
-        device: device.clone(),
-        reason,
-    };
+    let invalid = |error: ShareStateError| StateError::invalid(device, error);
     let state = state.share;
     let mounts = restore_mounts(config, share, &state).map_err(invalid)?;
     let content_matters = content_matters(config.cache, state.writeback);
@@ -332,14 +375,19 @@ pub(super) fn restore(config: &FsConfig, share: &Share, state: FsState) -> Resul
     restore_inodes(share, &mounts, state.inodes, &mut handles, content_matters).map_err(invalid)?;
     // Of the root, which has not been saved; any other one is of an inode that is missing.
     for handle in handles.values().flatten() {
-        let failed =
-            |e: io::Error| invalid(format!("open file {} of inode {}: {e}", handle.id, handle.inode));
+        let failed = |source: io::Error| {
+            invalid(ShareStateError::Handle {
+                id: handle.id,
+                inode: handle.inode,
+                source,
+            })
+        };
         let inode = share.inodes.get(handle.inode).map_err(failed)?;
         let fd = share.fd(&inode).map_err(failed)?;
         restore_handle(share, &inode, fd.as_fd(), handle).map_err(failed)?;
     }
     for lock in state.locks {
-        let failed = |e| invalid(format!("a lock of the guest cannot be taken again: {e}"));
+        let failed = |source| invalid(ShareStateError::Lock(source));
         share.restore_locks(lock).map_err(failed)?;
     }
     share.inodes.set_last_id(state.last_inode);
@@ -351,34 +399,40 @@ pub(super) fn restore(config: &FsConfig, share: &Share, state: FsState) -> Resul
 
 type Mounts = BTreeMap<u64, Arc<Mount>>;
 
-fn restore_mounts(config: &FsConfig, share: &Share, state: &ShareState) -> Result<Mounts, String> {
+fn restore_mounts(config: &FsConfig, share: &Share, state: &ShareState) -> Result<Mounts, ShareStateError> {
     let mut root = share.root_mut();
     match (&mut *root, &config.root) {
         (Root::Directory(mount), _) => match state.mounts.as_slice() {
             [only] if only.id == ROOT_MOUNT => Ok(Mounts::from([(ROOT_MOUNT, mount.clone())])),
-            _ => Err("the root was made of several shares, the configuration has one directory".to_owned()),
+            _ => Err(ShareStateError::SeveralShares),
         },
         (Root::Names(names), FsRoot::Shares(shares)) => {
             let mut fresh = Names::default();
             let mut mounts = Mounts::new();
             if state.mounts.len() > MAX_MOUNTS {
-                return Err(format!("{} shares, at most {MAX_MOUNTS}", state.mounts.len()));
+                return Err(ShareStateError::TooManyMounts(state.mounts.len()));
             }
             for saved in &state.mounts {
-                check_share_name(&config.id, &saved.name).map_err(|e| e.to_string())?;
+                check_share_name(&config.id, &saved.name)?;
                 let own = SharedDir {
                     path: saved.path.clone(),
                     read_only: saved.read_only,
                 };
                 let SharedDir { path, read_only } = shares.get(&saved.name).unwrap_or(&own).clone();
-                let fd = open_directory(&path).map_err(|e| format!("{path:?}: {e}"))?;
+                let fd = open_directory(&path).map_err(|source| ShareStateError::Directory {
+                    path: path.clone(),
+                    source,
+                })?;
                 let mount = Arc::new(Mount::new(saved.id, saved.name.clone(), path, read_only, fd));
                 let in_order = saved.id > Names::default().last_id() && saved.id <= state.last_mount;
                 if !in_order
                     || fresh.contains(&saved.name)
                     || mounts.insert(saved.id, mount.clone()).is_some()
                 {
-                    return Err(format!("share {:?} has number {}", saved.name, saved.id));
+                    return Err(ShareStateError::MountNumber {
+                        name: saved.name.clone(),
+                        id: saved.id,
+                    });
                 }
                 fresh.insert(mount);
             }
@@ -386,7 +440,7 @@ fn restore_mounts(config: &FsConfig, share: &Share, state: &ShareState) -> Resul
             *names = fresh;
             Ok(mounts)
         }
-        (Root::Names(_), FsRoot::Directory(_)) => Err("the configuration has one directory".to_owned()),
+        (Root::Names(_), FsRoot::Directory(_)) => Err(ShareStateError::OneDirectory),
     }
 }
 
@@ -396,7 +450,7 @@ fn restore_inodes(
     mut inodes: Vec<InodeState>,
     handles: &mut HashMap<u64, Vec<HandleState>>,
     content_matters: bool,
-) -> Result<(), String> {
+) -> Result<(), ShareStateError> {
     // Sorted again: the file is not trusted, and the walk is quick only for neighbours.
     inodes.sort_by(|a, b| (a.mount, &a.path).cmp(&(b.mount, &b.path)));
     let mut walk: Option<(u64, Walk)> = None;
@@ -406,28 +460,30 @@ fn restore_inodes(
         places.insert((ROOT_MOUNT, b""), root);
     }
     for state in &inodes {
-        let missing = || {
-            format!(
-                "inode {} is of share {}, which there is not",
-                state.id, state.mount
-            )
+        let missing = || ShareStateError::NoMount {
+            inode: state.id,
+            mount: state.mount,
         };
         let mount = mounts.get(&state.mount).ok_or_else(missing)?;
         if state.id <= ROOT_ID || state.lookups == 0 {
-            return Err(format!("inode {} with {} references", state.id, state.lookups));
+            return Err(ShareStateError::References {
+                inode: state.id,
+                lookups: state.lookups,
+            });
         }
         if walk.as_ref().is_none_or(|(of, _)| *of != state.mount) {
             walk = Some((state.mount, Walk::new(mount.root())));
         }
         let path = shown(mount, &state.path);
-        let failed = |e: io::Error| format!("{path:?}: {e}: the guest knows this file and needs it");
+        let failed = |source: io::Error| ShareStateError::File {
+            path: path.clone(),
+            source,
+        };
         let Some((_, walk)) = &mut walk else { continue };
         let fd = walk.open(&state.path).map_err(failed)?;
         let (identity, stat) = Identity::of(fd.as_fd()).map_err(failed)?;
-        if let Some(what) = state.identity.difference(&identity, content_matters) {
-            return Err(format!(
-                "{path:?} is {what}: the guest knows it as it was when the state was saved"
-            ));
+        if let Some(change) = state.identity.difference(&identity, content_matters) {
+            return Err(ShareStateError::Changed { path, change });
         }
         let (directory, name) = split(&state.path);
         let parent = places.get(&(state.mount, directory));
@@ -445,9 +501,7 @@ fn restore_inodes(
             .map_err(failed)?;
         for handle in handles.remove(&state.id).iter().flatten() {
             let failed = |e: io::Error| match e.raw_os_error() {
-                Some(libc::EAGAIN) => {
-                    format!("{path:?} is locked by another process: the guest had the lock")
-                }
+                Some(libc::EAGAIN) => ShareStateError::Locked { path: path.clone() },
                 _ => failed(e),
             };
             restore_handle(share, &inode, fd.as_fd(), handle).map_err(failed)?;

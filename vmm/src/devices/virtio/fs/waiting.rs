@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::server::Patience;
 use super::worker::{Pool, lock};
-use crate::devices::virtio::chain::Chain;
+use crate::devices::virtio::queue::chain::Chain;
 
 /// Most requests that wait; what comes then is answered ENOLCK.
 pub(super) const MAX_WAITING: usize = 128;

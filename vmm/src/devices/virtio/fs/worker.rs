@@ -20,9 +20,10 @@ use super::server::Patience;
 use super::share::Share;
 use super::waiting::Waiting;
 use super::{capabilities, jail, server};
-use crate::devices::virtio::chain::{Chain, ChainError};
-use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::queue::chain::{Chain, ChainError};
+use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::state::QueuePosition;
+use crate::interrupted;
 use crate::memory::GuestMemory;
 use crate::rate_limiter::RateLimiter;
 
@@ -190,12 +191,11 @@ impl Pool {
     fn run(&self) {
         let mut events = [EpollEvent::default()];
         loop {
-            match self.epoll.wait(self.timeout(), &mut events) {
+            match interrupted::again(|| self.epoll.wait(self.timeout(), &mut events)) {
                 Ok(0) => self.on_timeout(),
                 Ok(_) if events[0].data() == STOP => return,
                 Ok(_) if events[0].data() == TIMER => self.on_timer(),
                 Ok(_) => self.serve(usize::try_from(events[0].data()).unwrap_or(usize::MAX)),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     guest_log!(ERROR, device = %self.id, %error, "fs: epoll failed, worker ends");
                     return;

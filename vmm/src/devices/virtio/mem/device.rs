@@ -7,11 +7,11 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
 
 use super::handle::{MemHandle, Shared};
 use super::region::Region;
-use super::state;
+use super::state::{self, MemStateError};
 use super::worker::{Counters, MemWorker};
-use crate::devices::virtio::queue_thread::QueueThread;
-use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::state::{QueuePosition, StateError};
+use crate::devices::virtio::worker::queue_thread::QueueThread;
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice};
 use crate::memory::window::Window;
 
@@ -45,10 +45,7 @@ impl Mem {
     }
 
     fn gone(&self) -> StateError {
-        StateError::Unsupported {
-            device: self.id.clone(),
-            reason: "the device has ended".to_owned(),
-        }
+        StateError::unsupported(&self.id, MemStateError::Ended)
     }
 }
 
@@ -84,9 +81,8 @@ impl VirtioDevice for Mem {
             let source = io::Error::from(io::ErrorKind::Unsupported);
             return Err(host("driver without UNPLUGGED_INACCESSIBLE", source));
         }
-        let queue = activation.take_queue(&self.id, 0)?;
+        let queue = ServedQueue::take(&mut activation, &self.id, 0)?;
         let interrupt = activation.interrupt;
-        let queue = ServedQueue::new(&self.id, queue, activation.memory, interrupt.clone());
         let worker = MemWorker::new(
             queue,
             interrupt.clone(),

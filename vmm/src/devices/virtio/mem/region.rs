@@ -3,6 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::BLOCK_SIZE;
 use super::blocks::Blocks;
 use crate::memory::layout::WINDOW_ALIGN;
@@ -12,7 +14,7 @@ use crate::memory::window::{Window, WindowError};
 /// Blocks of a chunk, the unit that has a memslot.
 const CHUNK_BLOCKS: u64 = WINDOW_ALIGN / BLOCK_SIZE;
 
-/// Blocks unplugged at a time, when all are: 2 GiB. Freeing memory takes a while, and who resets the device waits for it.
+/// Blocks unplugged at a time: 2 GiB. Freeing memory takes a while, and who resets the device waits for it.
 const UNPLUG_BLOCKS: u64 = (2 << 30) / BLOCK_SIZE;
 const _: () = assert!(BLOCK_SIZE == seal::BLOCK);
 
@@ -64,6 +66,27 @@ pub(super) struct Region {
     requested: u64,
     /// Most bytes that may be requested.
     limit: u64,
+    /// The UNPLUG that is under way.
+    unplugging: Option<Unplugging>,
+}
+
+/// A request to unplug blocks `first` to `end`, of which those before `next` are gone: it is taken from the queue again until
+/// all are, so that nobody who stops the device waits for 128 GiB to be freed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Unplugging {
+    first: u64,
+    end: u64,
+    next: u64,
+}
+
+impl Unplugging {
+    /// Whether what is left of it is plugged, when `runs` are.
+    pub(super) fn is_possible(&self, runs: &[(u64, u64)]) -> bool {
+        let Self { first, end, next } = *self;
+        let holds =
+            |run: &(u64, u64)| run.0 <= next && run.0.checked_add(run.1).is_some_and(|last| end <= last);
+        first < next && next < end && runs.iter().any(holds)
+    }
 }
 
 impl Region {
@@ -75,6 +98,7 @@ impl Region {
             blocks: Blocks::new(size / BLOCK_SIZE),
             requested: 0,
             limit: limit.min(size) / BLOCK_SIZE * BLOCK_SIZE,
+            unplugging: None,
         }
     }
 
@@ -118,6 +142,16 @@ impl Region {
         self.window.strays()
     }
 
+    /// The UNPLUG that is under way, to be saved.
+    pub(super) fn unplugging(&self) -> Option<Unplugging> {
+        self.unplugging
+    }
+
+    /// Goes on with a saved UNPLUG, which must be [`possible`](Unplugging::is_possible) among the blocks.
+    pub(super) fn go_on(&mut self, saved: Option<Unplugging>) {
+        self.unplugging = saved;
+    }
+
     /// Plugs `runs` into an empty region, for a restored device; their memory is not touched.
     ///
     /// # Errors
@@ -135,36 +169,37 @@ impl Region {
 
     /// Carries out a request of the driver; `None`: only a part of it, call again.
     pub(super) fn handle(&mut self, request: Request) -> Option<Response> {
-        Some(match request {
-            Request::UnplugAll => match self.unplug_some() {
-                Ok(true) => return None,
-                Ok(false) => Response::Ack,
-                Err(error) => busy(&error),
-            },
-            request => self.handle_range(request),
-        })
+        let begun = match request {
+            Request::State(..) => None,
+            // Whatever else changes blocks, the one that was under way is not any more.
+            _ => self.unplugging.take(),
+        };
+        let (Request::Plug(address, count)
+        | Request::Unplug(address, count)
+        | Request::State(address, count)) = request
+        else {
+            return match self.unplug_some() {
+                Ok(true) => None,
+                Ok(false) => Some(Response::Ack),
+                Err(error) => Some(busy(&error)),
+            };
+        };
+        let Some(range) = self.range(address, count) else {
+            return Some(Response::Error);
+        };
+        match request {
+            Request::Plug(..) => Some(self.plug(range)),
+            Request::Unplug(..) => self.unplug(&range, begun),
+            Request::State(..) | Request::UnplugAll => Some(Response::State(self.state(&range))),
+        }
     }
 
-    fn handle_range(&mut self, request: Request) -> Response {
-        match request {
-            Request::Plug(address, count) => self
-                .range(address, count)
-                .map_or(Response::Error, |r| self.plug(r)),
-            Request::Unplug(address, count) => self
-                .range(address, count)
-                .map_or(Response::Error, |r| self.unplug(r)),
-            Request::UnplugAll => Response::Error,
-            Request::State(address, count) => {
-                let Some(range) = self.range(address, count) else {
-                    return Response::Error;
-                };
-                let all = range.end - range.start;
-                Response::State(match self.blocks.plugged_in(range.start, all) {
-                    0 => BlockState::Unplugged,
-                    plugged if plugged == all => BlockState::Plugged,
-                    _ => BlockState::Mixed,
-                })
-            }
+    fn state(&self, range: &Range<u64>) -> BlockState {
+        let all = range.end - range.start;
+        match self.blocks.plugged_in(range.start, all) {
+            0 => BlockState::Unplugged,
+            plugged if plugged == all => BlockState::Plugged,
+            _ => BlockState::Mixed,
         }
     }
 
@@ -193,15 +228,25 @@ impl Region {
         }
     }
 
-    fn unplug(&mut self, range: Range<u64>) -> Response {
-        let count = range.end - range.start;
-        if self.blocks.plugged_in(range.start, count) < count {
-            return Response::Error;
+    /// Unplugs [`UNPLUG_BLOCKS`] of `range` at most, going on with `begun` if that is about the same; `None` while some are left.
+    fn unplug(&mut self, range: &Range<u64>, begun: Option<Unplugging>) -> Option<Response> {
+        let &Range { start: first, end } = range;
+        let next = match begun {
+            Some(begun) if (begun.first, begun.end) == (first, end) => begun.next,
+            _ if self.blocks.plugged_in(first, end - first) < end - first => return Some(Response::Error),
+            _ => first,
+        };
+        let step = next..end.min(next + UNPLUG_BLOCKS);
+        let (next, refused) = match self.hide(step.clone()) {
+            Ok(()) => (step.end, None),
+            // The driver tries again, with the same request.
+            Err(error) => (step.start, Some(busy(&error))),
+        };
+        if next == end {
+            return Some(Response::Ack);
         }
-        match self.hide(range) {
-            Ok(()) => Response::Ack,
-            Err(error) => busy(&error),
-        }
+        self.unplugging = (next > first).then_some(Unplugging { first, end, next });
+        refused
     }
 
     /// Unplugs a part of what is plugged, [`UNPLUG_BLOCKS`] at most; false when nothing is left.

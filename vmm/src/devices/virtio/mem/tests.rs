@@ -5,12 +5,14 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::device::UNPLUGGED_INACCESSIBLE;
+use super::region::{BlockState, Region, Request, Response};
+use super::state;
 use super::*;
 use crate::devices::virtio::test_resume::{activate_at, config};
 use crate::devices::virtio::test_ring::{
     BUFFERS, Buf, PATIENCE, TestGuest, TestRing, flood, survive_malformed_chains,
 };
-use crate::devices::virtio::transport::mmio::INTERRUPT_CONFIG;
+use crate::devices::virtio::transport::mmio::interrupt::INTERRUPT_CONFIG;
 use crate::devices::virtio::{CHAIN_FEATURES, VirtioDevice};
 use crate::guest_log::recorder::assert_limited;
 use crate::memory::layout::WINDOW_ALIGN;
@@ -214,6 +216,54 @@ fn unplug_all_when_much_is_plugged_takes_turns_and_frees_everything() {
         (ACK, 0, 0)
     );
     assert!(!usable(&driver.memory, driver.start));
+}
+
+#[test]
+fn unplug_when_it_is_large_takes_turns_and_outlives_a_save_between_two() {
+    let fresh = || {
+        let (windows, memory, slots) = windows(4096 * MIB, 0);
+        let window = windows.hotplug().unwrap().clone();
+        (Region::new(window, 4096 * MIB), windows, memory, slots)
+    };
+    let (mut region, ..) = fresh();
+    let start = region.start();
+    let all = Request::Unplug(start, 2048);
+    region.request(4096 * MIB);
+    assert_eq!(region.handle(Request::Plug(start, 2048)), Some(Response::Ack));
+    assert_eq!(region.handle(all), None);
+    assert_eq!(region.plugged(), 2048 * MIB);
+    // In another process it goes on where it was.
+    let saved = state::save("mem", &region).unwrap();
+    let (mut region, _windows, memory, slots) = fresh();
+    state::restore("mem", &mut region, &saved).unwrap();
+    assert_eq!(region.handle(all), Some(Response::Ack));
+    assert_eq!((region.plugged(), slots.set.lock().unwrap().len()), (0, 0));
+    assert_eq!(
+        region.handle(all),
+        Some(Response::Error),
+        "nothing is plugged any more"
+    );
+    assert!(!usable(&memory, start));
+}
+
+#[test]
+fn unplug_when_another_request_comes_between_its_turns_is_a_new_one() {
+    let (windows, _memory, _slots) = windows(4096 * MIB, 0);
+    let mut region = Region::new(windows.hotplug().unwrap().clone(), 4096 * MIB);
+    let start = region.start();
+    let all = Request::Unplug(start, 2048);
+    region.request(4096 * MIB);
+    assert_eq!(region.handle(Request::Plug(start, 2048)), Some(Response::Ack));
+    assert_eq!(region.handle(all), None);
+    // Looking changes nothing.
+    assert_eq!(
+        region.handle(Request::State(start, 2048)),
+        Some(Response::State(BlockState::Mixed))
+    );
+    assert_eq!(region.handle(Request::Plug(start, 1)), Some(Response::Ack));
+    assert_eq!(region.handle(all), Some(Response::Error), "a part is not plugged");
+    assert_eq!(region.plugged(), 2050 * MIB);
+    assert_eq!(region.handle(Request::UnplugAll), None);
 }
 
 #[test]
@@ -422,7 +472,8 @@ fn restore_when_into_a_fresh_device_goes_on_where_the_old_one_stopped() {
 
 #[test]
 fn restore_when_the_state_is_impossible_is_refused() {
-    type Fields = (u64, u64, u64, Vec<(u64, u64)>);
+    /// As `MemState`.
+    type Fields = (u64, u64, u64, Vec<(u64, u64)>, Option<(u64, u64, u64)>);
     let fresh = || {
         let (windows, _memory, slots) = windows(2 * WINDOW_ALIGN, 0);
         let start = windows.hotplug().unwrap().region().start;
@@ -434,16 +485,20 @@ fn restore_when_the_state_is_impossible_is_refused() {
     };
     let size = 2 * WINDOW_ALIGN;
     let start = fresh().1;
-    let cases: [Fields; 9] = [
-        (start + size, size, 0, vec![]),
-        (start, size / 2, 0, vec![]),
-        (start, size, MIB, vec![]),
-        (start, size, 202 * MIB, vec![]),
-        (start, size, 0, vec![(0, 129)]),
-        (start, size, 0, vec![(128, 1)]),
-        (start, size, 0, vec![(0, 0)]),
-        (start, size, 0, vec![(4, 2), (5, 1)]),
-        (start, size, 0, vec![(u64::MAX, 2)]),
+    let cases: [Fields; 13] = [
+        (start + size, size, 0, vec![], None),
+        (start, size / 2, 0, vec![], None),
+        (start, size, MIB, vec![], None),
+        (start, size, 202 * MIB, vec![], None),
+        (start, size, 0, vec![(0, 129)], None),
+        (start, size, 0, vec![(128, 1)], None),
+        (start, size, 0, vec![(0, 0)], None),
+        (start, size, 0, vec![(4, 2), (5, 1)], None),
+        (start, size, 0, vec![(u64::MAX, 2)], None),
+        (start, size, 0, vec![(4, 4)], Some((0, 8, 0))),
+        (start, size, 0, vec![(4, 4)], Some((0, 8, 8))),
+        (start, size, 0, vec![(4, 4)], Some((0, 9, 4))),
+        (start, size, 0, vec![(4, 4)], Some((0, u64::MAX, 4))),
     ];
     for case in cases {
         let (mut device, _, slots) = fresh();
@@ -453,6 +508,6 @@ fn restore_when_the_state_is_impossible_is_refused() {
     }
     let (mut device, _, _slots) = fresh();
     assert!(device.restore(&[]).is_err());
-    let good: Fields = (start, size, 4 * MIB, vec![(0, 1), (1, 2)]);
+    let good: Fields = (start, size, 4 * MIB, vec![(0, 1), (4, 4)], Some((1, 8, 4)));
     device.restore(&postcard::to_stdvec(&good).unwrap()).unwrap();
 }

@@ -2,17 +2,17 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use virtio_queue::DescriptorChain;
 
 use super::handle::Shared;
 use super::region::{Request, Response};
 use crate::devices::virtio::Interrupt;
-use crate::devices::virtio::chain::Chain;
-use crate::devices::virtio::queue_thread::ThreadWorker;
-use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::counter::counters;
+use crate::devices::virtio::queue::chain::Chain;
+use crate::devices::virtio::queue::served_queue::{Answer, ServedQueue};
 use crate::devices::virtio::state::QueuePosition;
+use crate::devices::virtio::worker::queue_thread::ThreadWorker;
 use crate::memory::GuestMemory;
 
 /// Requests per turn.
@@ -22,22 +22,12 @@ const REQUEST_BYTES: usize = 24;
 /// `struct virtio_mem_resp`: le16 type, 6 bytes of padding, le16 state.
 const RESPONSE_BYTES: usize = 10;
 
-/// What the device counts.
-#[derive(Debug, Default)]
-pub(super) struct Counters {
-    acknowledged: AtomicU64,
-    refused: AtomicU64,
-    invalid: AtomicU64,
-}
-
-impl Counters {
-    /// All counters by name.
-    pub(super) fn all(&self) -> Vec<(&'static str, u64)> {
-        vec![
-            ("requests_acknowledged", self.acknowledged.load(Ordering::Relaxed)),
-            ("requests_refused", self.refused.load(Ordering::Relaxed)),
-            ("requests_invalid", self.invalid.load(Ordering::Relaxed)),
-        ]
+counters! {
+    /// What the device counts.
+    pub(super) struct Counters {
+        acknowledged: "requests_acknowledged",
+        refused: "requests_refused",
+        invalid: "requests_invalid",
     }
 }
 
@@ -77,55 +67,39 @@ impl ThreadWorker for MemWorker {
     }
 
     fn ready(&mut self, _index: usize) {
-        self.queue.take_kick();
-        self.queue.suppress_kicks();
-        let memory = self.queue.memory().clone();
-        for _ in 0..BUDGET {
-            let Some(chain) = self.queue.pop(&memory) else {
-                if self.queue.enable_kicks() {
-                    self.queue.suppress_kicks();
-                    continue;
-                }
-                self.queue.notify();
-                return;
-            };
-            let head = chain.head_index();
-            let written = answer(&self.shared, &self.counters, &memory, chain, self.queue.size());
+        let Self {
+            queue,
+            interrupt,
+            shared,
+            counters,
+        } = self;
+        queue.turn(BUDGET, |queue, memory, chain| {
+            let answer = answer(shared, counters, memory, chain, queue.size());
             // plugged_size changes with the request, without an interrupt (5.15.6.1).
-            self.interrupt
-                .show_config(|space| self.shared.read_config(0, space));
-            match written {
-                Some(written) => self.queue.complete(head, written),
-                None => {
-                    self.queue.put_back(1);
-                    break;
-                }
-            }
-        }
-        self.queue.notify();
-        self.queue.kick_self();
+            interrupt.show_config(|space| shared.read_config(0, space));
+            answer
+        });
     }
 }
 
-/// Carries out one chain; returns the bytes written, or `None` if it has to be taken again for the rest. A chain without room
-/// for the response is not carried out.
+/// Carries out one chain, or a part of it. A chain without room for the response is not carried out.
 fn answer(
     shared: &Shared,
     counters: &Counters,
     memory: &GuestMemory,
     chain: DescriptorChain<&GuestMemory>,
     limit: u16,
-) -> Option<u32> {
+) -> Answer {
     let chain = match Chain::parse(memory, chain, limit) {
         Ok(chain) if chain.writable.len() >= RESPONSE_BYTES as u64 => chain,
         Ok(_) => {
-            counters.invalid.fetch_add(1, Ordering::Relaxed);
-            return Some(0);
+            counters.invalid.inc();
+            return Answer::Written(0);
         }
         Err(error) => {
             guest_log!(DEBUG, %error, "mem: chain dropped");
-            counters.invalid.fetch_add(1, Ordering::Relaxed);
-            return Some(0);
+            counters.invalid.inc();
+            return Answer::Written(0);
         }
     };
     let mut bytes = [0; REQUEST_BYTES];
@@ -135,8 +109,11 @@ fn answer(
         Some(request) => shared.update(|state| {
             let region = state.region.as_mut();
             region.map_or(Some(Response::Error), |region| region.handle(request))
-        })?,
-        None => Response::Error,
+        }),
+        None => Some(Response::Error),
+    };
+    let Some(response) = response else {
+        return Answer::Again;
     };
     guest_log!(DEBUG, ?request, ?response, "mem");
     let counter = match response {
@@ -144,10 +121,10 @@ fn answer(
         Response::Nack | Response::Busy => &counters.refused,
         Response::Error => &counters.invalid,
     };
-    counter.fetch_add(1, Ordering::Relaxed);
+    counter.inc();
     match chain.writable.write(memory, 0, &encode(response)) {
-        Ok(()) => Some(RESPONSE_BYTES as u32),
-        Err(_) => Some(0),
+        Ok(()) => Answer::Written(RESPONSE_BYTES as u32),
+        Err(_) => Answer::Written(0),
     }
 }
 

@@ -6,8 +6,8 @@ use virtio_bindings::virtio_net::{
 use virtio_queue::DescriptorChain;
 
 use super::counters::Counters;
-use crate::devices::virtio::chain::Chain;
-use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::queue::chain::Chain;
+use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::memory::GuestMemory;
 
 /// Commands per turn.

@@ -24,7 +24,7 @@ use super::tap::{self, Backend, Tap, TapError};
 use super::tx::TxQueue;
 use super::worker::{Limiters, NetWorker, Pair, usual_frame};
 use crate::devices::virtio::config::{OpenError, OpenErrorKind};
-use crate::devices::virtio::served_queue::{ServedQueue, queue_position};
+use crate::devices::virtio::queue::served_queue::{ServedQueue, queue_position};
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{
     ActivateError, Activation, ActiveQueue, CHAIN_FEATURES, OnLoop, VirtioDevice, read_space,
@@ -355,6 +355,6 @@ impl VirtioDevice for Net {
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.shared.counters.snapshot()
+        self.shared.counters.all()
     }
 }

@@ -16,8 +16,8 @@ use virtio_queue::DescriptorChain;
 use super::counters::Counters;
 use super::tap::{Backend, read_frame};
 use super::{BUDGET, FRAME_MAX, HEADER, MAX_SEGMENTS, NUM_BUFFERS};
-use crate::devices::virtio::chain::{Buffers, Chain, Iovecs};
-use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::queue::chain::{Buffers, Chain, Iovecs};
+use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
 use crate::rate_limiter::RateLimiter;
@@ -455,9 +455,9 @@ impl RxQueue {
             }
             self.spare.push(first);
         }
-        self.queue.complete_together(&self.used);
         counters.rx_frames.add(1);
         counters.rx_bytes.add(len.saturating_sub(HEADER as u64));
+        self.queue.complete_together(&self.used);
     }
 }
 

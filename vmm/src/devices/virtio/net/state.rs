@@ -17,6 +17,17 @@ pub(super) struct NetState {
     pub(super) limits: Option<Limits>,
 }
 
+/// A state that is none of this interface.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum NetStateError {
+    #[error(
+        "{in_use} queue pairs in use, the configuration has {configured}: restore with the configuration it was saved with"
+    )]
+    Pairs { in_use: u16, configured: usize },
+    #[error("{0:02x?} is not the address of one interface")]
+    Mac([u8; 6]),
+}
+
 /// What is left in the rate limiters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Limits {
@@ -28,20 +39,15 @@ impl NetState {
     /// Decodes and checks the state of `device`, which has `pairs` queue pairs.
     pub(super) fn decode(device: &str, bytes: &[u8], pairs: usize) -> Result<Self, StateError> {
         let state: Self = state::decode(device, bytes)?;
-        let invalid = |reason: String| {
-            Err(StateError::Invalid {
-                device: device.to_owned(),
-                reason,
-            })
-        };
+        let invalid = |error| Err(StateError::invalid(device, error));
         if state.pairs == 0 || usize::from(state.pairs) > pairs {
-            return invalid(format!(
-                "{} queue pairs in use, the configuration has {pairs}: restore with the configuration it was saved with",
-                state.pairs
-            ));
+            return invalid(NetStateError::Pairs {
+                in_use: state.pairs,
+                configured: pairs,
+            });
         }
         if state.mac.first().is_none_or(|first| first & 1 != 0) {
-            return invalid(format!("{:02x?} is not the address of one interface", state.mac));
+            return invalid(NetStateError::Mac(state.mac));
         }
         Ok(state)
     }

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use super::HEADER;
 use super::config::TapConfig;
 use crate::devices::virtio::config::OpenErrorKind;
+use crate::interrupted;
 
 const TUN: &str = "/dev/net/tun";
 
@@ -68,7 +69,7 @@ pub enum TapError {
         /// Position in the list.
         index: usize,
         /// What is wrong with it.
-        reason: String,
+        reason: DescriptorFault,
     },
     /// Another number of descriptors than queue pairs.
     #[error("tap {tap}: {given} file descriptors for {wanted} queue pairs, need one for each")]
@@ -90,6 +91,30 @@ pub enum TapError {
         /// Cause.
         source: io::Error,
     },
+}
+
+/// An open descriptor that is no queue of a TAP, or not of one that fits.
+#[derive(Debug, thiserror::Error)]
+pub enum DescriptorFault {
+    /// It is something else.
+    #[error("no TAP: {0}")]
+    NoTap(io::Error),
+    /// It was opened in another way than a guest needs.
+    #[error(
+        "TAP flags {flags:#x}, need {needed:#x} (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE for more than one)"
+    )]
+    Flags {
+        /// Flags of the TAP.
+        flags: libc::c_int,
+        /// Those a device needs.
+        needed: libc::c_int,
+    },
+    /// It stays blocking.
+    #[error("O_NONBLOCK: {0}")]
+    NonBlocking(rustix::io::Errno),
+    /// Programs would inherit it.
+    #[error("FD_CLOEXEC: {0}")]
+    CloseOnExec(rustix::io::Errno),
 }
 
 impl TapError {
@@ -297,7 +322,7 @@ pub(super) fn adopt(config: &TapConfig, fds: Vec<OwnedFd>, pairs: usize) -> Resu
         });
     }
     let adopt_one = |(index, fd): (usize, OwnedFd)| {
-        let refuse = |reason: String| TapError::Descriptor {
+        let refuse = |reason| TapError::Descriptor {
             tap: tap.clone(),
             index,
             reason,
@@ -305,7 +330,7 @@ pub(super) fn adopt(config: &TapConfig, fds: Vec<OwnedFd>, pairs: usize) -> Resu
         let mut request = request("", 0);
         // SAFETY: `request` is an ifreq that outlives the call.
         check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF, &raw mut request) })
-            .map_err(|e| refuse(format!("no TAP: {e}")))?;
+            .map_err(|e| refuse(DescriptorFault::NoTap(e)))?;
         // SAFETY: TUNGETIFF filled the flags.
         let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
         let mut needed = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
@@ -313,14 +338,12 @@ pub(super) fn adopt(config: &TapConfig, fds: Vec<OwnedFd>, pairs: usize) -> Resu
             needed |= libc::IFF_MULTI_QUEUE;
         }
         if flags & needed != needed {
-            return Err(refuse(format!(
-                "TAP flags {flags:#x}, need {needed:#x} (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE for more than one)"
-            )));
+            return Err(refuse(DescriptorFault::Flags { flags, needed }));
         }
-        rustix::io::ioctl_fionbio(&fd, true).map_err(|e| refuse(format!("O_NONBLOCK: {e}")))?;
+        rustix::io::ioctl_fionbio(&fd, true).map_err(|e| refuse(DescriptorFault::NonBlocking(e)))?;
         // It may have come from a process that let it through an exec; it goes no further.
         rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)
-            .map_err(|e| refuse(format!("FD_CLOEXEC: {e}")))?;
+            .map_err(|e| refuse(DescriptorFault::CloseOnExec(e)))?;
         prepare(tap, fd)
     };
     fds.into_iter().enumerate().map(adopt_one).collect()
@@ -375,7 +398,7 @@ fn check(result: libc::c_int) -> io::Result<()> {
 /// # Safety
 /// Each segment is memory that may be written for the time of the call.
 pub(super) unsafe fn read_frame(backend: &dyn Backend, segments: &[libc::iovec]) -> io::Result<usize> {
-    retry(|| {
+    interrupted::again_libc(|| {
         // SAFETY: the caller vouches for the segments; their number fits.
         unsafe {
             libc::readv(
@@ -392,7 +415,7 @@ pub(super) unsafe fn read_frame(backend: &dyn Backend, segments: &[libc::iovec])
 /// # Safety
 /// Each segment is memory that may be read for the time of the call.
 pub(super) unsafe fn write_frame(backend: &dyn Backend, segments: &[libc::iovec]) -> io::Result<usize> {
-    retry(|| {
+    interrupted::again_libc(|| {
         // SAFETY: the caller vouches for the segments; their number fits.
         unsafe {
             libc::writev(
@@ -402,16 +425,4 @@ pub(super) unsafe fn write_frame(backend: &dyn Backend, segments: &[libc::iovec]
             )
         }
     })
-}
-
-fn retry(call: impl Fn() -> isize) -> io::Result<usize> {
-    loop {
-        if let Ok(count) = usize::try_from(call()) {
-            return Ok(count);
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
-    }
 }

@@ -7,8 +7,8 @@ use std::io;
 use super::counters::Counters;
 use super::tap::{Backend, write_frame};
 use super::{BUDGET, FRAME_MAX, HEADER, MAX_SEGMENTS};
-use crate::devices::virtio::chain::{Buffers, Chain, Iovecs};
-use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::queue::chain::{Buffers, Chain, Iovecs};
+use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::memory::GuestMemory;
 use crate::rate_limiter::RateLimiter;
 

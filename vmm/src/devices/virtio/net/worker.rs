@@ -23,7 +23,7 @@ use super::switch::{self, Switch};
 use super::tap::Backend;
 use super::tx::{TxQueue, TxWait};
 use super::{FRAME_MAX, HEADER};
-use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::state::QueuePosition;
 use crate::rate_limiter::RateLimiter;
 

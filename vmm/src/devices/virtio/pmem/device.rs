@@ -6,11 +6,11 @@ use std::sync::Arc;
 use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 
 use super::file::{PmemError, PmemFile};
-use super::state;
+use super::state::{self, PmemStateError};
 use super::worker::{Counters, PmemWorker};
-use crate::devices::virtio::queue_thread::{Aside, QueueThread};
-use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::state::{QueuePosition, StateError};
+use crate::devices::virtio::worker::queue_thread::{Aside, QueueThread};
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, VirtioDevice, read_space};
 use crate::memory::window::{FileMapping, FilePlace, Windows};
 
@@ -92,8 +92,7 @@ impl VirtioDevice for Pmem {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let queue = activation.take_queue(&self.id, 0)?;
-        let queue = ServedQueue::new(&self.id, queue, activation.memory, activation.interrupt);
+        let queue = ServedQueue::take(&mut activation, &self.id, 0)?;
         // What a guest wrote to a read-only file is not in it: there is nothing to flush.
         let file = (!self.read_only).then(|| self.file.clone());
         let worker = PmemWorker::new(queue, file, self.counters.clone());
@@ -132,10 +131,11 @@ impl VirtioDevice for Pmem {
         if start == self.mapping.start() {
             return Ok(());
         }
-        Err(StateError::Invalid {
-            device: self.id.clone(),
-            reason: format!("saved at {start:#x}, is at {:#x}", self.mapping.start()),
-        })
+        let error = PmemStateError::Place {
+            saved: start,
+            present: self.mapping.start(),
+        };
+        Err(StateError::invalid(&self.id, error))
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -14,4 +14,4 @@ mod tests;
 mod worker;
 
 pub use device::Pmem;
-pub use file::{PmemError, PmemFile};
+pub use file::PmemFile;

@@ -15,6 +15,15 @@ struct PmemState {
     size: u64,
 }
 
+/// A state that is none of this device.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum PmemStateError {
+    #[error("{saved:#x} bytes, the file has {present:#x} now")]
+    Size { saved: u64, present: u64 },
+    #[error("saved at {saved:#x}, is at {present:#x}")]
+    Place { saved: u64, present: u64 },
+}
+
 /// Encodes where `mapping` is.
 ///
 /// # Errors
@@ -36,8 +45,9 @@ pub(super) fn saved_start(device: &str, wanted: u64, bytes: &[u8]) -> Result<u64
     if size == wanted {
         return Ok(start);
     }
-    Err(StateError::Invalid {
-        device: device.to_owned(),
-        reason: format!("{size:#x} bytes, the file has {wanted:#x} now"),
-    })
+    let error = PmemStateError::Size {
+        saved: size,
+        present: wanted,
+    };
+    Err(StateError::invalid(device, error))
 }

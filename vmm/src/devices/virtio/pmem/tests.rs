@@ -2,7 +2,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::file::ALIGN;
+use super::file::{ALIGN, PmemError};
 use super::*;
 use crate::config::PmemConfig;
 use crate::devices::virtio::image::ImageError;

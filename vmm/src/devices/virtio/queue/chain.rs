@@ -7,6 +7,8 @@
 
 mod walk;
 
+use std::ops::Range;
+
 use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory as _, VolatileSlice};
@@ -143,19 +145,9 @@ impl Buffers {
     /// # Errors
     /// [`OutOfBuffer`] when the buffers end before that.
     pub fn read(&self, memory: &GuestMemory, offset: u64, data: &mut [u8]) -> Result<(), OutOfBuffer> {
-        let wanted = data.len();
-        let error = OutOfBuffer {
-            offset,
-            wanted,
-            len: self.len,
-        };
-        let mut rest = data;
-        for (address, len) in self.range(offset, wanted as u64) {
-            let (now, later) = rest.split_at_mut_checked(len as usize).ok_or(error)?;
-            memory.read_slice(now, address).map_err(|_| error)?;
-            rest = later;
-        }
-        if rest.is_empty() { Ok(()) } else { Err(error) }
+        self.copy(offset, data.len(), |address, piece| {
+            memory.read_slice(data.get_mut(piece)?, address).ok()
+        })
     }
 
     /// Copies `data` into guest memory at `offset`.
@@ -163,19 +155,31 @@ impl Buffers {
     /// # Errors
     /// [`OutOfBuffer`] when the buffers end before that.
     pub fn write(&self, memory: &GuestMemory, offset: u64, data: &[u8]) -> Result<(), OutOfBuffer> {
-        let wanted = data.len();
+        self.copy(offset, data.len(), |address, piece| {
+            memory.write_slice(data.get(piece)?, address).ok()
+        })
+    }
+
+    /// Gives `piece` each part of the `wanted` bytes at `offset`: where it is in guest memory, and which of the bytes it holds.
+    fn copy(
+        &self,
+        offset: u64,
+        wanted: usize,
+        mut piece: impl FnMut(GuestAddress, Range<usize>) -> Option<()>,
+    ) -> Result<(), OutOfBuffer> {
         let error = OutOfBuffer {
             offset,
             wanted,
             len: self.len,
         };
-        let mut rest = data;
+        let mut done = 0;
         for (address, len) in self.range(offset, wanted as u64) {
-            let (now, later) = rest.split_at_checked(len as usize).ok_or(error)?;
-            memory.write_slice(now, address).map_err(|_| error)?;
-            rest = later;
+            // At most `wanted`.
+            let end = done + len as usize;
+            piece(address, done..end).ok_or(error)?;
+            done = end;
         }
-        if rest.is_empty() { Ok(()) } else { Err(error) }
+        if done == wanted { Ok(()) } else { Err(error) }
     }
 
     /// The buffers as host memory, for system calls that move bytes in place. The number of slices is at most the

@@ -153,8 +153,6 @@ fn enough(depth: u16, in_flight: bool) -> u16 {
 mod tests {
     use std::collections::VecDeque;
 
-    use proptest::prelude::*;
-
     use super::*;
 
     const PACE: Duration = Duration::from_micros(20);
@@ -256,24 +254,30 @@ mod tests {
         assert_eq!(moderation.decide(now, busy(2)), None);
     }
 
-    proptest! {
-        #[test]
-        fn decide_whatever_happens_holds_nothing_longer_than_the_limit(
-            turns in prop::collection::vec((0u64..5_000_000, 0u16..300, 0u16..300, 0u16..300, any::<bool>()), 1..200)
-        ) {
-            let mut now = Instant::now();
-            let mut moderation = Moderation::new(now);
-            let mut until = None;
-            for (step, taken, awaited, unannounced, in_flight) in turns {
-                // The worker comes back at the end of a hold at the latest.
-                let next = now + Duration::from_nanos(step);
-                now = until.map_or(next, |until| next.min(until));
-                let before = until;
-                until = moderation.decide(now, Turn { taken, awaited, unannounced, in_flight });
-                if let Some(until) = until {
-                    prop_assert!(until <= now + MAX_HOLD && before.is_none_or(|before| before == until && now < before));
+    mod properties {
+        use proptest::prelude::*;
+
+        use super::*;
+
+        proptest! {
+            #[test]
+            fn decide_whatever_happens_holds_nothing_longer_than_the_limit(
+                turns in prop::collection::vec((0u64..5_000_000, 0u16..300, 0u16..300, 0u16..300, any::<bool>()), 1..200)
+            ) {
+                let mut now = Instant::now();
+                let mut moderation = Moderation::new(now);
+                let mut until = None;
+                for (step, taken, awaited, unannounced, in_flight) in turns {
+                    // The worker comes back at the end of a hold at the latest.
+                    let next = now + Duration::from_nanos(step);
+                    now = until.map_or(next, |until| next.min(until));
+                    let before = until;
+                    until = moderation.decide(now, Turn { taken, awaited, unannounced, in_flight });
+                    if let Some(until) = until {
+                        prop_assert!(until <= now + MAX_HOLD && before.is_none_or(|before| before == until && now < before));
+                    }
+                    prop_assert_eq!(moderation.holds(now), until.is_some());
                 }
-                prop_assert_eq!(moderation.holds(now), until.is_some());
             }
         }
     }

@@ -11,7 +11,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::devices::virtio::device::ActiveQueue;
+use crate::devices::virtio::device::{ActivateError, Activation, ActiveQueue};
 use crate::devices::virtio::interrupt::Interrupt;
 use crate::devices::virtio::queue::chain::{Chain, ChainError};
 use crate::devices::virtio::queue::ring;
@@ -25,6 +25,17 @@ pub enum Served {
     Idle,
     /// The budget ran out first: call again soon, a kick will not come.
     More,
+}
+
+/// What became of a chain that was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// It is answered, with this many bytes written into it.
+    Written(u32),
+    /// A part of it is done. It is taken again for the rest, after others had their turn.
+    Again,
+    /// The worker was stopped meanwhile: somebody else serves the queue now.
+    Left,
 }
 
 /// Where queue `index` stands.
@@ -106,11 +117,44 @@ impl ServedQueue {
         queue_position(self.index, &self.queue)
     }
 
+    /// Takes the queue of `device` (its id) that the driver set up as number `index`.
+    ///
+    /// # Errors
+    /// [`ActivateError::QueueMissing`].
+    pub fn take(activation: &mut Activation, device: &str, index: usize) -> Result<Self, ActivateError> {
+        let active = activation.take_queue(device, index)?;
+        let (memory, interrupt) = (activation.memory.clone(), activation.interrupt.clone());
+        Ok(Self::new(device, active, memory, interrupt))
+    }
+
+    /// One turn of a worker whose kick came: as [`serve_parts`](Self::serve_parts), and if the budget ran out the queue kicks
+    /// itself.
+    pub fn turn(
+        &mut self,
+        budget: usize,
+        handle: impl FnMut(&mut Self, &GuestMemory, DescriptorChain<&GuestMemory>) -> Answer,
+    ) {
+        self.take_kick();
+        if self.serve_parts(budget, handle) == Served::More {
+            self.kick_self();
+        }
+    }
+
     /// Takes up to `budget` chains, gives each to `handle`, which returns the bytes it wrote into the chain.
     pub fn serve(
         &mut self,
         budget: usize,
         mut handle: impl FnMut(&GuestMemory, DescriptorChain<&GuestMemory>) -> u32,
+    ) -> Served {
+        self.serve_parts(budget, |_, memory, chain| Answer::Written(handle(memory, chain)))
+    }
+
+    /// As [`serve`](Self::serve), for requests that can be left half-done. `handle` may tell the driver what was answered
+    /// before, and see where the queue stands: behind the chain in hand.
+    pub fn serve_parts(
+        &mut self,
+        budget: usize,
+        mut handle: impl FnMut(&mut Self, &GuestMemory, DescriptorChain<&GuestMemory>) -> Answer,
     ) -> Served {
         let memory = self.memory.clone();
         let mut left = budget;
@@ -121,8 +165,14 @@ impl ServedQueue {
             {
                 left -= 1;
                 let head = chain.head_index();
-                let written = handle(&memory, chain);
-                self.complete(head, written);
+                match handle(self, &memory, chain) {
+                    Answer::Written(written) => self.complete(head, written),
+                    Answer::Again => {
+                        self.put_back(1);
+                        left = 0;
+                    }
+                    Answer::Left => return Served::Idle,
+                }
             }
             if left == 0 {
                 break Served::More;

@@ -5,6 +5,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::config::RngConfig;
 use super::worker::RngWorker;
+use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::devices::virtio::{ActivateError, Activation, CHAIN_FEATURES, OnLoop, VirtioDevice};
 
@@ -55,8 +56,7 @@ impl VirtioDevice for Rng {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let queue = activation.take_queue(&self.id, 0)?;
-        let worker = RngWorker::new(&self.id, queue, activation.memory, activation.interrupt);
+        let worker = RngWorker::new(ServedQueue::take(&mut activation, &self.id, 0)?);
         self.running = Some(OnLoop::start(activation.io, worker)?);
         Ok(())
     }
@@ -66,8 +66,7 @@ impl VirtioDevice for Rng {
     }
 
     fn suspend(&mut self) -> Vec<QueuePosition> {
-        let running = self.running.take();
-        running.map_or_else(Vec::new, |r| r.stop(&self.id, |worker| vec![worker.position()]))
+        OnLoop::suspend(&mut self.running, &self.id)
     }
 
     fn save(&self) -> Result<Vec<u8>, StateError> {

@@ -6,4 +6,4 @@ mod device;
 mod tests;
 mod worker;
 
-pub use device::{Rng, RngError};
+pub use device::Rng;

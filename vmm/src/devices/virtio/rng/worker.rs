@@ -3,16 +3,16 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_queue::DescriptorChain;
 use vm_memory::VolatileSlice;
 
-use crate::devices::virtio::chain::Chain;
-use crate::devices::virtio::served_queue::{Served, ServedQueue};
+use crate::devices::virtio::LoopWorker;
+use crate::devices::virtio::queue::chain::Chain;
+use crate::devices::virtio::queue::served_queue::{Answer, ServedQueue};
 use crate::devices::virtio::state::QueuePosition;
-use crate::devices::virtio::{ActiveQueue, Interrupt};
+use crate::interrupted;
 use crate::memory::GuestMemory;
 
 /// Most bytes of one request; the driver asks again for more (5.4.6 allows any positive number).
@@ -27,20 +27,14 @@ pub(super) struct RngWorker {
 }
 
 impl RngWorker {
-    pub(super) fn new(
-        device: &str,
-        queue: ActiveQueue,
-        memory: Arc<GuestMemory>,
-        interrupt: Interrupt,
-    ) -> Self {
-        Self {
-            queue: ServedQueue::new(device, queue, memory, interrupt),
-        }
+    pub(super) fn new(queue: ServedQueue) -> Self {
+        Self { queue }
     }
+}
 
-    /// Where the queue stands.
-    pub(super) fn position(&self) -> QueuePosition {
-        self.queue.position()
+impl LoopWorker for RngWorker {
+    fn positions(&self) -> Vec<QueuePosition> {
+        vec![self.queue.position()]
     }
 }
 
@@ -52,15 +46,9 @@ impl MutEventSubscriber for RngWorker {
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        self.queue.take_kick();
-        let limit = self.queue.size();
-        if self
-            .queue
-            .serve(BUDGET, |memory, chain| fill(memory, chain, limit))
-            == Served::More
-        {
-            self.queue.kick_self();
-        }
+        self.queue.turn(BUDGET, |queue, memory, chain| {
+            Answer::Written(fill(memory, chain, queue.size()))
+        });
     }
 }
 
@@ -91,18 +79,11 @@ fn fill_slice(slice: &VolatileSlice) -> io::Result<()> {
     let guard = slice.ptr_guard_mut();
     let mut done = 0;
     while done < slice.len() {
-        // SAFETY: `done` is below the length of the slice, whose memory stays mapped while `slice` lives. The guest may
-        // change it at any time, which a system call that only writes does not mind.
-        let got = unsafe { libc::getrandom(guard.as_ptr().add(done).cast(), slice.len() - done, 0) };
-        match usize::try_from(got) {
-            Ok(count) => done += count,
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
-        }
+        done += interrupted::again_libc(|| {
+            // SAFETY: `done` is below the length of the slice, whose memory stays mapped while `slice` lives. The guest may
+            // change it at any time, which a system call that only writes does not mind.
+            unsafe { libc::getrandom(guard.as_ptr().add(done).cast(), slice.len() - done, 0) }
+        })?;
     }
     Ok(())
 }

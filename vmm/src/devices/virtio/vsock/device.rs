@@ -11,7 +11,7 @@ use super::error::VsockError;
 use super::handle::VsockHandle;
 use super::muxer::Muxer;
 use super::shared::{Shared, lock};
-use super::state::VsockState;
+use super::state::{VsockState, VsockStateError};
 use super::transport_reset::EventQueue;
 use super::uds::Endpoint;
 use super::worker::{Transport, Worker};
@@ -164,10 +164,7 @@ impl VirtioDevice for Vsock {
         let state: VsockState = state::decode(ID, state)?;
         state.check_cid(ID, self.guest_cid)?;
         if !self.shared.set_next_port(state.next_port) {
-            return Err(StateError::Invalid {
-                device: ID.to_owned(),
-                reason: format!("host port {} is not one the host opens", state.next_port),
-            });
+            return Err(StateError::invalid(ID, VsockStateError::Port(state.next_port)));
         }
         self.driver_up = state.driver_up;
         if state.driver_up {

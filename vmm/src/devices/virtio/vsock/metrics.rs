@@ -1,8 +1,8 @@
 //! Counters of the device.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use serde::Serialize;
+
+use crate::devices::virtio::counter::Counter;
 
 /// A reading of the counters. `rx` is toward the guest and `tx` from the guest, as the queues are named.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -31,28 +31,6 @@ pub struct VsockMetrics {
     pub rx_stalls: u64,
     /// Times the guest was told that all its connections are gone, after a restore.
     pub transport_resets: u64,
-}
-
-/// One monotonic counter (or, for `open_connections`, a gauge).
-#[derive(Debug, Default)]
-pub(super) struct Counter(AtomicU64);
-
-impl Counter {
-    pub(super) fn add(&self, count: u64) {
-        self.0.fetch_add(count, Ordering::Relaxed);
-    }
-
-    pub(super) fn inc(&self) {
-        self.add(1);
-    }
-
-    pub(super) fn set(&self, value: u64) {
-        self.0.store(value, Ordering::Relaxed);
-    }
-
-    fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
 }
 
 /// The live counters.

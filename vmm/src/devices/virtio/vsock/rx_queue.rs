@@ -6,7 +6,7 @@ use super::host::ReadOutcome;
 use super::metrics::Counters;
 use super::packet::{HEADER_LEN, Header, Pieces, RxBuffer};
 use super::worker::take;
-use crate::devices::virtio::ring;
+use crate::devices::virtio::queue::ring;
 use crate::memory::GuestMemory;
 
 /// Most bytes one connection sends before the next one's turn.

@@ -16,6 +16,17 @@ pub(super) struct VsockState {
     pub(super) next_port: u32,
 }
 
+/// A state that is none of this device.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum VsockStateError {
+    #[error(
+        "it is of a guest with CID {saved}, the configuration says {configured}: configure the saved CID"
+    )]
+    Cid { saved: u64, configured: u64 },
+    #[error("host port {0} is not one the host opens")]
+    Port(u32),
+}
+
 impl VsockState {
     /// # Errors
     /// [`StateError::Invalid`] when the state is of a guest with another context id.
@@ -23,12 +34,10 @@ impl VsockState {
         if self.guest_cid == guest_cid {
             return Ok(());
         }
-        Err(StateError::Invalid {
-            device: device.to_owned(),
-            reason: format!(
-                "it is of a guest with CID {}, the configuration says {guest_cid}: configure the saved CID",
-                self.guest_cid
-            ),
-        })
+        let error = VsockStateError::Cid {
+            saved: self.guest_cid,
+            configured: guest_cid,
+        };
+        Err(StateError::invalid(device, error))
     }
 }

@@ -17,8 +17,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::EVENT;
 use super::worker::take;
 use crate::devices::virtio::Interrupt;
-use crate::devices::virtio::chain::Chain;
-use crate::devices::virtio::ring;
+use crate::devices::virtio::queue::chain::Chain;
+use crate::devices::virtio::queue::ring;
 use crate::memory::GuestMemory;
 
 /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, as `struct virtio_vsock_event` carries it.

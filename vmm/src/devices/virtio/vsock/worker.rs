@@ -17,9 +17,11 @@ use super::muxer::{Filled, Muxer, TOKEN_QUEUES};
 use super::packet::TxPacket;
 use super::rx_queue::RxQueue;
 use super::transport_reset::{EventQueue, TransportReset};
-use crate::devices::virtio::served_queue::queue_position;
+use crate::devices::virtio::Interrupt;
+use crate::devices::virtio::queue::ring;
+use crate::devices::virtio::queue::served_queue::queue_position;
 use crate::devices::virtio::state::QueuePosition;
-use crate::devices::virtio::{Interrupt, ring};
+use crate::interrupted;
 use crate::memory::GuestMemory;
 
 /// Packets of each queue between two looks at the other one; each such batch is at most one interrupt.
@@ -148,9 +150,8 @@ impl Worker {
     fn turn(&mut self) {
         let mut events = [EpollEvent::default(); EVENTS];
         for _ in 0..ROUNDS {
-            let count = match self.muxer.epoll().wait(0, &mut events) {
+            let count = match interrupted::again(|| self.muxer.epoll().wait(0, &mut events)) {
                 Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
                     guest_log!(ERROR, %error, "vsock: epoll failed");
                     return;

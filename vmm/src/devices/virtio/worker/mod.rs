@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::{MutEventSubscriber, SubscriberId};
 
+use crate::devices::virtio::state::QueuePosition;
 use crate::io_loop::{IoLoop, IoLoopError, Worker};
 
 /// A device's worker on the I/O loop, from activation to reset.
@@ -34,6 +35,12 @@ impl Running {
     }
 }
 
+/// A worker that serves its queues on the I/O loop.
+pub trait LoopWorker: MutEventSubscriber + Send + 'static {
+    /// Where the queues stand, in the order of their numbers.
+    fn positions(&self) -> Vec<QueuePosition>;
+}
+
 /// A worker of type `W` on the I/O loop that can be asked for its queues when it is taken off.
 #[derive(Debug)]
 pub struct OnLoop<W> {
@@ -56,5 +63,15 @@ impl<W: MutEventSubscriber + Send + 'static> OnLoop<W> {
     pub fn stop<T>(self, device: &str, ask: impl FnOnce(&mut W) -> T) -> T {
         self.running.stop(device);
         ask(&mut self.worker.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl<W: LoopWorker> OnLoop<W> {
+    /// Takes the worker, if there is one, off the loop, and says where its queues stand. `device` is the id used in logs.
+    pub fn suspend(running: &mut Option<Self>, device: &str) -> Vec<QueuePosition> {
+        let running = running.take();
+        running.map_or_else(Vec::new, |running| {
+            running.stop(device, |worker| worker.positions())
+        })
     }
 }

@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::interrupted;
+
 /// Between looks at a thread that is to end, and may begin to wait first.
 const LOOK: Duration = Duration::from_micros(100);
 
@@ -162,13 +164,12 @@ fn run(worker: &mut impl ThreadWorker, stop: &EventFd) {
         })
         .collect();
     loop {
-        // SAFETY: `fds` is an array of that many entries.
-        let count = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
-        if count < 0 {
-            let error = io::Error::last_os_error();
-            if error.kind() == io::ErrorKind::Interrupted {
-                continue;
-            }
+        let polled = interrupted::again_libc(|| {
+            // SAFETY: `fds` is an array of that many entries.
+            let count = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+            count as isize
+        });
+        if let Err(error) = polled {
             guest_log!(ERROR, %error, "virtio: poll failed, a worker ends");
             return;
         }

@@ -51,41 +51,45 @@ proptest! {
     }
 }
 
-proptest! {
-    // iasl takes up to a second for the largest machines.
-    #![proptest_config(ProptestConfig { cases: 8, max_shrink_iters: 8, ..ProptestConfig::default() })]
+mod slow_properties {
+    use super::*;
 
-    #[test]
-    fn tables_when_the_machine_is_any_are_read_by_iasl_as_that_machine(platform in any_platform()) {
-        let scratch = Scratch::new("any");
-        let image = tables(&platform, layout::ACPI_TABLES);
-        let sources: std::collections::HashMap<_, _> = parse(&image, layout::ACPI_TABLES)
-            .into_iter()
-            .map(|(name, table)| (name.clone(), disassemble(&scratch.0, &name, &table)))
-            .collect();
+    proptest! {
+        // iasl takes up to a second for the largest machines.
+        #![proptest_config(ProptestConfig { cases: 8, max_shrink_iters: 8, ..ProptestConfig::default() })]
 
-        let dsdt = &sources["DSDT"];
-        prop_assert_eq!(dsdt.matches("\"LNRO0005\"").count(), platform.slot_gsis.len());
-        prop_assert_eq!(dsdt.matches("\"ACPI0007\"").count(), usize::from(platform.max_vcpus));
-        prop_assert_eq!(dsdt.contains("PNP0501"), platform.serial);
-        let interrupts = interrupts(dsdt);
-        let mut expected = platform.slot_gsis.clone();
-        expected.push(platform.ged_gsi);
-        if platform.serial {
-            // IRQ 4, as on every PC.
-            expected.push(4);
+        #[test]
+        fn tables_when_the_machine_is_any_are_read_by_iasl_as_that_machine(platform in any_platform()) {
+            let scratch = Scratch::new("any");
+            let image = tables(&platform, layout::ACPI_TABLES);
+            let sources: std::collections::HashMap<_, _> = parse(&image, layout::ACPI_TABLES)
+                .into_iter()
+                .map(|(name, table)| (name.clone(), disassemble(&scratch.0, &name, &table)))
+                .collect();
+
+            let dsdt = &sources["DSDT"];
+            prop_assert_eq!(dsdt.matches("\"LNRO0005\"").count(), platform.slot_gsis.len());
+            prop_assert_eq!(dsdt.matches("\"ACPI0007\"").count(), usize::from(platform.max_vcpus));
+            prop_assert_eq!(dsdt.contains("PNP0501"), platform.serial);
+            let interrupts = interrupts(dsdt);
+            let mut expected = platform.slot_gsis.clone();
+            expected.push(platform.ged_gsi);
+            if platform.serial {
+                // IRQ 4, as on every PC.
+                expected.push(4);
+            }
+            prop_assert_eq!(&interrupts, &expected);
+            for (slot, _) in platform.slot_gsis.iter().enumerate() {
+                let address = format!("0x{:08X},", slots::Slots::address(slot));
+                prop_assert_eq!(dsdt.matches(&address).count(), 1, "{}", address);
+            }
+
+            let madt = &sources["APIC"];
+            let all: Vec<u32> = (0..platform.max_vcpus.into()).collect();
+            prop_assert_eq!(numbers(madt, "Local Apic ID"), all);
+            let boot = u32::from(platform.boot_vcpus);
+            prop_assert_eq!(numbers(madt, "Processor Enabled").iter().sum::<u32>(), boot);
+            prop_assert_eq!(numbers(madt, "Runtime Online Capable").iter().sum::<u32>(), u32::from(platform.max_vcpus) - boot);
         }
-        prop_assert_eq!(&interrupts, &expected);
-        for (slot, _) in platform.slot_gsis.iter().enumerate() {
-            let address = format!("0x{:08X},", slots::Slots::address(slot));
-            prop_assert_eq!(dsdt.matches(&address).count(), 1, "{}", address);
-        }
-
-        let madt = &sources["APIC"];
-        let all: Vec<u32> = (0..platform.max_vcpus.into()).collect();
-        prop_assert_eq!(numbers(madt, "Local Apic ID"), all);
-        let boot = u32::from(platform.boot_vcpus);
-        prop_assert_eq!(numbers(madt, "Processor Enabled").iter().sum::<u32>(), boot);
-        prop_assert_eq!(numbers(madt, "Runtime Online Capable").iter().sum::<u32>(), u32::from(platform.max_vcpus) - boot);
     }
 }

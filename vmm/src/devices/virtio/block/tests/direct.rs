@@ -3,7 +3,7 @@
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
 use super::*;
-use crate::devices::virtio::block::BlockError;
+use crate::devices::virtio::block::disk::BlockError;
 
 on_each_engine![
     direct_when_aligned_and_not_moves_the_right_bytes,

@@ -76,33 +76,54 @@ fn block_config_when_out_of_range_is_refused() {
 
 #[test]
 fn interrupts_when_the_driver_has_many_requests_under_way_are_fewer_and_none_is_lost() {
+    for engine in [BlockEngine::Auto, BlockEngine::Sync] {
+        // How few depends on the machine: on one that is busy with something else at the wrong moments, it may take
+        // another attempt.
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let (interrupts, requests) = interrupts_and_requests(engine);
+            if interrupts <= requests / 2 {
+                break;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{engine:?}: {interrupts} for {requests}"
+            );
+        }
+    }
+}
+
+fn interrupts_and_requests(engine: BlockEngine) -> (u64, u64) {
     const ROUNDS: u64 = 50;
     const DEPTH: u64 = 16;
-    for engine in [BlockEngine::Auto, BlockEngine::Sync] {
-        let mut f = Fixture::new(engine, false);
-        let mut interrupts = 0;
-        for _ in 0..ROUNDS {
-            for slot in 0..DEPTH {
-                f.offer(0, slot, VIRTIO_BLK_T_IN, slot, 512);
-                f.rings[0].kick_if_wanted(1);
-            }
-            let mut left = DEPTH;
-            while left > 0 {
-                if f.rings[0].try_used().is_some() {
-                    left -= 1;
-                } else if f.rings[0].ask_for_interrupt(0) {
-                    interrupts += f.guest.wait_interrupt();
-                }
-            }
-            // One alone, right after: it is held for a moment, and the end of that is all the driver waits for.
-            assert!(f.rings[0].ask_for_interrupt(0));
-            f.offer(0, 0, VIRTIO_BLK_T_IN, 0, 512);
+    let mut f = Fixture::new(engine, false);
+    let mut interrupts = 0;
+    for _ in 0..ROUNDS {
+        for slot in 0..DEPTH {
+            f.offer(0, slot, VIRTIO_BLK_T_IN, slot, 512);
             f.rings[0].kick_if_wanted(1);
-            interrupts += f.guest.wait_interrupt();
-            assert!(f.rings[0].try_used().is_some(), "{engine:?}");
         }
-        let requests = ROUNDS * (DEPTH + 1);
-        assert_eq!(f.counter("read_requests"), requests, "{engine:?}");
-        assert!(interrupts <= requests / 2, "{engine:?}: {interrupts}");
+        let mut left = DEPTH;
+        while left > 0 {
+            if f.rings[0].try_used().is_some() {
+                left -= 1;
+            } else if f.rings[0].ask_for_interrupt(0) {
+                interrupts += f.guest.wait_interrupt();
+            }
+        }
+        // One alone, right after: it is held for a moment, and the end of that is all the driver waits for.
+        assert!(f.rings[0].ask_for_interrupt(0));
+        f.offer(0, 0, VIRTIO_BLK_T_IN, 0, 512);
+        f.rings[0].kick_if_wanted(1);
+        // The first may still be one for what was taken before it came.
+        loop {
+            interrupts += f.guest.wait_interrupt();
+            if f.rings[0].try_used().is_some() {
+                break;
+            }
+        }
     }
+    let requests = ROUNDS * (DEPTH + 1);
+    assert_eq!(f.counter("read_requests"), requests, "{engine:?}");
+    (interrupts, requests)
 }

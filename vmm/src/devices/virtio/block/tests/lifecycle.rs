@@ -9,11 +9,11 @@ use virtio_bindings::virtio_blk::{
 
 use super::*;
 use crate::config::{RateLimiterConfig, TokenBucketConfig};
-use crate::devices::virtio::block::ResizeDiskError;
+use crate::devices::virtio::block::device::ResizeDiskError;
 use crate::devices::virtio::block::state::{BlockState, Unfinished};
 use crate::devices::virtio::state::{self, StateError};
 use crate::devices::virtio::test_ring::{INDIRECT, NEXT, PATIENCE, RINGS, WRITE, survive_malformed_chains};
-use crate::devices::virtio::transport::mmio::INTERRUPT_CONFIG;
+use crate::devices::virtio::transport::mmio::interrupt::INTERRUPT_CONFIG;
 
 on_each_engine![
     reset_when_requests_are_in_flight_leaves_memory_alone,
@@ -139,7 +139,7 @@ fn restore_when_in_a_new_device_goes_on_where_the_old_one_stood(engine: BlockEng
             &mut f.block,
             Block::new(&config(&other.1, false)).unwrap(),
         ));
-        Block::new(&fresh).unwrap()
+        anew(&fresh)
     };
 
     f.block.restore(&state).unwrap();
@@ -371,7 +371,7 @@ fn set_image_len(f: &Fixture, len: u64) {
 
 fn resize_when_the_image_grew_tells_the_guest(engine: BlockEngine) {
     let mut f = Fixture::new(engine, false);
-    assert_eq!(f.block.resize().unwrap(), 8 << 20);
+    assert_eq!(resize(&mut f.block).unwrap(), 8 << 20);
     assert_eq!(f.guest.status() & INTERRUPT_CONFIG, 0);
     set_image_len(&f, 12 << 20);
     let beyond = (12 << 20) / 512 - 1;
@@ -380,7 +380,7 @@ fn resize_when_the_image_grew_tells_the_guest(engine: BlockEngine) {
         IOERR
     );
 
-    assert_eq!(f.block.resize().unwrap(), 12 << 20);
+    assert_eq!(resize(&mut f.block).unwrap(), 12 << 20);
 
     assert_ne!(f.guest.status() & INTERRUPT_CONFIG, 0);
     assert_eq!(capacity(&f.block), 12 << 20);
@@ -390,17 +390,17 @@ fn resize_when_the_image_grew_tells_the_guest(engine: BlockEngine) {
 fn resize_when_the_image_shrank_depends_on_the_driver(engine: BlockEngine) {
     let mut f = Fixture::new(engine, false);
     set_image_len(&f, 4 << 20);
-    let error = f.block.resize().unwrap_err();
+    let error = resize(&mut f.block).unwrap_err();
     assert!(
         matches!(error, ResizeDiskError::Shrunk { old, new, .. } if (old, new) == (8 << 20, 4 << 20)),
         "{error}"
     );
     assert_eq!(capacity(&f.block), 8 << 20);
     f.block.reset();
-    assert_eq!(f.block.resize().unwrap(), 4 << 20);
+    assert_eq!(resize(&mut f.block).unwrap(), 4 << 20);
     assert_eq!(capacity(&f.block), 4 << 20);
     set_image_len(&f, 100);
-    assert!(matches!(f.block.resize(), Err(ResizeDiskError::Empty { .. })));
+    assert!(matches!(resize(&mut f.block), Err(ResizeDiskError::Empty { .. })));
     assert_eq!(capacity(&f.block), 4 << 20);
 }
 
@@ -435,9 +435,14 @@ fn drop_when_active_unlocks_the_image_at_once(engine: BlockEngine) {
     config.engine = engine;
     config.queues = 4;
     for _ in 0..20 {
-        f.block = Block::new(&config).unwrap();
+        f.block = anew(&config);
         f.rings = f.guest.activate(&mut f.block, 64, true);
         f.rings[3].kick();
-        f.block = Block::new(&super::config(&f.path, false)).unwrap();
+        f.block = anew(&super::config(&f.path, false));
     }
+}
+
+/// As `Vm::resize_disk` does it.
+fn resize(block: &mut Block) -> Result<u64, ResizeDiskError> {
+    block.gauge().measure(|size| block.resize(size))?
 }

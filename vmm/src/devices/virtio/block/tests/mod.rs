@@ -11,14 +11,17 @@ use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
 use vmm_sys_util::tempdir::TempDir;
 
 use super::Block;
+use super::disk::BlockError;
 use crate::config::{BlockConfig, BlockEngine};
+use crate::devices::virtio::image::ImageError;
 use crate::devices::virtio::state::QueuePosition;
-use crate::devices::virtio::test_ring::{BUFFERS, Buf, TestGuest, TestRing, Used};
+use crate::devices::virtio::test_ring::{BUFFERS, Buf, PATIENCE, TestGuest, TestRing, Used};
 use crate::devices::virtio::{Activation, CHAIN_FEATURES, VirtioDevice};
 
 const OK: u8 = VIRTIO_BLK_S_OK as u8;
@@ -48,6 +51,21 @@ macro_rules! on_each_engine {
     };
 }
 use on_each_engine;
+
+/// A device on an image that another one has just let go of: a child that another test forks has a copy of the lock until
+/// it executes its program.
+fn anew(config: &BlockConfig) -> Block {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match Block::new(config) {
+            Err(BlockError::Image {
+                source: ImageError::Locked { .. },
+                ..
+            }) if Instant::now() < deadline => {}
+            result => return result.unwrap(),
+        }
+    }
+}
 
 /// An image with recognizable sectors.
 fn image() -> (TempDir, PathBuf) {

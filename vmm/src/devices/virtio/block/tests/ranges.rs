@@ -1,8 +1,10 @@
 //! DISCARD and WRITE_ZEROES that are long: they count, and nobody waits for all of them.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_WRITE_ZEROES};
+use vm_memory::Bytes;
 
 use super::*;
 use crate::config::{RateLimiterConfig, TokenBucketConfig};
@@ -17,8 +19,6 @@ on_each_engine![
 
 /// Requests of the largest size in a queue of the usual one.
 const REQUESTS: u16 = 256;
-/// Far less than the requests would take, and more than a step takes on a slow machine.
-const PROMPT: Duration = Duration::from_secs(3);
 /// Ranges of one request.
 const RANGES: usize = 16;
 
@@ -48,26 +48,23 @@ fn offer_all(f: &mut Fixture, kind: u32, data: &[(u64, u32, u16)]) {
     ring.kick();
 }
 
-/// Suspends, goes on, and resets, each in time and with requests on their way.
+/// Suspends, goes on, and resets, each without waiting for the requests on their way: they take many seconds.
 fn stop_promptly(f: &mut Fixture) {
-    let started = Instant::now();
     let mut positions = f.block.suspend();
-    let suspended = started.elapsed();
-    assert!(suspended < PROMPT, "{suspended:?}");
-    let at = &positions[0];
-    assert!(at.next_used < REQUESTS, "not as long as the test wants: {at:?}");
+    assert!(positions[0].next_used < REQUESTS, "{positions:?}");
 
     // Saved and restored it goes on.
     let state = f.block.save().unwrap();
     f.block.restore(&state).unwrap();
     f.activate_at(&positions, 0);
     std::thread::sleep(Duration::from_millis(20));
-    let started = Instant::now();
     positions = f.block.suspend();
+    assert!(positions[0].next_used < REQUESTS, "{positions:?}");
     f.activate_at(&positions, 0);
     f.block.reset();
-    let stopped = started.elapsed();
-    assert!(stopped < 2 * PROMPT, "{stopped:?}");
+    let returned = f.guest.memory.load(f.rings[0].used_index(), Ordering::SeqCst);
+    let returned = u16::from_le(returned.unwrap());
+    assert!(returned < REQUESTS, "{returned}");
     long_queue(f);
     assert_eq!(f.request(VIRTIO_BLK_T_IN, 0, &[Buf::Write(DATA, 512)]).1, OK);
 }

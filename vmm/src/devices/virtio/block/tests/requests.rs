@@ -9,7 +9,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::*;
-use crate::devices::virtio::block::BlockError;
+use crate::devices::virtio::block::disk::BlockError;
 use crate::devices::virtio::config::{OpenError, OpenErrorKind};
 use crate::devices::virtio::image::ImageError;
 use crate::devices::virtio::test_ring::{
@@ -374,7 +374,7 @@ fn image_when_used_twice_is_locked() {
         );
     }
     drop(writer);
-    let _reader = Block::new(&config(&path, true)).unwrap();
+    let _reader = anew(&config(&path, true));
     let _second = Block::new(&config(&path, true)).unwrap();
     assert!(matches!(
         Block::new(&config(&path, false)),

@@ -8,9 +8,9 @@ use super::Surroundings;
 use crate::devices::virtio::ActiveQueue;
 use crate::devices::virtio::block::request::{Request, Spare};
 use crate::devices::virtio::block::target::Target;
-use crate::devices::virtio::chain::{Chain, ChainError};
-use crate::devices::virtio::moderation::{Moderation, Turn};
-use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::queue::chain::{Chain, ChainError};
+use crate::devices::virtio::queue::moderation::{Moderation, Turn};
+use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::state::QueuePosition;
 use crate::memory::GuestMemory;
 

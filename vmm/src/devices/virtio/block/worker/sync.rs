@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::intake::{Intake, Stopped, Taken};
 use crate::devices::virtio::block::request::Request;
 use crate::devices::virtio::block::step::Step;
-use crate::devices::virtio::queue_thread::Aside;
+use crate::devices::virtio::worker::queue_thread::Aside;
 
 /// Requests per turn at most, so that the first of many slow ones is not held back by the last.
 const BATCH: usize = 8;

@@ -4,7 +4,7 @@ use crate::devices::virtio::net::counters::Counters;
 use crate::devices::virtio::net::rx::RxQueue;
 use crate::devices::virtio::net::tx::TxQueue;
 use crate::devices::virtio::net::{FRAME_MAX, HEADER};
-use crate::devices::virtio::served_queue::ServedQueue;
+use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::test_allocations::allocations;
 use crate::devices::virtio::test_ring::{Buf, TestGuest, TestRing};
 use crate::rate_limiter::RateLimiter;

@@ -3,7 +3,7 @@
 use super::rig::{EVENT_IDX, MERGE, Rig, eventually, frame, net_config, wire};
 use crate::config::{NetConfig, RateLimiterConfig, TokenBucketConfig};
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::transport::mmio::INTERRUPT_CONFIG;
+use crate::devices::virtio::transport::mmio::interrupt::INTERRUPT_CONFIG;
 
 /// A driver without receive buffers that sends into a full TAP: nothing moves in either direction (CVE-2020-16843).
 fn stuck(features: u64) -> (Rig, usize) {

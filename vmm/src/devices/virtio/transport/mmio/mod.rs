@@ -20,10 +20,10 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use interrupt::{INTERRUPT_CONFIG, INTERRUPT_USED_RING, SlotInterrupt};
+pub use interrupt::{INTERRUPT_USED_RING, SlotInterrupt};
 use registers::register;
 
-use crate::devices::virtio::device::{Activation, ActiveQueue, VirtioDevice};
+use crate::devices::virtio::device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 use crate::devices::virtio::interrupt::Interrupt;
 use crate::devices::virtio::queue::ring;
 use crate::devices::virtio::state::{QueuePosition, StateError};
@@ -43,9 +43,52 @@ mod status {
     pub const FAILED: u32 = 128;
 }
 
+/// A device cannot start with what the driver, or a saved state, set up.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A queue cannot be used.
+    #[error("queue {index}: {source}")]
+    Queue {
+        /// Queue index.
+        index: usize,
+        /// What is wrong with it.
+        source: QueueError,
+    },
+    /// The device itself.
+    #[error(transparent)]
+    Device(#[from] ActivateError),
+}
+
+/// A queue the driver set up cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// More entries than a queue can have.
+    #[error("size {0}")]
+    Size(u32),
+    /// A size or an address that is none of a queue's.
+    #[error(transparent)]
+    Invalid(#[from] virtio_queue::Error),
+    /// A part of it is not RAM.
+    #[error("{0:x?} is not inside guest memory")]
+    Outside(QueueRegisters),
+}
+
+/// Saved registers that are none of the device's.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+enum TransportStateError {
+    #[error("{saved} queues saved, the device has {present}")]
+    Queues { saved: usize, present: usize },
+    #[error("device status {0:#x}")]
+    Status(u32),
+    #[error("the driver uses features {0:#x}, which this host does not offer")]
+    Features(u64),
+    #[error("queue position {0:?}")]
+    Position(QueuePosition),
+}
+
 /// A queue as the driver wrote it, not yet validated.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct QueueRegisters {
+pub struct QueueRegisters {
     size: u32,
     ready: bool,
     desc: u64,
@@ -186,7 +229,8 @@ impl MmioTransport {
         self.slot.registers().show_empty();
     }
 
-    /// What the guest reads at `offset` of the slot.
+    /// What the guest reads at `offset` of the slot; it reads the registers without this transport.
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         self.slot.registers().read(offset, data);
     }
@@ -381,16 +425,16 @@ impl MmioTransport {
         unknown == 0 && version_1
     }
 
-    fn activate(&mut self) -> Result<(), String> {
+    fn activate(&mut self) -> Result<(), StartError> {
         let result = self
             .activation()
-            .and_then(|activation| self.device.activate(activation).map_err(|e| e.to_string()));
+            .and_then(|activation| Ok(self.device.activate(activation)?));
         self.positions.clear();
-        if let Err(reason) = &result {
+        if let Err(error) = &result {
             guest_log!(
                 ERROR,
                 device = self.device.id(),
-                reason,
+                %error,
                 "virtio-mmio: device needs reset"
             );
             self.status |= status::NEEDS_RESET;
@@ -400,7 +444,7 @@ impl MmioTransport {
         result
     }
 
-    fn activation(&self) -> Result<Activation, String> {
+    fn activation(&self) -> Result<Activation, StartError> {
         let mut queues = Vec::new();
         let all = self.queues.iter().zip(self.device.queue_sizes()).zip(&self.kicks);
         for (index, ((registers, max_size), kick)) in all.enumerate() {
@@ -409,7 +453,7 @@ impl MmioTransport {
             }
             let mut queue = self
                 .validate_queue(registers, *max_size)
-                .map_err(|e| format!("queue {index}: {e}"))?;
+                .map_err(|source| StartError::Queue { index, source })?;
             if let Some(position) = self.positions.iter().find(|p| usize::from(p.index) == index) {
                 queue.set_next_avail(position.next_avail);
                 queue.set_next_used(position.next_used);
@@ -429,26 +473,19 @@ impl MmioTransport {
         })
     }
 
-    fn validate_queue(&self, registers: &QueueRegisters, max_size: u16) -> Result<Queue, String> {
-        let invalid = |e: virtio_queue::Error| e.to_string();
-        let mut queue = Queue::new(max_size).map_err(invalid)?;
-        let size = u16::try_from(registers.size).map_err(|_| format!("size {}", registers.size))?;
-        queue.try_set_size(size).map_err(invalid)?;
-        queue
-            .try_set_desc_table_address(GuestAddress(registers.desc))
-            .map_err(invalid)?;
-        queue
-            .try_set_avail_ring_address(GuestAddress(registers.avail))
-            .map_err(invalid)?;
-        queue
-            .try_set_used_ring_address(GuestAddress(registers.used))
-            .map_err(invalid)?;
+    fn validate_queue(&self, registers: &QueueRegisters, max_size: u16) -> Result<Queue, QueueError> {
+        let mut queue = Queue::new(max_size)?;
+        let size = u16::try_from(registers.size).map_err(|_| QueueError::Size(registers.size))?;
+        queue.try_set_size(size)?;
+        queue.try_set_desc_table_address(GuestAddress(registers.desc))?;
+        queue.try_set_avail_ring_address(GuestAddress(registers.avail))?;
+        queue.try_set_used_ring_address(GuestAddress(registers.used))?;
         queue.set_event_idx(self.driver_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
         queue.set_ready(true);
         if ring::is_in_memory(&queue, &self.host.memory) {
             Ok(queue)
         } else {
-            Err(format!("{registers:x?} is not inside guest memory"))
+            Err(QueueError::Outside(*registers))
         }
     }
 
@@ -463,8 +500,8 @@ impl MmioTransport {
     /// Lets a suspended (or restored) device go on where it stood.
     ///
     /// # Errors
-    /// The reason why the device cannot start; the driver is told to reset it.
-    pub fn resume(&mut self) -> Result<(), String> {
+    /// [`StartError`]; the driver is told to reset the device.
+    pub fn resume(&mut self) -> Result<(), StartError> {
         if !std::mem::take(&mut self.suspended) {
             return Ok(());
         }
@@ -502,13 +539,12 @@ impl MmioTransport {
     /// # Errors
     /// [`StateError`] when it does not fit the device; the transport is of no use then.
     pub fn restore(&mut self, state: TransportState, device: &[u8]) -> Result<(), StateError> {
-        let invalid = |reason: String| StateError::Invalid {
-            device: self.device.id().to_owned(),
-            reason,
-        };
+        let invalid = |error: TransportStateError| StateError::invalid(self.device.id(), error);
         if state.queues.len() != self.queues.len() {
-            let (saved, here) = (state.queues.len(), self.queues.len());
-            return Err(invalid(format!("{saved} queues saved, the device has {here}")));
+            return Err(invalid(TransportStateError::Queues {
+                saved: state.queues.len(),
+                present: self.queues.len(),
+            }));
         }
         // The states a driver can reach: each bit with the ones before it (virtio 1.2, 3.1.1).
         let steps = [
@@ -523,13 +559,11 @@ impl MmioTransport {
             .any(|(before, after)| state.status & after != 0 && state.status & before == 0);
         let known = steps.iter().sum::<u32>() | status::NEEDS_RESET | status::FAILED;
         if gap || state.status & !known != 0 {
-            return Err(invalid(format!("device status {:#x}", state.status)));
+            return Err(invalid(TransportStateError::Status(state.status)));
         }
         let unknown = state.driver_features & !self.device.features();
         if unknown != 0 && state.status & status::FEATURES_OK != 0 {
-            return Err(invalid(format!(
-                "the driver uses features {unknown:#x}, which this host does not offer"
-            )));
+            return Err(invalid(TransportStateError::Features(unknown)));
         }
         let mut ready: Vec<usize> = (0..state.queues.len())
             .filter(|index| state.queues.get(*index).is_some_and(|queue| queue.ready))
@@ -539,7 +573,7 @@ impl MmioTransport {
             let found = ready
                 .iter()
                 .position(|index| *index == usize::from(position.index));
-            let found = found.ok_or_else(|| invalid(format!("queue position {position:?}")))?;
+            let found = found.ok_or_else(|| invalid(TransportStateError::Position(*position)))?;
             ready.swap_remove(found);
         }
         self.device.restore(device)?;

@@ -7,9 +7,9 @@ use crate::config::VsockConfig;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::state::QueuePosition;
 use crate::devices::virtio::test_ring::{
-    BUFFERS, Buf, MALFORMED, RINGS, TestGuest, TestRing, Used, survive_malformed_chains,
+    BUFFERS, Buf, MALFORMED, PATIENCE, RINGS, TestGuest, TestRing, Used, survive_malformed_chains,
 };
-use crate::devices::virtio::vsock::packet::{HEADER_LEN, Header};
+use crate::devices::virtio::vsock::packet::{HEADER_LEN, Header, Op};
 use crate::devices::virtio::vsock::{Vsock, VsockHandle};
 
 /// The guest's context id.
@@ -280,7 +280,7 @@ impl Driver {
     }
 
     fn tx_slot(&mut self) -> u64 {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             self.reap();
             // Three descriptors per packet must always be free.
@@ -372,13 +372,30 @@ impl Driver {
 
     /// Waits for a packet.
     pub(super) fn receive(&mut self) -> Packet {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(packet) = self.try_receive() {
                 return packet;
             }
             assert!(Instant::now() < deadline, "no packet for the guest");
             std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+
+    /// Waits for a packet that is no `other`.
+    pub(super) fn receive_but(&mut self, other: Op) -> Packet {
+        loop {
+            let packet = self.receive();
+            if packet.header.op != other as u16 {
+                return packet;
+            }
+        }
+    }
+
+    /// Waits until the device has done everything it was told to, and what that led to.
+    pub(super) fn settle(&self) {
+        for _ in 0..5 {
+            self.guest.io.drain().unwrap();
         }
     }
 

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 
@@ -79,14 +79,14 @@ fn reset_of_an_idle_or_unused_device_is_harmless() {
 
 #[test]
 fn connect_when_the_device_is_dropped_returns_at_once() {
-    let stack = Stack::new();
+    let mut stack = Stack::new();
     let handle = stack.driver.handle.clone();
-    let thread = std::thread::spawn(move || handle.connect(1024, Duration::from_secs(600)));
-    std::thread::sleep(Duration::from_millis(20));
-    let start = std::time::Instant::now();
+    let thread = std::thread::spawn(move || handle.connect(1024, 10 * PATIENCE));
+    stack.wait("the request", |stack| !stack.log.is_empty());
+    let start = Instant::now();
     drop(stack);
     assert!(matches!(thread.join().unwrap(), Err(VsockError::Stopped)));
-    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(start.elapsed() < PATIENCE);
 }
 
 #[test]
@@ -287,36 +287,40 @@ impl MutEventSubscriber for ThreadId {
     }
 }
 
-/// Time the device's thread ran or wanted to: on a busy machine a busy loop mostly waits for its turn.
-fn wanted_time(stack: &Stack) -> Duration {
+/// The device's thread.
+fn device_thread(stack: &Stack) -> i32 {
     let tid = Arc::new(AtomicI32::new(0));
-    let id = stack
-        .driver
-        .guest
-        .io
-        .add(Arc::new(Mutex::new(ThreadId(tid.clone()))))
-        .unwrap();
-    stack.driver.guest.io.remove(id).unwrap();
-    let path = format!("/proc/self/task/{}/schedstat", tid.load(Ordering::SeqCst));
-    let text = std::fs::read_to_string(path).unwrap();
-    Duration::from_nanos(
-        text.split(' ')
-            .take(2)
-            .map(|field| field.parse::<u64>().unwrap())
-            .sum(),
-    )
+    let io = &stack.driver.guest.io;
+    let id = io.add(Arc::new(Mutex::new(ThreadId(tid.clone())))).unwrap();
+    io.remove(id).unwrap();
+    tid.load(Ordering::SeqCst)
+}
+
+/// Whether a thread sleeps, and the time it ran or wanted to: on a busy machine a busy loop mostly waits for its turn. To
+/// look does not wake it.
+fn sleeps_and_wanted(tid: i32) -> (bool, Duration) {
+    let read = |name| std::fs::read_to_string(format!("/proc/self/task/{tid}/{name}")).unwrap();
+    let wanted = read("schedstat");
+    let wanted = wanted
+        .split(' ')
+        .take(2)
+        .map(|field| field.parse::<u64>().unwrap());
+    let sleeps = read("stat").rsplit_once(") ").unwrap().1.starts_with('S');
+    (sleeps, Duration::from_nanos(wanted.sum()))
 }
 
 fn assert_idle(stack: &mut Stack, what: &str) {
     stack.run_for(Duration::from_millis(20));
-    // A loop that does not sleep is busy every time; one that does may have something to finish, or to wait for on a busy
-    // machine.
+    let tid = device_thread(stack);
+    // A loop that does not sleep is busy every time; one that does may have something to finish first.
     let mut wanted = Vec::new();
-    for _ in 0..20 {
-        let before = wanted_time(stack);
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        let (slept, before) = sleeps_and_wanted(tid);
         std::thread::sleep(Duration::from_millis(100));
-        wanted.push(wanted_time(stack) - before);
-        if wanted.last() < Some(&Duration::from_millis(20)) {
+        let (sleeps, after) = sleeps_and_wanted(tid);
+        wanted.push((slept, sleeps, after - before));
+        if slept && sleeps && after - before < Duration::from_millis(20) {
             return;
         }
     }

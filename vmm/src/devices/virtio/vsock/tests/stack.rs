@@ -10,7 +10,7 @@ use crate::devices::virtio::vsock::packet::{
 };
 
 /// Longest wait for anything.
-pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 /// Largest payload, Linux's VIRTIO_VSOCK_MAX_PKT_BUF_SIZE.
 pub(super) const MAX_PACKET: usize = 64 * 1024;
 

@@ -1,6 +1,10 @@
 //! The production hypervisor: `dragonball` in this process. Every method is a function call; those that block run on
 //! tokio's blocking threads.
 
+mod cmdline;
+mod devices;
+mod errors;
+
 use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -11,19 +15,21 @@ use async_trait::async_trait;
 use dragonball::Vm;
 use dragonball::config as vmm;
 use dragonball::devices::virtio::console::ConsoleLog;
-use dragonball::devices::virtio::vsock::{AttachOptions, Direction, VsockError, VsockHandle, VsockListener};
+use dragonball::devices::virtio::vsock::{AttachOptions, Direction, VsockHandle, VsockListener};
 use dragonball::probe::ProbeError;
-use dragonball::vm::{BuildError, ExitReason, HotplugError, KvmError, VmError};
 use tokio::sync::watch;
 
 use super::{
-    Attach, AttachDirection, BlockDevice, Capabilities, DeviceType, GuestListener, Hypervisor, READY_PORT,
-    ShareFsDevice, VcpuThreadIds, VmExit, console,
+    Attach, AttachDirection, BlockDevice, Capabilities, DeviceType, GuestListener, Hypervisor, NetworkDevice,
+    VcpuThreadIds, VmExit, console,
 };
-use crate::config::{BootAsset, HypervisorConfig, TomlConfig, VirtioFsCache};
+use crate::config::{BootAsset, CpuTemplate, HypervisorConfig, TomlConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::blocking;
 use crate::paths::SandboxPaths;
+use cmdline::cmdline;
+use devices::{Interfaces, block, device};
+use errors::{build_error, hotplug_error, vm_error, vm_exit, vsock_error};
 
 /// The guest's context id; every sandbox has its own device, so all use the same.
 const GUEST_CID: u32 = 3;
@@ -67,6 +73,7 @@ struct Built {
     vm: Arc<Vm>,
     vsock: VsockHandle,
     console: ConsoleLog,
+    interfaces: Arc<Interfaces>,
 }
 
 impl Dragonball {
@@ -116,19 +123,25 @@ impl Dragonball {
             BootAsset::Initrd(_) => None,
         };
         let rng = vmm::DeviceConfig::Rng(vmm::RngConfig { id: "rng".into() });
+        // An interface is added to the machine that is built, and needs a slot as any that comes later.
+        let interfaces = interfaces_of(devices).count();
         // The image first: it is vda.
         let devices = image
             .into_iter()
             .chain([rng])
-            .chain(devices.iter().map(device))
+            .chain(devices.iter().filter_map(device))
             .collect();
+        let hotplug_slots = usize::from(self.config.hotplug_slots) + interfaces;
         vmm::VmConfig {
             id: id.to_owned(),
             vcpus: vmm::VcpuConfig {
                 boot: self.config.boot_vcpus(),
                 max: self.config.max_vcpus(),
             },
-            cpu: vmm::CpuConfig::default(),
+            cpu: vmm::CpuConfig {
+                nested: self.config.enable_nested_virtualization,
+                template: cpu_template(self.config.cpu_template),
+            },
             memory: vmm::MemoryConfig::fixed(self.config.default_memory),
             boot: vmm::BootConfig {
                 kernel: self.config.kernel.clone(),
@@ -142,96 +155,8 @@ impl Dragonball {
                 uds_path: Some(self.paths.hvsock()),
             }),
             devices,
-            hotplug_slots: self.config.hotplug_slots,
+            hotplug_slots: u8::try_from(hotplug_slots).unwrap_or(u8::MAX),
         }
-    }
-}
-
-fn device(device: &DeviceType) -> vmm::DeviceConfig {
-    match device {
-        DeviceType::Block(device) => block(device),
-        DeviceType::ShareFs(device) => share(device),
-    }
-}
-
-fn block(device: &BlockDevice) -> vmm::DeviceConfig {
-    vmm::DeviceConfig::Block(vmm::BlockConfig {
-        read_only: device.read_only,
-        ..vmm::BlockConfig::new(&device.id, &device.path)
-    })
-}
-
-fn share(device: &ShareFsDevice) -> vmm::DeviceConfig {
-    vmm::DeviceConfig::Fs(vmm::FsConfig {
-        cache: match device.cache {
-            VirtioFsCache::Never => vmm::FsCache::Never,
-            VirtioFsCache::Auto => vmm::FsCache::Auto,
-            VirtioFsCache::Always => vmm::FsCache::Always,
-        },
-        threads: device.threads,
-        ..vmm::FsConfig::new(
-            device.id.clone(),
-            device.tag.clone(),
-            vmm::FsRoot::Directory(vmm::SharedDir::writable(&device.shared_dir)),
-        )
-    })
-}
-
-/// The guest's kernel command line: what the guest needs to boot and to find its agent, then the user's parameters.
-fn cmdline(hypervisor: &HypervisorConfig, config: &TomlConfig, debug: bool) -> String {
-    let kata = &config.agent.kata;
-    let mut words: Vec<String> = Vec::new();
-    let mut add = |word: &str| words.push(word.to_owned());
-    if !debug {
-        add("quiet");
-    }
-    add(if debug { "loglevel=7" } else { "loglevel=4" });
-    for word in ["panic=-1", "console=hvc0"] {
-        add(word);
-    }
-    if let BootAsset::Image(path) = hypervisor.boot_asset() {
-        add(&format!("root={}", root_device(&path)));
-        add("ro");
-        add(&format!("rootfstype={}", hypervisor.rootfs_type));
-        // For images with systemd; others do not look at it.
-        add("systemd.unit=kata-containers.target");
-        add("systemd.mask=systemd-networkd.service");
-        add("systemd.mask=systemd-networkd.socket");
-    }
-    add(&format!("agent.log_vport={}", kata.log_port));
-    add(&format!(
-        "agent.passfd_listener_port={}",
-        config.runtime.passfd_listener_port
-    ));
-    add(&format!("agent.ready_vport={READY_PORT}"));
-    if kata.server_port != 1024 {
-        add(&format!("agent.server_addr=vsock://-1:{}", kata.server_port));
-    }
-    if kata.container_pipe_size != 0 {
-        add(&format!("agent.container_pipe_size={}", kata.container_pipe_size));
-    }
-    if kata.enable_debug {
-        add("agent.log=debug");
-    }
-    if kata.debug_console_enabled {
-        add("agent.debug_console");
-        add("agent.debug_console_vport=1026");
-    }
-    // Last, so that a user's choice wins.
-    words.extend(hypervisor.kernel_params.split_whitespace().map(str::to_owned));
-    words.join(" ")
-}
-
-/// Kata's images have the filesystem in partition 1; a bare filesystem is the disk itself. A master boot record ends with
-/// 55 AA at byte 510, where a bare ext4 or erofs has zeros.
-fn root_device(image: &Path) -> &'static str {
-    use std::os::unix::fs::FileExt;
-    let mut signature = [0; 2];
-    let read = std::fs::File::open(image).and_then(|file| file.read_exact_at(&mut signature, 510));
-    if read.is_ok() && signature == [0x55, 0xaa] {
-        "/dev/vda1"
-    } else {
-        "/dev/vda"
     }
 }
 
@@ -258,8 +183,11 @@ impl Hypervisor for Dragonball {
     }
 
     async fn start_vm(&self, timeout: Duration) -> Result<()> {
-        let config = match &*self.stage() {
-            Stage::Prepared { id, devices } => self.vm_config(id, devices),
+        let (config, interfaces) = match &*self.stage() {
+            Stage::Prepared { id, devices } => {
+                let interfaces: Vec<_> = interfaces_of(devices).cloned().collect();
+                (self.vm_config(id, devices), interfaces)
+            }
             _ => {
                 return Err(Error::new(
                     ErrorKind::FailedPrecondition,
@@ -269,7 +197,7 @@ impl Hypervisor for Dragonball {
         };
         let id = config.id.clone();
         let (console_log, forward) = (self.paths.console_log(), self.forward_console);
-        let build = tokio::task::spawn_blocking(move || build(config, &console_log, forward));
+        let build = tokio::task::spawn_blocking(move || build(config, &interfaces, &console_log, forward));
         let built = match tokio::time::timeout(timeout, build).await {
             Ok(Ok(built)) => built?,
             Ok(Err(error)) => return Err(Error::new(ErrorKind::Internal, format!("VM set-up: {error}"))),
@@ -339,11 +267,12 @@ impl Hypervisor for Dragonball {
             Stage::Built(built) => built.clone(),
         };
         blocking("add_device", move || {
-            built
-                .vm
-                .add_device(device(&new))
-                .map(|_| new)
-                .map_err(hotplug_error)
+            match (&new, device(&new)) {
+                (DeviceType::Network(network), _) => built.interfaces.add(&built.vm, network)?,
+                (_, Some(config)) => drop(built.vm.add_device(config).map_err(hotplug_error)?),
+                (_, None) => return Err(Error::unsupported("Hypervisor::add_device")),
+            }
+            Ok(new)
         })
         .await
     }
@@ -351,9 +280,20 @@ impl Hypervisor for Dragonball {
     async fn remove_device(&self, id: &str) -> Result<()> {
         let (built, id) = (self.built("remove_device")?, id.to_owned());
         blocking("remove_device", move || {
-            built.vm.remove_device(&id).map(drop).map_err(hotplug_error)
+            built.vm.remove_device(&id).map_err(hotplug_error)?;
+            built.interfaces.removed(&id);
+            Ok(())
         })
         .await
+    }
+
+    async fn update_device(&self, device: DeviceType) -> Result<()> {
+        match device {
+            DeviceType::Network(device) => self.built("update_device")?.interfaces.limit(&device),
+            DeviceType::Block(_) | DeviceType::ShareFs(_) => {
+                Err(Error::unsupported("Hypervisor::update_device"))
+            }
+        }
     }
 
     async fn get_agent_socket(&self) -> Result<String> {
@@ -394,6 +334,8 @@ impl Hypervisor for Dragonball {
         Capabilities {
             block_device: true,
             block_device_hotplug: true,
+            network_device_hotplug: true,
+            multi_queue: true,
             fs_sharing: true,
             hybrid_vsock: true,
         }
@@ -472,7 +414,19 @@ fn check_host() -> Result<()> {
     }
 }
 
-fn build(config: vmm::VmConfig, console_log: &Path, forward: bool) -> Result<Built> {
+fn interfaces_of(devices: &[DeviceType]) -> impl Iterator<Item = &NetworkDevice> {
+    devices.iter().filter_map(|device| match device {
+        DeviceType::Network(device) => Some(device),
+        _ => None,
+    })
+}
+
+fn build(
+    config: vmm::VmConfig,
+    interfaces: &[NetworkDevice],
+    console_log: &Path,
+    forward: bool,
+) -> Result<Built> {
     let id = config.id.clone();
     check_host().map_err(|error| error.context("VM set-up"))?;
     let vm = Vm::new(config).map_err(|error| build_error(&error).context("VM set-up"))?;
@@ -484,11 +438,18 @@ fn build(config: vmm::VmConfig, console_log: &Path, forward: bool) -> Result<Bui
     let vsock = vm
         .vsock()
         .ok_or_else(|| Error::new(ErrorKind::Internal, "VM set-up: no vsock device"))?;
+    let handles = Interfaces::default();
+    for interface in interfaces {
+        handles
+            .add(&vm, interface)
+            .map_err(|error| error.context("VM set-up"))?;
+    }
     vm.start().map_err(vm_error)?;
     Ok(Built {
         vm: Arc::new(vm),
         vsock,
         console,
+        interfaces: Arc::new(handles),
     })
 }
 
@@ -500,108 +461,19 @@ impl GuestListener for Listener {
     }
 }
 
-fn vm_exit(reason: ExitReason) -> VmExit {
-    match reason {
-        ExitReason::PowerOff => VmExit::PowerOff,
-        ExitReason::Reboot => VmExit::Reboot,
-        ExitReason::Panic => VmExit::Panic,
-        ExitReason::TripleFault => VmExit::TripleFault,
-        ExitReason::Stopped => VmExit::Stopped,
-        ExitReason::Failure(reason) => VmExit::Failure(reason),
+fn cpu_template(template: CpuTemplate) -> vmm::CpuTemplate {
+    match template {
+        CpuTemplate::None => vmm::CpuTemplate::None,
+        CpuTemplate::V2 => vmm::CpuTemplate::V2,
+        CpuTemplate::V3 => vmm::CpuTemplate::V3,
+        CpuTemplate::V4 => vmm::CpuTemplate::V4,
     }
-}
-
-fn build_error(error: &BuildError) -> Error {
-    let kind = match error {
-        BuildError::Kvm(KvmError::Permission(_)) => ErrorKind::PermissionDenied,
-        BuildError::Kvm(_) => ErrorKind::FailedPrecondition,
-        BuildError::Config(_) | BuildError::TooManyVcpus { .. } | BuildError::TooManySlots { .. } => {
-            ErrorKind::InvalidArgument
-        }
-        // A file that is missing, or not what it should be.
-        BuildError::Boot(_) => io_kind(error).unwrap_or(ErrorKind::InvalidArgument),
-        BuildError::Memory(_) => ErrorKind::ResourceExhausted,
-        _ => io_kind(error).unwrap_or(ErrorKind::Internal),
-    };
-    Error::new(kind, error.to_string())
-}
-
-/// Kind of the I/O error an error comes from.
-fn io_kind(error: &dyn std::error::Error) -> Option<ErrorKind> {
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        if let Some(io) = error.downcast_ref::<std::io::Error>() {
-            return match io.kind() {
-                std::io::ErrorKind::NotFound => Some(ErrorKind::NotFound),
-                std::io::ErrorKind::PermissionDenied => Some(ErrorKind::PermissionDenied),
-                std::io::ErrorKind::OutOfMemory => Some(ErrorKind::ResourceExhausted),
-                _ => None,
-            };
-        }
-        cause = error.source();
-    }
-    None
-}
-
-fn vm_error(error: VmError) -> Error {
-    match error {
-        VmError::State { .. } | VmError::NoVsock => {
-            Error::new(ErrorKind::FailedPrecondition, error.to_string())
-        }
-        VmError::Vsock(error) => vsock_error(error),
-        VmError::Interrupt(_) | VmError::Device(_) => Error::new(ErrorKind::Internal, error.to_string()),
-    }
-}
-
-fn vsock_error(error: VsockError) -> Error {
-    let kind = match &error {
-        VsockError::ConnectTimeout { .. } | VsockError::AcceptTimeout { .. } => ErrorKind::DeadlineExceeded,
-        VsockError::TooManyConnections { .. } => ErrorKind::ResourceExhausted,
-        VsockError::PortInUse(_) => ErrorKind::AlreadyExists,
-        VsockError::NotAttached(_) => ErrorKind::NotFound,
-        VsockError::Stopped => ErrorKind::Unavailable,
-        _ => ErrorKind::Internal,
-    };
-    Error::new(kind, error.to_string())
-}
-
-fn hotplug_error(error: HotplugError) -> Error {
-    let kind = match &error {
-        HotplugError::Config(_) => ErrorKind::InvalidArgument,
-        HotplugError::State { .. } | HotplugError::InUse(_) => ErrorKind::FailedPrecondition,
-        HotplugError::Exists(_) => ErrorKind::AlreadyExists,
-        HotplugError::NotFound(_) => ErrorKind::NotFound,
-        HotplugError::NoFreeSlot { .. } => ErrorKind::ResourceExhausted,
-        _ => ErrorKind::Internal,
-    };
-    Error::new(kind, error.to_string())
 }
 
 #[cfg(test)]
 mod tests {
+    use super::cmdline::root_device;
     use super::*;
-
-    #[test]
-    fn cmdline_when_made_has_the_users_words_last() {
-        let mut config = TomlConfig::default();
-        config.hypervisor.dragonball.kernel_params = " loglevel=8  foo=bar ".into();
-        let text = cmdline(&config.hypervisor.dragonball, &config, false);
-        assert_eq!(
-            text,
-            "quiet loglevel=4 panic=-1 console=hvc0 root=/dev/vda ro rootfstype=erofs \
-             systemd.unit=kata-containers.target systemd.mask=systemd-networkd.service \
-             systemd.mask=systemd-networkd.socket agent.log_vport=1025 agent.passfd_listener_port=1027 \
-             agent.ready_vport=1023 loglevel=8 foo=bar"
-        );
-
-        config.agent.kata.enable_debug = true;
-        config.agent.kata.debug_console_enabled = true;
-        let text = cmdline(&config.hypervisor.dragonball, &config, true);
-        assert!(
-            !text.contains("quiet") && text.contains("agent.log=debug agent.debug_console"),
-            "{text}"
-        );
-    }
 
     #[test]
     fn image_when_partitioned_is_found() {
@@ -629,6 +501,30 @@ mod tests {
             matches!(&vm.devices[0], vmm::DeviceConfig::Block(disk) if disk.path == image && disk.read_only)
         );
         vm.validate().unwrap();
+    }
+
+    #[test]
+    fn cpu_when_configured_reaches_the_vm() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = SandboxPaths::below(folder.path(), "k8s.io", "s1").unwrap();
+        let mut config = TomlConfig::default();
+        let cpu = |config: &TomlConfig| {
+            let hypervisor = Dragonball::new(&config.hypervisor.dragonball, config, &paths, false);
+            hypervisor.vm_config("s1", &[]).cpu
+        };
+        assert_eq!(cpu(&config), vmm::CpuConfig::default());
+        config.hypervisor.dragonball.enable_nested_virtualization = true;
+        for (name, template) in vmm::CpuTemplate::NAMES {
+            // Every template of the VMM has a word of the same name.
+            config.hypervisor.dragonball.cpu_template = name.parse().unwrap();
+            assert_eq!(
+                cpu(&config),
+                vmm::CpuConfig {
+                    nested: true,
+                    template
+                }
+            );
+        }
     }
 
     #[tokio::test]

@@ -1,7 +1,10 @@
 //! `make demo`: one container through a real containerd, with the host's and the guest's kernel side by side
-//! and the time each phase took.
+//! and the time each phase took; then pods with a network, as kubelet runs them.
+
+mod pods;
 
 use std::error::Error;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use tests::command::{Input, Running, run};
@@ -14,7 +17,7 @@ use tests::timeline::Timeline;
 const GREETING: &str = "Hello from a container in a microVM";
 
 fn main() -> ExitCode {
-    match demo() {
+    match demo().and_then(|()| pods::demo()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("demo: {e}");
@@ -23,12 +26,26 @@ fn main() -> ExitCode {
     }
 }
 
-fn demo() -> Result<(), Box<dyn Error>> {
-    let mut settings = Settings::from_env();
+/// Has the runtime note when it reaches each phase; returns the file.
+fn notes(settings: &mut Settings) -> PathBuf {
     let notes = std::env::temp_dir().join(format!("kata-timeline-{}", std::process::id()));
     settings
         .environment
         .push(("KATA_TIMELINE".to_owned(), notes.display().to_string()));
+    notes
+}
+
+/// What was noted since the last time.
+fn take(notes: &Path) -> Timeline {
+    let timeline = Timeline::parse(&std::fs::read_to_string(notes).unwrap_or_default());
+    // Only there when the runtime wrote it.
+    let _ = std::fs::remove_file(notes);
+    timeline
+}
+
+fn demo() -> Result<(), Box<dyn Error>> {
+    let mut settings = Settings::from_env();
+    let notes = notes(&mut settings);
     let limit = settings.call_limit;
     let daemon = Containerd::start(settings)?;
 
@@ -54,9 +71,7 @@ fn demo() -> Result<(), Box<dyn Error>> {
     );
     let done = Running::start(&mut ctr, Input::Null)?.finish(limit)?;
     print!("{}", done.out());
-    let timeline = Timeline::parse(&std::fs::read_to_string(&notes).unwrap_or_default());
-    // Only there when the runtime wrote it.
-    let _ = std::fs::remove_file(&notes);
+    let timeline = take(&notes);
     let output = done.out();
     let mut lines = output.lines();
     if done.code != 0 || lines.next() != Some(GREETING) {

@@ -1,0 +1,11 @@
+//! Pods as kubelet runs them: through containerd's CRI plugin, with networks by CNI's plugins.
+
+pub mod client;
+pub mod cni;
+pub mod config;
+pub mod pods;
+pub mod private;
+pub mod spdy;
+pub mod traffic;
+pub mod view;
+pub mod wire;

@@ -1,0 +1,104 @@
+//! The sandbox itself: with a pause container, and as the shim's own (Sandbox API).
+
+use rustix::process::{Pid, Signal, kill_process};
+use tests::command::eventually;
+use tests::cri::config::Series;
+use tests::cri::pods::Pods;
+use tests::cri::view;
+use tonic::Code;
+
+fn is_not_ready_once_its_shim_is_dead(pods: &Pods) -> i32 {
+    let pod = pods.pod("bridge").run();
+    let member = pod.sleeping();
+    let shim = i32::try_from(pod.shim()).ok().and_then(Pid::from_raw).unwrap();
+    kill_process(shim, Signal::KILL).unwrap();
+    assert!(
+        eventually(pods.limit(), || !pod.ready()),
+        "still ready: {:?}",
+        pod.status()
+    );
+    let code = member.wait().exit_code;
+    pod.stop();
+    pod.remove();
+    // Its place is free.
+    pods.pod("bridge").run().sleeping().sh("true");
+    code
+}
+
+#[test]
+fn sandbox_when_its_shim_dies_is_not_ready_and_can_be_removed() {
+    Pods::like_runc("dead", Series::V1_7, is_not_ready_once_its_shim_is_dead);
+}
+
+#[test]
+fn sandbox_of_the_shims_own_when_its_shim_dies_is_not_ready_and_can_be_removed() {
+    Pods::like_runc_sandbox_api("dead-api", is_not_ready_once_its_shim_is_dead);
+}
+
+fn may_be_stopped_twice(pods: &Pods) {
+    let pod = pods.pod("bridge").run();
+    let member = pod.sleeping();
+    view::assert_equal(&pod, &member);
+    pod.stop();
+    pod.stop();
+    assert!(!pod.ready());
+    assert_eq!(member.wait().exit_code, 137);
+    let refused = pod.container(&["true"]).try_create();
+    assert!(refused.is_err(), "a container in a stopped pod");
+    pod.remove();
+    pod.remove();
+    let gone = pods.client().pod_status(pod.id()).unwrap_err();
+    assert_eq!(gone.code(), Code::NotFound, "{gone}");
+}
+
+#[test]
+fn sandbox_when_stopped_twice_is_stopped() {
+    Pods::like_runc("twice", Series::V2_1, may_be_stopped_twice);
+}
+
+#[test]
+fn sandbox_of_the_shims_own_when_stopped_twice_is_stopped() {
+    Pods::like_runc_sandbox_api("twice-api", may_be_stopped_twice);
+}
+
+#[test]
+fn sandbox_of_the_shims_own_when_run_has_no_pause_container() {
+    Pods::like_runc_sandbox_api("no-pause", |pods| {
+        let pod = pods.pod("bridge").run();
+        let _member = pod.sleeping();
+        let tasks = pods.case().ctr(["tasks", "ls", "-q"]).expect_code(0).out();
+        let has = tasks.lines().any(|id| id == pod.id());
+        // runc has no sandboxes of its own.
+        assert_eq!(has, !pods.vm(), "{tasks}");
+        assert!(pod.ready());
+        let status = pod.status().status.unwrap_or_default();
+        assert!(status.created_at > 0, "{status:?}");
+    });
+}
+
+#[test]
+fn pod_when_containerd_restarts_goes_on() {
+    // Its own containerd: the others' pods must not see the restart.
+    let pods = Pods::on_its_own("recover", tests::Settings::from_env(), Series::V2_1);
+    let pod = pods.pod("bridge").run();
+    let member = pod.sleeping();
+    let shim = pod.shim();
+    pods.case().daemon().stop();
+    pods.case().daemon().launch().unwrap();
+    assert!(
+        eventually(pods.limit(), || pods
+            .client()
+            .unready()
+            .is_ok_and(|list| list.is_empty())),
+        "{:?}",
+        pods.client().unready()
+    );
+    assert!(pod.ready());
+    assert_eq!(pod.shim(), shim);
+    member.sh(&format!("ping -c 1 -W 60 {}", pods.subnets.gateway()));
+    member.stop();
+    assert_eq!(member.status().exit_code, 0);
+    pod.sleeping().sh("true");
+    pod.stop();
+    pod.remove();
+}
