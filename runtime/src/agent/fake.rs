@@ -273,8 +273,10 @@ impl AgentService for Service {
         };
         // With init goes the pid namespace.
         if request.exec_id.is_empty() {
-            let all: Vec<_> = self.0.processes.lock().unwrap().values().cloned().collect();
-            all.iter().for_each(|process| end(process));
+            let processes = self.0.processes.lock().unwrap().clone();
+            let of_container = |key: &(String, String)| key.0 == request.container_id;
+            let inside = processes.iter().filter(|(key, _)| of_container(key));
+            inside.for_each(|(_, process)| end(process));
         }
         end(&process);
         Ok(Empty::new())

@@ -65,17 +65,17 @@ fn ask_gateway(queues: &[OwnedFd], mac: [u8; 6]) -> [u8; 6] {
     frame.extend([10, 1, 0, 2]);
     frame.extend([0; 6]);
     frame.extend([10, 1, 0, 1]);
-    let mut queue = File::from(queue.try_clone().unwrap());
-    queue.write_all(&frame).unwrap();
+    let open = |queue: &OwnedFd| File::from(queue.try_clone().unwrap());
+    let mut queues: Vec<File> = queues.iter().map(open).collect();
+    queues[0].write_all(&frame).unwrap();
     loop {
-        let mut ready = [PollFd::new(queue.as_fd(), PollFlags::POLLIN)];
-        assert_eq!(
-            poll(&mut ready, PollTimeout::from(60_000_u16)).unwrap(),
-            1,
-            "an answer"
-        );
+        let poll_in = |queue| PollFd::new(queue, PollFlags::POLLIN);
+        let mut ready: Vec<_> = queues.iter().map(|queue| poll_in(queue.as_fd())).collect();
+        let count = poll(&mut ready, PollTimeout::from(60_000_u16)).unwrap();
+        assert!(count > 0, "an answer");
+        let answering = ready.iter().position(|queue| queue.any() == Some(true)).unwrap();
         let mut answer = [0; 2048];
-        let Ok(length) = queue.read(&mut answer) else {
+        let Ok(length) = queues[answering].read(&mut answer) else {
             continue;
         };
         let frame = &answer[HEADER..length];
