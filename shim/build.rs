@@ -20,7 +20,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     // A generated file starts with inner attributes, so it must be a module file: options.rs, pod.rs and streaming_service.rs
     // include such a line.
     for name in MESSAGES {
-        let line = format!("#[allow(missing_docs)]\nmod {name};\n");
+        let line = format!("#[allow(missing_docs, clippy::semicolon_if_nothing_returned)]\nmod {name};\n");
         std::fs::write(out.join(format!("wire_{name}.rs")), line)?;
         println!("cargo::rerun-if-changed=protos/{name}.proto");
     }

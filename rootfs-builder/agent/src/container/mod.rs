@@ -286,12 +286,9 @@ impl Container {
             id: self.id.clone(),
             source,
         })?;
-        match exec_outcome(&mut report, EXEC_PATIENCE)
-            .await
-            .map_err(ContainerError::Stdio)?
-        {
-            Some(reason) => return Err(not_executed(reason)),
-            None => {}
+        let outcome = exec_outcome(&mut report, EXEC_PATIENCE).await;
+        if let Some(reason) = outcome.map_err(ContainerError::Stdio)? {
+            return Err(not_executed(reason));
         }
         let hooks = self.context.hooks.get().map(|hooks| &hooks.poststart[..]);
         if let Err(error) = self.run_hooks(hooks.unwrap_or_default()).await {
