@@ -140,8 +140,8 @@ impl TaskHandler for FakeRuntime {
     }
 
     async fn delete_process(&self, process: &ContainerProcess) -> Result<DeletedProcess> {
-        let exit = expect!(self.answer(Call::Delete(process.clone())).await, Exit)?;
-        Ok(DeletedProcess {
+        let exit: Result<ProcessExit> = expect!(self.answer(Call::Delete(process.clone())).await, Exit);
+        exit.map(|exit| DeletedProcess {
             pid: CONTAINER_PID,
             exit,
         })
