@@ -277,7 +277,11 @@ async fn netns_when_missing_is_an_error_that_leaves_nothing() {
     let request = bench.create_request("c1", &["sleep"], Stdio::default());
     let path = request.bundle.join("config.json");
     let mut spec: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-    spec["linux"]["namespaces"] = json!([{"type": "network", "path": "/run/netns/never-made"}]);
+    let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+    let network = namespaces
+        .iter_mut()
+        .find(|namespace| namespace["type"] == "network");
+    network.unwrap()["path"] = json!("/run/netns/never-made");
     fs::write(path, spec.to_string()).unwrap();
 
     let error = bench.create_with(request).await.unwrap_err();
