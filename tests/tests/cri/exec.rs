@@ -52,7 +52,9 @@ fn command_when_it_ends_tells_its_code_and_both_streams() {
         let large = member.exec(&["sh", "-c", "head -c 1000000 /dev/zero | tr '\\0' y"]);
         assert_eq!(large.out.len(), 1_000_000);
         assert!(large.out.bytes().all(|byte| byte == b'y'));
-        seen.push(member.exec(&["sh", "-c", "sleep 1000 & echo started; exit 2"]));
+        // containerd waits for everyone who holds the streams, so what stays behind must not.
+        let script = "sleep 1000 >/dev/null 2>&1 & echo started; exit 2";
+        seen.push(member.exec(&["sh", "-c", script]));
         seen
     });
     let codes = seen.iter().map(|done| done.code).collect::<Vec<_>>();

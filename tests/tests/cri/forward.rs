@@ -8,12 +8,15 @@ use tests::cri::traffic::{body, request, sha256};
 /// The body of a web page through port-forward.
 #[track_caller]
 fn forwarded(pods: &Pods, pod: &Pod<'_>, port: u16, path: &str) -> Vec<u8> {
-    let mut page = Err(std::io::Error::other("never asked"));
-    // The server may still be starting.
+    let ask = || -> Result<Vec<u8>, Box<dyn std::error::Error>> {
+        let mut connection = pods.client().port_forward(pod.id(), port)?;
+        connection.write("data", request(path).as_bytes())?;
+        Ok(body(&connection.finish("data", pods.limit())?)?)
+    };
+    let mut page = Err("never asked".into());
+    // The server may still be starting: then the connection is hung up, before or behind the request.
     eventually(pods.limit(), || {
-        let mut connection = pods.client().port_forward(pod.id(), port).unwrap();
-        connection.write("data", request(path).as_bytes()).unwrap();
-        page = body(&connection.finish("data", pods.limit()).unwrap());
+        page = ask();
         page.is_ok()
     });
     page.unwrap_or_else(|e| panic!("port {port} of {}: {e}", pod.id()))
