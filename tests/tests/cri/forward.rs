@@ -8,18 +8,22 @@ use tests::cri::traffic::{body, request, sha256};
 /// The body of a web page through port-forward.
 #[track_caller]
 fn forwarded(pods: &Pods, pod: &Pod<'_>, port: u16, path: &str) -> Vec<u8> {
-    let mut page = Err(std::io::Error::other("never asked"));
-    // The server may still be starting.
+    let ask = || -> Result<Vec<u8>, Box<dyn std::error::Error>> {
+        let mut connection = pods.client().port_forward(pod.id(), port)?;
+        connection.write("data", request(path).as_bytes())?;
+        Ok(body(&connection.finish("data", pods.limit())?)?)
+    };
+    let mut page = Err("never asked".into());
+    // The server may still be starting: then the connection is hung up, before or behind the request.
     eventually(pods.limit(), || {
-        let mut connection = pods.client().port_forward(pod.id(), port).unwrap();
-        connection.write("data", request(path).as_bytes()).unwrap();
-        page = body(&connection.finish("data", pods.limit()).unwrap());
+        page = ask();
         page.is_ok()
     });
     page.unwrap_or_else(|e| panic!("port {port} of {}: {e}", pod.id()))
 }
 
 #[test]
+#[ignore = "not run under kata yet; under runc where the host has ::1 in /etc/hosts, which containerd 1.7 asks for localhost"]
 fn port_when_forwarded_reaches_localhost_in_the_pod() {
     for (name, series) in [("forward17", Series::V1_7), ("forward21", Series::V2_1)] {
         Pods::like_runc(name, series, |pods| {
@@ -39,6 +43,7 @@ fn port_when_forwarded_reaches_localhost_in_the_pod() {
 }
 
 #[test]
+#[ignore = "not run under kata yet; passes under runc"]
 fn port_when_several_are_forwarded_at_once_are_told_apart() {
     Pods::like_runc("forward-many", Series::V2_1, |pods| {
         let pod = pods.pod("bridge").run();
@@ -60,6 +65,7 @@ fn port_when_several_are_forwarded_at_once_are_told_apart() {
 }
 
 #[test]
+#[ignore = "not run under kata yet; passes under runc"]
 fn port_when_nothing_listens_brings_nothing() {
     Pods::like_runc("forward-closed", Series::V2_1, |pods| {
         let pod = pods.pod("bridge").run();
@@ -71,6 +77,7 @@ fn port_when_nothing_listens_brings_nothing() {
 }
 
 #[test]
+#[ignore = "not run under kata yet; passes under runc"]
 fn localhost_when_asked_from_the_namespace_is_the_pods() {
     Pods::like_runc("localhost", Series::V1_7, |pods| {
         let pod = pods.pod("bridge").run();

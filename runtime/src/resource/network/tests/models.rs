@@ -65,24 +65,28 @@ fn ask_gateway(queues: &[OwnedFd], mac: [u8; 6]) -> [u8; 6] {
     frame.extend([10, 1, 0, 2]);
     frame.extend([0; 6]);
     frame.extend([10, 1, 0, 1]);
-    let open = |queue: &OwnedFd| File::from(queue.try_clone().unwrap());
-    let mut queues: Vec<File> = queues.iter().map(open).collect();
+    let mut queues: Vec<_> = queues
+        .iter()
+        .map(|queue| File::from(queue.try_clone().unwrap()))
+        .collect();
     queues[0].write_all(&frame).unwrap();
     loop {
-        let poll_in = |queue| PollFd::new(queue, PollFlags::POLLIN);
-        let mut ready: Vec<_> = queues.iter().map(|queue| poll_in(queue.as_fd())).collect();
+        let mut ready: Vec<_> = queues
+            .iter()
+            .map(|queue| PollFd::new(queue.as_fd(), PollFlags::POLLIN))
+            .collect();
         let count = poll(&mut ready, PollTimeout::from(60_000_u16)).unwrap();
-        assert!(count > 0, "an answer");
-        let answering = ready.iter().position(|queue| queue.any() == Some(true)).unwrap();
-        let mut answer = [0; 2048];
-        let Ok(length) = queues[answering].read(&mut answer) else {
-            continue;
-        };
-        let frame = &answer[HEADER..length];
-        // An ARP reply; other frames (IPv6 announces itself) are not looked at.
-        if frame.len() >= 42 && frame[12..14] == [0x08, 0x06] && frame[20..22] == [0, 2] {
-            assert_eq!(frame[28..32], [10, 1, 0, 1]);
-            return frame[22..28].try_into().unwrap();
+        assert_ne!(count, 0, "an answer");
+        let with_frames: Vec<_> = ready.iter().map(|queue| queue.any() == Some(true)).collect();
+        for (queue, _) in queues.iter_mut().zip(with_frames).filter(|(_, has)| *has) {
+            let mut answer = [0; 2048];
+            let length = queue.read(&mut answer).unwrap();
+            let frame = &answer[HEADER..length];
+            // An ARP reply; other frames (IPv6 announces itself) are not looked at.
+            if frame.len() >= 42 && frame[12..14] == [0x08, 0x06] && frame[20..22] == [0, 2] {
+                assert_eq!(frame[28..32], [10, 1, 0, 1]);
+                return frame[22..28].try_into().unwrap();
+            }
         }
     }
 }
