@@ -354,7 +354,11 @@ impl<'a> Container<'a> {
         let name = daemon.settings.shim_name();
         let id = format!("-id {} ", self.id);
         let found = crate::diagnosis::processes_mentioning(&name);
-        let ours = |line: &&String| format!("{line} ").contains(&id) && line.contains(daemon.namespace());
+        // Not the one that starts or deletes it: those end with their word.
+        let serves = |line: &str| !line.ends_with(" start") && !line.ends_with(" delete");
+        let ours = |line: &&String| {
+            format!("{line} ").contains(&id) && line.contains(daemon.namespace()) && serves(line)
+        };
         let line = found.iter().find(ours)?;
         line.split(' ').next()?.parse().ok()
     }

@@ -252,12 +252,13 @@ impl VirtSandbox {
     }
 
     fn create_request(&self) -> wire::CreateSandboxRequest {
+        let hypervisor = &self.config.hypervisor.dragonball;
         wire::CreateSandboxRequest {
             hostname: self.pod.hostname.clone(),
             dns: self.pod.dns.clone(),
             storages: self.resources.storages(self.pod.shm_size),
             sandbox_id: self.id.clone(),
-            guest_hook_path: self.config.hypervisor.dragonball.guest_hook_path.clone(),
+            guest_hook_path: hypervisor.guest_hook_path.clone(),
             kernel_modules: self
                 .config
                 .agent

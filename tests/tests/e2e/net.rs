@@ -33,17 +33,15 @@ impl Network {
                 network.name
             ),
         );
-        for family in ["all", "default", &network.link()] {
-            let path = format!("/proc/sys/net/ipv6/conf/{family}/accept_dad");
-            std::fs::write(path, "0").unwrap();
-        }
+        let accept_dad = format!("/proc/sys/net/ipv6/conf/{}/accept_dad", network.link());
+        std::fs::write(accept_dad, "0").unwrap();
         network.host(
             case,
             &format!("addr add {}/24 dev {}", network.gateway(), network.link()),
         );
         network.host(
             case,
-            &format!("addr add fd00:88:{number}::1/64 dev {}", network.link()),
+            &format!("addr add fd00:88:{number}::1/64 dev {} nodad", network.link()),
         );
         network.host(case, &format!("link set {} up", network.link()));
         network.inside(case, "link set lo up");
@@ -56,6 +54,9 @@ impl Network {
             case,
             &format!("route add 10.99.0.0/16 via {} metric 7", network.gateway()),
         );
+        // The kernel makes sure in a moment that nobody else has its link-local address.
+        let settled = || !network.inside(case, "addr").contains("tentative");
+        assert!(eventually(case.limit(), settled));
         network
     }
 

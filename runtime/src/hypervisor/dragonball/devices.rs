@@ -127,12 +127,12 @@ mod tests {
     fn limiter_when_asked_for_bits_a_second_counts_bytes() {
         let bytes_a_second = |bits| {
             let bucket = limiter(bits).bandwidth.unwrap();
-            bucket.size * 1000 / bucket.refill_time_ms
+            u128::from(bucket.size) * 1000 / u128::from(bucket.refill_time_ms)
         };
 
         assert_eq!(limiter(0), RateLimiterConfig::default());
         assert_eq!(bytes_a_second(10_000_000), 1_250_000);
-        assert_eq!(bytes_a_second(u64::MAX), u64::MAX / 80 * 10);
+        assert_eq!(bytes_a_second(u64::MAX), u128::from(u64::MAX / 80) * 10);
         // What is too little for a byte in a tenth of a second is rounded up: no limit means another thing.
         assert_eq!(bytes_a_second(1), 10);
         for bits in [1, 7, 79, 1000, u64::MAX] {
