@@ -60,12 +60,36 @@ const START: [&str; 6] = [
     "e2e-cli-box",
 ];
 
+/// A sandbox of the Sandbox API has no container of its own, so its bundle has no config.json.
 #[test]
-fn start_when_bundle_has_no_config_json_names_it() {
+fn start_when_bundle_has_no_config_json_serves_a_sandbox_until_delete() {
     let folder = Folder::new("no-config");
-    let args = [START.as_slice(), &["start"]].concat();
-    let Some(done) = shim(&folder, &args) else { return };
-    assert_one_line(&done, &["config.json"]);
+    let bundle = folder.0.display().to_string();
+    // Not the id of the other tests, whose `delete` would take it away.
+    let id = [
+        "-namespace",
+        "e2e-cli",
+        "-address",
+        "/nowhere/containerd.sock",
+        "-id",
+        "e2e-cli-sandbox",
+    ];
+    let Some(done) = shim(&folder, &[id.as_slice(), &["start"]].concat()) else {
+        return;
+    };
+    let address = done.expect_code(0).out();
+    let socket = PathBuf::from(address.trim().strip_prefix("unix://").unwrap());
+    let served = socket.exists();
+
+    let deleted = shim(
+        &folder,
+        &[id.as_slice(), &["-bundle", &bundle, "delete"]].concat(),
+    )
+    .unwrap();
+
+    deleted.expect_code(0);
+    assert!(served, "{}", socket.display());
+    assert!(!socket.exists(), "{}", socket.display());
     assert!(!folder.0.join("address").exists());
 }
 
