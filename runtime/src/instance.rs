@@ -172,7 +172,8 @@ fn network_settings(config: &TomlConfig, pod: &SandboxConfig) -> Result<NetworkS
     Ok(NetworkSettings {
         model: config.runtime.internetworking_model,
         queues: usize::try_from(hypervisor.network_queues).unwrap_or(1),
-        limits: network::limits(node, &pod.annotations)?,
+        limits: network::limits(node, node, &pod.annotations)?,
+        ceiling: node,
     })
 }
 

@@ -125,6 +125,17 @@ pub struct ExecProcessRequest {
     pub stdio: Stdio,
 }
 
+/// Change a container's limits, and its pod's bandwidth.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UpdateContainerRequest {
+    /// Container id.
+    pub container_id: String,
+    /// The runtime-spec's LinuxResources as JSON.
+    pub resources_json: Vec<u8>,
+    /// Kubernetes' bandwidth annotations are the pod's; others say nothing here.
+    pub annotations: HashMap<String, String>,
+}
+
 /// Status of a process, in OCI terms plus pause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProcessStatus {

@@ -13,7 +13,7 @@ use runtime::error::{Error, ErrorKind, Result};
 use runtime::types::{
     ContainerProcess, ContainerStats, CreateContainerRequest, CreateSandboxRequest, ExecProcessRequest,
     HugePageFigures, IoFigures, Mount, NetworkFigures, Pressure, PressureLine, ProcessState, ProcessStatus,
-    Stdio,
+    Stdio, UpdateContainerRequest,
 };
 
 use crate::bundle::Bundle;
@@ -141,13 +141,17 @@ pub fn exec_request(request: api::ExecProcessRequest) -> Result<ExecProcessReque
     })
 }
 
-/// The resources of an update, as JSON.
+/// An update, with its resources as JSON.
 ///
 /// # Errors
-/// `InvalidArgument` when they are missing or of another type.
-pub fn resources_json(request: api::UpdateTaskRequest) -> Result<Vec<u8>> {
+/// `InvalidArgument` when these are missing or of another type.
+pub fn update_request(request: api::UpdateTaskRequest) -> Result<UpdateContainerRequest> {
     let what = format!("resources of an update of container {}", request.id);
-    json_of(request.resources.into_option(), RESOURCES_TYPE, &what)
+    Ok(UpdateContainerRequest {
+        resources_json: json_of(request.resources.into_option(), RESOURCES_TYPE, &what)?,
+        container_id: request.id,
+        annotations: request.annotations,
+    })
 }
 
 /// containerd's typeurl packs OCI values as JSON under a type URL that ends with `wanted`.

@@ -230,12 +230,8 @@ impl Task for TaskService {
     }
 
     async fn update(&self, _: &TtrpcContext, request: api::UpdateTaskRequest) -> ttrpc::Result<api::Empty> {
-        let (handler, id) = (self.handler(), request.id.clone());
-        let name = id.clone();
-        let update = async move {
-            let resources = convert::resources_json(request)?;
-            handler.update_container(&id, &resources).await
-        };
+        let (handler, name) = (self.handler(), request.id.clone());
+        let update = async move { handler.update_container(convert::update_request(request)?).await };
         self.change("Update", name, update).await?;
         Ok(api::Empty::new())
     }

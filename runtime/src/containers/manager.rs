@@ -20,10 +20,10 @@ use super::spec::amend_resources;
 use super::{ContainerManager, pod_stats, stats};
 use crate::error::{Error, ErrorKind, Result};
 use crate::paths::check_id;
-use crate::sandbox::{SandboxEnd, VirtSandbox};
+use crate::sandbox::{Sandbox, SandboxEnd, VirtSandbox};
 use crate::types::{
     ContainerProcess, ContainerStats, CreateContainerRequest, Event, ExecProcessRequest, ProcessExit,
-    ProcessState,
+    ProcessState, UpdateContainerRequest,
 };
 
 /// An entry of the map: the id is taken from the beginning of a create.
@@ -245,12 +245,14 @@ impl ContainerManager for VirtContainerManager {
         self.stats(&container, container.id == self.sandbox_id).await
     }
 
-    async fn update_container(&self, container: &str, resources: &[u8]) -> Result<()> {
-        let container = self.container(container)?;
+    async fn update_container(&self, request: UpdateContainerRequest) -> Result<()> {
+        let container = self.container(&request.container_id)?;
         let what = format!("resources of container {}", container.id);
-        let mut resources: LinuxResources = serde_json::from_slice(resources)
+        let mut resources: LinuxResources = serde_json::from_slice(&request.resources_json)
             .map_err(|error| Error::new(ErrorKind::InvalidArgument, format!("{what}: {error}")))?;
         amend_resources(&mut resources).map_err(|error| error.context(what))?;
+        // First, because it can refuse what it is asked.
+        self.sandbox.limit_network(&request.annotations).await?;
         let request = wire::UpdateContainerRequest {
             container_id: container.id.clone(),
             resources: MessageField::some(resources_to_wire(&resources)),

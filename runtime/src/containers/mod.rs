@@ -21,6 +21,7 @@ use async_trait::async_trait;
 use crate::error::Result;
 use crate::types::{
     ContainerProcess, ContainerStats, CreateContainerRequest, ExecProcessRequest, ProcessExit, ProcessState,
+    UpdateContainerRequest,
 };
 
 pub(crate) use hooks::netns_for_hooks;
@@ -48,8 +49,8 @@ pub trait ContainerManager: Send + Sync {
     async fn resume_container(&self, container: &str) -> Result<()>;
     /// Figures of a container.
     async fn stats_container(&self, container: &str) -> Result<ContainerStats>;
-    /// Changes a container's limits; `resources` is the runtime-spec's LinuxResources as JSON.
-    async fn update_container(&self, container: &str, resources: &[u8]) -> Result<()>;
+    /// Changes a container's limits and its pod's bandwidth.
+    async fn update_container(&self, request: UpdateContainerRequest) -> Result<()>;
     /// The host pid that stands for a container.
     async fn connect_container(&self, container: &str) -> Result<u32>;
     /// Ends a process' stdin.

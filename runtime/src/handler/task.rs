@@ -10,7 +10,7 @@ use crate::containers::ContainerManager;
 use crate::error::Result;
 use crate::types::{
     ContainerProcess, ContainerStats, CreateContainerRequest, DeletedProcess, ExecProcessRequest,
-    ProcessExit, ProcessState,
+    ProcessExit, ProcessState, UpdateContainerRequest,
 };
 
 /// Bound of [`TaskHandler::shutdown`]; what is not done by then is left to `delete` and the journal.
@@ -51,8 +51,8 @@ pub trait TaskHandler: Send + Sync + 'static {
     async fn connect_container(&self, container: &str) -> Result<u32>;
     /// Figures of a container.
     async fn stats_container(&self, container: &str) -> Result<ContainerStats>;
-    /// Changes a container's limits; `resources` is the runtime-spec's LinuxResources as JSON.
-    async fn update_container(&self, container: &str, resources: &[u8]) -> Result<()>;
+    /// Changes a container's limits and its pod's bandwidth.
+    async fn update_container(&self, request: UpdateContainerRequest) -> Result<()>;
     /// Whether the shim may end, with everything of the sandbox ended already: when no container is left, or `now`.
     async fn shutdown_container(&self, container: &str, now: bool) -> Result<bool>;
 
@@ -129,11 +129,8 @@ impl TaskHandler for RuntimeHandlerManager {
         self.ready()?.containers.stats_container(container).await
     }
 
-    async fn update_container(&self, container: &str, resources: &[u8]) -> Result<()> {
-        self.ready()?
-            .containers
-            .update_container(container, resources)
-            .await
+    async fn update_container(&self, request: UpdateContainerRequest) -> Result<()> {
+        self.ready()?.containers.update_container(request).await
     }
 
     async fn shutdown_container(&self, container: &str, now: bool) -> Result<bool> {

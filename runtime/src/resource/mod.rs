@@ -134,6 +134,14 @@ impl ResourceManager {
         }
     }
 
+    /// Puts the bandwidth that a pod's annotations ask for on its interfaces.
+    ///
+    /// # Errors
+    /// Those of [`Network::limit`].
+    pub async fn limit_network(&self, annotations: &HashMap<String, String>) -> Result<()> {
+        self.network.limit(&self.devices, annotations).await
+    }
+
     /// Lets nothing of the network be made from now on; [`Self::cleanup`] undoes what was.
     pub async fn close_network(&self) {
         self.network.close().await;

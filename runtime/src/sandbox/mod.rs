@@ -119,6 +119,8 @@ pub trait Sandbox: Send + Sync {
     }
     /// Looks for interfaces that appeared later.
     async fn rescan_network(&self) -> Result<()>;
+    /// Changes the pod's bandwidth to what Kubernetes' annotations ask for.
+    async fn limit_network(&self, annotations: &HashMap<String, String>) -> Result<()>;
     /// iptables-restore in the guest.
     async fn set_iptables(&self, is_ipv6: bool, data: Vec<u8>) -> Result<Vec<u8>>;
     /// iptables-save in the guest.

@@ -1,5 +1,6 @@
 //! The pod's lifecycle over a VM. State is published on a watch channel; no lock is held across a boot or an RPC.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -458,6 +459,10 @@ impl Sandbox for VirtSandbox {
 
     async fn rescan_network(&self) -> Result<()> {
         self.resources.sync_network(self.agent.as_ref()).await
+    }
+
+    async fn limit_network(&self, annotations: &HashMap<String, String>) -> Result<()> {
+        self.resources.limit_network(annotations).await
     }
 
     async fn set_iptables(&self, is_ipv6: bool, data: Vec<u8>) -> Result<Vec<u8>> {

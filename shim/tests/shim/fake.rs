@@ -10,7 +10,7 @@ use runtime::handler::{SandboxHandler, TaskHandler};
 use runtime::sandbox::{SandboxEnd, SandboxStatus};
 use runtime::types::{
     ContainerProcess, ContainerStats, CreateContainerRequest, CreateSandboxRequest, DeletedProcess,
-    ExecProcessRequest, ProcessExit, ProcessState, StartedSandbox,
+    ExecProcessRequest, ProcessExit, ProcessState, StartedSandbox, UpdateContainerRequest,
 };
 use tokio::sync::{Semaphore, watch};
 
@@ -34,7 +34,7 @@ pub enum Call {
     Pids(String),
     Connect(String),
     Stats(String),
-    Update(String, Vec<u8>),
+    Update(UpdateContainerRequest),
     Shutdown(String, bool),
     CreateSandbox(Box<CreateSandboxRequest>),
     StartSandbox(String),
@@ -195,10 +195,8 @@ impl TaskHandler for FakeRuntime {
         expect!(self.answer(Call::Stats(container.into())).await, Stats).map(|stats| *stats)
     }
 
-    async fn update_container(&self, container: &str, resources: &[u8]) -> Result<()> {
-        self.answer(Call::Update(container.into(), resources.to_vec()))
-            .await
-            .map(drop)
+    async fn update_container(&self, request: UpdateContainerRequest) -> Result<()> {
+        self.answer(Call::Update(request)).await.map(drop)
     }
 
     async fn shutdown_container(&self, container: &str, now: bool) -> Result<bool> {

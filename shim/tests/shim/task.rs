@@ -10,7 +10,9 @@ use containerd_shim_protos::shim_async::TaskClient;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use runtime::error::{Error, ErrorKind};
-use runtime::types::{ContainerStats, ProcessExit, ProcessState, ProcessStatus, Stdio};
+use runtime::types::{
+    ContainerStats, ProcessExit, ProcessState, ProcessStatus, Stdio, UpdateContainerRequest,
+};
 use shim::convert::process;
 use shim::forward::Publisher;
 use shim::run::{RunError, serve};
@@ -233,6 +235,7 @@ async fn request_when_served_carries_its_arguments() {
             "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources",
             b"{\"cpu\":{}}",
         ),
+        annotations: [("kubernetes.io/egress-bandwidth".into(), "10M".into())].into(),
         ..Default::default()
     };
     client.update(ctx(), &update).await.unwrap();
@@ -282,7 +285,11 @@ async fn request_when_served_carries_its_arguments() {
             Call::ResizePty(process("c", ""), 80, 24),
             // The request without stdin closes nothing.
             Call::CloseIo(process("c", "")),
-            Call::Update("c".into(), b"{\"cpu\":{}}".to_vec()),
+            Call::Update(UpdateContainerRequest {
+                container_id: "c".into(),
+                resources_json: b"{\"cpu\":{}}".to_vec(),
+                annotations: [("kubernetes.io/egress-bandwidth".into(), "10M".into())].into(),
+            }),
             Call::Pause("c".into()),
             Call::Resume("c".into()),
         ]

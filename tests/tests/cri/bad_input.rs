@@ -8,7 +8,6 @@ use tests::cri::view;
 use tests::leftovers::{Host, added};
 
 #[test]
-#[ignore = "under kata in the lab it was not done after 4 minutes, when it was ended; passes under runc"]
 fn network_when_it_has_a_hundred_routes_has_them_all_inside() {
     Pods::like_runc("routes", Series::V1_7, |pods| {
         let pod = pods.pod("routes").run();
@@ -19,7 +18,6 @@ fn network_when_it_has_a_hundred_routes_has_them_all_inside() {
 }
 
 #[test]
-#[ignore = "under kata in the lab it was not done after 4 minutes, when it was ended; passes under runc"]
 fn network_when_it_has_no_gateway_has_its_address() {
     Pods::like_runc("silent", Series::V1_7, |pods| {
         let pod = pods.pod("silent").run();
@@ -31,7 +29,6 @@ fn network_when_it_has_no_gateway_has_its_address() {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn network_when_two_interfaces_have_one_address_is_the_namespaces() {
     Pods::like_runc("twins", Series::V1_7, |pods| {
         let pod = pods.pod("twins").run();

@@ -25,7 +25,6 @@ fn host(address: IpAddr) -> String {
 }
 
 #[test]
-#[ignore = "fails under kata: the guest has a dummy0 that the namespace has not; passes under runc"]
 fn network_when_on_a_bridge_works_both_ways_in_both_families() {
     Pods::like_runc("bridge", Series::V1_7, |pods| {
         let pod = pods.pod("bridge").port(8180, 8080).run();
@@ -70,7 +69,6 @@ fn carries_every_byte(pod: &Pod<'_>, member: &Member<'_>, gateway: IpAddr) {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn stream_when_long_arrives_whole_both_ways() {
     Pods::like_runc("big-tcp", Series::V1_7, |pods| {
         let pod = pods.pod("bridge").run();

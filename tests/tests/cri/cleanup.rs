@@ -33,7 +33,6 @@ fn busy(pods: &Pods) -> Pod<'_> {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn host_when_a_pod_was_removed_is_as_before() {
     Pods::like_runc_alone("pod-leftovers", Series::V1_7, |pods| {
         // The first pod makes what is made once: the bridge, the chains all pods share.
@@ -77,7 +76,6 @@ fn namespace(pod: &Pod<'_>) -> Vec<String> {
 }
 
 #[test]
-#[ignore = "not run yet as it is now: changed after it failed under runc"]
 fn namespace_when_the_shim_was_killed_is_as_the_plugins_made_it() {
     Pods::like_runc_alone("killed-leftovers", Series::V1_7, |pods| {
         busy(pods).remove();
@@ -115,7 +113,6 @@ fn namespace_when_the_shim_was_killed_is_as_the_plugins_made_it() {
 }
 
 #[test]
-#[ignore = "not run yet as it is now: changed after it failed under runc"]
 fn host_when_the_network_could_not_be_made_is_as_before() {
     Pods::like_runc_alone("broken-network", Series::V1_7, |pods| {
         let refused = pods.pod("broken").try_run().err().expect("a plugin fails");

@@ -5,7 +5,6 @@ use tests::cri::pods::{LogLine, Pods};
 use tests::cri::wire::{ContainerState, NamespaceMode};
 
 #[test]
-#[ignore = "passed under both in the lab, once only: too little for make test"]
 fn containers_when_started_one_after_another_share_what_a_pod_shares() {
     let seen = Pods::like_runc("lifecycle", Series::V2_1, |pods| {
         let pod = pods.pod("bridge").run();
@@ -62,7 +61,6 @@ fn containers_when_started_one_after_another_share_what_a_pod_shares() {
 }
 
 #[test]
-#[ignore = "passed under both in the lab, once only: too little for make test"]
 fn pod_when_its_only_container_was_restarted_is_the_same_machine() {
     Pods::like_runc("restart", Series::V1_7, |pods| {
         let pod = pods.pod("bridge").run();
@@ -82,7 +80,6 @@ fn pod_when_its_only_container_was_restarted_is_the_same_machine() {
 }
 
 #[test]
-#[ignore = "passed under both in the lab, once only: too little for make test"]
 fn container_when_ephemeral_looks_into_its_target() {
     Pods::like_runc("ephemeral", Series::V2_1, |pods| {
         let pod = pods.pod("bridge").run();
@@ -109,7 +106,6 @@ fn container_when_ephemeral_looks_into_its_target() {
 }
 
 #[test]
-#[ignore = "passed under both in the lab, once only: too little for make test"]
 fn container_when_its_command_is_missing_says_so_and_leaves_the_pod_alone() {
     Pods::like_runc("no-command", Series::V2_1, |pods| {
         let pod = pods.pod("bridge").run();
@@ -134,7 +130,6 @@ fn of_stream(lines: &[LogLine], stream: &str) -> Vec<(String, String)> {
 }
 
 #[test]
-#[ignore = "passed under both in the lab, once only: too little for make test"]
 fn log_when_lines_are_of_every_kind_keeps_them() {
     Pods::like_runc("log", Series::V2_1, |pods| {
         let pod = pods.pod("bridge").run();
@@ -159,7 +154,6 @@ fn log_when_lines_are_of_every_kind_keeps_them() {
 }
 
 #[test]
-#[ignore = "passed under both in the lab, once only: too little for make test"]
 fn log_when_reopened_goes_on_in_a_new_file() {
     Pods::like_runc("log-reopen", Series::V1_7, |pods| {
         let pod = pods.pod("bridge").run();

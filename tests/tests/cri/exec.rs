@@ -8,7 +8,6 @@ use tests::cri::wire::ContainerState;
 use tonic::Code;
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn command_when_its_time_is_up_leaves_no_process() {
     for (name, series) in [("timeout17", Series::V1_7), ("timeout21", Series::V2_1)] {
         Pods::like_runc(name, series, |pods| {
@@ -30,7 +29,6 @@ fn command_when_its_time_is_up_leaves_no_process() {
 }
 
 #[test]
-#[ignore = "not run yet as it is now: changed after it failed under runc"]
 fn command_when_it_ends_tells_its_code_and_both_streams() {
     let seen = Pods::like_runc("exec-codes", Series::V2_1, |pods| {
         let pod = pods.pod("bridge").run();
@@ -70,7 +68,6 @@ fn count() -> usize {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn stress_commands_when_many_in_sequence_all_end_and_leave_nothing() {
     Pods::like_runc("exec-many", Series::V1_7, |pods| {
         let pod = pods.pod("bridge").run();
@@ -92,7 +89,6 @@ fn stress_commands_when_many_in_sequence_all_end_and_leave_nothing() {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn command_when_streamed_reads_all_and_tells_its_code() {
     for (name, series) in [("stream17", Series::V1_7), ("stream21", Series::V2_1)] {
         Pods::like_runc(name, series, |pods| {
@@ -112,19 +108,20 @@ fn command_when_streamed_reads_all_and_tells_its_code() {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn terminal_when_resized_tells_the_command() {
     Pods::like_runc("stream-tty", Series::V2_1, |pods| {
         let pod = pods.pod("bridge").run();
         let member = pod.sleeping();
-        let command = ["sh", "-c", "read go; stty size; read go; exit 8"];
-        let mut streams = pods.client().exec(member.id(), &command, true).unwrap();
+        // The size travels beside the keys: the command asks until it has arrived.
+        let script = "until [ \"$(stty size)\" = '37 91' ]; do sleep 0.1; done; stty size; read go; exit 8";
+        let mut streams = pods
+            .client()
+            .exec(member.id(), &["sh", "-c", script], true)
+            .unwrap();
         streams.write("resize", br#"{"Width":91,"Height":37}"#).unwrap();
-        // The size travels beside the keys: ask until it has arrived.
-        streams.write("stdin", b"\n").unwrap();
         let limit = pods.limit();
         streams
-            .wait("stdout", "a size", limit, |text| text.matches(' ').count() > 0)
+            .wait("stdout", "the size", limit, |text| text.contains("37 91\r\n"))
             .unwrap();
         streams.write("stdin", b"\n").unwrap();
         assert_eq!(streams.exit_code(limit).unwrap(), Ok(8));
@@ -132,7 +129,6 @@ fn terminal_when_resized_tells_the_command() {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn container_when_attached_to_hears_and_answers() {
     for (name, series) in [("attach17", Series::V1_7), ("attach21", Series::V2_1)] {
         Pods::like_runc(name, series, |pods| {

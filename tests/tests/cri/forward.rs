@@ -23,7 +23,6 @@ fn forwarded(pods: &Pods, pod: &Pod<'_>, port: u16, path: &str) -> Vec<u8> {
 }
 
 #[test]
-#[ignore = "not run under kata yet; under runc where the host has ::1 in /etc/hosts, which containerd 1.7 asks for localhost"]
 fn port_when_forwarded_reaches_localhost_in_the_pod() {
     for (name, series) in [("forward17", Series::V1_7), ("forward21", Series::V2_1)] {
         Pods::like_runc(name, series, |pods| {
@@ -43,7 +42,6 @@ fn port_when_forwarded_reaches_localhost_in_the_pod() {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn port_when_several_are_forwarded_at_once_are_told_apart() {
     Pods::like_runc("forward-many", Series::V2_1, |pods| {
         let pod = pods.pod("bridge").run();
@@ -65,7 +63,6 @@ fn port_when_several_are_forwarded_at_once_are_told_apart() {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn port_when_nothing_listens_brings_nothing() {
     Pods::like_runc("forward-closed", Series::V2_1, |pods| {
         let pod = pods.pod("bridge").run();
@@ -77,7 +74,6 @@ fn port_when_nothing_listens_brings_nothing() {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn localhost_when_asked_from_the_namespace_is_the_pods() {
     Pods::like_runc("localhost", Series::V1_7, |pods| {
         let pod = pods.pod("bridge").run();

@@ -35,19 +35,16 @@ fn reaches_beyond_the_host(name: &str, network: &'static str) {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn network_when_a_macvlan_reaches_beyond_the_host() {
     reaches_beyond_the_host("macvlan", "macvlan");
 }
 
 #[test]
-#[ignore = "not run yet: the machine it was tried on has no such links"]
 fn network_when_an_ipvlan_reaches_beyond_the_host() {
     reaches_beyond_the_host("ipvlan", "ipvlan");
 }
 
 #[test]
-#[ignore = "not run yet: the machine it was tried on has no such links"]
 fn network_when_a_vlan_reaches_beyond_the_host() {
     reaches_beyond_the_host("vlan", "vlan");
 }
@@ -62,7 +59,6 @@ fn gateway(pod: &Pod<'_>) -> IpAddr {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn network_when_point_to_point_works_both_ways() {
     Pods::like_runc("ptp", Series::V1_7, |pods| {
         let pod = pods.pod("ptp").run();
@@ -81,7 +77,6 @@ fn network_when_point_to_point_works_both_ways() {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn packet_when_as_large_as_a_jumbo_mtu_arrives() {
     Pods::like_runc("jumbo", Series::V1_7, |pods| {
         let pod = pods.pod("jumbo").run();
@@ -123,7 +118,6 @@ fn fragments(member: &Member<'_>) -> Vec<String> {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn pod_when_it_has_two_networks_uses_both() {
     Pods::like_runc("two-networks", Series::V1_7, |pods| {
         let pod = pods.pod("two").run();
@@ -145,7 +139,6 @@ fn pod_when_it_has_two_networks_uses_both() {
 /// What nerdctl, docker and people do: an interface between the sandbox and its first container, with a static neighbour and routes of
 /// every kind; and its end.
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn interface_when_added_after_the_sandbox_is_seen_by_its_containers() {
     Pods::like_runc("second-by-hand", Series::V1_7, |pods| {
         let pod = pods.pod("bridge").run();
@@ -184,7 +177,6 @@ fn interface_when_added_after_the_sandbox_is_seen_by_its_containers() {
 
 /// A limit makes a transfer take at least so long; how long it takes beyond that, nobody promises.
 #[test]
-#[ignore = "not run yet as it is now: changed after it failed under runc"]
 fn bandwidth_when_limited_by_the_network_is_not_exceeded() {
     const BYTES: u64 = 1 << 20;
     Pods::like_runc("bandwidth", Series::V1_7, |pods| {

@@ -9,7 +9,6 @@ use tests::cri::wire::{DnsConfig, NamespaceMode};
 const NAMESPACES: [&str; 6] = ["net", "ipc", "uts", "pid", "mnt", "cgroup"];
 
 #[test]
-#[ignore = "not run yet as it is now: changed after it failed under runc"]
 fn namespaces_when_two_containers_are_compared_are_shared_as_asked() {
     let shared = Pods::like_runc("shared", Series::V2_1, |pods| {
         [NamespaceMode::Container, NamespaceMode::Pod].map(|pid| {
@@ -34,7 +33,6 @@ fn namespaces_when_two_containers_are_compared_are_shared_as_asked() {
 }
 
 #[test]
-#[ignore = "not run yet as it is now: changed after it failed under runc"]
 fn processes_when_the_namespace_is_shared_see_each_other_and_are_reaped() {
     Pods::like_runc("share-pid", Series::V2_1, |pods| {
         let pod = pods
@@ -62,7 +60,6 @@ fn processes_when_the_namespace_is_shared_see_each_other_and_are_reaped() {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn memory_when_shared_is_the_pods() {
     Pods::like_runc("shm", Series::V1_7, |pods| {
         let pod = pods.pod("bridge").run();
@@ -82,7 +79,6 @@ fn memory_when_shared_is_the_pods() {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn settings_when_given_to_the_pod_hold_in_its_containers() {
     let seen = Pods::like_runc("settings", Series::V1_7, |pods| {
         let pod = pods

@@ -17,7 +17,6 @@ fn limit_inside(member: &Member<'_>) -> String {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn stats_when_a_container_works_tell_what_it_uses() {
     Pods::like_runc("stats", Series::V1_7, |pods| {
         let pod = pods.pod("bridge").run();
@@ -43,7 +42,6 @@ fn stats_when_a_container_works_tell_what_it_uses() {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn stats_when_asked_of_a_pod_have_its_containers_and_its_network() {
     Pods::like_runc("pod-stats", Series::V2_1, |pods| {
         let parent = format!("/e2e-cri-{}-{}", std::process::id(), pods.vm());
@@ -102,7 +100,6 @@ impl Drop for Group {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn limit_when_updated_holds_in_the_container() {
     Pods::like_runc("update", Series::V2_1, |pods| {
         let pod = pods.pod("bridge").run();
@@ -133,7 +130,6 @@ fn limit_when_updated_holds_in_the_container() {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn container_when_over_its_memory_is_killed_and_named_so() {
     let ends = Pods::like_runc("oom", Series::V2_1, |pods| {
         let pod = pods.pod("bridge").run();

@@ -26,13 +26,11 @@ fn is_not_ready_once_its_shim_is_dead(pods: &Pods) -> i32 {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn sandbox_when_its_shim_dies_is_not_ready_and_can_be_removed() {
     Pods::like_runc("dead", Series::V1_7, is_not_ready_once_its_shim_is_dead);
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn sandbox_of_the_shims_own_when_its_shim_dies_is_not_ready_and_can_be_removed() {
     Pods::like_runc_sandbox_api("dead-api", is_not_ready_once_its_shim_is_dead);
 }
@@ -58,19 +56,16 @@ fn may_be_stopped_twice(pods: &Pods) {
 }
 
 #[test]
-#[ignore = "not run yet as it is now: changed after it failed under runc"]
 fn sandbox_when_stopped_twice_is_stopped() {
     Pods::like_runc("twice", Series::V2_1, may_be_stopped_twice);
 }
 
 #[test]
-#[ignore = "not run yet as it is now: changed after it failed under runc"]
 fn sandbox_of_the_shims_own_when_stopped_twice_is_stopped() {
     Pods::like_runc_sandbox_api("twice-api", may_be_stopped_twice);
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn sandbox_of_the_shims_own_when_run_has_no_pause_container() {
     Pods::like_runc_sandbox_api("no-pause", |pods| {
         let pod = pods.pod("bridge").run();
@@ -86,7 +81,6 @@ fn sandbox_of_the_shims_own_when_run_has_no_pause_container() {
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn pod_when_containerd_restarts_goes_on() {
     // Its own containerd: the others' pods must not see the restart.
     let pods = Pods::on_its_own("recover", tests::Settings::from_env(), Series::V2_1);

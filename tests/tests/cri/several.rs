@@ -24,7 +24,6 @@ fn at_once<T: Send, U: Send>(items: Vec<T>, work: impl Fn(T) -> U + Sync) -> Vec
 }
 
 #[test]
-#[ignore = "not run under kata yet; passes under runc"]
 fn stress_pods_when_started_at_once_all_reach_each_other() {
     Pods::like_runc("several", Series::V1_7, |pods| {
         let count = count();

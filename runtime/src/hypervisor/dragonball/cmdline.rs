@@ -17,6 +17,8 @@ pub(super) fn cmdline(hypervisor: &HypervisorConfig, config: &TomlConfig, debug:
     for word in ["panic=-1", "console=hvc0"] {
         add(word);
     }
+    // A built-in dummy driver makes a dummy0 at boot (drivers/net/dummy.c), which the pod's namespace does not have.
+    add("dummy.numdummies=0");
     if let BootAsset::Image(path) = hypervisor.boot_asset() {
         add(&format!("root={}", root_device(&path)));
         add("ro");
@@ -74,7 +76,7 @@ mod tests {
         let text = cmdline(&config.hypervisor.dragonball, &config, false);
         assert_eq!(
             text,
-            "quiet loglevel=4 panic=-1 console=hvc0 root=/dev/vda ro rootfstype=erofs \
+            "quiet loglevel=4 panic=-1 console=hvc0 dummy.numdummies=0 root=/dev/vda ro rootfstype=erofs \
              systemd.unit=kata-containers.target systemd.mask=systemd-networkd.service \
              systemd.mask=systemd-networkd.socket agent.log_vport=1025 agent.passfd_listener_port=1027 \
              agent.ready_vport=1023 loglevel=8 foo=bar"

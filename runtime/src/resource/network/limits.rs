@@ -12,26 +12,31 @@ const EGRESS: &str = "kubernetes.io/egress-bandwidth";
 /// What Kubernetes allows: 1k to 1P.
 const RANGE: std::ops::RangeInclusive<u64> = 1000..=1_000_000_000_000_000;
 
-/// The limits of a pod with `annotations`, on a node where it would have `default`; an annotation can only lower them.
+/// The limits that `annotations` ask for, instead of those in force: `ceiling`, the node's, can only be lowered. An annotation
+/// that is missing changes nothing.
 ///
 /// # Errors
 /// [`NetworkError::Bandwidth`] for an annotation that is no bandwidth.
 pub fn limits(
-    default: NetworkLimits,
+    in_force: NetworkLimits,
+    ceiling: NetworkLimits,
     annotations: &HashMap<String, String>,
 ) -> Result<NetworkLimits, NetworkError> {
+    let of = |in_force, ceiling, annotation| -> Result<u64, NetworkError> {
+        let asked = bandwidth(annotation, annotations)?;
+        Ok(asked.map_or(in_force, |asked| lower(ceiling, asked)))
+    };
     Ok(NetworkLimits {
-        rx: lower(default.rx, bandwidth(INGRESS, annotations)?),
-        tx: lower(default.tx, bandwidth(EGRESS, annotations)?),
+        rx: of(in_force.rx, ceiling.rx, INGRESS)?,
+        tx: of(in_force.tx, ceiling.tx, EGRESS)?,
     })
 }
 
-/// The lower of two limits, where 0 and `None` are none.
-fn lower(default: u64, asked: Option<u64>) -> u64 {
-    match (default, asked) {
-        (default, None) => default,
-        (0, Some(asked)) => asked,
-        (default, Some(asked)) => default.min(asked),
+/// The lower of two limits, where a ceiling of 0 is none.
+fn lower(ceiling: u64, asked: u64) -> u64 {
+    match ceiling {
+        0 => asked,
+        ceiling => ceiling.min(asked),
     }
 }
 
@@ -118,7 +123,8 @@ mod tests {
 
     fn of(ingress: &str) -> Result<u64, NetworkError> {
         let annotations = HashMap::from([(INGRESS.to_owned(), ingress.to_owned())]);
-        limits(NetworkLimits::default(), &annotations).map(|limits| limits.rx)
+        let none = NetworkLimits::default();
+        limits(none, none, &annotations).map(|limits| limits.rx)
     }
 
     #[test]
@@ -171,10 +177,23 @@ mod tests {
         ]);
         let node = NetworkLimits { rx: 0, tx: 1_000_000 };
 
-        let limited = limits(node, &annotations).unwrap();
+        let limited = limits(node, node, &annotations).unwrap();
 
         let rx = 10_000_000;
         assert_eq!(limited, NetworkLimits { rx, tx: 1_000_000 });
-        assert_eq!(limits(node, &HashMap::new()).unwrap(), node);
+        assert_eq!(limits(node, node, &HashMap::new()).unwrap(), node);
+    }
+
+    #[test]
+    fn limits_when_asked_for_again_rise_up_to_the_nodes() {
+        let node = NetworkLimits { rx: 0, tx: 1_000_000 };
+        let in_force = NetworkLimits { rx: 2000, tx: 3000 };
+        let asked = |annotation: &str| HashMap::from([(annotation.to_owned(), "2M".to_owned())]);
+
+        let rx = limits(in_force, node, &asked(INGRESS)).unwrap();
+        let tx = limits(in_force, node, &asked(EGRESS)).unwrap();
+
+        assert_eq!((rx.rx, rx.tx), (2_000_000, 3000));
+        assert_eq!((tx.rx, tx.tx), (2000, 1_000_000));
     }
 }

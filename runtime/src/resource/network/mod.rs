@@ -17,6 +17,7 @@ mod sysctl;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -53,11 +54,11 @@ pub trait Network: Send + Sync {
     /// Naming the interface that cannot be attached, or what the agent refused; nothing is left of an interface that is
     /// not attached, and the next call tries again.
     async fn rescan(&self, devices: &DeviceManager, agent: &dyn Agent) -> Result<()>;
-    /// Puts other limits on every interface of a running guest, those to come included.
+    /// Puts the bandwidth that a pod's `annotations` ask for on every interface of a running guest, those to come included.
     ///
     /// # Errors
-    /// Naming the interface.
-    async fn limit(&self, devices: &DeviceManager, limits: NetworkLimits) -> Result<()>;
+    /// `InvalidArgument` naming the annotation; otherwise naming the interface.
+    async fn limit(&self, devices: &DeviceManager, annotations: &HashMap<String, String>) -> Result<()>;
     /// Waits for what is under way and lets nothing follow: the namespace is to be left as it was found.
     async fn close(&self);
     /// Tells when the namespace has changed; `None` when there is none, or it has gone.
@@ -75,6 +76,8 @@ pub struct NetworkSettings {
     pub queues: usize,
     /// Bandwidth of each interface.
     pub limits: NetworkLimits,
+    /// What it can be raised to.
+    pub ceiling: NetworkLimits,
 }
 
 /// The network of a pod with a namespace on the host; without one the guest has its loopback and nothing else.
@@ -82,6 +85,7 @@ pub struct PodNetwork {
     netns: Option<PathBuf>,
     model: InternetworkingModel,
     queues: usize,
+    ceiling: NetworkLimits,
     journal: Arc<Journal>,
     /// Held by whoever changes something, to the end of it: by nobody who only asks.
     state: Mutex<State>,
@@ -112,6 +116,7 @@ impl PodNetwork {
             netns,
             model: settings.model,
             queues: settings.queues.max(1),
+            ceiling: settings.ceiling,
             journal,
             state: Mutex::new(state),
         }
@@ -355,8 +360,12 @@ impl Network for PodNetwork {
         state.tell(agent, guest).await
     }
 
-    async fn limit(&self, devices: &DeviceManager, limits: NetworkLimits) -> Result<()> {
+    async fn limit(&self, devices: &DeviceManager, annotations: &HashMap<String, String>) -> Result<()> {
         let mut state = self.state.lock().await;
+        let limits = limits(state.limits, self.ceiling, annotations)?;
+        if limits == state.limits {
+            return Ok(());
+        }
         state.limits = limits;
         for endpoint in &mut state.endpoints {
             let device = NetworkDevice {

@@ -220,12 +220,10 @@ async fn limits_when_changed_hold_for_every_interface_and_those_to_come() {
     let world = World::with_eth0();
     let pod = Pod::new(Some(world.pod().path())).await;
     pod.setup().await.unwrap();
-    let limits = NetworkLimits {
-        rx: 1_000_000,
-        tx: 2_000_000,
-    };
+    let asked = [("ingress", "1M"), ("egress", "2M")]
+        .map(|(way, bits)| (format!("kubernetes.io/{way}-bandwidth"), bits.to_owned()));
 
-    pod.network.limit(&pod.devices, limits).await.unwrap();
+    pod.network.limit(&pod.devices, &asked.into()).await.unwrap();
     world.veth("net1");
     pod.rescan().await.unwrap();
 
@@ -234,6 +232,10 @@ async fn limits_when_changed_hold_for_every_interface_and_those_to_come() {
         .iter()
         .map(|interface| interface.limits)
         .collect();
+    let limits = NetworkLimits {
+        rx: 1_000_000,
+        tx: 2_000_000,
+    };
     assert_eq!(in_force, [limits, limits]);
     pod.end().await;
 }
