@@ -8,6 +8,7 @@
 #![deny(unsafe_code)]
 
 mod container;
+mod hotplug;
 mod init;
 mod logging;
 mod machine;

@@ -5,6 +5,8 @@ use crate::command::eventually;
 
 /// The questions, as arguments of `ip`.
 const QUESTIONS: [&str; 4] = ["addr", "-4 route", "-6 route", "neigh show nud permanent"];
+/// The line between two answers.
+const BORDER: &str = "--";
 
 /// Waits until the container sees the addresses, routes and static neighbours its namespace has on the host, and asserts it;
 /// returns them, one item a line.
@@ -16,12 +18,9 @@ pub fn assert_equal(pod: &Pod<'_>, member: &Member<'_>) -> Vec<String> {
     let (mut inside, mut outside) = (Vec::new(), Vec::new());
     // Link-local addresses are made by each side's kernel, in its own time.
     eventually(pod.limit(), || {
-        inside = ask(|question| member.sh(&format!("ip {question}")));
-        outside = ask(|question| {
-            let mut words = vec![pod.busybox(), "ip"];
-            words.extend(question.split(' '));
-            pod.in_netns(&words)
-        });
+        inside = view(&member.sh(&script("ip")));
+        let busybox = pod.busybox();
+        outside = view(&pod.in_netns(&[busybox, "sh", "-c", &script(&format!("{busybox} ip"))]));
         inside == outside
     });
     assert_eq!(
@@ -31,12 +30,19 @@ pub fn assert_equal(pod: &Pod<'_>, member: &Member<'_>) -> Vec<String> {
     inside
 }
 
-fn ask(ip: impl Fn(&str) -> String) -> Vec<String> {
+/// All questions at once, with a line between the answers.
+fn script(ip: &str) -> String {
+    QUESTIONS
+        .map(|question| format!("{ip} {question}"))
+        .join(&format!(" && echo {BORDER} && "))
+}
+
+fn view(answers: &str) -> Vec<String> {
+    let border = format!("{BORDER}\n");
     let mut items = Vec::new();
-    for question in QUESTIONS {
-        let text = ip(question);
-        let lines = if question == "addr" {
-            addresses(&text)
+    for (question, text) in QUESTIONS.iter().zip(answers.split(&border)) {
+        let lines = if *question == "addr" {
+            addresses(text)
         } else {
             let lines = text.lines().filter(|line| !line.contains(" dev tap"));
             lines.map(|line| format!("{question}: {}", words(line))).collect()
@@ -82,6 +88,19 @@ fn words(line: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn view_when_all_is_answered_has_every_item_under_its_question() {
+        assert_eq!(
+            script("ip"),
+            "ip addr && echo -- && ip -4 route && echo -- && ip -6 route && echo -- && ip neigh show nud permanent"
+        );
+        let answers = "2: eth0@if5: <UP> mtu 1500\n--\ndefault via 10.0.0.1 dev eth0 \n10.1.0.0/16 dev tap0_kata\n--\n--\n";
+        assert_eq!(
+            view(answers),
+            ["-4 route: default via 10.0.0.1 dev eth0", "eth0 mtu 1500 up true"]
+        );
+    }
 
     #[test]
     fn addresses_when_the_runtime_has_a_tap_leaves_it_out() {

@@ -175,6 +175,39 @@ fn interface_when_added_after_the_sandbox_is_seen_by_its_containers() {
     });
 }
 
+/// More often than a virtual machine has places to plug devices in: the same are used again.
+#[test]
+fn interface_when_plugged_again_and_again_is_usable_each_time() {
+    Pods::like_runc("replugged", Series::V1_7, |pods| {
+        let pod = pods.pod("bridge").run();
+        let member = pod.sleeping();
+        let netns = pod.netns();
+        let netns = netns.file_name().unwrap().to_str().unwrap();
+        let pair = if pods.vm() { "plugv" } else { "plugr" };
+        let without = view::assert_equal(&pod, &member);
+        let rounds = if pods.vm() { 20 } else { 2 };
+        for round in 1..=rounds {
+            host(&[
+                "ip", "link", "add", pair, "type", "veth", "peer", "name", "eth1", "netns", netns,
+            ])
+            .expect_code(0);
+            host(&["ip", "addr", "add", "10.79.2.1/24", "dev", pair]).expect_code(0);
+            host(&["ip", "link", "set", pair, "up"]).expect_code(0);
+            pod.in_netns(&["ip", "addr", "add", "10.79.2.2/24", "dev", "eth1"]);
+            pod.in_netns(&["ip", "link", "set", "eth1", "up"]);
+
+            let view = view::assert_equal(&pod, &member);
+            let up = "eth1 mtu 1500 up true".to_owned();
+            assert!(view.contains(&up), "round {round}: {view:?}");
+            member.sh("ping -c 1 -W 60 10.79.2.1");
+
+            host(&["ip", "link", "del", pair]).expect_code(0);
+            assert_eq!(view::assert_equal(&pod, &member), without, "round {round}");
+        }
+        member.sh(&format!("ping -c 1 -W 60 {}", pods.subnets.gateway()));
+    });
+}
+
 /// A limit makes a transfer take at least so long; how long it takes beyond that, nobody promises.
 #[test]
 fn bandwidth_when_limited_by_the_network_is_not_exceeded() {

@@ -21,10 +21,9 @@ use tokio::sync::Mutex;
 use netlink::Netlink;
 use rtnetlink::MulticastGroup;
 
-pub use localhost::serve as serve_localhost;
+use crate::hotplug::Hotplug;
 
-/// Where the kernel shows its devices and drivers.
-const SYSFS: &str = "/sys";
+pub use localhost::serve as serve_localhost;
 
 /// A change of the network that failed.
 #[derive(Debug, thiserror::Error)]
@@ -93,20 +92,16 @@ pub enum NetworkError {
 
 /// The network of the machine, changed by one call at a time.
 pub struct Network {
-    /// How long a plugged interface may take to appear.
-    patience: Duration,
-    /// Absent where the agent does not own the machine: its devices are not to be touched then.
-    sysfs: Option<PathBuf>,
+    hotplug: Hotplug,
     /// Numbers of the interfaces that the host has set up; locked by who changes anything.
     pods: Mutex<BTreeSet<u32>>,
 }
 
 impl Network {
-    /// The network of the namespace the agent runs in. In test mode (not `owns_machine`) devices are left alone.
-    pub fn new(patience: Duration, owns_machine: bool) -> Self {
+    /// The network of the namespace the agent runs in, whose devices come and go by `hotplug`.
+    pub fn new(hotplug: Hotplug) -> Self {
         Self {
-            patience,
-            sysfs: owns_machine.then(|| PathBuf::from(SYSFS)),
+            hotplug,
             pods: Mutex::default(),
         }
     }
@@ -119,7 +114,13 @@ impl Network {
     pub async fn update_interface(&self, wanted: &Interface) -> Result<Interface, NetworkError> {
         let wanted = interfaces::Wanted::from_wire(wanted)?;
         let mut netlink = Netlink::open(&[MulticastGroup::Link])?;
-        let index = netlink.wait_for(wanted.address(), self.patience).await?;
+        let plugged = self.hotplug.wait(netlink.appearing(wanted.address())).await;
+        let index = plugged.unwrap_or_else(|| {
+            Err(NetworkError::Timeout {
+                address: interfaces::hardware_address(wanted.address()),
+                waited: self.hotplug.patience(),
+            })
+        })?;
         let mut pods = self.pods.lock().await;
         pods.insert(index);
         interfaces::update(&netlink, index, &wanted).await?;
@@ -169,8 +170,8 @@ impl Network {
         neighbours::add(&Netlink::open(&[])?, &wanted.ARPNeighbors).await
     }
 
-    /// `RemoveInterface`: takes the interface with `address` down and its virtio driver off the device, so that the host
-    /// can unplug it. Without such an interface that has been done.
+    /// `RemoveInterface`: takes the interface with `address` down and the driver off its device, so that the host can
+    /// unplug it. Without such an interface that has been done.
     ///
     /// # Errors
     /// It is not a virtio device's, sysfs shows another interface under its name, or this is not a guest.
@@ -181,10 +182,10 @@ impl Network {
         let Some(link) = netlink.find(&address).await? else {
             return Ok(());
         };
-        let Some(sysfs) = self.sysfs.clone() else {
+        let Some(sysfs) = self.hotplug.sysfs() else {
             return Err(NetworkError::NotAGuest(link.name));
         };
-        let device = removal::Device::of(&sysfs, &link)?;
+        let device = removal::Device::of(sysfs, &link)?;
         netlink.set_up(link.index, false).await?;
         pods.remove(&link.index);
         let unbound = tokio::task::spawn_blocking(move || device.unbind()).await;

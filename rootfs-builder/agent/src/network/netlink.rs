@@ -1,7 +1,6 @@
 //! A conversation with the kernel: one socket for one call of the host.
 
 use std::io;
-use std::time::Duration;
 
 use futures::channel::mpsc::UnboundedReceiver;
 use futures::{StreamExt, TryStreamExt};
@@ -11,7 +10,6 @@ use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMess
 use rtnetlink::sys::SocketAddr;
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, MulticastGroup, new_multicast_connection};
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
 
 use super::NetworkError;
 use super::interfaces::hardware_address;
@@ -132,36 +130,27 @@ impl Netlink {
         choose(self.links().await?, address)
     }
 
-    /// Waits up to `patience` for the interface with the hardware `address`, looking whenever one comes or changes.
-    /// Returns its number.
+    /// Waits for the interface with the hardware `address`, looking whenever one comes or changes. Returns its number.
     ///
     /// # Errors
-    /// It does not come, several have the address, or the kernel refuses.
-    pub async fn wait_for(&mut self, address: &[u8], patience: Duration) -> Result<u32, NetworkError> {
-        let appears = async {
-            loop {
-                if let Some(link) = self.find(address).await? {
-                    return Ok(link.index);
-                }
-                tracing::debug!(
-                    address = hardware_address(address),
-                    "waits for a network interface"
-                );
-                // Also after the kernel had to drop notifications: that is one.
-                if self.events.next().await.is_none() {
-                    return Err(NetworkError::Kernel {
-                        what: "wait for a network interface".to_owned(),
-                        source: io::ErrorKind::BrokenPipe.into(),
-                    });
-                }
+    /// Several have the address, or the kernel refuses.
+    pub async fn appearing(&mut self, address: &[u8]) -> Result<u32, NetworkError> {
+        loop {
+            if let Some(link) = self.find(address).await? {
+                return Ok(link.index);
             }
-        };
-        timeout(patience, appears).await.unwrap_or_else(|_| {
-            Err(NetworkError::Timeout {
-                address: hardware_address(address),
-                waited: patience,
-            })
-        })
+            tracing::debug!(
+                address = hardware_address(address),
+                "waits for a network interface"
+            );
+            // Also after the kernel had to drop notifications: that is one.
+            if self.events.next().await.is_none() {
+                return Err(NetworkError::Kernel {
+                    what: "wait for a network interface".to_owned(),
+                    source: io::ErrorKind::BrokenPipe.into(),
+                });
+            }
+        }
     }
 
     /// Changes the interface; `what` says it in an error's words.

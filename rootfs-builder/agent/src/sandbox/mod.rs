@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use crate::container::{
     self, Container, ContainerError, Context, OomNotices, PortError, Ports, Shared, SpecError, StreamError,
 };
+use crate::hotplug::Hotplug;
 use crate::options::Options;
 use crate::reaper::Reaper;
 use crate::storage::{Mounted, StorageError};
@@ -114,7 +115,7 @@ pub enum SandboxError {
 pub struct Sandbox {
     context: Arc<Context>,
     ports: Ports,
-    hotplug_timeout: Duration,
+    hotplug: Hotplug,
     /// Whether the agent owns the machine, and with it /etc.
     owns_machine: bool,
     state: Mutex<State>,
@@ -169,7 +170,7 @@ impl Sandbox {
         Self {
             context: Arc::new(context),
             ports,
-            hotplug_timeout: options.hotplug_timeout,
+            hotplug: Hotplug::new(options.hotplug_timeout, owns_machine),
             owns_machine,
             state: Mutex::default(),
             end: watch::channel(false).0,
@@ -486,7 +487,7 @@ impl Sandbox {
                     device.id, device.type_
                 )));
             }
-            crate::storage::wait_for_device(&device.vm_path, self.hotplug_timeout).await?;
+            crate::storage::wait_for_device(&device.vm_path, &self.hotplug).await?;
             found.push((device.container_path.clone(), device.vm_path.clone()));
         }
         Ok(found)
@@ -511,7 +512,7 @@ impl Sandbox {
         if self.state().storages.share(&path) {
             return Ok(path);
         }
-        crate::storage::add(storage, self.hotplug_timeout).await?;
+        crate::storage::add(storage, &self.hotplug).await?;
         self.state().storages.insert(path.clone(), storage);
         Ok(path)
     }

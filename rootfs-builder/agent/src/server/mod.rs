@@ -16,6 +16,7 @@ use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport;
 
 use crate::container::Ports;
+use crate::hotplug::Hotplug;
 use crate::logging::Log;
 use crate::network::{self, Network};
 use crate::options::{Address, Options};
@@ -71,7 +72,7 @@ pub async fn serve(options: &Options, log: &Log, is_init: bool) -> Result<(), Se
         let listener = listen("connections to the pod's ports", &address).await?;
         tokio::spawn(network::serve_localhost(listener));
     }
-    let network = Network::new(options.hotplug_timeout, is_init);
+    let network = Network::new(Hotplug::new(options.hotplug_timeout, is_init));
     let service = service::Service::new(Arc::clone(&sandbox), network, is_init);
     let mut server = Server::new()
         .add_listener(transport::Listener::new(listener.into_stream()))

@@ -13,9 +13,10 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::unistd::{Gid, chown};
 use protocols::agent::Storage;
 use protocols::types::FSGroupChangePolicy;
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 
 use crate::container::devices;
+use crate::hotplug::Hotplug;
 use crate::mount_options::MountOptions;
 
 /// Names of the drivers, for `GetGuestDetails`.
@@ -143,7 +144,7 @@ impl Release {
 ///
 /// # Errors
 /// Its driver is unknown, its device does not come, or it cannot be mounted.
-pub async fn add(storage: &Storage, device_timeout: Duration) -> Result<(), StorageError> {
+pub async fn add(storage: &Storage, hotplug: &Hotplug) -> Result<(), StorageError> {
     let target = PathBuf::from(&storage.mount_point);
     if !target.is_absolute() || target.components().any(|part| part == Component::ParentDir) {
         return Err(StorageError::MountPoint(storage.mount_point.clone()));
@@ -153,7 +154,7 @@ pub async fn add(storage: &Storage, device_timeout: Duration) -> Result<(), Stor
         "overlayfs" => "overlay",
         "ephemeral" | "local" => "tmpfs",
         "mmioblk" | "blk" => {
-            wait_for_device(&storage.source, device_timeout).await?;
+            wait_for_device(&storage.source, hotplug).await?;
             "ext4"
         }
         _ => return Err(StorageError::Driver(storage.driver.clone())),
@@ -177,18 +178,16 @@ pub async fn add(storage: &Storage, device_timeout: Duration) -> Result<(), Stor
 ///
 /// # Errors
 /// It does not appear.
-pub async fn wait_for_device(path: &str, timeout: Duration) -> Result<(), StorageError> {
-    let deadline = Instant::now() + timeout;
-    while !Path::new(path).exists() {
-        if Instant::now() >= deadline {
-            return Err(StorageError::Device {
-                path: path.to_owned(),
-                timeout,
-            });
+pub async fn wait_for_device(path: &str, hotplug: &Hotplug) -> Result<(), StorageError> {
+    let appears = async {
+        while !Path::new(path).exists() {
+            sleep(DEVICE_POLL).await;
         }
-        sleep(DEVICE_POLL).await;
-    }
-    Ok(())
+    };
+    hotplug.wait(appears).await.ok_or_else(|| StorageError::Device {
+        path: path.to_owned(),
+        timeout: hotplug.patience(),
+    })
 }
 
 fn add_blocking(storage: &Storage, target: &Path, fstype: &str) -> Result<(), StorageError> {
@@ -298,14 +297,14 @@ mod tests {
             ..Default::default()
         };
 
-        let error = add(&with("nvdimm", "/run/x"), Duration::ZERO).await.unwrap_err();
+        let impatient = Hotplug::new(Duration::from_millis(5), false);
+
+        let error = add(&with("nvdimm", "/run/x"), &impatient).await.unwrap_err();
         assert_eq!(
             error.to_string(),
             "storage driver \"nvdimm\": not supported by this agent"
         );
-        let error = add(&with("local", "/run/../etc"), Duration::ZERO)
-            .await
-            .unwrap_err();
+        let error = add(&with("local", "/run/../etc"), &impatient).await.unwrap_err();
         assert_eq!(
             error.to_string(),
             "storage mount point \"/run/../etc\": not an absolute path"
@@ -314,7 +313,7 @@ mod tests {
             source: "/dev/none".into(),
             ..with("mmioblk", "/run/x")
         };
-        let error = add(&missing, Duration::from_millis(5)).await.unwrap_err();
+        let error = add(&missing, &impatient).await.unwrap_err();
         assert_eq!(error.to_string(), "device /dev/none: did not appear within 0 s");
     }
 }
