@@ -7,6 +7,7 @@ use serde_json::json;
 use tests::case::skipped_under_runc;
 use tests::command::{Input, eventually};
 use tests::image::{self, TESTER, TESTER_ID};
+use tests::task_api::TaskApi;
 use tests::terminal::Terminal;
 use tests::{Case, Container, Finished};
 
@@ -57,6 +58,31 @@ fn signal_when_real_time_reaches_its_handler() {
         running.finish(case.limit()).unwrap().code
     });
     assert_eq!(code, 12);
+}
+
+/// The kernel shields process 1 from what it does not handle; SIGKILL it does not.
+#[test]
+fn signal_when_the_first_process_has_no_handler_changes_nothing() {
+    let codes = Case::like_runc("term-dropped", |case| {
+        let container = case.container();
+        let api = TaskApi::connect(case.daemon()).unwrap();
+        container.detached(&["sh", "-c", ">/ready; exec sleep 10000"]);
+        let waiter = api.start_wait(container.id());
+        // Before its program runs, runc's own process takes signals as it likes.
+        container
+            .script(&[], "until [ -e /ready ]; do sleep 0.1; done")
+            .expect_code(0);
+        api.kill(container.id(), "", 15).unwrap();
+        let alive = container.exec(&[], &["true"]).code;
+        // Of a signal that kills the exit code is decided as it is sent: it would be 143.
+        api.kill(container.id(), "", 9).unwrap();
+        (
+            alive,
+            api.join(waiter).unwrap(),
+            api.delete(container.id()).unwrap(),
+        )
+    });
+    assert_eq!(codes, (0, 137, 137));
 }
 
 #[test]

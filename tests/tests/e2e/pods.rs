@@ -78,25 +78,6 @@ fn clock_when_a_container_was_paused_for_a_minute_is_the_hosts() {
     );
 }
 
-#[test]
-fn container_when_terminated_right_after_its_start_ends() {
-    if skipped_under_runc("it drops a signal that the first process has no handler for yet") {
-        return;
-    }
-    let case = Case::begin("term-at-once");
-    let api = TaskApi::connect(case.daemon()).unwrap();
-    for _ in 0..3 {
-        let container = case.container();
-        container.create_only(&["sleep", "10000"]);
-        api.create(container.id(), case.daemon().snapshotter()).unwrap();
-        let waiter = api.start_wait(container.id());
-        api.start(container.id()).unwrap();
-        api.kill(container.id(), "", 15).unwrap();
-        assert_eq!(api.join(waiter).unwrap(), 143);
-        assert_eq!(api.delete(container.id()).unwrap(), 143);
-    }
-}
-
 /// A created container has nothing that could handle a signal; it dies of those that end a pod.
 #[test]
 fn container_when_created_only_dies_of_term_and_kill() {

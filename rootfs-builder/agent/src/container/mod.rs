@@ -420,14 +420,14 @@ impl Container {
         let process = self.process(exec_id)?;
         if !Arc::ptr_eq(&process, &self.init) {
             return process
-                .signal(signal, false)
+                .signal(signal)
                 .map_err(|SignalError::Gone| ContainerError::NoProcess {
                     id: self.id.clone(),
                     exec_id: exec_id.to_owned(),
                 });
         }
         // An init that is gone is nothing to complain about: what it left may be meant.
-        let to_init = || match process.signal(signal, true) {
+        let to_init = || match process.signal(signal) {
             Ok(()) | Err(SignalError::Gone) => {}
         };
         if lock(&self.exec_report).is_some() {
@@ -466,7 +466,7 @@ impl Container {
     pub async fn kill(&self, patience: Duration) {
         self.cgroup.kill_all();
         // The process may not be in the cgroup yet, or the cgroup gone already.
-        let _ = self.init.signal(Signal::KILL, false);
+        let _ = self.init.signal(Signal::KILL);
         if timeout(patience, self.init.wait()).await.is_err() {
             tracing::warn!(
                 container = self.id,

@@ -23,8 +23,8 @@ pub struct Process {
     pid: Pid,
     exit: watch::Receiver<Option<i32>>,
     stdio: Stdio,
-    /// Signal that the agent turned into SIGKILL, to be reported in its place; 0 if none.
-    replaced: AtomicI32,
+    /// Signal that ended it before it was started, to be reported in the place of SIGKILL; 0 if none.
+    canceled: AtomicI32,
 }
 
 impl Process {
@@ -45,7 +45,7 @@ impl Process {
             pid,
             stdio: stdio(receiver.clone()),
             exit: receiver,
-            replaced: AtomicI32::new(0),
+            canceled: AtomicI32::new(0),
         }
     }
 
@@ -71,32 +71,12 @@ impl Process {
         self.reported(code.unwrap_or(SIGNALED + Signal::KILL.number()))
     }
 
-    /// Sends `signal`. The kernel shields the init of a PID namespace from signals it has no handler for; a
-    /// container that is asked to terminate and does not care would then only die at the end of a grace period.
-    /// So for an init (`shielded`) a SIGTERM that would be dropped does what it does to any other process.
-    pub fn signal(&self, signal: Signal, shielded: bool) -> Result<(), SignalError> {
-        if shielded && signal == Signal::TERM && !reacts_to(self.pid, signal) {
-            return self.replace(signal);
-        }
-        self.send(signal)
-    }
-
-    /// Ends an init that still waits to be started. It is asked to by SIGTERM and SIGKILL, as with runc; no other
-    /// signal reaches a program that does not run yet.
-    pub fn cancel(&self, signal: Signal) -> Result<(), SignalError> {
-        match signal {
-            Signal::TERM | Signal::KILL => self.replace(signal),
-            _ => Ok(()),
-        }
-    }
-
-    fn replace(&self, signal: Signal) -> Result<(), SignalError> {
-        self.replaced.store(signal.number(), Ordering::Relaxed);
-        self.send(Signal::KILL)
-    }
-
-    /// The pid is only ours to signal until it is reaped; after that it may be somebody else's.
-    fn send(&self, signal: Signal) -> Result<(), SignalError> {
+    /// Sends `signal`. The kernel shields the init of a PID namespace from signals it has no handler for: they change
+    /// nothing, as with runc, and a container that does not care for a polite end dies of the SIGKILL behind it.
+    ///
+    /// # Errors
+    /// The process has ended. The pid is only ours to signal until it is reaped; after that it may be somebody else's.
+    pub fn signal(&self, signal: Signal) -> Result<(), SignalError> {
         if self.exit.borrow().is_some() {
             return Err(SignalError::Gone);
         }
@@ -110,24 +90,24 @@ impl Process {
         }
     }
 
+    /// Ends an init that still waits to be started. It is asked to by SIGTERM and SIGKILL, as with runc; no other
+    /// signal reaches a program that does not run yet. It is reported to have died of the signal it was sent, although the
+    /// kernel lets only SIGKILL through.
+    ///
+    /// # Errors
+    /// The process has ended.
+    pub fn cancel(&self, signal: Signal) -> Result<(), SignalError> {
+        if !matches!(signal, Signal::TERM | Signal::KILL) {
+            return Ok(());
+        }
+        self.canceled.store(signal.number(), Ordering::Relaxed);
+        self.signal(Signal::KILL)
+    }
+
     fn reported(&self, code: i32) -> i32 {
-        match self.replaced.load(Ordering::Relaxed) {
+        match self.canceled.load(Ordering::Relaxed) {
             signal if signal != 0 && code == SIGNALED + Signal::KILL.number() => SIGNALED + signal,
             _ => code,
         }
     }
-}
-
-/// Whether the process handles `signal`, or chose to ignore it. If /proc does not say, assume that it does.
-fn reacts_to(pid: Pid, signal: Signal) -> bool {
-    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else {
-        return true;
-    };
-    let bit = 1_u64 << (signal.number() - 1);
-    let set_in = |name: &str| {
-        let mask = status.lines().find_map(|line| line.strip_prefix(name));
-        mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-            .is_some_and(|mask| mask & bit != 0)
-    };
-    set_in("SigCgt:") || set_in("SigIgn:") || set_in("SigBlk:")
 }

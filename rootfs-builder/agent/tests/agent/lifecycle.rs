@@ -67,16 +67,19 @@ async fn init_when_signalled_dies_and_everyone_who_waits_learns_it() {
     agent.remove("one").await.unwrap();
 }
 
+/// As with runc: the kernel drops what the init of a PID namespace does not handle.
 #[tokio::test]
-async fn init_when_it_has_no_handler_still_obeys_sigterm_and_otherwise_handles_it() {
+async fn init_when_it_has_no_handler_outlives_sigterm_and_otherwise_handles_it() {
     let agent = Agent::start().await;
-    agent
-        .create("plain", &agent.spec("exec sleep 1000"))
-        .await
-        .unwrap();
+    let script = "echo ready; exec sleep 1000";
+    agent.create("plain", &agent.spec(script)).await.unwrap();
     agent.start_container("plain").await.unwrap();
+    agent.read_until("plain", "", "ready").await;
     agent.signal("plain", "", SIGTERM).await.unwrap();
-    assert_eq!(agent.wait("plain", "").await.unwrap(), 143);
+    agent.signal_all("plain", SIGTERM).await.unwrap();
+    // Of a signal that kills the exit code is decided as it is sent: it would be 143.
+    agent.signal("plain", "", SIGKILL).await.unwrap();
+    assert_eq!(agent.wait("plain", "").await.unwrap(), 137);
 
     let script = "trap 'exit 5' TERM; echo ready; while true; do sleep 0.1; done";
     agent.create("handler", &agent.spec(script)).await.unwrap();

@@ -5,6 +5,7 @@ use protocols::pid_namespace::path_of;
 use crate::harness::{Agent, code, process};
 
 const SIGKILL: u32 = 9;
+const SIGTERM: u32 = 15;
 
 const NAMESPACE: &str = "readlink /proc/self/ns/pid";
 
@@ -113,6 +114,26 @@ async fn container_when_it_targets_another_shares_its_processes_and_its_end() {
         137,
         "with the namespace"
     );
+}
+
+/// PID 1 alone is shielded by the kernel from signals that it does not handle.
+#[tokio::test]
+async fn init_when_it_is_not_the_first_process_of_its_namespace_obeys_sigterm() {
+    let agent = Agent::start().await;
+    agent
+        .create("target", &agent.spec("echo up; sleep 1007"))
+        .await
+        .unwrap();
+    agent.start_container("target").await.unwrap();
+    agent.read_until("target", "", "up").await;
+    let debugger = joining(&agent, "echo up; exec sleep 1008", "target");
+    agent.create("debugger", &debugger).await.unwrap();
+    agent.start_container("debugger").await.unwrap();
+    agent.read_until("debugger", "", "up").await;
+
+    agent.signal("debugger", "", SIGTERM).await.unwrap();
+
+    assert_eq!(agent.wait("debugger", "").await.unwrap(), 143);
 }
 
 #[tokio::test]
