@@ -7,8 +7,8 @@
 //! be locked is a dead shim's. Nobody else ever replays one that cannot.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -136,7 +136,12 @@ impl Journal {
             if let Some(folder) = path.parent() {
                 fs::create_dir_all(folder).map_err(failed("make the folder of"))?;
             }
-            let file = OpenOptions::new().create(true).read(true).append(true).open(path);
+            let file = OpenOptions::new()
+                .create(true)
+                .truncate(false)
+                .read(true)
+                .write(true)
+                .open(path);
             let Some(journal) = Self::lock(path, file.map_err(failed("open"))?, Duration::ZERO)? else {
                 continue;
             };
@@ -183,10 +188,9 @@ impl Journal {
     /// [`JournalError::Io`]; do not go on then.
     pub fn record(&self, undo: &Undo) -> Result<(), JournalError> {
         let failed = |source| io_error("write", &self.path, source);
-        let mut line = serde_json::to_vec(undo).map_err(|error| failed(error.into()))?;
-        line.push(b'\n');
+        let line = line_of(undo).map_err(failed)?;
         let mut file = self.file();
-        let before = file.metadata().map_err(failed)?.len();
+        let before = file.seek(SeekFrom::End(0)).map_err(failed)?;
         // One write: a crash leaves at most one torn line, the last. A full /run must not leave one in the middle.
         file.write_all(&line).map_err(|source| {
             if let Err(error) = file.set_len(before) {
@@ -194,6 +198,34 @@ impl Journal {
             }
             failed(source)
         })
+    }
+
+    /// Strikes the last record of `undo` out, which has been done: a sandbox that lives for long keeps no list of all it ever
+    /// had. A record that stays is no harm, it is only undone once more; so there is nothing to be told but the log.
+    pub fn strike(&self, undo: &Undo) {
+        if let Err(error) = self.try_strike(undo) {
+            tracing::warn!(journal = %self.path.display(), %error, ?undo, "what has been undone stays in the journal");
+        }
+    }
+
+    fn try_strike(&self, undo: &Undo) -> io::Result<()> {
+        let line = line_of(undo)?;
+        let mut file = self.file();
+        let mut bytes = read_all(&mut file)?;
+        let Some(start) = last_line(&bytes, &line) else {
+            return Ok(());
+        };
+        // Overwritten where it is: whatever a crash leaves of that, all other lines are whole.
+        if let Some(struck) = bytes.get_mut(start..start + line.len()) {
+            struck.fill(b'\n');
+        }
+        let last = bytes.iter().rposition(|byte| *byte != b'\n');
+        // With its line feed.
+        let end = last.map_or(0, |last| last + 2).min(bytes.len());
+        if start < end {
+            file.write_all_at(&vec![b'\n'; line.len()], start as u64)?;
+        }
+        file.set_len(end as u64)
     }
 
     /// Undoes everything, last first. The journal itself is left: the last entries usually remove its folder.
@@ -217,12 +249,7 @@ impl Journal {
 
     /// All of it, through the open descriptor: the file may have lost its name.
     fn read(&self) -> Result<Vec<u8>, JournalError> {
-        let mut bytes = Vec::new();
-        let mut file = self.file();
-        file.rewind()
-            .and_then(|()| file.read_to_end(&mut bytes))
-            .map_err(|source| io_error("read", &self.path, source))?;
-        Ok(bytes)
+        read_all(&mut self.file()).map_err(|source| io_error("read", &self.path, source))
     }
 
     fn file(&self) -> std::sync::MutexGuard<'_, File> {
@@ -244,7 +271,7 @@ pub fn replay(path: &Path) -> Result<(), JournalError> {
 /// # Errors
 /// As [`replay`].
 pub fn replay_after(path: &Path, before: impl FnOnce()) -> Result<(), JournalError> {
-    let file = match OpenOptions::new().read(true).append(true).open(path) {
+    let file = match OpenOptions::new().read(true).write(true).open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(source) => return Err(io_error("open", path, source)),
@@ -257,6 +284,33 @@ pub fn replay_after(path: &Path, before: impl FnOnce()) -> Result<(), JournalErr
         // Its shim has undone everything itself in the meantime.
         None => Ok(()),
     }
+}
+
+/// As it is in the file.
+fn line_of(undo: &Undo) -> io::Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(undo)?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+/// Where the last line that equals `line` begins.
+fn last_line(bytes: &[u8], line: &[u8]) -> Option<usize> {
+    let mut start = 0;
+    let mut found = None;
+    for other in bytes.split_inclusive(|byte| *byte == b'\n') {
+        if other == line {
+            found = Some(start);
+        }
+        start += other.len();
+    }
+    found
+}
+
+fn read_all(file: &mut File) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.rewind()?;
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 fn io_error(what: &'static str, path: &Path, source: io::Error) -> JournalError {
@@ -342,6 +396,50 @@ mod tests {
         journal.replay().unwrap();
 
         assert!(!file.exists());
+    }
+
+    #[test]
+    fn record_when_struck_out_is_not_undone_and_takes_no_room() {
+        let (folder, journal) = journal();
+        let [kept, struck, last] = ["kept", "struck", "last"].map(|name| folder.path().join(name));
+        for path in [&kept, &struck, &last] {
+            fs::write(path, "x").unwrap();
+            journal.record(&Undo::RemoveFile(path.clone())).unwrap();
+        }
+        // Twice there, once struck out: the other one counts.
+        journal.record(&Undo::RemoveFile(kept.clone())).unwrap();
+        let before = journal.read().unwrap().len();
+
+        journal.strike(&Undo::RemoveFile(struck.clone()));
+        journal.strike(&Undo::RemoveFile(folder.path().join("never")));
+        assert_eq!(journal.read().unwrap().len(), before, "in the middle");
+        journal.strike(&Undo::RemoveFile(kept.clone()));
+        journal.strike(&Undo::RemoveFile(last.clone()));
+
+        let bytes = journal.read().unwrap();
+        let left = entries(Path::new("journal"), &bytes);
+        assert_eq!(left, [Undo::RemoveFile(kept.clone())]);
+        assert_eq!(bytes, line_of(&Undo::RemoveFile(kept.clone())).unwrap());
+        journal.record(&Undo::RemoveFile(last.clone())).unwrap();
+        journal.replay().unwrap();
+        assert!(struck.exists() && !kept.exists() && !last.exists());
+    }
+
+    #[test]
+    fn journal_when_things_come_and_go_does_not_grow() {
+        let (folder, journal) = journal();
+        let always = Undo::RemoveFile(folder.path().join("always"));
+        journal.record(&always).unwrap();
+        let before = journal.read().unwrap();
+        for number in 0..100 {
+            let undo = ["tap", "ingress"]
+                .map(|name| Undo::RemoveFile(format!("/nonexistent/{name}{number}").into()));
+            undo.iter().for_each(|undo| journal.record(undo).unwrap());
+            undo.iter().rev().for_each(|undo| journal.strike(undo));
+        }
+        assert_eq!(journal.read().unwrap(), before);
+        journal.strike(&always);
+        assert_eq!(journal.read().unwrap(), b"");
     }
 
     #[test]

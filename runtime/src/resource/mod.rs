@@ -192,7 +192,7 @@ impl ResourceManager {
         let (container, bundle, mounts) = (container.to_owned(), bundle.to_owned(), mounts.to_owned());
         let spec = spec.clone();
         blocking("rootfs", move || {
-            ShareFsRootfs::new(mount, &journal, &container, &bundle, &mounts, &spec)
+            ShareFsRootfs::new(mount, journal, &container, &bundle, &mounts, &spec)
                 .map(|rootfs| Box::new(rootfs) as Box<dyn Rootfs>)
         })
         .await

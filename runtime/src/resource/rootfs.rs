@@ -38,6 +38,7 @@ pub trait Rootfs: Send + Sync {
 #[derive(Clone)]
 pub struct ShareFsRootfs {
     mount: Arc<dyn ShareFsMount>,
+    journal: Arc<Journal>,
     container: String,
     guest_path: String,
     mounts: Vec<Mount>,
@@ -52,7 +53,7 @@ impl ShareFsRootfs {
     /// `NotFound` or `InvalidArgument` naming the folder, or the mount that failed; nothing is left mounted then.
     pub fn new(
         mount: Arc<dyn ShareFsMount>,
-        journal: &Journal,
+        journal: Arc<Journal>,
         container: &str,
         bundle: &Path,
         mounts: &[Mount],
@@ -60,12 +61,13 @@ impl ShareFsRootfs {
     ) -> Result<Self> {
         let mut rootfs = Self {
             mount,
+            journal,
             container: container.to_owned(),
             guest_path: String::new(),
             mounts: mounts.to_vec(),
             targets: Vec::new(),
         };
-        match rootfs.set_up(journal, bundle, spec) {
+        match rootfs.set_up(bundle, spec) {
             Ok(()) => Ok(rootfs),
             Err(error) => {
                 if let Err(undo) = rootfs.unmount() {
@@ -76,7 +78,7 @@ impl ShareFsRootfs {
         }
     }
 
-    fn set_up(&mut self, journal: &Journal, bundle: &Path, spec: &Spec) -> Result<()> {
+    fn set_up(&mut self, bundle: &Path, spec: &Spec) -> Result<()> {
         let folder = if self.mounts.is_empty() {
             spec_root(bundle, spec)?
         } else {
@@ -88,7 +90,7 @@ impl ShareFsRootfs {
                 relative => below(bundle, relative)?,
             };
             make_folder(&target)?;
-            journal.record(&Undo::Unmount(target.clone()))?;
+            self.journal.record(&Undo::Unmount(target.clone()))?;
             self.targets.insert(0, target.clone());
             mounts::mount_request(&request, &target)?;
         }
@@ -107,6 +109,7 @@ impl ShareFsRootfs {
         let unshared = self.mount.umount_rootfs(&self.container);
         for target in &self.targets {
             mounts::unmount(target)?;
+            self.journal.strike(&Undo::Unmount(target.clone()));
         }
         unshared
     }

@@ -166,6 +166,7 @@ impl ShareMounts {
     fn unshare(&self, name: &str) -> Result<()> {
         let target = self.paths.passthrough(name);
         mounts::unmount(&target)?;
+        self.journal.strike(&Undo::Unmount(target.clone()));
         // The mount point only; what was shared stays untouched.
         let removed = if target.is_dir() {
             fs::remove_dir(&target)

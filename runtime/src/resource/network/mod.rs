@@ -172,7 +172,7 @@ impl PodNetwork {
             Err(error) => error,
         };
         drop(device);
-        undo_all(undo).await;
+        self.undo(undo).await;
         Err(error.context(format!("network: interface {}", link.name)))
     }
 
@@ -196,11 +196,51 @@ impl PodNetwork {
             let connected = netns.netlink(async |handle| model::connect(model, &handle, &mut work).await);
             let undo = work.undo;
             connected.map(|queues| (queues, undo.clone())).map_err(|error| {
-                run_all(undo);
+                run_all(&journal, &undo);
                 error.into()
             })
         })
         .await
+    }
+
+    /// Undoes what was made for an interface.
+    async fn undo(&self, undo: Vec<Undo>) {
+        let journal = self.journal.clone();
+        let undone = blocking("network interface", move || {
+            run_all(&journal, &undo);
+            Ok(())
+        });
+        if let Err(error) = undone.await {
+            tracing::warn!(%error, "undoing a network interface");
+        }
+    }
+
+    /// Takes interfaces from the guest whose links are not among `links` any more. What fails is tried again next time.
+    async fn detach_gone(
+        &self,
+        state: &mut State,
+        links: &[Link],
+        devices: &DeviceManager,
+        agent: &dyn Agent,
+    ) {
+        let (kept, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut state.endpoints)
+            .into_iter()
+            .partition(|endpoint| links.iter().any(|link| is_same(link, &endpoint.link)));
+        state.endpoints = kept;
+        for endpoint in gone {
+            let name = endpoint.link.name.clone();
+            match detach(&endpoint, devices, agent).await {
+                Ok(()) => {
+                    self.undo(endpoint.undo).await;
+                    state.told.interfaces.retain(|interface| interface.name != name);
+                    tracing::info!(link = name, device = endpoint.device.id, "interface detached");
+                }
+                Err(error) => {
+                    tracing::warn!(link = name, %error, "the interface has gone and cannot be taken from the guest");
+                    state.endpoints.push(endpoint);
+                }
+            }
+        }
     }
 }
 
@@ -220,28 +260,6 @@ impl State {
         self.endpoints
             .iter()
             .any(|endpoint| is_same(&endpoint.link, link))
-    }
-
-    /// Takes interfaces from the guest whose links are not among `links` any more. What fails is tried again next time.
-    async fn detach_gone(&mut self, links: &[Link], devices: &DeviceManager, agent: &dyn Agent) {
-        let (kept, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut self.endpoints)
-            .into_iter()
-            .partition(|endpoint| links.iter().any(|link| is_same(link, &endpoint.link)));
-        self.endpoints = kept;
-        for endpoint in gone {
-            let name = endpoint.link.name.clone();
-            match detach(&endpoint, devices, agent).await {
-                Ok(()) => {
-                    undo_all(endpoint.undo).await;
-                    self.told.interfaces.retain(|interface| interface.name != name);
-                    tracing::info!(link = name, device = endpoint.device.id, "interface detached");
-                }
-                Err(error) => {
-                    tracing::warn!(link = name, %error, "the interface has gone and cannot be taken from the guest");
-                    self.endpoints.push(endpoint);
-                }
-            }
-        }
     }
 
     /// Tells the guest what is different from what it knows.
@@ -336,7 +354,7 @@ impl Network for PodNetwork {
             Err(error) => return Err(error.into()),
         };
         let links = endpoint::select(&scan)?;
-        state.detach_gone(&links, devices, agent).await;
+        self.detach_gone(&mut state, &links, devices, agent).await;
         for link in &links {
             let known = state
                 .endpoints
@@ -453,21 +471,12 @@ async fn detach(endpoint: &Endpoint, devices: &DeviceManager, agent: &dyn Agent)
     devices.detach(&endpoint.device.id).await
 }
 
-async fn undo_all(undo: Vec<Undo>) {
-    let undone = blocking("network interface", move || {
-        run_all(undo);
-        Ok(())
-    });
-    if let Err(error) = undone.await {
-        tracing::warn!(%error, "undoing a network interface");
-    }
-}
-
-/// What cannot be undone now is tried again at the end of the sandbox: it is in the journal.
-fn run_all(undo: Vec<Undo>) {
+/// What cannot be undone now is tried again at the end of the sandbox: it stays in the journal.
+fn run_all(journal: &Journal, undo: &[Undo]) {
     for undo in undo.iter().rev() {
-        if let Err(error) = undo.run() {
-            tracing::warn!(error, "undoing a network interface");
+        match undo.run() {
+            Ok(()) => journal.strike(undo),
+            Err(error) => tracing::warn!(error, "undoing a network interface"),
         }
     }
 }

@@ -18,7 +18,7 @@ struct Pod {
     agent: KataAgent,
     journal: Arc<Journal>,
     network: PodNetwork,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl Pod {
@@ -36,7 +36,7 @@ impl Pod {
             agent,
             journal,
             network,
-            _folder: folder,
+            folder,
         }
     }
 
@@ -69,6 +69,11 @@ impl Pod {
     /// What the guest was asked since the last time.
     fn calls(&self) -> Vec<String> {
         std::mem::take(&mut self.vm.guest.calls.lock().unwrap())
+    }
+
+    /// What would be undone after a crash.
+    fn noted(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("journal")).unwrap()
     }
 
     /// The VM and then the sandbox end.
@@ -159,6 +164,29 @@ async fn interfaces_when_they_come_change_and_go_do_so_in_the_guest() {
     ip(world.pod(), "route del 10.77.0.0/16");
     pod.end().await;
     assert_eq!(world.dump(), before);
+}
+
+#[tokio::test]
+async fn journal_when_interfaces_come_and_go_names_those_that_are_there() {
+    let world = World::with_eth0();
+    let pod = Pod::new(Some(world.pod().path())).await;
+    pod.setup().await.unwrap();
+    pod.rescan().await.unwrap();
+    let before = pod.noted();
+    assert!(before.contains("tap0_kata"), "{before}");
+
+    for tap in 1..4 {
+        world.veth("net1");
+        ip(world.pod(), "addr add 10.2.0.2/24 dev net1");
+        pod.rescan().await.unwrap();
+        let noted = pod.noted();
+        assert!(noted.contains(&format!("tap{tap}_kata")), "{noted}");
+        ip(world.pod(), "link delete net1");
+        pod.rescan().await.unwrap();
+        assert_eq!(pod.noted(), before);
+    }
+
+    pod.end().await;
 }
 
 #[tokio::test]
