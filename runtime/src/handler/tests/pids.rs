@@ -8,21 +8,6 @@ use super::*;
 type Joined = (bool, String);
 
 impl Bench {
-    /// A container of the pod `c1` with the PID namespace at `path`, empty for one of its own.
-    async fn member(&self, id: &str, path: &str) -> Result<u32> {
-        let request = self.create_request(id, &["sleep"], Stdio::default());
-        let config = request.bundle.join("config.json");
-        let mut spec: serde_json::Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
-        let kind = if id == "c1" { "sandbox" } else { "container" };
-        spec["annotations"] = serde_json::json!({
-            "io.kubernetes.cri.container-type": kind,
-            "io.kubernetes.cri.sandbox-id": "c1",
-        });
-        spec["linux"]["namespaces"][0]["path"] = path.into();
-        fs::write(&config, spec.to_string()).unwrap();
-        self.create_with(request).await
-    }
-
     fn joined(&self) -> Joined {
         let created = self.vm.guest.created.lock().unwrap().clone().unwrap();
         let namespaces = created.OCI.Linux.Namespaces.iter();
