@@ -76,6 +76,11 @@ impl SandboxPaths {
         self.state().join("journal")
     }
 
+    /// There once the sandbox' own container has been deleted, and others go on.
+    pub fn orphaned(&self) -> PathBuf {
+        self.state().join("orphaned")
+    }
+
     /// Tail of the guest's console.
     pub fn console_log(&self) -> PathBuf {
         self.state().join("console.log")

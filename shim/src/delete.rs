@@ -9,6 +9,8 @@ use std::time::{Duration, Instant, SystemTime};
 use containerd_shim_protos::api::DeleteResponse;
 use protobuf::{Message, MessageField};
 use runtime::cri::ContainerKind;
+use runtime::error::{Error, ErrorKind};
+use runtime::handler::is_orphaned;
 
 use crate::address::Address;
 use crate::args::Args;
@@ -58,8 +60,15 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, DeleteError> {
     let bundle = Bundle::new(dir);
     let pid = bundle.pid();
     match bundle.kind() {
-        // The sandbox' own delete takes care of the process and everything shared.
+        // The sandbox' own delete takes care of the process and everything shared, if it is still to come.
+        Ok(ContainerKind::Member { sandbox_id }) if is_orphaned(&args.namespace, &sandbox_id) => {
+            delete_orphaned(args, &bundle, &sandbox_id)?;
+        }
         Ok(ContainerKind::Member { .. }) => {}
+        // containerd has closed its connection because the container is gone, and takes that for the shim's death.
+        Ok(_) | Err(_) if is_orphaned(&args.namespace, &args.id) => {
+            delete_orphaned(args, &bundle, &args.id)?;
+        }
         // A bundle that is half gone is still cleaned up as the sandbox it may have been.
         Ok(_) | Err(_) => delete_sandbox(args, &bundle, pid)?,
     }
@@ -80,6 +89,35 @@ fn delete_sandbox(args: &Args, bundle: &Bundle, pid: Option<u32>) -> Result<(), 
     if process.is_some_and(|process| !process.end(SHIM_PATIENCE)) {
         tracing::warn!(pid, "shim process does not end");
     }
+    if let Err(error) = clean_up(args, bundle, &args.id)? {
+        tracing::warn!(%error, "cleaning up");
+    }
+    remove_socket_of(args, bundle, &args.id);
+    bundle.clear();
+    Ok(())
+}
+
+/// A sandbox whose containers go on without its own: as long as its shim lives, they are its business.
+fn delete_orphaned(args: &Args, bundle: &Bundle, sandbox_id: &str) -> Result<(), DeleteError> {
+    match clean_up(args, bundle, sandbox_id)? {
+        Err(error) if error.kind == ErrorKind::AlreadyExists => {
+            tracing::debug!(%error, "left alone");
+            return Ok(());
+        }
+        Err(error) => tracing::warn!(%error, "cleaning up"),
+        Ok(()) => {}
+    }
+    remove_socket_of(args, bundle, sandbox_id);
+    bundle.clear();
+    Ok(())
+}
+
+/// Undoes what a dead shim of the sandbox has left, in bounded time; what became of that.
+fn clean_up(
+    args: &Args,
+    bundle: &Bundle,
+    sandbox_id: &str,
+) -> Result<runtime::error::Result<()>, DeleteError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -87,27 +125,25 @@ fn delete_sandbox(args: &Args, bundle: &Bundle, pid: Option<u32>) -> Result<(), 
     let cleanup = runtime.block_on(async {
         tokio::time::timeout(
             CLEANUP_PATIENCE,
-            runtime::handler::cleanup(&args.namespace, &args.id, bundle.dir()),
+            runtime::handler::cleanup(&args.namespace, sandbox_id, bundle.dir()),
         )
         .await
     });
-    match cleanup {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::warn!(%error, "cleaning up"),
-        Err(_) => tracing::warn!(
-            seconds = CLEANUP_PATIENCE.as_secs(),
-            "cleaning up takes too long, left"
-        ),
-    }
     // Blocking work of a clean-up that hangs must not hold the process.
     runtime.shutdown_background();
+    Ok(cleanup.unwrap_or_else(|_| {
+        let message = format!("not done in {} s, left", CLEANUP_PATIENCE.as_secs());
+        Err(Error::new(ErrorKind::DeadlineExceeded, message))
+    }))
+}
+
+/// Removes the socket of a shim that is dead.
+fn remove_socket_of(args: &Args, bundle: &Bundle, sandbox_id: &str) {
     // A `start` that was killed between binding its socket and writing the address down leaves only the socket.
-    let bound = || Address::of_sandbox(&socket_dir(None), &args.address, &args.namespace, &args.id).ok();
+    let bound = || Address::of_sandbox(&socket_dir(None), &args.address, &args.namespace, sandbox_id).ok();
     if let Some(address) = bundle.address().or_else(bound) {
         remove_socket(&address);
     }
-    bundle.clear();
-    Ok(())
 }
 
 /// Removes the socket once nobody listens on it: of a process that was just killed, threads may still hold it for a

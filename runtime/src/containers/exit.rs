@@ -8,9 +8,11 @@ use tokio::sync::mpsc;
 
 use super::VirtContainerManager;
 use super::container::{Container, KILLED};
+use super::manager::PodState;
 use super::process::{Phase, Process};
 use super::signal::SIGKILL;
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::host::blocking;
 use crate::sandbox::{SandboxState, VirtSandbox};
 use crate::types::{Event, ProcessExit};
 
@@ -99,15 +101,32 @@ impl VirtContainerManager {
         if let Some(io) = init.io() {
             io.drain(DRAIN).await;
         }
-        if container.id == self.sandbox_id {
+        match self.enter_deletion(&container.id) {
             // The VM goes with it: one farewell to the whole guest, which writes everything back, says it all.
-            self.sandbox.say_goodbye().await;
-        } else {
-            self.remove_in_guest(&container.id).await;
+            PodState::Over => self.sandbox.say_goodbye().await,
+            state => {
+                if state == PodState::Orphaned && container.id == self.sandbox_id {
+                    self.leave_others().await;
+                }
+                self.remove_in_guest(&container.id).await;
+            }
         }
         container.host.cleanup().await;
         self.remove(&container.id);
         Ok(exit)
+    }
+
+    /// The pod's own container goes, others run: as with runc, where nothing hangs on it.
+    async fn leave_others(&self) {
+        tracing::info!("the sandbox' container is deleted, others run: the VM goes on");
+        let resources = self.sandbox.resources().clone();
+        let noted = blocking("state of the sandbox", move || {
+            let noted = resources.note_orphaned();
+            noted.map_err(|error| Error::new(ErrorKind::Internal, error.to_string()))
+        });
+        if let Err(error) = noted.await {
+            tracing::error!(%error, "containerd may end the others with this one");
+        }
     }
 
     pub(super) async fn remove_in_guest(&self, container: &str) {

@@ -15,7 +15,7 @@ use super::container::Container;
 use super::host_pid::HostPid;
 use super::io::StreamHub;
 use super::poststop::{Poststop, Records};
-use super::process::Process;
+use super::process::{Phase, Process};
 use super::spec::amend_resources;
 use super::{ContainerManager, pod_stats, stats};
 use crate::error::{Error, ErrorKind, Result};
@@ -35,6 +35,39 @@ enum Slot {
     Ready(Arc<Container>),
 }
 
+/// How long the VM of a pod lives that is made with the container which stands for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum PodState {
+    /// At least as long as that container.
+    #[default]
+    Whole,
+    /// That container was deleted while others ran, as any container may be: as long as one of them runs.
+    Orphaned,
+    /// Nothing keeps it any more.
+    Over,
+}
+
+#[derive(Default)]
+struct Containers {
+    slots: HashMap<String, Slot>,
+    pod: PodState,
+}
+
+impl Containers {
+    fn ready(&self) -> Vec<Arc<Container>> {
+        self.slots.values().filter_map(Slot::ready).collect()
+    }
+
+    /// Whether a container other than `id` has not ended, or is on its way.
+    fn others_live(&self, id: &str) -> bool {
+        let mut others = self.slots.iter().filter(|(other, _)| *other != id);
+        others.any(|(_, slot)| match slot {
+            Slot::Creating { unwanted } => !unwanted,
+            Slot::Ready(container) => !matches!(container.init.phase(), Phase::Stopped(_)),
+        })
+    }
+}
+
 /// The containers of one sandbox.
 pub struct VirtContainerManager {
     pub(super) sandbox_id: String,
@@ -42,7 +75,7 @@ pub struct VirtContainerManager {
     pub(super) sandbox: Arc<VirtSandbox>,
     pub(super) streams: Arc<StreamHub>,
     events: mpsc::UnboundedSender<Event>,
-    containers: Mutex<HashMap<String, Slot>>,
+    containers: Mutex<Containers>,
     /// Of the first container, when the pod's network namespace is one that it keeps.
     first_pid: Mutex<Option<HostPid>>,
 }
@@ -88,21 +121,35 @@ impl VirtContainerManager {
         due.unwrap_or_default()
     }
 
-    /// Whether any container is left.
-    pub fn is_empty(&self) -> bool {
-        self.containers().is_empty()
-    }
-
     /// Whether any container is left, one that is being created for nobody not counted.
     pub fn has_wanted(&self) -> bool {
         self.containers()
+            .slots
             .values()
             .any(|slot| !matches!(slot, Slot::Creating { unwanted: true }))
     }
 
+    /// Whether a deletion has left nothing that the VM would be for.
+    pub fn is_over(&self) -> bool {
+        self.containers().pod == PodState::Over
+    }
+
+    /// Notes that container `id`, which has ended, is being deleted. What becomes of the pod: it is over when `id` was its own
+    /// container, or that was deleted before, and no other one lives.
+    pub(super) fn enter_deletion(&self, id: &str) -> PodState {
+        let mut containers = self.containers();
+        let next = match containers.pod {
+            PodState::Whole if id != self.sandbox_id => PodState::Whole,
+            PodState::Whole | PodState::Orphaned if containers.others_live(id) => PodState::Orphaned,
+            PodState::Whole | PodState::Orphaned | PodState::Over => PodState::Over,
+        };
+        containers.pod = next;
+        next
+    }
+
     /// The VM is gone, and every process with it. Exits are published, waiters released.
     pub fn vm_ended(&self, end: &SandboxEnd) {
-        let containers: Vec<_> = self.containers().values().filter_map(Slot::ready).collect();
+        let containers = self.containers().ready();
         for container in containers {
             tracing::warn!(container = container.id, exit = %end.exit, "killed with the VM");
             container.killed();
@@ -114,7 +161,7 @@ impl VirtContainerManager {
     /// # Errors
     /// Of the agent.
     pub async fn stats_of_all(&self) -> Result<ContainerStats> {
-        let containers: Vec<_> = self.containers().values().filter_map(Slot::ready).collect();
+        let containers = self.containers().ready();
         let mut all = Vec::with_capacity(containers.len());
         for container in containers {
             match self.stats(&container, true).await {
@@ -136,12 +183,13 @@ impl VirtContainerManager {
         Ok(stats::convert(response, pod))
     }
 
-    fn containers(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+    fn containers(&self) -> MutexGuard<'_, Containers> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn container(&self, id: &str) -> Result<Arc<Container>> {
         self.containers()
+            .slots
             .get(id)
             .and_then(Slot::ready)
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("container {id} does not exist")))
@@ -149,8 +197,7 @@ impl VirtContainerManager {
 
     /// The container that `pid` stands for on the host.
     pub(super) fn container_at(&self, pid: u32) -> Option<Arc<Container>> {
-        let containers = self.containers();
-        let mut ready = containers.values().filter_map(Slot::ready);
+        let mut ready = self.containers().ready().into_iter();
         ready.find(|container| container.host.pid.tid() == pid)
     }
 
@@ -163,7 +210,7 @@ impl VirtContainerManager {
     /// Takes the id for a create; [`Self::enter`] or [`Self::remove`] follows.
     pub(super) fn reserve(&self, id: &str) -> Result<()> {
         check_id("container", id)?;
-        match self.containers().entry(id.to_owned()) {
+        match self.containers().slots.entry(id.to_owned()) {
             Entry::Occupied(_) => Err(Error::new(
                 ErrorKind::AlreadyExists,
                 format!("container {id} exists already"),
@@ -180,20 +227,21 @@ impl VirtContainerManager {
     pub(super) fn enter(&self, container: Arc<Container>, created: Event) -> bool {
         let mut containers = self.containers();
         if matches!(
-            containers.get(&container.id),
+            containers.slots.get(&container.id),
             Some(Slot::Creating { unwanted: true })
         ) {
             return false;
         }
         self.sandbox.members().enter(&container.id);
         self.publish(created);
-        containers.insert(container.id.clone(), Slot::Ready(container));
+        let id = container.id.clone();
+        containers.slots.insert(id, Slot::Ready(container));
         true
     }
 
     /// Notes that a container which is being created will not be asked for.
     fn disown(&self, id: &str) {
-        if let Some(Slot::Creating { unwanted }) = self.containers().get_mut(id) {
+        if let Some(Slot::Creating { unwanted }) = self.containers().slots.get_mut(id) {
             tracing::info!(container = id, "deleted while it is created");
             *unwanted = true;
         }
@@ -202,7 +250,7 @@ impl VirtContainerManager {
     /// Gives the id back.
     pub(super) fn remove(&self, id: &str) {
         self.sandbox.members().leave(id);
-        self.containers().remove(id);
+        self.containers().slots.remove(id);
     }
 
     /// A channel for a process to publish its own events.
@@ -312,13 +360,5 @@ impl ContainerManager for VirtContainerManager {
 
     async fn pid(&self) -> Result<u32> {
         Ok(std::process::id())
-    }
-
-    async fn need_shutdown_sandbox(&self, container: &str, now: bool) -> bool {
-        now || container == self.sandbox_id || self.is_empty()
-    }
-
-    async fn is_sandbox_container(&self, process: &ContainerProcess) -> bool {
-        process.exec_id.is_empty() && process.container_id == self.sandbox_id
     }
 }

@@ -31,7 +31,7 @@ pub use manager::VirtContainerManager;
 pub use spec::bundle::{container_kind, load_sandbox_spec, load_spec};
 pub use spec::check;
 
-/// Kata's container manager; `pid` and `need_shutdown_sandbox` are for the Sandbox API, which shares it.
+/// Kata's container manager.
 ///
 /// Errors have the kinds of containerd's shim contract: `NotFound` for an unknown id, `AlreadyExists` for a taken one,
 /// `FailedPrecondition` for a call in the wrong state.
@@ -71,8 +71,4 @@ pub trait ContainerManager: Send + Sync {
     async fn wait_process(&self, process: &ContainerProcess) -> Result<ProcessExit>;
     /// The host pid that stands for the sandbox: the shim's. Each container has one of its own.
     async fn pid(&self) -> Result<u32>;
-    /// Whether the sandbox goes with this container.
-    async fn need_shutdown_sandbox(&self, container: &str, now: bool) -> bool;
-    /// Whether this container stands for the sandbox.
-    async fn is_sandbox_container(&self, process: &ContainerProcess) -> bool;
 }

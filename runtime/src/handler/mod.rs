@@ -286,6 +286,11 @@ pub async fn cleanup(namespace: &str, sandbox_id: &str, bundle: &Path) -> Result
     cleanup_paths(SandboxPaths::new(namespace, sandbox_id)?, bundle.to_owned()).await
 }
 
+/// Whether the own container of sandbox `sandbox_id` was deleted while others ran: they may still, and so may its shim.
+pub fn is_orphaned(namespace: &str, sandbox_id: &str) -> bool {
+    SandboxPaths::new(namespace, sandbox_id).is_ok_and(|paths| paths.orphaned().exists())
+}
+
 /// Undoes everything, then runs the poststop hooks of the containers that the shim has left behind.
 pub(crate) async fn cleanup_paths(paths: SandboxPaths, bundle: PathBuf) -> Result<()> {
     let undone = tokio::task::spawn_blocking(move || {

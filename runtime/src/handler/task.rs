@@ -27,7 +27,7 @@ pub trait TaskHandler: Send + Sync + 'static {
     async fn create_container(&self, request: CreateContainerRequest) -> Result<u32>;
     /// Starts init or an exec; returns its pid.
     async fn start_process(&self, process: &ContainerProcess) -> Result<u32>;
-    /// Removes a stopped process; the sandbox ends with its own container.
+    /// Removes a stopped process. The sandbox ends with its own container, or with the last one that still ran then.
     async fn delete_process(&self, process: &ContainerProcess) -> Result<DeletedProcess>;
     /// Registers another process.
     async fn exec_process(&self, request: ExecProcessRequest) -> Result<()>;
@@ -77,9 +77,16 @@ impl TaskHandler for RuntimeHandlerManager {
         // Of a container that is still being made nobody knows a pid; its deletion says what is to be said.
         let pid = instance.containers.connect_container(&process.container_id).await;
         let exit = instance.containers.delete_process(process).await?;
-        if instance.containers.is_sandbox_container(process).await {
-            // The VM goes with its container. Off the path of this answer; Shutdown waits for it.
-            tokio::spawn(async move { instance.wind_down().await });
+        if instance.containers.is_over() {
+            // The VM goes with the container. Off the path of this answer; Shutdown waits for it, if it comes: nobody asks for
+            // it behind a container that is not the sandbox' own.
+            let end = self.end.clone();
+            tokio::spawn(async move {
+                instance.wind_down().await;
+                if !instance.containers.has_wanted() {
+                    end.send_replace(true);
+                }
+            });
         }
         Ok(DeletedProcess { pid: pid?, exit })
     }

@@ -5,6 +5,7 @@ mod crash;
 mod execs;
 mod hooks;
 mod lifecycle;
+mod neighbours;
 mod pids;
 mod races;
 mod sandbox;

@@ -94,6 +94,15 @@ impl ResourceManager {
         self.paths.state()
     }
 
+    /// Notes, for `delete`, that containers go on without the sandbox' own: it is called for that one, whose shim it is to
+    /// leave alone, and for the others when that has died.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn note_orphaned(&self) -> std::io::Result<()> {
+        std::fs::write(self.paths.orphaned(), "")
+    }
+
     /// The VM's devices.
     pub fn devices(&self) -> &DeviceManager {
         &self.devices

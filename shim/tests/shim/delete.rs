@@ -1,6 +1,7 @@
 //! `delete` behind shims that live, died or never were. Needs root, as containerd does.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use crate::harness::{Pod, is_alive, run, stderr, wait_until};
@@ -100,6 +101,55 @@ fn delete_when_of_a_member_leaves_its_sandbox_alone() {
 
     assert!(is_alive(pod.pid().unwrap()));
     assert!(shim::socket::is_served(&pod.socket()));
+}
+
+/// What a shim notes of a sandbox: `id` of the namespace `test`. It goes with this.
+struct State(PathBuf);
+
+impl State {
+    fn new(id: &str) -> Self {
+        let folder = PathBuf::from("/run/kata").join(format!("test@{id}"));
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("orphaned"), "").unwrap();
+        Self(folder)
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn delete_when_others_go_on_without_the_sandboxs_container_leaves_them_until_their_shim_dies() {
+    let id = format!("orphaned{}", std::process::id());
+    let pod = Pod::new(&id, Some(CONFIG));
+    pod.start();
+    let (pid, socket) = (pod.pid().unwrap(), pod.socket());
+    let config = format!(
+        r#"{{"annotations":{{"io.kubernetes.cri.container-type":"container","io.kubernetes.cri.sandbox-id":"{id}"}}}}"#
+    );
+    pod.add_bundle("member", Some(&config));
+    run(pod.command("member", "start"), b"");
+    let state = State::new(&id);
+    // As a shim with a VM holds it.
+    let journal = fs::File::create(state.0.join("journal")).unwrap();
+    journal.lock().unwrap();
+
+    response(&pod.delete());
+    response(&run(pod.command("member", "delete"), b""));
+
+    assert!(is_alive(pid));
+    assert!(shim::socket::is_served(&socket) && state.0.join("orphaned").exists());
+
+    kill_process(pid, Signal::KILL).unwrap();
+    wait_until("the shim is dead", || !is_alive(pid));
+    drop(journal);
+    fs::remove_dir_all(pod.bundle()).unwrap();
+    response(&run(pod.command("member", "delete"), b""));
+
+    assert!(!state.0.exists() && !socket.exists());
 }
 
 #[test]

@@ -5,6 +5,7 @@ use tests::command::eventually;
 use tests::cri::config::Series;
 use tests::cri::pods::Pods;
 use tests::cri::view;
+use tests::cri::wire::ContainerState;
 use tonic::Code;
 
 fn is_not_ready_once_its_shim_is_dead(pods: &Pods) -> i32 {
@@ -33,6 +34,55 @@ fn sandbox_when_its_shim_dies_is_not_ready_and_can_be_removed() {
 #[test]
 fn sandbox_of_the_shims_own_when_its_shim_dies_is_not_ready_and_can_be_removed() {
     Pods::like_runc_sandbox_api("dead-api", is_not_ready_once_its_shim_is_dead);
+}
+
+/// As the end of a pause container for want of memory: its pod is not ready any more, and nothing else of it ends.
+fn goes_on_without_its_own_container(pods: &Pods) {
+    let pod = pods.pod("bridge").run();
+    let member = pod.sleeping();
+    let other = pod.sleeping();
+    let shim = pod.shim();
+    pods.case()
+        .ctr(["tasks", "kill", "-s", "KILL", pod.id()])
+        .expect_code(0);
+    // CRI deletes its task first.
+    assert!(
+        eventually(pods.limit(), || !pod.ready()),
+        "still ready: {:?}",
+        pod.status()
+    );
+    let tasks = pods.case().ctr(["tasks", "ls", "-q"]).expect_code(0).out();
+    assert!(!tasks.lines().any(|id| id == pod.id()), "{tasks}");
+
+    assert_eq!(member.status().state(), ContainerState::Running);
+    member.sh(&format!("ping -c 1 -W 60 {}", pods.subnets.gateway()));
+    other.stop();
+    assert_eq!(other.status().exit_code, 0);
+    member.sh("true");
+    assert_eq!(pod.shim(), shim);
+    member.stop();
+    assert_eq!(member.status().exit_code, 0);
+    // Nothing is left that the machine would be for; a containerd that has sandboxes leaves runc's shim there.
+    let ended = !pods.vm() || eventually(pods.limit(), || !is_alive(shim));
+    assert!(ended, "the shim serves on");
+    pod.stop();
+    pod.remove();
+    // Its place is free.
+    pods.pod("bridge").run().sleeping().sh("true");
+}
+
+fn is_alive(process: u32) -> bool {
+    std::path::Path::new(&format!("/proc/{process}")).exists()
+}
+
+#[test]
+fn containers_when_their_sandboxs_own_has_ended_go_on() {
+    Pods::like_runc("orphaned", Series::V1_7, goes_on_without_its_own_container);
+}
+
+#[test]
+fn containers_when_their_sandboxs_own_has_ended_go_on_under_containerd_2() {
+    Pods::like_runc("orphaned-2", Series::V2_1, goes_on_without_its_own_container);
 }
 
 fn may_be_stopped_twice(pods: &Pods) {
