@@ -3,7 +3,6 @@
 pub mod cgroup;
 pub mod cpu_mem;
 pub mod device_manager;
-pub mod localhost;
 pub mod network;
 pub mod rootfs;
 pub mod share_fs;

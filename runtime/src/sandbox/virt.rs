@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::host::blocking;
 use crate::hypervisor::{Hypervisor, READY_PORT, VmExit};
 use crate::resource::ResourceManager;
-use crate::resource::localhost::LocalhostForward;
+use crate::resource::network::localhost::LocalhostForward;
 use crate::timeline;
 use crate::types::Event;
 

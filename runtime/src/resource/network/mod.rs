@@ -5,12 +5,15 @@
 //! built with; afterwards, each time it is asked, the differences since then. So interfaces may come at any time: CNI
 //! makes them before a pod is created, docker and nerdctl between its creation and its start.
 //!
+//! [`localhost`] is the way into the guest that a CRI takes.
+//!
 //! The namespace is only ever entered by threads made for that, and everything made in it is in the journal first.
 
 mod endpoint;
 mod error;
 mod guest;
 mod limits;
+pub mod localhost;
 mod model;
 mod scan;
 mod sysctl;

@@ -3,19 +3,19 @@
 use std::io::ErrorKind;
 use std::process::Command;
 
-use nix::sched::{CloneFlags, setns, unshare};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::*;
+use crate::host::netns::tests::TestNetns;
 use crate::hypervisor::fake::{Boot, FakeHypervisor};
 
 /// A namespace with its loopback up and an interface with the address 10.9.9.1.
-struct Netns(File);
+struct Pod(TestNetns);
 
-impl Netns {
+impl Pod {
     fn new() -> Self {
-        let make = || {
-            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        let test = TestNetns::new();
+        let set_up = || {
             for command in [
                 "link set lo up",
                 "link add pod0 type veth peer name pod1",
@@ -25,24 +25,20 @@ impl Netns {
                 let ip = Command::new("ip").args(command.split(' ')).status().unwrap();
                 assert!(ip.success(), "ip {command}");
             }
-            File::open("/proc/thread-self/ns/net").unwrap()
         };
-        Self(std::thread::spawn(make).join().unwrap())
+        test.netns.run(set_up).unwrap();
+        Self(test)
     }
 
-    fn path(&self) -> PathBuf {
-        PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
+    fn path(&self) -> &Path {
+        self.0.netns.path()
     }
 
     /// Runs `work` in the namespace.
     async fn inside<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        let netns = self.0.try_clone().unwrap();
-        let (sender, result) = oneshot::channel();
-        std::thread::spawn(move || {
-            setns(netns, CloneFlags::CLONE_NEWNET).unwrap();
-            sender.send(work()).ok()
-        });
-        result.await.unwrap()
+        let netns = self.0.netns.clone();
+        let done = tokio::task::spawn_blocking(move || netns.run(work));
+        done.await.unwrap().unwrap()
     }
 
     async fn connect(&self, address: &'static str) -> io::Result<TcpStream> {
@@ -69,20 +65,20 @@ impl Guest {
     }
 }
 
-async fn start(netns: &Netns) -> (LocalhostForward, Guest) {
+async fn start(netns: &Pod) -> (LocalhostForward, Guest) {
     start_bounded(netns, MAX_CONNECTIONS).await
 }
 
-async fn start_bounded(netns: &Netns, limit: usize) -> (LocalhostForward, Guest) {
+async fn start_bounded(netns: &Pod, limit: usize) -> (LocalhostForward, Guest) {
     let hypervisor = Arc::new(FakeHypervisor::new(Boot::Announced));
     let guest = Guest(hypervisor.serve_port(CONNECT_PORT));
-    let forward = LocalhostForward::start_bounded(&netns.path(), hypervisor, limit).await;
+    let forward = LocalhostForward::start_bounded(netns.path(), hypervisor, limit).await;
     (forward.unwrap(), guest)
 }
 
 #[tokio::test]
 async fn connection_when_to_the_loopback_is_made_in_the_guest_with_its_port() {
-    let netns = Netns::new();
+    let netns = Pod::new();
     let (_forward, mut guest) = start(&netns).await;
     for (address, expected) in [
         ("127.0.0.1:80", "CONNECT tcp4 80\n"),
@@ -113,7 +109,7 @@ async fn connection_when_to_the_loopback_is_made_in_the_guest_with_its_port() {
 
 #[tokio::test]
 async fn connection_when_the_guest_refuses_or_talks_nonsense_is_reset() {
-    let netns = Netns::new();
+    let netns = Pod::new();
     let (_forward, mut guest) = start(&netns).await;
     let long = [b'x'; 4096];
     let answers: [&[u8]; 6] = [
@@ -139,7 +135,7 @@ async fn connection_when_the_guest_refuses_or_talks_nonsense_is_reset() {
 
 #[tokio::test]
 async fn connection_when_to_another_address_is_not_touched() {
-    let netns = Netns::new();
+    let netns = Pod::new();
     let (_forward, mut guest) = start(&netns).await;
 
     let refused = netns.connect("10.9.9.1:80").await.unwrap_err();
@@ -155,7 +151,7 @@ async fn connection_when_to_another_address_is_not_touched() {
 
 #[tokio::test]
 async fn datagram_when_to_the_loopback_is_not_touched() {
-    let netns = Netns::new();
+    let netns = Pod::new();
     let (_forward, _guest) = start(&netns).await;
     let echoed = netns.inside(|| {
         let receiver = std::net::UdpSocket::bind("127.0.0.1:53").unwrap();
@@ -168,7 +164,7 @@ async fn datagram_when_to_the_loopback_is_not_touched() {
 
 #[tokio::test]
 async fn namespace_when_stopped_is_as_before() {
-    let netns = Netns::new();
+    let netns = Pod::new();
     let listener = netns
         .inside(|| std::net::TcpListener::bind("127.0.0.1:80").unwrap())
         .await;
@@ -199,7 +195,7 @@ async fn namespace_when_stopped_is_as_before() {
 
 #[tokio::test]
 async fn connections_when_too_many_are_reset_until_one_ends() {
-    let netns = Netns::new();
+    let netns = Pod::new();
     let limit = 3;
     let (_forward, mut guest) = start_bounded(&netns, limit).await;
     let mut open = Vec::new();
@@ -238,7 +234,7 @@ async fn hosts_namespace_when_given_is_refused() {
     for (path, kind) in [
         ("/proc/self/ns/net", crate::error::ErrorKind::FailedPrecondition),
         ("/nowhere/netns", crate::error::ErrorKind::NotFound),
-        ("/dev/null", crate::error::ErrorKind::Internal),
+        ("/dev/null", crate::error::ErrorKind::InvalidArgument),
     ] {
         let error = LocalhostForward::start(Path::new(path), hypervisor.clone())
             .await

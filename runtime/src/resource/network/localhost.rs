@@ -9,17 +9,20 @@
 //! and then reset. Nothing outlives the process (see [`sk_lookup`](crate::host::sk_lookup)); the namespace is held by the
 //! listening socket until [`LocalhostForward::stop`].
 
-#![allow(unsafe_code)]
-
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, bind, listen, setsockopt, socket,
+    sockopt,
+};
 use protocols::CONNECT_PORT;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
@@ -29,13 +32,14 @@ use tokio::time::{sleep, timeout};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::blocking;
+use crate::host::netns::{self, Netns, NetnsError};
 use crate::host::sk_lookup::{SkLookup, SkLookupError};
 use crate::hypervisor::Hypervisor;
 
 /// Connections at once; those beyond are reset.
 const MAX_CONNECTIONS: usize = 256;
 /// Connections that wait to be accepted.
-const BACKLOG: libc::c_int = 128;
+const BACKLOG: i32 = 128;
 /// Bound of reaching the agent, which listens or is not one of ours.
 const CONNECT: Duration = Duration::from_secs(5);
 /// Bound of the agent's answer. It gives up on a port after 10 s.
@@ -50,13 +54,8 @@ const COMPLAINTS: Duration = Duration::from_secs(60);
 #[derive(Debug, thiserror::Error)]
 pub enum LocalhostError {
     /// The namespace is not to be had.
-    #[error("network namespace {}: {source}", path.display())]
-    Netns {
-        /// Where it should be.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
     /// The namespace is the host's, whose loopback is its own.
     #[error("network namespace {}: it is the host's", .0.display())]
     Hosts(PathBuf),
@@ -80,13 +79,11 @@ pub enum LocalhostError {
 
 impl From<LocalhostError> for Error {
     fn from(error: LocalhostError) -> Self {
-        let kind = match &error {
+        let kind = match error {
+            LocalhostError::Netns(error) => return error.into(),
             LocalhostError::Hosts(_) => ErrorKind::FailedPrecondition,
             LocalhostError::Lookup { .. } => ErrorKind::Unimplemented,
-            LocalhostError::Netns { source, .. } if source.kind() == io::ErrorKind::NotFound => {
-                ErrorKind::NotFound
-            }
-            LocalhostError::Netns { .. } | LocalhostError::Listen { .. } => ErrorKind::Internal,
+            LocalhostError::Listen { .. } => ErrorKind::Internal,
         };
         Self::new(kind, error.to_string())
     }
@@ -117,7 +114,8 @@ impl LocalhostForward {
     /// Lets the guest of `hypervisor` serve the loopback of the namespace at `netns`.
     ///
     /// # Errors
-    /// `NotFound` without a namespace, `FailedPrecondition` for the host's own, `Unimplemented` where the kernel cannot do it
+    /// `NotFound` without a namespace, `InvalidArgument` for something else, `FailedPrecondition` for the host's own,
+    /// `Unimplemented` where the kernel cannot do it
     /// (before Linux 5.9, or without BPF) or does not allow it.
     pub async fn start(netns: &Path, hypervisor: Arc<dyn Hypervisor>) -> Result<Self> {
         Self::start_bounded(netns, hypervisor, MAX_CONNECTIONS).await
@@ -125,7 +123,7 @@ impl LocalhostForward {
 
     async fn start_bounded(netns: &Path, hypervisor: Arc<dyn Hypervisor>, limit: usize) -> Result<Self> {
         let path = netns.to_owned();
-        let (listener, lookup) = blocking("serve a pod's loopback", move || Ok(listen(&path)?)).await?;
+        let (listener, lookup) = blocking("serve a pod's loopback", move || Ok(listen_in(&path)?)).await?;
         let listener = TcpListener::from_std(listener).map_err(|source| LocalhostError::Listen {
             path: netns.to_owned(),
             source,
@@ -147,115 +145,51 @@ impl LocalhostForward {
 }
 
 /// The socket in the namespace, and what brings it connections.
-fn listen(netns: &Path) -> std::result::Result<(std::net::TcpListener, SkLookup), LocalhostError> {
-    let failed = |source| LocalhostError::Netns {
-        path: netns.to_owned(),
+fn listen_in(path: &Path) -> std::result::Result<(std::net::TcpListener, SkLookup), LocalhostError> {
+    let netns = Netns::open(path)?;
+    if netns.is_hosts() {
+        return Err(LocalhostError::Hosts(path.to_owned()));
+    }
+    let failed = |source| LocalhostError::Listen {
+        path: path.to_owned(),
         source,
     };
-    let file = File::open(netns).map_err(failed)?;
-    if is_hosts(&file).map_err(failed)? {
-        return Err(LocalhostError::Hosts(netns.to_owned()));
-    }
-    // Entering a namespace changes the thread: use one that nobody else uses.
-    let enter = || {
-        nix::sched::setns(&file, nix::sched::CloneFlags::CLONE_NEWNET)
-            .map_err(|error| failed(error.into()))?;
-        socket().map_err(|source| LocalhostError::Listen {
-            path: netns.to_owned(),
-            source,
-        })
-    };
-    let listener = std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new()
-            .spawn_scoped(scope, enter)
-            .map_err(failed)?;
-        thread
-            .join()
-            .unwrap_or_else(|_| Err(failed(io::Error::other("the thread in it panicked"))))
-    })?;
-    let lookup =
-        SkLookup::attach(file.as_fd(), listener.as_fd()).map_err(|source| LocalhostError::Lookup {
-            path: netns.to_owned(),
+    netns.run(|| {
+        let listener = listener().map_err(|errno| failed(errno.into()))?;
+        let own = File::open(netns::OWN).map_err(failed)?;
+        let lookup = SkLookup::attach(own.as_fd(), listener.as_fd());
+        let lookup = lookup.map_err(|source| LocalhostError::Lookup {
+            path: path.to_owned(),
             source,
         })?;
-    Ok((listener, lookup))
-}
-
-/// Whether the namespace is this thread's or process 1's: there the loopback is not a pod's.
-fn is_hosts(netns: &File) -> io::Result<bool> {
-    let id = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
-    let netns = id(netns.metadata()?);
-    let own = ["/proc/thread-self/ns/net", "/proc/1/ns/net"];
-    Ok(own
-        .iter()
-        .any(|own| std::fs::metadata(own).is_ok_and(|own| id(own) == netns)))
+        Ok((listener, lookup))
+    })?
 }
 
 /// A listening socket that only the loopback interface reaches, for both families where there are both.
-fn socket() -> io::Result<std::net::TcpListener> {
-    match listen_on(libc::AF_INET6) {
+fn listener() -> nix::Result<std::net::TcpListener> {
+    match listen_on(AddressFamily::Inet6) {
         // No IPv6 in this kernel, or none in this namespace.
-        Err(error)
-            if matches!(
-                error.raw_os_error(),
-                Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)
-            ) =>
-        {
-            listen_on(libc::AF_INET)
-        }
+        Err(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL) => listen_on(AddressFamily::Inet),
         listener => listener,
     }
 }
 
-fn listen_on(family: libc::c_int) -> io::Result<std::net::TcpListener> {
-    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    // SAFETY: takes no pointers.
-    let socket = unsafe { libc::socket(family, kind, 0) };
-    if socket < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel just made this descriptor for us, and nobody else knows it.
-    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+fn listen_on(family: AddressFamily) -> nix::Result<std::net::TcpListener> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(family, SockType::Stream, flags, None)?;
     // Its own port is the kernel's choice and nobody's business: no other interface shall reach it.
-    set_option(&socket, libc::SOL_SOCKET, libc::SO_BINDTODEVICE, b"lo\0")?;
-    if family == libc::AF_INET6 {
-        set_option(
-            &socket,
-            libc::IPPROTO_IPV6,
-            libc::IPV6_V6ONLY,
-            &0_i32.to_ne_bytes(),
-        )?;
-        // SAFETY: all zeroes is a valid address: any, port 0.
-        let mut any: libc::sockaddr_in6 = unsafe { std::mem::zeroed() };
-        any.sin6_family = libc::sa_family_t::try_from(family).map_err(io::Error::other)?;
-        any.sin6_addr.s6_addr = Ipv6Addr::UNSPECIFIED.octets();
-        bind(&socket, &any)?;
+    setsockopt(&socket, sockopt::BindToDevice, &OsString::from("lo"))?;
+    if family == AddressFamily::Inet6 {
+        setsockopt(&socket, sockopt::Ipv6V6Only, &false)?;
+        let any = SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, 0, 0, 0);
+        bind(socket.as_raw_fd(), &SockaddrIn6::from(any))?;
     } else {
-        // SAFETY: as above.
-        let mut any: libc::sockaddr_in = unsafe { std::mem::zeroed() };
-        any.sin_family = libc::sa_family_t::try_from(family).map_err(io::Error::other)?;
-        any.sin_addr.s_addr = Ipv4Addr::UNSPECIFIED.to_bits().to_be();
-        bind(&socket, &any)?;
+        let any = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0);
+        bind(socket.as_raw_fd(), &SockaddrIn::from(any))?;
     }
-    // SAFETY: takes no pointers; the descriptor is open.
-    check(unsafe { libc::listen(socket.as_raw_fd(), BACKLOG) })?;
+    listen(&socket, Backlog::new(BACKLOG)?)?;
     Ok(socket.into())
-}
-
-fn set_option(socket: &OwnedFd, level: libc::c_int, option: libc::c_int, value: &[u8]) -> io::Result<()> {
-    let length = libc::socklen_t::try_from(value.len()).map_err(io::Error::other)?;
-    // SAFETY: the kernel reads `length` bytes of the value, which outlives the call; the descriptor is open.
-    check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, value.as_ptr().cast(), length) })
-}
-
-fn bind<T>(socket: &OwnedFd, address: &T) -> io::Result<()> {
-    let length = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
-    // SAFETY: the kernel reads `size_of::<T>()` bytes of the address, which outlives the call; the descriptor is open.
-    check(unsafe { libc::bind(socket.as_raw_fd(), std::ptr::from_ref(address).cast(), length) })
-}
-
-fn check(result: libc::c_int) -> io::Result<()> {
-    nix::errno::Errno::result(result).map(drop).map_err(Into::into)
 }
 
 /// Accepts until `ended`, then ends every connection.
