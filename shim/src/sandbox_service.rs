@@ -10,7 +10,6 @@ use containerd_shim_protos::sandbox_async::Sandbox;
 use containerd_shim_protos::types::platform::Platform;
 use protobuf::MessageField;
 use protobuf::well_known_types::timestamp::Timestamp;
-use runtime::error::Result;
 use runtime::handler::SandboxHandler;
 use runtime::sandbox::{Readiness, SandboxStatus};
 use tokio::sync::Notify;
@@ -18,7 +17,7 @@ use ttrpc::asynchronous::TtrpcContext;
 
 use crate::convert::{self, timestamp};
 use crate::idle::Activity;
-use crate::requests;
+use crate::requests::Requests;
 
 /// State of a sandbox that containers can be created in.
 const READY: &str = "SANDBOX_READY";
@@ -27,9 +26,7 @@ const NOT_READY: &str = "SANDBOX_NOTREADY";
 
 /// Serves the Sandbox API.
 pub struct SandboxService {
-    handler: Arc<dyn SandboxHandler>,
-    activity: Arc<Activity>,
-    shutdown: Arc<Notify>,
+    requests: Requests<dyn SandboxHandler>,
 }
 
 impl SandboxService {
@@ -37,33 +34,13 @@ impl SandboxService {
     /// `shutdown`.
     pub fn new(handler: Arc<dyn SandboxHandler>, activity: Arc<Activity>, shutdown: Arc<Notify>) -> Self {
         Self {
-            handler,
-            activity,
-            shutdown,
+            requests: Requests::new(handler, activity, shutdown),
         }
-    }
-
-    async fn query<T>(
-        &self,
-        name: &'static str,
-        sandbox: String,
-        work: impl Future<Output = Result<T>>,
-    ) -> ttrpc::Result<T> {
-        requests::query(&self.activity, name, sandbox, work).await
-    }
-
-    async fn change<T: Send + 'static>(
-        &self,
-        name: &'static str,
-        sandbox: String,
-        work: impl Future<Output = Result<T>> + Send + 'static,
-    ) -> ttrpc::Result<T> {
-        requests::change(&self.activity, name, sandbox, work).await
     }
 
     /// The runtime, for a future that outlives this call.
     fn handler(&self) -> Arc<dyn SandboxHandler> {
-        Arc::clone(&self.handler)
+        Arc::clone(self.requests.handler())
     }
 }
 
@@ -94,7 +71,7 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: wire::CreateSandboxRequest,
     ) -> ttrpc::Result<wire::CreateSandboxResponse> {
-        let (handler, activity) = (self.handler(), Arc::clone(&self.activity));
+        let (handler, activity) = (self.handler(), Arc::clone(self.requests.activity()));
         let id = request.sandbox_id.clone();
         let name = id.clone();
         let create = async move {
@@ -103,7 +80,7 @@ impl Sandbox for SandboxService {
             activity.created(&id);
             Ok(())
         };
-        self.change("CreateSandbox", name, create).await?;
+        self.requests.change("CreateSandbox", name, create).await?;
         Ok(wire::CreateSandboxResponse::new())
     }
 
@@ -114,7 +91,10 @@ impl Sandbox for SandboxService {
     ) -> ttrpc::Result<wire::StartSandboxResponse> {
         let (handler, id) = (self.handler(), request.sandbox_id.clone());
         let start = async move { handler.start_sandbox(&id).await };
-        let started = self.change("StartSandbox", request.sandbox_id, start).await?;
+        let started = self
+            .requests
+            .change("StartSandbox", request.sandbox_id, start)
+            .await?;
         Ok(wire::StartSandboxResponse {
             pid: started.pid,
             created_at: MessageField::some(timestamp(started.created_at)),
@@ -152,7 +132,9 @@ impl Sandbox for SandboxService {
         let seconds = u64::from(request.timeout_secs);
         let timeout = (seconds > 0).then(|| Duration::from_secs(seconds));
         let stop = async move { handler.stop_sandbox(&id, timeout).await };
-        self.change("StopSandbox", request.sandbox_id, stop).await?;
+        self.requests
+            .change("StopSandbox", request.sandbox_id, stop)
+            .await?;
         Ok(wire::StopSandboxResponse::new())
     }
 
@@ -161,8 +143,9 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: wire::WaitSandboxRequest,
     ) -> ttrpc::Result<wire::WaitSandboxResponse> {
-        let wait = self.handler.wait_sandbox(&request.sandbox_id);
+        let wait = self.requests.handler().wait_sandbox(&request.sandbox_id);
         let end = self
+            .requests
             .query("WaitSandbox", request.sandbox_id.clone(), wait)
             .await?;
         Ok(wire::WaitSandboxResponse {
@@ -177,8 +160,9 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: wire::SandboxStatusRequest,
     ) -> ttrpc::Result<wire::SandboxStatusResponse> {
-        let status = self.handler.sandbox_status(&request.sandbox_id);
-        self.query("SandboxStatus", request.sandbox_id.clone(), status)
+        let status = self.requests.handler().sandbox_status(&request.sandbox_id);
+        self.requests
+            .query("SandboxStatus", request.sandbox_id.clone(), status)
             .await
             .map(|status| status_response(status, request.verbose))
     }
@@ -188,8 +172,9 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: wire::PingRequest,
     ) -> ttrpc::Result<wire::PingResponse> {
-        let ping = self.handler.ping_sandbox(&request.sandbox_id);
-        self.query("PingSandbox", request.sandbox_id.clone(), ping)
+        let ping = self.requests.handler().ping_sandbox(&request.sandbox_id);
+        self.requests
+            .query("PingSandbox", request.sandbox_id.clone(), ping)
             .await?;
         Ok(wire::PingResponse::new())
     }
@@ -201,9 +186,10 @@ impl Sandbox for SandboxService {
     ) -> ttrpc::Result<wire::ShutdownSandboxResponse> {
         let (handler, id) = (self.handler(), request.sandbox_id.clone());
         let shutdown = async move { handler.shutdown_sandbox(&id).await };
-        self.change("ShutdownSandbox", request.sandbox_id, shutdown)
+        self.requests
+            .change("ShutdownSandbox", request.sandbox_id, shutdown)
             .await?;
-        self.shutdown.notify_one();
+        self.requests.end_process();
         Ok(wire::ShutdownSandboxResponse::new())
     }
 
@@ -212,8 +198,10 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: wire::SandboxMetricsRequest,
     ) -> ttrpc::Result<wire::SandboxMetricsResponse> {
-        let stats = async { convert::stats(&self.handler.stats_sandbox(&request.sandbox_id).await?) };
+        let stats =
+            async { convert::stats(&self.requests.handler().stats_sandbox(&request.sandbox_id).await?) };
         let data = self
+            .requests
             .query("SandboxMetrics", request.sandbox_id.clone(), stats)
             .await?;
         let mut response = wire::SandboxMetricsResponse::new();

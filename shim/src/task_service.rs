@@ -1,27 +1,24 @@
 //! containerd's Task service over the runtime.
 
-use std::future::Future;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api;
 use containerd_shim_protos::shim_async::Task;
 use protobuf::MessageField;
-use runtime::error::{Error, ErrorKind, Result};
+use runtime::error::{Error, ErrorKind};
 use runtime::handler::TaskHandler;
 use tokio::sync::Notify;
 use ttrpc::asynchronous::TtrpcContext;
 
 use crate::convert::{self, process};
 use crate::idle::Activity;
-use crate::requests;
+use crate::requests::Requests;
 use crate::version;
 
 /// Serves Task v2 and v3.
 pub struct TaskService {
-    handler: Arc<dyn TaskHandler>,
-    activity: Arc<Activity>,
-    shutdown: Arc<Notify>,
+    requests: Requests<dyn TaskHandler>,
 }
 
 impl TaskService {
@@ -29,33 +26,13 @@ impl TaskService {
     /// `shutdown`.
     pub fn new(handler: Arc<dyn TaskHandler>, activity: Arc<Activity>, shutdown: Arc<Notify>) -> Self {
         Self {
-            handler,
-            activity,
-            shutdown,
+            requests: Requests::new(handler, activity, shutdown),
         }
-    }
-
-    async fn query<T>(
-        &self,
-        name: &'static str,
-        task: String,
-        work: impl Future<Output = Result<T>>,
-    ) -> ttrpc::Result<T> {
-        requests::query(&self.activity, name, task, work).await
-    }
-
-    async fn change<T: Send + 'static>(
-        &self,
-        name: &'static str,
-        task: String,
-        work: impl Future<Output = Result<T>> + Send + 'static,
-    ) -> ttrpc::Result<T> {
-        requests::change(&self.activity, name, task, work).await
     }
 
     /// The runtime, for a future that outlives this call.
     fn handler(&self) -> Arc<dyn TaskHandler> {
-        Arc::clone(&self.handler)
+        Arc::clone(self.requests.handler())
     }
 }
 
@@ -74,7 +51,7 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::CreateTaskRequest,
     ) -> ttrpc::Result<api::CreateTaskResponse> {
-        let (handler, activity) = (self.handler(), Arc::clone(&self.activity));
+        let (handler, activity) = (self.handler(), Arc::clone(self.requests.activity()));
         let id = request.id.clone();
         let name = id.clone();
         let create = async move {
@@ -83,7 +60,7 @@ impl Task for TaskService {
             activity.created(&id);
             Ok(pid)
         };
-        let pid = self.change("Create", name, create).await?;
+        let pid = self.requests.change("Create", name, create).await?;
         Ok(api::CreateTaskResponse {
             pid,
             ..Default::default()
@@ -94,7 +71,7 @@ impl Task for TaskService {
         let (handler, process) = (self.handler(), process(&request.id, &request.exec_id));
         let start = async move { handler.start_process(&process).await };
         let name = target(&request.id, &request.exec_id);
-        let pid = self.change("Start", name, start).await?;
+        let pid = self.requests.change("Start", name, start).await?;
         Ok(api::StartResponse {
             pid,
             ..Default::default()
@@ -107,7 +84,7 @@ impl Task for TaskService {
         request: api::DeleteRequest,
     ) -> ttrpc::Result<api::DeleteResponse> {
         let (handler, process) = (self.handler(), process(&request.id, &request.exec_id));
-        let activity = Arc::clone(&self.activity);
+        let activity = Arc::clone(self.requests.activity());
         let name = target(&request.id, &request.exec_id);
         let delete = async move {
             let deleted = handler.delete_process(&process).await?;
@@ -116,7 +93,7 @@ impl Task for TaskService {
             }
             Ok(deleted)
         };
-        let deleted = self.change("Delete", name, delete).await?;
+        let deleted = self.requests.change("Delete", name, delete).await?;
         Ok(api::DeleteResponse {
             pid: deleted.pid,
             exit_status: deleted.exit.status,
@@ -129,7 +106,7 @@ impl Task for TaskService {
         let name = target(&request.id, &request.exec_id);
         let handler = self.handler();
         let exec = async move { handler.exec_process(convert::exec_request(request)?).await };
-        self.change("Exec", name, exec).await?;
+        self.requests.change("Exec", name, exec).await?;
         Ok(api::Empty::new())
     }
 
@@ -138,7 +115,7 @@ impl Task for TaskService {
         let (signal, all) = (request.signal, request.all);
         let name = format!("{} signal {signal}", target(&request.id, &request.exec_id));
         let kill = async move { handler.kill_process(&process, signal, all).await };
-        self.change("Kill", name, kill).await?;
+        self.requests.change("Kill", name, kill).await?;
         Ok(api::Empty::new())
     }
 
@@ -146,7 +123,8 @@ impl Task for TaskService {
         let process = process(&request.id, &request.exec_id);
         let name = target(&request.id, &request.exec_id);
         let exit = self
-            .query("Wait", name, self.handler.wait_process(&process))
+            .requests
+            .query("Wait", name, self.requests.handler().wait_process(&process))
             .await?;
         Ok(api::WaitResponse {
             exit_status: exit.status,
@@ -158,14 +136,15 @@ impl Task for TaskService {
     async fn state(&self, _: &TtrpcContext, request: api::StateRequest) -> ttrpc::Result<api::StateResponse> {
         let process = process(&request.id, &request.exec_id);
         let name = target(&request.id, &request.exec_id);
-        self.query("State", name, self.handler.state_process(&process))
+        self.requests
+            .query("State", name, self.requests.handler().state_process(&process))
             .await
             .map(convert::state_response)
     }
 
     async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> ttrpc::Result<api::PidsResponse> {
-        let pids = self.handler.pids(&request.id);
-        let pids = self.query("Pids", request.id.clone(), pids).await?;
+        let pids = self.requests.handler().pids(&request.id);
+        let pids = self.requests.query("Pids", request.id.clone(), pids).await?;
         let processes = pids
             .into_iter()
             .map(|pid| api::ProcessInfo {
@@ -182,14 +161,14 @@ impl Task for TaskService {
     async fn pause(&self, _: &TtrpcContext, request: api::PauseRequest) -> ttrpc::Result<api::Empty> {
         let (handler, id) = (self.handler(), request.id.clone());
         let pause = async move { handler.pause_container(&id).await };
-        self.change("Pause", request.id, pause).await?;
+        self.requests.change("Pause", request.id, pause).await?;
         Ok(api::Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: api::ResumeRequest) -> ttrpc::Result<api::Empty> {
         let (handler, id) = (self.handler(), request.id.clone());
         let resume = async move { handler.resume_container(&id).await };
-        self.change("Resume", request.id, resume).await?;
+        self.requests.change("Resume", request.id, resume).await?;
         Ok(api::Empty::new())
     }
 
@@ -198,10 +177,11 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::CheckpointTaskRequest,
     ) -> ttrpc::Result<api::Empty> {
-        self.query("Checkpoint", request.id, async {
-            Err(Error::unsupported("Checkpoint"))
-        })
-        .await
+        self.requests
+            .query("Checkpoint", request.id, async {
+                Err(Error::unsupported("Checkpoint"))
+            })
+            .await
     }
 
     async fn resize_pty(
@@ -213,7 +193,7 @@ impl Task for TaskService {
         let (width, height) = (request.width, request.height);
         let name = target(&request.id, &request.exec_id);
         let resize = async move { handler.resize_process_pty(&process, width, height).await };
-        self.change("ResizePty", name, resize).await?;
+        self.requests.change("ResizePty", name, resize).await?;
         Ok(api::Empty::new())
     }
 
@@ -225,20 +205,20 @@ impl Task for TaskService {
         let (handler, process) = (self.handler(), process(&request.id, &request.exec_id));
         let name = target(&request.id, &request.exec_id);
         let close = async move { handler.close_process_io(&process).await };
-        self.change("CloseIO", name, close).await?;
+        self.requests.change("CloseIO", name, close).await?;
         Ok(api::Empty::new())
     }
 
     async fn update(&self, _: &TtrpcContext, request: api::UpdateTaskRequest) -> ttrpc::Result<api::Empty> {
         let (handler, name) = (self.handler(), request.id.clone());
         let update = async move { handler.update_container(convert::update_request(request)?).await };
-        self.change("Update", name, update).await?;
+        self.requests.change("Update", name, update).await?;
         Ok(api::Empty::new())
     }
 
     async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> ttrpc::Result<api::StatsResponse> {
-        let stats = async { convert::stats(&self.handler.stats_container(&request.id).await?) };
-        let stats = self.query("Stats", request.id.clone(), stats).await?;
+        let stats = async { convert::stats(&self.requests.handler().stats_container(&request.id).await?) };
+        let stats = self.requests.query("Stats", request.id.clone(), stats).await?;
         Ok(api::StatsResponse {
             stats: MessageField::some(stats),
             ..Default::default()
@@ -251,13 +231,16 @@ impl Task for TaskService {
         request: api::ConnectRequest,
     ) -> ttrpc::Result<api::ConnectResponse> {
         let connect = async {
-            match self.handler.connect_container(&request.id).await {
+            match self.requests.handler().connect_container(&request.id).await {
                 // containerd connects after its restart to see that the shim lives; the container may be gone.
                 Err(error) if error.kind == ErrorKind::NotFound => Ok(0),
                 connected => connected,
             }
         };
-        let task_pid = self.query("Connect", request.id.clone(), connect).await?;
+        let task_pid = self
+            .requests
+            .query("Connect", request.id.clone(), connect)
+            .await?;
         Ok(api::ConnectResponse {
             shim_pid: std::process::id(),
             task_pid,
@@ -269,14 +252,14 @@ impl Task for TaskService {
     async fn shutdown(&self, _: &TtrpcContext, request: api::ShutdownRequest) -> ttrpc::Result<api::Empty> {
         let (handler, id, now) = (self.handler(), request.id.clone(), request.now);
         let shutdown = async move { handler.shutdown_container(&id, now).await };
-        let end = self.change("Shutdown", request.id, shutdown).await;
+        let end = self.requests.change("Shutdown", request.id, shutdown).await;
         // Nobody will ask again: a runtime that cannot say must not keep an empty shim alive.
         if end
             .as_ref()
             .copied()
-            .unwrap_or_else(|_| !self.activity.has_containers())
+            .unwrap_or_else(|_| !self.requests.activity().has_containers())
         {
-            self.shutdown.notify_one();
+            self.requests.end_process();
         }
         end?;
         Ok(api::Empty::new())
