@@ -3,6 +3,8 @@
 pub mod client;
 pub mod cni;
 pub mod config;
+mod member;
+mod pod;
 pub mod pods;
 pub mod private;
 pub mod spdy;
