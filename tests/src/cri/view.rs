@@ -75,7 +75,9 @@ fn addresses(text: &str) -> Vec<String> {
         } else if !interface.is_empty() && !line.contains("valid_lft") {
             // `link/ether 16:6b:… brd ff:… link-netnsid 0`: the last two words are the host's own business.
             let line = line.split(" link-netns").next().unwrap_or_default();
-            items.push(format!("{interface} {}", words(line)));
+            // How the guest keeps its kernel from making a prefix's route that a plugin has removed; routes are compared themselves.
+            let line = words(line).replace(" noprefixroute", "");
+            items.push(format!("{interface} {line}"));
         }
     }
     items
@@ -106,7 +108,7 @@ mod tests {
     fn addresses_when_the_runtime_has_a_tap_leaves_it_out() {
         let text = "2: eth0@if5: <BROADCAST,MULTICAST,UP,LOWER_UP,M-DOWN> mtu 1500 qdisc noqueue \n    \
                     link/ether 16:6b:00:00:00:01 brd ff:ff:ff:ff:ff:ff link-netnsid 0\n    \
-                    inet 10.80.1.2/24 brd 10.80.1.255 scope global eth0\n       valid_lft forever preferred_lft forever\n\
+                    inet 10.80.1.2/24 brd 10.80.1.255 scope global noprefixroute eth0\n       valid_lft forever preferred_lft forever\n\
                     3: tap0_kata: <BROADCAST,UP> mtu 1500 qdisc mq qlen 1000\n    link/ether 2e:00:00:00:00:01 brd ff\n";
         assert_eq!(
             addresses(text),

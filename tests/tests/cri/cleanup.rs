@@ -15,7 +15,12 @@ fn look(pods: &Pods) -> (Host, Traces) {
 #[track_caller]
 fn assert_as_before(pods: &Pods, before: &(Host, Traces)) {
     let daemon = pods.case().daemon();
-    assert_eq!(added(daemon, &before.0), [""; 0]);
+    let mut things = added(daemon, &before.0);
+    if !pods.vm() {
+        // Nobody removes the socket of a shim of runc's that was killed.
+        things.retain(|thing| !thing.starts_with("file /run/containerd/s/"));
+    }
+    assert_eq!(things, [""; 0]);
     let mut traces = Vec::new();
     // The kernel notices in its own time that a bridge has no port any more.
     eventually(pods.limit(), || {

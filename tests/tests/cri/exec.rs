@@ -130,7 +130,12 @@ fn terminal_when_resized_tells_the_command() {
 
 #[test]
 fn container_when_attached_to_hears_and_answers() {
-    for (name, series) in [("attach17", Series::V1_7), ("attach21", Series::V2_1)] {
+    // containerd 2.1 ends a second attach at once, under runc, too.
+    let cases = [
+        ("attach17", Series::V1_7, &["one", "end"][..]),
+        ("attach21", Series::V2_1, &["end"]),
+    ];
+    for (name, series, words) in cases {
         Pods::like_runc(name, series, |pods| {
             let pod = pods.pod("bridge").run();
             let script = "while read -r line; do echo \"heard $line\"; [ \"$line\" != end ] || exit 3; done";
@@ -140,7 +145,7 @@ fn container_when_attached_to_hears_and_answers() {
                 .start();
             let limit = pods.limit();
             // The first one leaves without an end; the second one finds everything as it was.
-            for word in ["one", "end"] {
+            for word in words {
                 let mut streams = pods.client().attach(member.id(), false).unwrap();
                 streams.write("stdin", format!("{word}\n").as_bytes()).unwrap();
                 let heard = format!("heard {word}\n");
@@ -150,9 +155,10 @@ fn container_when_attached_to_hears_and_answers() {
             }
             let status = member.wait();
             assert_eq!((status.state(), status.exit_code), (ContainerState::Exited, 3));
-            let lines = member.wait_log("two lines", |lines| lines.len() == 2);
-            let lines = lines.iter().map(|line| line.text.as_str());
-            assert_eq!(lines.collect::<Vec<_>>(), ["heard one", "heard end"]);
+            let lines = member.wait_log("a line each", |lines| lines.len() == words.len());
+            let lines = lines.iter().map(|line| line.text.clone());
+            let heard = words.iter().map(|word| format!("heard {word}"));
+            assert_eq!(lines.collect::<Vec<_>>(), heard.collect::<Vec<_>>());
         });
     }
 }
