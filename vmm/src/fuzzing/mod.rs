@@ -5,7 +5,7 @@
 //! report, or a device that does not stop. Nothing outlives a call, and nothing outside a scratch directory is touched.
 
 // Of tests and fuzzing.
-#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+#![allow(clippy::expect_used, clippy::indexing_slicing, clippy::unwrap_used)]
 
 mod devices;
 mod fs;
