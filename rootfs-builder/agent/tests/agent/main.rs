@@ -15,3 +15,4 @@ mod mounts;
 mod network;
 mod pods;
 mod stdio;
+mod volumes;
