@@ -3,6 +3,7 @@
 mod boot;
 mod crash;
 mod execs;
+mod farewell;
 mod hooks;
 mod lifecycle;
 mod neighbours;
