@@ -27,6 +27,8 @@ pub mod containers;
 pub mod cri;
 pub mod error;
 pub mod features;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod handler;
 pub mod host;
 pub mod hypervisor;

@@ -23,6 +23,8 @@ pub mod delete;
 pub mod events;
 pub mod forward;
 pub mod frames;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod grpc;
 pub mod idle;
 pub mod info;
