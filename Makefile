@@ -183,7 +183,8 @@ conformance: setup ## containerd's client and CRI suites in the lab, beside runc
 FUZZ_SECONDS ?= 60
 # The target is built first.
 export LIMIT_FUZZ ?= $(shell echo $$(($(FUZZ_SECONDS) + $(LIMIT_BUILD))))
-FUZZ_TARGETS ?= $(basename $(notdir $(wildcard vmm/fuzz/fuzz_targets/*.rs)))
+# vmm/fuzz: what a guest's devices take; runtime/fuzz: text and messages from elsewhere.
+FUZZ_TARGETS ?= $(basename $(notdir $(wildcard */fuzz/fuzz_targets/*.rs)))
 
 .PHONY: fuzz
 fuzz: toolchain ## each fuzz target for FUZZ_SECONDS; not part of `make test`
@@ -194,10 +195,12 @@ fuzz: toolchain ## each fuzz target for FUZZ_SECONDS; not part of `make test`
 	ulimit -f 262144; trap '' XFSZ; \
 	export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=$(TARGET)/fuzz PATH=$(TARGET)/cargo-fuzz/bin:$$PATH; \
 	for target in $(FUZZ_TARGETS); do \
-	    echo "fuzzing $$target for $(FUZZ_SECONDS) s"; \
+	    file=$$(echo */fuzz/fuzz_targets/$$target.rs); \
+	    folder=$${file%/fuzz_targets/*}; \
+	    echo "fuzzing $$target of $$folder for $(FUZZ_SECONDS) s"; \
 	    mkdir -p $(TARGET)/fuzz-corpus/$$target; \
-	    $(call limit,LIMIT_FUZZ,fuzzing of $$target) cargo-fuzz run --fuzz-dir vmm/fuzz $$target \
-	        $(TARGET)/fuzz-corpus/$$target vmm/fuzz/seeds/$$target -- \
+	    $(call limit,LIMIT_FUZZ,fuzzing of $$target) cargo-fuzz run --fuzz-dir $$folder $$target \
+	        $(TARGET)/fuzz-corpus/$$target $$folder/seeds/$$target -- \
 	        -max_total_time=$(FUZZ_SECONDS) -timeout=30 -rss_limit_mb=4096 -handle_xfsz=0 -print_final_stats=1; \
 	done
 

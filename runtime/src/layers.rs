@@ -50,7 +50,7 @@ fn sources() -> Vec<(String, PathBuf, String)> {
             let relative = path.strip_prefix(&root).unwrap();
             let first = relative.components().next().unwrap().as_os_str();
             let module = Path::new(first).file_stem().unwrap().to_str().unwrap();
-            let only_in_tests = ["tests.rs", "fake.rs", "layers.rs"].contains(&name);
+            let only_in_tests = ["tests.rs", "fake.rs", "fuzzing.rs", "layers.rs"].contains(&name);
             if name == "lib.rs" || only_in_tests || relative.iter().any(|part| part == "tests") {
                 continue;
             }

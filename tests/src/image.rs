@@ -11,6 +11,8 @@ use sha2::{Digest, Sha256};
 
 use crate::command;
 
+mod elf;
+pub mod mapped;
 mod pause;
 
 /// Busybox as root in `/`.

@@ -3,6 +3,9 @@
 //! They are Debian packages of later suites, unpacked into folders of their own; `E2E_CONTAINERD_1_7` and
 //! `E2E_CONTAINERD_2_1` name the folders of their programs.
 
+// All of it is a test; clippy.toml knows functions with an attribute for that only.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
 use tests::events::{Event, Events, position};
 use tests::{Case, Settings};
 

@@ -3,6 +3,9 @@
 //!
 //! `cargo bench -p dragonball --bench difference [-- FOLDER]`: the files go to FOLDER (default /dev/shm).
 
+// All of it is a benchmark; clippy.toml knows functions with an attribute for that only.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -3,6 +3,9 @@
 //!
 //! `cargo bench -p dragonball --bench setup`
 
+// All of it is a benchmark; clippy.toml knows functions with an attribute for that only.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
 #[path = "../tests/guest/mod.rs"]
 mod guest;
 

@@ -95,7 +95,7 @@ impl Log {
     }
 
     fn push(&self, line: &[u8]) {
-        let mut line = line[..line.len().min(MAX_LINE)].to_vec();
+        let mut line = line.get(..MAX_LINE).unwrap_or(line).to_vec();
         if line.last() != Some(&b'\n') {
             line.push(b'\n');
         }

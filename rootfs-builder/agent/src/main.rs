@@ -4,8 +4,8 @@
 //! `kata-agent --no-init agent.server_addr=unix:///tmp/agent.sock …` in private mount, PID, IPC and UTS
 //! namespaces, with cgroup v2 mounted on /sys/fs/cgroup. `--listen ADDRESS` is short for `agent.server_addr=`.
 
-// Modules that need it allow it, with a SAFETY comment at each block (clippy::undocumented_unsafe_blocks).
-#![deny(unsafe_code)]
+// What a host says must not be able to panic PID 1.
+#![deny(clippy::indexing_slicing)]
 
 mod container;
 mod hotplug;
@@ -32,14 +32,18 @@ const TEST_MODE: &str = "--no-init";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    match arguments.first().map(String::as_str) {
-        Some(container::helper::ARGUMENT) => container::helper::main(arguments.get(1)),
+    let (first, rest) = match arguments.split_first() {
+        Some((first, rest)) => (Some(first.as_str()), rest),
+        None => (None, Default::default()),
+    };
+    match first {
+        Some(container::helper::ARGUMENT) => container::helper::main(rest.first()),
         Some(sandbox::pause::ARGUMENT) => sandbox::pause::main(),
         Some("--version") => {
             println!("kata-agent {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS
         }
-        Some(TEST_MODE) => run_test_mode(&arguments[1..]),
+        Some(TEST_MODE) => run_test_mode(rest),
         _ if std::process::id() == 1 => run_init(),
         _ => {
             eprintln!(

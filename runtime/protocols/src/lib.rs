@@ -2,6 +2,9 @@
 //!
 //! Message and service modules are generated from `protos/` at build time, with async client and server.
 
+// What a guest says must not be able to panic.
+#![deny(clippy::indexing_slicing)]
+
 /// `google.protobuf.Empty`, where the generated services look for it.
 pub mod empty {
     pub use protobuf::well_known_types::empty::Empty;

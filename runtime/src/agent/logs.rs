@@ -54,15 +54,17 @@ fn forward(line: &str, sandbox: &str) {
     }
 }
 
+/// How much a line of the agent matters.
 #[derive(Debug, PartialEq, Eq)]
-enum Level {
+pub(crate) enum Level {
     Error,
     Warn,
     Info,
     Debug,
 }
 
-fn parse(line: &str) -> (Level, String) {
+/// Level and text of a line.
+pub(crate) fn parse(line: &str) -> (Level, String) {
     let object = match serde_json::from_str::<serde_json::Value>(line) {
         Ok(serde_json::Value::Object(object)) => object,
         _ => return (Level::Info, line.to_owned()),

@@ -4,7 +4,7 @@ mod connect;
 #[cfg(test)]
 pub(crate) mod fake;
 mod kata;
-mod logs;
+pub(crate) mod logs;
 
 use async_trait::async_trait;
 use protocols::agent as wire;

@@ -103,7 +103,7 @@ impl VirtContainerManager {
         }
         match self.enter_deletion(&container.id) {
             // The VM goes with it: one farewell to the whole guest, which writes everything back, says it all.
-            PodState::Over => self.sandbox.say_goodbye().await,
+            PodState::Over => self.sandbox.close_without_containers().await,
             state => {
                 if state == PodState::Orphaned && container.id == self.sandbox_id {
                     self.leave_others().await;

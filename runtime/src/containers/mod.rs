@@ -9,12 +9,12 @@ mod host_pid;
 mod io;
 mod manager;
 mod pid_namespace;
-mod pod_stats;
+pub(crate) mod pod_stats;
 pub(crate) mod poststop;
 mod process;
 mod signal;
-mod spec;
-mod stats;
+pub(crate) mod spec;
+pub(crate) mod stats;
 
 use async_trait::async_trait;
 

@@ -10,6 +10,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::VirtContainerManager;
 use crate::error::{Error, ErrorKind, Result};
+use crate::sandbox::namespace;
 
 /// The PID namespace of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,14 +55,9 @@ impl VirtContainerManager {
 
 /// Path of the PID namespace that `spec` wants to join.
 fn path(spec: &Spec) -> Option<&Path> {
-    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
-    let of_pids = namespaces
-        .iter()
-        .find(|namespace| namespace.typ() == LinuxNamespaceType::Pid)?;
-    of_pids
-        .path()
-        .as_deref()
-        .filter(|path| !path.as_os_str().is_empty())
+    let of_pids = namespace(spec, LinuxNamespaceType::Pid)?;
+    let path = of_pids.path().as_deref();
+    path.filter(|path| !path.as_os_str().is_empty())
 }
 
 /// The pid in `/proc/PID/ns/pid`.

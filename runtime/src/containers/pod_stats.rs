@@ -6,7 +6,7 @@ use crate::types::{ContainerStats, HugePageFigures, IoFigures, MemoryEvents, Mem
 
 /// Adds the figures of all containers of a pod, `all`; the interfaces, which every container reports, are the pod's.
 /// Pressure is left out: stalls at the same time do not add up.
-pub(super) fn together(all: &[ContainerStats]) -> ContainerStats {
+pub(crate) fn together(all: &[ContainerStats]) -> ContainerStats {
     let sum =
         |figure: &dyn Fn(&ContainerStats) -> u64| all.iter().map(figure).fold(0_u64, u64::saturating_add);
     let three = |figures: &dyn Fn(&ContainerStats) -> [u64; 3]| {

@@ -14,7 +14,7 @@ use crate::types::{
 const NS: u64 = 1000;
 
 /// `pod`: the container stands for its pod, whose network it is.
-pub(super) fn convert(response: wire::StatsContainerResponse, pod: bool) -> ContainerStats {
+pub(crate) fn convert(response: wire::StatsContainerResponse, pod: bool) -> ContainerStats {
     let cgroup = response.cgroup_stats.unwrap_or_default();
     let cpu = cgroup.cpu_stats.unwrap_or_default();
     let (usage, throttling) = (

@@ -3,6 +3,7 @@
 mod boot;
 mod crash;
 mod execs;
+mod farewell;
 mod hooks;
 mod lifecycle;
 mod neighbours;
@@ -128,15 +129,14 @@ impl Bench {
     /// A container of the pod `c1` with the PID namespace at `path`, empty for one of its own.
     async fn member(&self, id: &str, path: &str) -> Result<u32> {
         let request = self.create_request(id, &["sleep"], Stdio::default());
-        let config = request.bundle.join("config.json");
-        let mut spec: serde_json::Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
         let kind = if id == "c1" { "sandbox" } else { "container" };
-        spec["annotations"] = serde_json::json!({
-            "io.kubernetes.cri.container-type": kind,
-            "io.kubernetes.cri.sandbox-id": "c1",
+        edit_spec(&request, |spec| {
+            spec["annotations"] = serde_json::json!({
+                "io.kubernetes.cri.container-type": kind,
+                "io.kubernetes.cri.sandbox-id": "c1",
+            });
+            spec["linux"]["namespaces"][0]["path"] = path.into();
         });
-        spec["linux"]["namespaces"][0]["path"] = path.into();
-        fs::write(&config, spec.to_string()).unwrap();
         self.create_with(request).await
     }
 
@@ -144,14 +144,35 @@ impl Bench {
         answer(self.manager.start_process(&id)).await
     }
 
+    /// Adds a process to `c1`.
     async fn exec(&self, exec_id: &str, args: &[&str]) -> Result<()> {
+        self.exec_with(exec(exec_id), args, Stdio::default()).await
+    }
+
+    /// Adds a process to any container.
+    async fn exec_with(&self, process: ContainerProcess, args: &[&str], stdio: Stdio) -> Result<()> {
         let spec = serde_json::json!({"cwd": "/", "args": args, "user": {"uid": 0, "gid": 0}});
         let request = ExecProcessRequest {
-            process: exec(exec_id),
+            process,
             spec_json: spec.to_string().into_bytes(),
-            stdio: Stdio::default(),
+            stdio,
         };
         answer(self.manager.exec_process(request)).await
+    }
+
+    /// A process of container `id` that does nothing but end with `status`. It is left to be deleted.
+    async fn exec_to_its_end(&self, id: &str, status: u32) -> (ContainerProcess, u32) {
+        let process = ContainerProcess {
+            container_id: id.into(),
+            exec_id: "e".into(),
+        };
+        let args = ["exit", &status.to_string()];
+        self.exec_with(process.clone(), &args, Stdio::default())
+            .await
+            .unwrap();
+        let pid = self.start(process.clone()).await.unwrap();
+        assert_eq!(self.wait(process.clone()).await, status);
+        (process, pid)
     }
 
     async fn wait(&self, id: ContainerProcess) -> u32 {
@@ -230,6 +251,14 @@ impl Bench {
     }
 }
 
+/// Changes the `config.json` of a bundle.
+fn edit_spec(request: &CreateContainerRequest, edit: impl FnOnce(&mut serde_json::Value)) {
+    let config = request.bundle.join("config.json");
+    let mut spec = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+    edit(&mut spec);
+    fs::write(&config, spec.to_string()).unwrap();
+}
+
 async fn answer<T>(call: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::time::timeout(LIMIT, call).await.expect("no answer")
 }
@@ -241,6 +270,7 @@ fn init(id: &str) -> ContainerProcess {
     }
 }
 
+/// A further process of `c1`.
 fn exec(exec_id: &str) -> ContainerProcess {
     ContainerProcess {
         container_id: "c1".into(),

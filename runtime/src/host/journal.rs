@@ -287,7 +287,7 @@ pub fn replay_after(path: &Path, before: impl FnOnce()) -> Result<(), JournalErr
 }
 
 /// As it is in the file.
-fn line_of(undo: &Undo) -> io::Result<Vec<u8>> {
+pub(crate) fn line_of(undo: &Undo) -> io::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(undo)?;
     line.push(b'\n');
     Ok(line)
@@ -318,7 +318,8 @@ fn io_error(what: &'static str, path: &Path, source: io::Error) -> JournalError 
     JournalError::Io { what, path, source }
 }
 
-fn entries(path: &Path, bytes: &[u8]) -> Vec<Undo> {
+/// The entries of a journal that can be read, in the order they were written.
+pub(crate) fn entries(path: &Path, bytes: &[u8]) -> Vec<Undo> {
     let mut entries = Vec::new();
     for (number, line) in bytes
         .split(|byte| *byte == b'\n')

@@ -19,7 +19,7 @@ pub fn mounts_below(folder: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 /// Mount points of a mountinfo table, in mount order: the fifth field, octal escapes undone.
-fn mount_points(table: &[u8]) -> Vec<PathBuf> {
+pub(crate) fn mount_points(table: &[u8]) -> Vec<PathBuf> {
     table
         .split(|byte| *byte == b'\n')
         .filter_map(|line| line.split(|byte| *byte == b' ').nth(4))

@@ -161,8 +161,10 @@ impl Assembler {
     fn label(&mut self, label: Label) {
         let here = self.program.len();
         for (at, _) in self.jumps.extract_if(.., |(_, to)| *to == label) {
-            // A program of some thirty instructions.
-            self.program[at].offset = i16::try_from(here - at - 1).unwrap_or(i16::MAX);
+            if let Some(jump) = self.program.get_mut(at) {
+                // A program of some thirty instructions.
+                jump.offset = i16::try_from(here - at - 1).unwrap_or(i16::MAX);
+            }
         }
     }
 }

@@ -34,6 +34,8 @@ struct Table {
     disks: u64,
     /// Network interfaces so far.
     interfaces: u64,
+    /// One of the disks so far may be written.
+    writable_disk: bool,
 }
 
 /// The devices of one VM.
@@ -111,6 +113,11 @@ impl DeviceManager {
         ids
     }
 
+    /// Whether the VM has, or had, a disk that it may write.
+    pub fn has_had_writable_disk(&self) -> bool {
+        self.table().writable_disk
+    }
+
     /// Disks are numbered: an id of at most 20 bytes is their serial (VIRTIO_BLK_ID_BYTES), by which the guest finds them.
     fn named(&self, mut device: DeviceType) -> DeviceType {
         let mut table = self.table();
@@ -118,6 +125,7 @@ impl DeviceManager {
             DeviceType::Block(disk) => {
                 disk.id = format!("disk{}", table.disks);
                 table.disks += 1;
+                table.writable_disk |= !disk.read_only;
             }
             DeviceType::Network(interface) => {
                 interface.id = format!("net{}", table.interfaces);
@@ -203,6 +211,7 @@ mod tests {
         let id = one.unwrap().id().to_owned();
         assert_eq!(two.unwrap().id(), id);
         assert_eq!(devices(&vm), 1);
+        assert!(!manager.has_had_writable_disk());
 
         manager.detach(&id).await.unwrap();
         assert_eq!(devices(&vm), 1, "one user is left");
@@ -216,6 +225,7 @@ mod tests {
     async fn disks_when_one_may_be_written_are_two() {
         let (vm, manager) = manager();
         let writable = manager.attach(disk("/dev/x", false)).await.unwrap();
+        assert!(manager.has_had_writable_disk());
         let read_only = manager.attach(disk("/dev/x", true)).await.unwrap();
         assert_ne!(writable.id(), read_only.id());
         assert_eq!(devices(&vm), 2);

@@ -11,6 +11,7 @@ pub mod volume;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use oci_spec::runtime::Spec;
@@ -45,6 +46,8 @@ pub struct ResourceManager {
     share_fs: Arc<dyn ShareFs>,
     cgroups: Option<CgroupsResource>,
     network: Box<dyn Network>,
+    /// Some container has had a rootfs or volume that takes writes.
+    shared_writable: AtomicBool,
 }
 
 /// What the spec of the first container says about the sandbox's resources.
@@ -85,6 +88,7 @@ impl ResourceManager {
             share_fs,
             cgroups,
             network,
+            shared_writable: AtomicBool::new(false),
         })
     }
 
@@ -199,11 +203,13 @@ impl ResourceManager {
         let (mount, journal) = (self.share_fs.get_share_fs_mount(), self.journal.clone());
         let (container, bundle, mounts) = (container.to_owned(), bundle.to_owned(), mounts.to_owned());
         let spec = spec.clone();
-        blocking("rootfs", move || {
+        let rootfs = blocking("rootfs", move || {
             ShareFsRootfs::new(mount, journal, &container, &bundle, &mounts, &spec)
                 .map(|rootfs| Box::new(rootfs) as Box<dyn Rootfs>)
-        })
-        .await
+        });
+        let rootfs = rootfs.await?;
+        self.note_writes(rootfs.takes_writes());
+        Ok(rootfs)
     }
 
     /// Makes what a container's mounts need from the host reachable for the guest.
@@ -212,7 +218,23 @@ impl ResourceManager {
     /// Naming the mount that is missing or not supported; nothing is left shared then.
     pub async fn handle_volumes(&self, container: &str, spec: &Arc<Spec>) -> Result<Volumes> {
         let share = self.share_fs.get_share_fs_mount();
-        Volumes::new(share, &self.devices, self.paths.id(), container, spec).await
+        let volumes = Volumes::new(share, &self.devices, self.paths.id(), container, spec).await?;
+        self.note_writes(volumes.take_writes());
+        Ok(volumes)
+    }
+
+    fn note_writes(&self, possible: bool) {
+        self.shared_writable.fetch_or(possible, Ordering::Relaxed);
+    }
+
+    /// Whether the guest may have something to write back that somebody wants when it is gone. Once true, always true:
+    /// that a container was removed does not say that its data have arrived.
+    ///
+    /// Virtio-fs is no exception, though the guest does not cache what is written with write(2). Dirty pages of a mapped file
+    /// become requests when the mapping goes, and a process may end before they are answered or even sent: Linux 6.1 and 6.12
+    /// write copies of the pages and only wait for them in fsync(2), close(2) and sync(2) (fs/fuse/file.c).
+    pub fn guest_may_owe_data(&self) -> bool {
+        self.shared_writable.load(Ordering::Relaxed) || self.devices.has_had_writable_disk()
     }
 
     /// Undoes everything, also what a caller forgot. Blocks. Idempotent.

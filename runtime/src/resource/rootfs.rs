@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Root, Spec};
 use protocols::agent::{Device, Storage};
 
 use super::device_manager::DeviceManager;
@@ -32,6 +32,8 @@ pub trait Rootfs: Send + Sync {
     fn get_device(&self) -> Option<Device> {
         None
     }
+    /// Whether the guest may write to it: what it writes is somebody's when the guest is gone.
+    fn takes_writes(&self) -> bool;
 }
 
 /// A root filesystem below the virtio-fs share.
@@ -41,6 +43,7 @@ pub struct ShareFsRootfs {
     journal: Arc<Journal>,
     container: String,
     guest_path: String,
+    takes_writes: bool,
     mounts: Vec<Mount>,
     /// Unmounted at the end, in this order.
     targets: Vec<PathBuf>,
@@ -64,6 +67,7 @@ impl ShareFsRootfs {
             journal,
             container: container.to_owned(),
             guest_path: String::new(),
+            takes_writes: spec.root().as_ref().and_then(Root::readonly) != Some(true),
             mounts: mounts.to_vec(),
             targets: Vec::new(),
         };
@@ -181,6 +185,10 @@ impl Rootfs for ShareFsRootfs {
 
     fn get_storage(&self) -> Option<Storage> {
         None
+    }
+
+    fn takes_writes(&self) -> bool {
+        self.takes_writes
     }
 
     async fn cleanup(&self, _devices: &DeviceManager) -> Result<()> {

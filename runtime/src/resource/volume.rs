@@ -30,6 +30,8 @@ pub trait Volume: Send + Sync {
     fn get_device(&self) -> Option<Device> {
         None
     }
+    /// Whether the guest may write to it, and what it writes is somebody's when the guest is gone.
+    fn takes_writes(&self) -> bool;
     /// Takes it away from the guest. Idempotent.
     ///
     /// # Errors
@@ -91,6 +93,11 @@ impl Volumes {
             .iter()
             .filter_map(|volume| volume.get_storage())
             .collect()
+    }
+
+    /// Whether one of them takes writes that outlive the guest.
+    pub fn take_writes(&self) -> bool {
+        self.volumes.iter().any(|volume| volume.takes_writes())
     }
 
     /// Devices the agent hands on to the container.
@@ -268,13 +275,19 @@ fn is_sandbox_shm(source: &Path, sandbox_id: &str) -> bool {
         && source.components().any(|part| part.as_os_str() == sandbox_id)
 }
 
-/// The options of a shared mount for the guest, where the share is one mount whatever is mounted below `source`.
-fn guest_options(options: &[String], source: &Path, how: Bind) -> Result<Vec<String>> {
-    // `ro` of the top mount would be one of everything below it in the guest. The host's mount refuses to be written.
-    let drop_ro = how.read_only == ReadOnly::Top
+/// Whether something is mounted below `source`, or may come to be, that is shared with it and not read-only as it is.
+fn writable_below(source: &Path, how: Bind) -> Result<bool> {
+    Ok(how.read_only == ReadOnly::Top
         && how.recursive
-        && (how.propagation == Propagation::Slave || mounts::has_mounts_below(source)?);
-    let options = options.iter().filter(|option| !(drop_ro && *option == "ro"));
+        && (how.propagation == Propagation::Slave || mounts::has_mounts_below(source)?))
+}
+
+/// The options of a shared mount for the guest, where the share is one mount whatever is mounted below.
+fn guest_options(options: &[String], writable_below: bool) -> Vec<String> {
+    // `ro` of the top mount would be one of everything below it in the guest. The host's mount refuses to be written.
+    let options = options
+        .iter()
+        .filter(|option| !(writable_below && *option == "ro"));
     let plain = options.map(|option| match option.as_str() {
         // Recursive attributes (mount_setattr(2)): there is one mount to set them on.
         "rro" | "rrw" | "rnosuid" | "rsuid" | "rnodev" | "rdev" | "rnoexec" | "rexec" | "rnodiratime"
@@ -282,7 +295,7 @@ fn guest_options(options: &[String], source: &Path, how: Bind) -> Result<Vec<Str
         | "rnostrictatime" => option[1..].to_owned(),
         other => other.to_owned(),
     });
-    Ok(plain.collect())
+    plain.collect()
 }
 
 async fn set_up(
@@ -309,22 +322,23 @@ async fn set_up(
                 .map_or("root".into(), |name| name.to_string_lossy());
             let name = format!("{container}-{index:08x}-{base}");
             let options = mount.options().clone().unwrap_or_default();
-            let (options, guest_path) = {
+            let (writable_below, guest_path) = {
                 let (share, name) = (share.clone(), name.clone());
                 blocking("share", move || {
-                    let options = guest_options(&options, &source, how)?;
-                    Ok((options, share.share_volume(&name, &source, how)?))
+                    let writable_below = writable_below(&source, how)?;
+                    Ok((writable_below, share.share_volume(&name, &source, how)?))
                 })
                 .await?
             };
             let mut mount = mount.clone();
-            mount.set_options(Some(options));
+            mount.set_options(Some(guest_options(&options, writable_below)));
             mount.set_typ(Some("bind".into()));
             mount.set_source(Some(guest_path.into()));
             Ok(Box::new(ShareFsVolume {
                 share: share.clone(),
                 name,
                 mount,
+                takes_writes: how.read_only == ReadOnly::No || writable_below,
             }))
         }
     }
@@ -342,6 +356,10 @@ impl Volume for GuestVolume {
     fn get_storage(&self) -> Option<Storage> {
         None
     }
+    /// It goes with the guest.
+    fn takes_writes(&self) -> bool {
+        false
+    }
     async fn cleanup(&self, _devices: &DeviceManager) -> Result<()> {
         Ok(())
     }
@@ -351,6 +369,7 @@ struct ShareFsVolume {
     share: Arc<dyn ShareFsMount>,
     name: String,
     mount: OciMount,
+    takes_writes: bool,
 }
 
 #[async_trait]
@@ -360,6 +379,9 @@ impl Volume for ShareFsVolume {
     }
     fn get_storage(&self) -> Option<Storage> {
         None
+    }
+    fn takes_writes(&self) -> bool {
+        self.takes_writes
     }
     async fn cleanup(&self, _devices: &DeviceManager) -> Result<()> {
         let (share, name) = (self.share.clone(), self.name.clone());
@@ -539,7 +561,7 @@ mod tests {
                 propagation,
                 ..Bind::tree()
             };
-            guest_options(&options, folder.path(), how).unwrap()
+            guest_options(&options, writable_below(folder.path(), how).unwrap())
         };
         assert_eq!(
             of(ReadOnly::Top, Propagation::Private),
@@ -563,7 +585,7 @@ mod tests {
             read_only: ReadOnly::All,
             ..Bind::tree()
         };
-        let all = guest_options(&options, folder.path(), how).unwrap();
+        let all = guest_options(&options, writable_below(folder.path(), how).unwrap());
         assert_eq!(all, ["rbind", "ro", "noexec", "rslave"]);
     }
 

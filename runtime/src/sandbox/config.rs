@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::netns::OWN;
@@ -126,19 +126,30 @@ fn pod_cgroup(parent: &Path, id: &str) -> Option<PathBuf> {
     Some(parent.join(id))
 }
 
+/// What Docker says where it has no network namespace yet: a process that never is one.
+const DOCKERS_NETNS: &str = "/proc/0/ns/net";
+
+/// The namespace of a kind that the spec has a container in, its own or one that it joins.
+pub(crate) fn namespace(spec: &Spec, kind: LinuxNamespaceType) -> Option<&LinuxNamespace> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    namespaces.iter().find(|namespace| namespace.typ() == kind)
+}
+
+/// Where `namespace` is; `None` for one that is still to be made.
+pub(crate) fn place_of(namespace: &LinuxNamespace) -> Option<&Path> {
+    let path = namespace.path().as_deref()?;
+    let nowhere = path.as_os_str().is_empty() || path == Path::new(DOCKERS_NETNS);
+    (!nowhere).then_some(path)
+}
+
 /// Path of the network namespace the spec names.
 fn netns(spec: &Spec) -> Option<PathBuf> {
-    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
-    let network = namespaces
-        .iter()
-        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
-    let Some(network) = network else {
+    spec.linux().as_ref()?.namespaces().as_ref()?;
+    match namespace(spec, LinuxNamespaceType::Network) {
+        Some(network) => place_of(network).map(Into::into),
         // The runtime specification: in none of its own, a container is in the runtime's.
-        return Some(OWN.into());
-    };
-    // Docker names a process that never is one while the namespace has yet to be made.
-    let placeholder = |path: &PathBuf| path.as_os_str().is_empty() || path == Path::new("/proc/0/ns/net");
-    network.path().clone().filter(|path| !placeholder(path))
+        None => Some(OWN.into()),
+    }
 }
 
 /// Lines of the file that is mounted on /etc/resolv.conf.

@@ -15,6 +15,7 @@ use crate::hypervisor::VmExit;
 use crate::types::{ContainerProcess, ProcessExit};
 
 pub use config::SandboxConfig;
+pub(crate) use config::{namespace, place_of};
 pub use virt::VirtSandbox;
 
 /// Life of a sandbox.

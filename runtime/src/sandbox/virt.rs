@@ -150,9 +150,21 @@ impl VirtSandbox {
 
     /// Tells a running guest, once, that it ends: it stops its containers and writes back what it has not yet. Nothing
     /// can be created afterwards, [`Sandbox::stop`] is what is left to do. Bounded.
-    pub async fn say_goodbye(&self) {
+    async fn say_goodbye(&self) {
+        self.close(true).await;
+    }
+
+    /// Closes a sandbox whose containers have all ended: nothing can be created any more, [`Sandbox::stop`] is what is left to
+    /// do. The guest is told, and waited for, only if it has something to do for that: it may owe data to the host, or has
+    /// hooks of its own. Bounded.
+    pub async fn close_without_containers(&self) {
+        let has_hooks = !self.config.hypervisor.dragonball.guest_hook_path.is_empty();
+        self.close(has_hooks || self.resources.guest_may_owe_data()).await;
+    }
+
+    async fn close(&self, tell: bool) {
         let goodbye = async {
-            if !self.enter(&SandboxState::Running, SandboxState::Stopping) {
+            if !self.enter(&SandboxState::Running, SandboxState::Stopping) || !tell {
                 return;
             }
             let destroy = self.agent.destroy_sandbox(wire::DestroySandboxRequest::default());

@@ -1,5 +1,8 @@
 //! `kata-ctl`, on whatever host the tests run.
 
+// All of it is a test; clippy.toml knows functions with an attribute for that only.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
 // The tiny guests of the VMM's tests: what is saved here is a machine like theirs.
 #[path = "../../../vmm/tests/guest/mod.rs"]
 mod guest;

@@ -1,12 +1,7 @@
 //! The program of a pod's sandbox container, as an ELF file of 188 bytes: it ignores SIGCHLD, so that the kernel reaps what a
 //! shared PID namespace leaves to its first process, and waits.
 
-use super::header;
-
-/// Where the file is mapped.
-const BASE: u64 = 0x40_0000;
-/// Size of the ELF header and the one program header.
-const HEADERS: u64 = 64 + 56;
+use super::{elf, header};
 
 /// x86-64: `rt_sigaction(SIGCHLD, &{SIG_IGN}, NULL, 8); for (;;) pause();`, and the action behind it.
 const CODE: [u8; 68] = [
@@ -27,61 +22,23 @@ const CODE: [u8; 68] = [
 
 /// The image's one layer.
 pub(super) fn layer() -> std::io::Result<Vec<u8>> {
-    let program = program();
+    let program = elf::program(&CODE);
     let mut tar = tar::Builder::new(Vec::new());
     let mut entry = header(tar::EntryType::Regular, 0o755, program.len(), (0, 0));
     tar.append_data(&mut entry, "pause", program.as_slice())?;
     tar.into_inner()
 }
 
-/// ELF-64, executable, x86-64: one loaded segment that is the whole file.
-fn program() -> Vec<u8> {
-    let size = HEADERS + CODE.len() as u64;
-    let mut file = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-    let half = |file: &mut Vec<u8>, values: &[u16]| {
-        file.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-    };
-    // Type, machine; version; entry, program headers, section headers; flags; sizes and counts.
-    half(&mut file, &[2, 62, 1, 0]);
-    file.extend(
-        [BASE + HEADERS, 64, 0]
-            .iter()
-            .flat_map(|value| value.to_le_bytes()),
-    );
-    half(&mut file, &[0, 0, 64, 56, 1, 0, 0, 0]);
-    // PT_LOAD, readable and executable; offset, addresses, sizes, alignment.
-    half(&mut file, &[1, 0, 5, 0]);
-    file.extend(
-        [0, BASE, BASE, size, size, 0x1000]
-            .iter()
-            .flat_map(|value| value.to_le_bytes()),
-    );
-    file.extend(CODE);
-    file
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
     use std::process::Command;
 
     use super::*;
 
     #[test]
     fn program_when_started_waits_until_it_is_killed() {
-        let written = std::env::temp_dir().join(format!("pause-written-{}", std::process::id()));
         let path = std::env::temp_dir().join(format!("pause-{}", std::process::id()));
-        std::fs::write(&written, program()).unwrap();
-        std::fs::set_permissions(&written, std::fs::Permissions::from_mode(0o755)).unwrap();
-        // A copy that was never open for writing in this process: what another thread forks meanwhile would hold it open, and
-        // such a file cannot be executed.
-        let copied = Command::new("cp")
-            .arg("-p")
-            .args([&written, &path])
-            .status()
-            .unwrap();
-        assert!(copied.success());
-        std::fs::remove_file(&written).unwrap();
+        elf::write(&path, &CODE).unwrap();
         let mut child = Command::new(&path).spawn().unwrap();
         let status = format!("/proc/{}/status", child.id());
         // SIGCHLD is bit 16 of what it ignores; the shell's parent may have ignored others.

@@ -3,6 +3,9 @@
 //!
 //! The network these tests change is a namespace's of their own: `tests/private-network`.
 
+// All of it is a test; clippy.toml knows functions with an attribute for that only.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
 mod bad_input;
 mod bridge;
 mod cleanup;

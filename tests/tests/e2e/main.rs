@@ -1,6 +1,9 @@
 //! What a user of containerd sees: one file per concern, each test against a real containerd and the
 //! runtime named by `E2E_RUNTIME`.
 
+// All of it is a test; clippy.toml knows functions with an attribute for that only.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
 mod api;
 mod cleanup;
 mod events;

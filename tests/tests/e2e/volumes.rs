@@ -6,6 +6,7 @@ use std::process::Command;
 
 use tests::Case;
 use tests::case::skipped_under_runc;
+use tests::image::mapped;
 
 /// Mounts of the test on the host; taken away with the value.
 struct HostMount(PathBuf);
@@ -114,4 +115,23 @@ fn volume_when_it_cannot_be_had_in_the_guest_is_refused_by_name() {
         let named = done.err().contains(&*source.to_string_lossy()) && done.err().contains(word);
         assert!(done.code != 0 && named, "{}", done.describe());
     }
+}
+
+/// A guest's kernel sends pages of a mapped file to its host after the process has ended that wrote to them: whoever is told of
+/// the end of a pod finds them there.
+#[test]
+fn data_when_written_through_memory_only_outlives_the_pod() {
+    let pages = Case::like_runc("mapped", |case| {
+        let volume = case.folder("volume");
+        mapped::write(&volume.join("program")).unwrap();
+        let container = case.container();
+        let run = container
+            .run(&["./program"])
+            .flag("--rm")
+            .option("--cwd", "/mnt")
+            .option("--mount", &bind(&volume, "/mnt", "rbind:rw"));
+        run.output().expect_code(0);
+        mapped::pages_in(&volume.join("out")).unwrap()
+    });
+    assert_eq!(pages, mapped::SIZE as usize / mapped::PAGE);
 }

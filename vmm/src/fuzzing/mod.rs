@@ -5,7 +5,7 @@
 //! report, or a device that does not stop. Nothing outlives a call, and nothing outside a scratch directory is touched.
 
 // Of tests and fuzzing.
-#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+#![allow(clippy::expect_used, clippy::indexing_slicing, clippy::unwrap_used)]
 
 mod devices;
 mod fs;
@@ -30,6 +30,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("block", block),
     ("device_state", device_state),
     ("fs", fs),
+    ("hvsock", hvsock),
     ("machine_state", machine_state),
     ("mem", mem),
     ("mmio_transport", mmio_transport),
@@ -50,6 +51,11 @@ pub fn net(data: &[u8]) {
 /// Packets, and host ends that talk back.
 pub fn vsock(data: &[u8]) {
     run(vsock::Sockets::default(), data);
+}
+
+/// Any bytes from a client of the Unix socket beside vsock.
+pub fn hvsock(data: &[u8]) {
+    crate::devices::virtio::vsock::check_untrusted(data);
 }
 
 /// FUSE requests to a share on tmpfs.

@@ -65,6 +65,7 @@ targets!(
     block,
     device_state,
     fs,
+    hvsock,
     machine_state,
     mem,
     mmio_transport,

@@ -2,6 +2,8 @@
 //!
 //! The kernel's side of FUSE (linux/fuse.h), answered by a thread. Needs root, for the mount.
 
+#![allow(unsafe_code)]
+
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{Read, Write};

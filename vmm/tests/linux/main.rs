@@ -4,6 +4,10 @@
 //!
 //! `cargo test -p dragonball --features e2e --test linux -- --test-threads 1`
 
+// All of it is a test; clippy.toml knows functions with an attribute for that only.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+#![allow(unsafe_code)]
+
 #[path = "../guest/mod.rs"]
 mod guest;
 

@@ -97,22 +97,18 @@ pub fn adapt(spec: &mut Spec, id: &str, bundle: &Path, shared: &Shared) -> Resul
 
 /// Whether the container (adapted) has a PID namespace to itself, which ends with its init and everything in it.
 pub fn owns_pid_namespace(spec: &Spec) -> bool {
-    let namespaces = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.namespaces().as_ref());
-    namespaces
-        .into_iter()
-        .flatten()
-        .any(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_none())
+    namespace(spec, LinuxNamespaceType::Pid).is_some_and(|namespace| namespace.path().is_none())
+}
+
+/// The container's namespace of a kind, its own or one that it joins.
+pub fn namespace(spec: &Spec, kind: LinuxNamespaceType) -> Option<&LinuxNamespace> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    namespaces.iter().find(|namespace| namespace.typ() == kind)
 }
 
 /// The container whose PID namespace the container (not adapted yet) asks for.
 pub fn pid_namespace_of(spec: &Spec) -> Option<&str> {
-    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
-    let of_pids = namespaces
-        .iter()
-        .find(|namespace| namespace.typ() == LinuxNamespaceType::Pid)?;
+    let of_pids = namespace(spec, LinuxNamespaceType::Pid)?;
     protocols::pid_namespace::container_of(of_pids.path().as_deref()?)
 }
 

@@ -287,7 +287,9 @@ async fn pump_out(
             Ok(count) => count,
         };
         if let Some(connection) = &mut host
-            && let Err(error) = connection.write_all(&buffer[..count]).await
+            && let Err(error) = connection
+                .write_all(buffer.get(..count).unwrap_or_default())
+                .await
         {
             tracing::debug!("output after the host hung up: {error}");
             host = None;
@@ -329,7 +331,7 @@ async fn pump_in(
             break;
         }
         tokio::select! {
-            written = writer.write_all(&buffer[..count]) => if written.is_err() { break },
+            written = writer.write_all(buffer.get(..count).unwrap_or_default()) => if written.is_err() { break },
             _ = exit.wait_for(Option::is_some) => return,
         }
     }

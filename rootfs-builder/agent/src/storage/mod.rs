@@ -10,7 +10,7 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::unistd::{Gid, chown};
+use nix::unistd::{Gid, chown, syncfs};
 use protocols::agent::Storage;
 use protocols::types::FSGroupChangePolicy;
 use tokio::time::sleep;
@@ -77,11 +77,32 @@ pub struct Mounted {
     by_path: HashMap<PathBuf, (usize, Release)>,
 }
 
+/// What a volume is, as far as its end goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// A folder of the guest's, which goes with its contents.
+    Folder,
+    /// A mount of memory or of the host's share.
+    Mount,
+    /// A mount with data of its own, which outlive it.
+    Disk,
+}
+
+impl Kind {
+    fn of(storage: &Storage) -> Self {
+        match storage.driver.as_str() {
+            "local" => Self::Folder,
+            "virtio-fs" | "ephemeral" => Self::Mount,
+            _ => Self::Disk,
+        }
+    }
+}
+
 /// How to undo one volume.
 #[derive(Clone, Debug)]
 pub struct Release {
     path: PathBuf,
-    mounted: bool,
+    kind: Kind,
 }
 
 impl Mounted {
@@ -94,7 +115,7 @@ impl Mounted {
     pub fn insert(&mut self, path: PathBuf, storage: &Storage) {
         let release = Release {
             path: path.clone(),
-            mounted: storage.driver != "local",
+            kind: Kind::of(storage),
         };
         self.by_path.insert(path, (1, release));
     }
@@ -121,10 +142,20 @@ impl Mounted {
 }
 
 impl Release {
-    /// Unmounts, and removes the mount point if it is empty; a "local" volume goes with its contents. Blocks.
+    /// Unmounts, and removes the mount point if it is empty; a "local" volume goes with its contents. What was written to a
+    /// disk has reached it afterwards. Blocks.
     pub fn run(&self) {
-        if self.mounted {
-            // What was written has reached its place when an unmount returns; a detached mount ends when it likes.
+        if self.kind == Kind::Disk {
+            // An unmount does it only if nobody else has the filesystem: the mount namespace of a container that has ended is
+            // taken down a moment after its last process. And it does not tell of errors.
+            if let Err(error) = write_back(&self.path) {
+                tracing::error!(
+                    "write back {}: {error}; what was written last may be lost",
+                    self.path.display()
+                );
+            }
+        }
+        if self.kind != Kind::Folder {
             let unmounted = umount2(&self.path, MntFlags::empty()).or_else(|busy| {
                 tracing::info!("unmount {}: {busy}; detached", self.path.display());
                 umount2(&self.path, MntFlags::MNT_DETACH)
@@ -138,6 +169,10 @@ impl Release {
             tracing::warn!("remove {}: {error}", self.path.display());
         }
     }
+}
+
+fn write_back(path: &Path) -> io::Result<()> {
+    Ok(syncfs(fs::File::open(path)?)?)
 }
 
 /// Makes `storage` available at its mount point.
@@ -284,7 +319,11 @@ mod tests {
 
         assert!(mounted.share(&path));
         assert!(mounted.release(&path).is_none());
-        assert!(mounted.release(&path).is_some_and(|release| !release.mounted));
+        assert!(
+            mounted
+                .release(&path)
+                .is_some_and(|release| release.kind == Kind::Folder)
+        );
         assert!(!mounted.share(&path));
         assert!(mounted.release(&path).is_none());
     }

@@ -35,6 +35,19 @@ fn joining(agent: &Agent, script: &str, target: &str) -> oci_spec::runtime::Spec
     spec
 }
 
+/// A container whose program says "up" once it runs.
+async fn run_up(agent: &Agent, id: &str, spec: &oci_spec::runtime::Spec) {
+    agent.create(id, spec).await.unwrap();
+    agent.start_container(id).await.unwrap();
+    agent.read_until(id, "", "up").await;
+}
+
+/// The command lines of the processes that container `id` sees, with spaces between their words.
+async fn commands_seen_by(agent: &Agent, id: &str) -> String {
+    let seen = shown(agent, id, "look", "cat /proc/[0-9]*/cmdline").await;
+    seen.replace('\0', " ")
+}
+
 /// The Sandbox API has no pause container: the first container may end, the namespace must not.
 #[tokio::test]
 async fn pids_when_the_pod_has_no_container_of_its_own_outlive_the_first() {
@@ -56,9 +69,7 @@ async fn pids_when_the_pod_has_no_container_of_its_own_outlive_the_first() {
         .unwrap();
 
     assert_eq!(agent.read_all("again", "", false).await, first);
-    let seen = shown(&agent, "keeper", "look", "cat /proc/[0-9]*/cmdline")
-        .await
-        .replace('\0', " ");
+    let seen = commands_seen_by(&agent, "keeper").await;
     assert!(seen.starts_with("pause "), "PID 1 of the pod: {seen}");
     assert!(seen.contains("/bin/sleep 1001"), "{seen}");
     // It is nobody's, and what it sees is nothing.
@@ -80,21 +91,12 @@ async fn pids_when_the_pod_has_no_container_of_its_own_outlive_the_first() {
 #[tokio::test]
 async fn container_when_it_targets_another_shares_its_processes_and_its_end() {
     let agent = Agent::start().await;
-    agent
-        .create("target", &agent.spec("/bin/sleep 1003 & echo up; wait"))
-        .await
-        .unwrap();
-    agent.start_container("target").await.unwrap();
-    agent.read_until("target", "", "up").await;
+    run_up(&agent, "target", &agent.spec("/bin/sleep 1003 & echo up; wait")).await;
+
     let debugger = joining(&agent, "echo up; /bin/sleep 1004 & wait", "target");
+    run_up(&agent, "debugger", &debugger).await;
 
-    agent.create("debugger", &debugger).await.unwrap();
-    agent.start_container("debugger").await.unwrap();
-
-    agent.read_until("debugger", "", "up").await;
-    let seen = shown(&agent, "debugger", "look", "cat /proc/[0-9]*/cmdline")
-        .await
-        .replace('\0', " ");
+    let seen = commands_seen_by(&agent, "debugger").await;
     assert!(seen.contains("/bin/sleep 1003"), "{seen}");
     let target = shown(&agent, "target", "ns", NAMESPACE).await;
     assert_eq!(shown(&agent, "debugger", "ns", NAMESPACE).await, target);
@@ -120,16 +122,9 @@ async fn container_when_it_targets_another_shares_its_processes_and_its_end() {
 #[tokio::test]
 async fn init_when_it_is_not_the_first_process_of_its_namespace_obeys_sigterm() {
     let agent = Agent::start().await;
-    agent
-        .create("target", &agent.spec("echo up; sleep 1007"))
-        .await
-        .unwrap();
-    agent.start_container("target").await.unwrap();
-    agent.read_until("target", "", "up").await;
+    run_up(&agent, "target", &agent.spec("echo up; sleep 1007")).await;
     let debugger = joining(&agent, "echo up; exec sleep 1008", "target");
-    agent.create("debugger", &debugger).await.unwrap();
-    agent.start_container("debugger").await.unwrap();
-    agent.read_until("debugger", "", "up").await;
+    run_up(&agent, "debugger", &debugger).await;
 
     agent.signal("debugger", "", SIGTERM).await.unwrap();
 
@@ -139,12 +134,7 @@ async fn init_when_it_is_not_the_first_process_of_its_namespace_obeys_sigterm() 
 #[tokio::test]
 async fn debugger_when_it_ends_leaves_its_target_alone() {
     let agent = Agent::start().await;
-    agent
-        .create("target", &agent.spec("echo up; sleep 1005"))
-        .await
-        .unwrap();
-    agent.start_container("target").await.unwrap();
-    agent.read_until("target", "", "up").await;
+    run_up(&agent, "target", &agent.spec("echo up; sleep 1005")).await;
     agent
         .create("debugger", &joining(&agent, "/bin/sleep 1006 & exit 3", "target"))
         .await
@@ -155,9 +145,7 @@ async fn debugger_when_it_ends_leaves_its_target_alone() {
     agent.read_all("debugger", "", false).await;
     agent.remove("debugger").await.unwrap();
 
-    let seen = shown(&agent, "target", "look", "cat /proc/[0-9]*/cmdline")
-        .await
-        .replace('\0', " ");
+    let seen = commands_seen_by(&agent, "target").await;
     assert!(!seen.contains("/bin/sleep 1006"), "{seen}");
 }
 

@@ -32,6 +32,7 @@ use super::host_pid::HostPid;
 use super::poststop::{Poststop, Records};
 use crate::error::{Error, ErrorKind, Result};
 use crate::host::blocking;
+use crate::sandbox::{namespace, place_of};
 
 pub(super) use run::run;
 
@@ -139,9 +140,6 @@ pub(super) fn leave_to_guest(spec: &mut Spec) {
     spec.set_hooks(guests.filter(|hooks| *hooks != Hooks::default()));
 }
 
-/// What Docker says where it has no network namespace yet.
-const DOCKERS_NETNS: &str = "/proc/0/ns/net";
-
 /// A network namespace for a pod whose spec asks for one without saying where, and whose hooks are to fill it: nerdctl's
 /// and Docker's way. Nobody else could put anything into it. It stays as long as the pid that is returned.
 ///
@@ -152,15 +150,8 @@ pub(crate) fn netns_for_hooks(spec: &Spec) -> Result<Option<HostPid>> {
         let fillers = [Stage::Prestart, Stage::CreateRuntime];
         fillers.iter().any(|stage| !stage.of(hooks).is_empty())
     });
-    let namespaces = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.namespaces().as_ref());
-    let has_its_own = namespaces.into_iter().flatten().any(|namespace| {
-        let path = namespace.path().as_ref();
-        let nowhere = path.is_none_or(|path| path.as_os_str().is_empty() || path == Path::new(DOCKERS_NETNS));
-        namespace.typ() == LinuxNamespaceType::Network && nowhere
-    });
+    let network = namespace(spec, LinuxNamespaceType::Network);
+    let has_its_own = network.is_some_and(|network| place_of(network).is_none());
     (fills && has_its_own)
         .then(HostPid::park_in_new_netns)
         .transpose()

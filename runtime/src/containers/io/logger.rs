@@ -192,14 +192,14 @@ pub(super) fn decode(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((first, tail)) = rest.split_first() {
-        let code = tail
-            .get(..2)
-            .and_then(|hex| str::from_utf8(hex).ok())
-            .and_then(|hex| u8::from_str_radix(hex, 16).ok());
+        let code = tail.split_at_checked(2).and_then(|(hex, after)| {
+            let byte = u8::from_str_radix(str::from_utf8(hex).ok()?, 16).ok()?;
+            Some((byte, after))
+        });
         match (first, code) {
-            (b'%', Some(byte)) => {
+            (b'%', Some((byte, after))) => {
                 bytes.push(byte);
-                rest = &tail[2..];
+                rest = after;
             }
             (b'+', _) => {
                 bytes.push(b' ');

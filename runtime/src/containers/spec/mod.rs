@@ -1,7 +1,7 @@
 //! From the host's OCI spec to the guest's: what only makes sense on the host is taken out, loudly where a user could
 //! miss it.
 
-pub(super) mod bundle;
+pub(crate) mod bundle;
 
 use std::path::{Path, PathBuf};
 

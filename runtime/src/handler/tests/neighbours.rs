@@ -55,18 +55,7 @@ async fn pod_when_its_own_container_is_deleted_lives_as_long_as_another_runs() {
             .kind,
         ErrorKind::NotFound
     );
-    let exec = ContainerProcess {
-        container_id: "c2".into(),
-        exec_id: "e".into(),
-    };
-    let request = ExecProcessRequest {
-        process: exec.clone(),
-        spec_json: br#"{"cwd":"/","args":["exit","3"],"user":{"uid":0,"gid":0}}"#.to_vec(),
-        stdio: Stdio::default(),
-    };
-    answer(bench.manager.exec_process(request)).await.unwrap();
-    bench.start(exec.clone()).await.unwrap();
-    assert_eq!(bench.wait(exec.clone()).await, 3);
+    let (exec, _) = bench.exec_to_its_end("c2", 3).await;
     bench.delete(exec).await.unwrap();
     assert!(!bench.was_asked("DestroySandbox"), "an exec is no container");
 

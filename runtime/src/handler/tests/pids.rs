@@ -27,18 +27,8 @@ async fn pid_of_a_container_when_asked_for_is_its_own_everywhere() {
     let member = bench.member("c2", "").await.unwrap();
     assert_ne!(sandbox, member);
     assert_eq!(bench.start(init("c2")).await.unwrap(), member);
-    let exec = ContainerProcess {
-        container_id: "c2".into(),
-        exec_id: "e".into(),
-    };
-    let request = ExecProcessRequest {
-        process: exec.clone(),
-        spec_json: br#"{"cwd":"/","args":["exit","3"],"user":{"uid":0,"gid":0}}"#.to_vec(),
-        stdio: Stdio::default(),
-    };
-    answer(bench.manager.exec_process(request)).await.unwrap();
-    assert_eq!(bench.start(exec.clone()).await.unwrap(), member);
-    assert_eq!(bench.wait(exec.clone()).await, 3);
+    let (exec, pid) = bench.exec_to_its_end("c2", 3).await;
+    assert_eq!(pid, member);
     assert_eq!(answer(bench.manager.pids("c2")).await.unwrap(), [member]);
     assert_eq!(
         answer(bench.manager.connect_container("c2")).await.unwrap(),

@@ -103,13 +103,10 @@ async fn close_io_when_before_the_start_is_remembered() {
         .write(true)
         .open(&stdio.stdout)
         .unwrap();
-    let spec = serde_json::json!({"cwd": "/", "args": ["cat"], "user": {"uid": 0, "gid": 0}});
-    let request = ExecProcessRequest {
-        process: exec("e1"),
-        spec_json: spec.to_string().into_bytes(),
-        stdio: stdio.clone(),
-    };
-    bench.manager.exec_process(request).await.unwrap();
+    bench
+        .exec_with(exec("e1"), &["cat"], stdio.clone())
+        .await
+        .unwrap();
 
     bench.manager.close_process_io(&exec("e1")).await.unwrap();
     bench.start(exec("e1")).await.unwrap();

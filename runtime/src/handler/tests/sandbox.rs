@@ -493,18 +493,7 @@ async fn execs_when_many_come_one_after_another_leave_nothing() {
     bench.events();
     for number in 0..300 {
         // Of one name, as it is free again each time.
-        let exec = ContainerProcess {
-            container_id: "c2".into(),
-            exec_id: "e".into(),
-        };
-        let request = ExecProcessRequest {
-            process: exec.clone(),
-            spec_json: br#"{"cwd":"/","args":["exit","0"],"user":{"uid":0,"gid":0}}"#.to_vec(),
-            stdio: Stdio::default(),
-        };
-        answer(bench.manager.exec_process(request)).await.unwrap();
-        bench.start(exec.clone()).await.unwrap();
-        assert_eq!(bench.wait(exec.clone()).await, 0, "{number}");
+        let (exec, _) = bench.exec_to_its_end("c2", number % 2).await;
         bench.delete(exec).await.unwrap();
     }
 

@@ -58,16 +58,11 @@ async fn stream_of_an_exec_when_nobody_fetches_it_holds_nothing_up() {
     bench.create("c1", &["sleep"]).await.unwrap();
     bench.start(init("c1")).await.unwrap();
     for name in ["fetched", "not-fetched"] {
-        let spec = serde_json::json!({"cwd": "/", "args": ["echo", name], "user": {"uid": 0, "gid": 0}});
-        let request = ExecProcessRequest {
-            process: exec(name),
-            spec_json: spec.to_string().into_bytes(),
-            stdio: Stdio {
-                stdout: stream(name),
-                ..Default::default()
-            },
+        let stdio = Stdio {
+            stdout: stream(name),
+            ..Default::default()
         };
-        answer(bench.manager.exec_process(request)).await.unwrap();
+        bench.exec_with(exec(name), &["echo", name], stdio).await.unwrap();
         let client = (name == "fetched").then(|| bench.streams.connect(name));
         bench.start(exec(name)).await.unwrap();
         if let Some(client) = client {

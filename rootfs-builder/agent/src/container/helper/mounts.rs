@@ -17,6 +17,7 @@ use nix::unistd::symlinkat;
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 
 use super::inside::{Kind, Root, name_of};
+use crate::container::spec::namespace;
 use crate::mount_options::MountOptions;
 
 /// Filesystems that show the namespaces of whoever mounts them.
@@ -66,7 +67,7 @@ pub fn prepare(spec: &mut Spec) -> Result<(), MountError> {
         .unwrap_or_default();
     let open = || Root::open(&path).map_err(|_| MountError::Root(path.clone()));
     open()?;
-    if has_user_namespace(spec) {
+    if namespace(spec, LinuxNamespaceType::User).is_some() {
         // What is mounted inside of it belongs to its root user, so libcontainer does all of it there.
         return Ok(());
     }
@@ -216,17 +217,6 @@ fn make_working_directory(root: &Root, spec: &Spec, left_at: &[PathBuf]) -> Resu
         return Ok(());
     }
     root.make(&resolved, Kind::Directory).map(drop).map_err(failed)
-}
-
-fn has_user_namespace(spec: &Spec) -> bool {
-    let namespaces = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.namespaces().as_ref());
-    namespaces
-        .into_iter()
-        .flatten()
-        .any(|namespace| namespace.typ() == LinuxNamespaceType::User)
 }
 
 /// The path as it is written, from the root on.

@@ -40,6 +40,9 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use uds::check_untrusted;
+
 pub use attach::AttachOptions;
 pub use connection::Direction;
 pub use device::Vsock;

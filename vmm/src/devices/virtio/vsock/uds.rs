@@ -142,6 +142,44 @@ fn parse(line: &[u8]) -> Option<u32> {
     port.parse().ok()
 }
 
+/// What a client sends, for fuzzing: its line is taken or nothing, and what comes behind stays where it is.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn check_untrusted(data: &[u8]) {
+    use std::io::{Read, Write};
+
+    // Less than a socket takes at once.
+    let data = data.get(..4096).unwrap_or(data);
+    let Ok((mut client, server)) = UnixStream::pair() else {
+        return;
+    };
+    let Ok(Ok(host)) = server.try_clone().map(|server| HostFd::new(server.into())) else {
+        return;
+    };
+    if client.write_all(data).is_err() {
+        return;
+    }
+    let end = data.iter().take(MAX_LINE).position(|&byte| byte == b'\n');
+    let left = match (handshake(&host), end) {
+        (Handshake::Port(port), Some(end)) => {
+            let (line, rest) = data.split_at(end);
+            let line = String::from_utf8_lossy(line);
+            let said = line.split_ascii_whitespace().nth(1);
+            assert_eq!(said.and_then(|port| port.parse().ok()), Some(port));
+            rest.split_first().map_or(rest, |(_, behind)| behind)
+        }
+        (Handshake::Incomplete, None) if data.len() < MAX_LINE => data,
+        // The client is sent away.
+        (Handshake::Bad, _) if !data.is_empty() => return,
+        (other, end) => panic!("{other:?} of {data:?}, whose line ends at {end:?}"),
+    };
+    drop(client);
+    let mut found = Vec::new();
+    let read = server
+        .set_nonblocking(false)
+        .and_then(|()| (&server).read_to_end(&mut found));
+    assert!(read.is_ok() && found == left, "{found:?} is left of {data:?}");
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
