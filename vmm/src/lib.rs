@@ -37,6 +37,7 @@ pub mod memory;
 mod io_loop;
 mod rate_limiter;
 
+pub mod confinement;
 mod descriptors;
 mod interrupted;
 mod kvm;
@@ -46,5 +47,6 @@ mod lifecycle;
 pub mod fuzzing;
 
 pub use config::VmConfig;
+pub use confinement::Confinement;
 pub use vcpu::metrics::VcpuMetrics;
 pub use vm::Vm;
