@@ -61,6 +61,11 @@ pub fn configuration(options: &RuntimeOptions) -> Vec<Finding> {
     let mut findings = vec![Finding::new::<_, &str>("configuration", Ok(summary))];
     let warnings = file.warnings.iter();
     findings.extend(warnings.map(|warning| Finding::new::<_, &str>("configuration warning", Ok(warning))));
+    let confinement = hypervisor.confinement();
+    findings.push(Finding::new::<_, &str>(
+        "confinement of the VMM's threads",
+        Ok(confinement),
+    ));
     findings.push(Finding::new(
         "kernel and image",
         hypervisor.check_assets(&file.origins).map(|()| "present"),
@@ -104,6 +109,10 @@ mod tests {
         };
         assert!(of("configuration").unwrap().starts_with("1 vCPU"));
         assert!(of("configuration warning").unwrap().contains("no_such_key"));
+        assert_eq!(
+            of("confinement of the VMM's threads").unwrap(),
+            "seccomp enforced, capabilities given up"
+        );
         assert!(
             of("kernel and image")
                 .unwrap_err()

@@ -5,6 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::OnceLock;
@@ -37,6 +38,11 @@ pub fn to_fifo(bundle: &Path, namespace: &str, sandbox: &str, debug: bool) {
     } else {
         LevelFilter::INFO
     };
+    // For as long as the process lives: the handler that writes there takes no lock and opens nothing.
+    if let Ok(last_words) = fifo.file.try_clone() {
+        let last_words: &'static File = Box::leak(Box::new(last_words));
+        runtime::hypervisor::report_violations_to(last_words.as_fd());
+    }
     install(fifo, namespace, sandbox, level);
 }
 
@@ -139,8 +145,11 @@ pub fn abort_on_panic() {
             panic = message,
             "shim panicked, aborting: its pod ends"
         );
-        let backtrace = std::backtrace::Backtrace::force_capture();
-        tracing::debug!(%backtrace, "backtrace of the panic");
+        // Names are looked up in files, which a confined thread may not open.
+        if !runtime::hypervisor::is_confined() {
+            let backtrace = std::backtrace::Backtrace::force_capture();
+            tracing::debug!(%backtrace, "backtrace of the panic");
+        }
         std::process::abort();
     }));
 }

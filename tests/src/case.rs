@@ -3,6 +3,7 @@
 //! Everything here panics on failure, as assertions do, after collecting the logs.
 
 use std::fmt::Debug;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -35,6 +36,8 @@ pub struct Case {
     runtime: String,
     log_start: u64,
     reported: AtomicBool,
+    /// A thread of a shim is made to do what it must not.
+    violates: AtomicBool,
     next: AtomicU32,
     _watchdog: Sender<()>,
     _host: HostUse,
@@ -99,6 +102,7 @@ impl Case {
             daemon,
             log_start,
             reported: AtomicBool::new(false),
+            violates: AtomicBool::new(false),
             next: AtomicU32::new(0),
             _watchdog: watchdog,
             _host: host,
@@ -171,6 +175,28 @@ impl Case {
         self.daemon.ctr(args).unwrap_or_else(|e| panic!("{e}"))
     }
 
+    /// Lets threads of shims make forbidden system calls, which fails a test otherwise. Only for a test that runs alone.
+    pub fn expect_violations(&self) {
+        self.violates.store(true, Ordering::Relaxed);
+    }
+
+    /// The log's lines about forbidden system calls of shims since the test began.
+    ///
+    /// # Panics
+    /// When the log cannot be read.
+    #[track_caller]
+    pub fn violations(&self) -> Vec<String> {
+        let mut log = std::fs::File::open(self.daemon.log()).unwrap_or_else(|e| panic!("log: {e}"));
+        let mut bytes = Vec::new();
+        let read = log
+            .seek(SeekFrom::Start(self.log_start))
+            .and_then(|_| log.read_to_end(&mut bytes));
+        read.unwrap_or_else(|e| panic!("log: {e}"));
+        let text = String::from_utf8_lossy(&bytes);
+        let told = text.lines().filter(|line| line.contains("forbidden system call"));
+        told.map(str::to_owned).collect()
+    }
+
     /// Prints the logs once.
     pub(crate) fn report(&self) {
         if !self.reported.swap(true, Ordering::Relaxed) {
@@ -183,6 +209,9 @@ impl Drop for Case {
     fn drop(&mut self) {
         if thread::panicking() {
             self.report();
+        } else if !self.violates.load(Ordering::Relaxed) {
+            let violations = self.violations();
+            assert!(violations.is_empty(), "{}: {violations:#?}", self.name);
         }
     }
 }

@@ -16,6 +16,7 @@ pub mod cri;
 pub mod diagnosis;
 pub mod events;
 pub mod grpc;
+pub mod hijack;
 pub mod hvsock;
 pub mod image;
 pub mod leftovers;

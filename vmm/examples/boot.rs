@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use dragonball::Vm;
 use dragonball::config::{
-    BlockConfig, BlockEngine, BootConfig, ConsoleConfig, CpuConfig, DeviceConfig, FsConfig, FsRoot,
-    MemoryConfig, NetConfig, RngConfig, SharedDir, VcpuConfig, VmConfig, VsockConfig,
+    BlockConfig, BlockEngine, BootConfig, Confinement, ConsoleConfig, CpuConfig, DeviceConfig, FsConfig,
+    FsRoot, MemoryConfig, NetConfig, RngConfig, SharedDir, VcpuConfig, VmConfig, VsockConfig,
 };
 use dragonball::vm::ExitReason;
 
@@ -38,6 +38,7 @@ fn parse() -> Result<Arguments, String> {
         vsock: None,
         devices: Vec::new(),
         hotplug_slots: 0,
+        confinement: Confinement::default(),
     };
     let mut timeout = Duration::from_secs(120);
     let mut arguments = std::env::args().skip(1);

@@ -9,8 +9,8 @@ use std::os::fd::AsFd;
 
 use dragonball::Vm;
 use dragonball::config::{
-    BlockConfig, BootConfig, ConsoleConfig, CpuConfig, DeviceConfig, MemoryConfig, NetConfig, VcpuConfig,
-    VmConfig,
+    BlockConfig, BootConfig, Confinement, ConsoleConfig, CpuConfig, DeviceConfig, MemoryConfig, NetConfig,
+    VcpuConfig, VmConfig,
 };
 use dragonball::vm::ExitReason;
 
@@ -37,6 +37,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             DeviceConfig::Net(NetConfig::new("nic", tap)),
         ],
         hotplug_slots: 0,
+        confinement: Confinement::default(),
     })?;
     vm.console()
         .set_sink(io::stdout().as_fd().try_clone_to_owned()?)?;

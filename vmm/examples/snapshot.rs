@@ -10,8 +10,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use dragonball::Vm;
 use dragonball::config::{
-    BootConfig, ConsoleConfig, CpuConfig, DeviceConfig, MemoryConfig, RngConfig, VcpuConfig, VmConfig,
-    VsockConfig,
+    BootConfig, Confinement, ConsoleConfig, CpuConfig, DeviceConfig, MemoryConfig, RngConfig, VcpuConfig,
+    VmConfig, VsockConfig,
 };
 use dragonball::vm::snapshot::{MemoryMode, RestoreOptions, SaveKind};
 
@@ -56,6 +56,7 @@ fn save(dir: &str, kernel: &str, initramfs: &str, cmdline: &str) -> Result<()> {
         }),
         devices: vec![DeviceConfig::Rng(RngConfig { id: "rng".to_owned() })],
         hotplug_slots: 8,
+        confinement: Confinement::default(),
     })?;
     vm.start()?;
     wait_for_output(&vm)?;

@@ -8,12 +8,13 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
-use std::thread::JoinHandle;
 
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::confinement::{Confinement, Role, Thread};
 
 /// Something that reacts to file descriptors becoming ready, on the loop's thread.
 pub type Worker = Arc<Mutex<dyn MutEventSubscriber + Send>>;
@@ -62,11 +63,11 @@ impl std::fmt::Debug for IoLoop {
 }
 
 impl IoLoop {
-    /// Starts the loop on a thread called `name`.
+    /// Starts the loop on a thread called `name`, which gives up what `confinement` says.
     ///
     /// # Errors
     /// [`IoLoopError`] when the kernel refuses epoll, eventfd or the thread.
-    pub fn spawn(name: &str) -> Result<(Self, JoinHandle<()>), IoLoopError> {
+    pub(crate) fn spawn(name: &str, confinement: Confinement) -> Result<(Self, Thread<()>), IoLoopError> {
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let mut manager: EventManager<Worker> = EventManager::new()?;
         let waker = Arc::new(Mutex::new(Waker {
@@ -88,9 +89,8 @@ impl IoLoop {
             name: name.to_owned(),
             source,
         };
-        let thread = std::thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || {
+        let thread = confinement
+            .spawn(Role::Io, name, move || {
                 // SAFETY: gettid has no arguments and cannot fail.
                 own_id.get_or_init(|| unsafe { libc::gettid() });
                 while !ended.load(Ordering::Acquire) {
@@ -276,7 +276,7 @@ mod tests {
 
     #[test]
     fn drain_when_the_loop_answers_calls_in_a_row_waits_for_events() {
-        let (io, thread) = IoLoop::spawn("test-io").unwrap();
+        let (io, thread) = IoLoop::spawn("test-io", Confinement::default()).unwrap();
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
         let came = Arc::new(AtomicBool::new(false));
         let noting = Noting {
@@ -316,7 +316,7 @@ mod tests {
 
     #[test]
     fn drain_when_the_loop_has_ended_says_so() {
-        let (io, thread) = IoLoop::spawn("test-io").unwrap();
+        let (io, thread) = IoLoop::spawn("test-io", Confinement::default()).unwrap();
         io.drain().unwrap();
         io.stop();
         thread.join().unwrap();

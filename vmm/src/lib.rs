@@ -33,6 +33,7 @@ pub mod memory;
 mod io_loop;
 mod rate_limiter;
 
+pub mod confinement;
 mod descriptors;
 mod interrupted;
 mod kvm;
@@ -42,5 +43,6 @@ mod lifecycle;
 pub mod fuzzing;
 
 pub use config::VmConfig;
+pub use confinement::Confinement;
 pub use vcpu::metrics::VcpuMetrics;
 pub use vm::Vm;

@@ -55,7 +55,6 @@ const HYPERVISOR: &[(&str, &[&str])] = &[
     ("virtio_fs_is_dax", &["false"]),
     ("valid_virtio_fs_daemon_paths", &["[]"]),
     ("disable_vhost_net", &["false", "true"]),
-    ("disable_seccomp", &["false"]),
     ("seccomp_sandbox", &["\"\""]),
     ("disable_nesting_checks", &["false", "true"]),
     ("disable_image_nvdimm", &["true", "false"]),

@@ -159,6 +159,12 @@ pub struct HypervisorConfig {
     pub cpu_template: CpuTemplate,
     /// Lets the guest be a hypervisor itself (VT-x, AMD-V).
     pub enable_nested_virtualization: bool,
+    /// No system call filters on the VMM's threads.
+    pub disable_seccomp: bool,
+    /// The filters only log what they would stop.
+    pub seccomp_log_only: bool,
+    /// The VMM's threads keep the capabilities of the shim.
+    pub keep_capabilities: bool,
     /// Empty virtio-mmio slots for devices added to a running VM.
     pub hotplug_slots: u8,
     /// Folder in the guest's image with hooks for every container, in `prestart`, `poststart`, `poststop`; empty for none.
@@ -196,6 +202,9 @@ impl Default for HypervisorConfig {
             virtio_fs_extra_args: vec!["--thread-pool-size=1".into()],
             cpu_template: CpuTemplate::None,
             enable_nested_virtualization: false,
+            disable_seccomp: false,
+            seccomp_log_only: false,
+            keep_capabilities: false,
             hotplug_slots: 8,
             guest_hook_path: String::new(),
             network_queues: 1,
@@ -252,6 +261,20 @@ impl HypervisorConfig {
             limit => limit,
         };
         u8::try_from(limit).unwrap_or(MAX_VCPUS).clamp(1, MAX_VCPUS)
+    }
+
+    /// What the VMM's threads give up, for people.
+    pub fn confinement(&self) -> String {
+        let seccomp = match (self.disable_seccomp, self.seccomp_log_only) {
+            (true, _) => "seccomp off",
+            (false, true) => "seccomp logs only",
+            (false, false) => "seccomp enforced",
+        };
+        let capabilities = match self.keep_capabilities {
+            true => "capabilities kept",
+            false => "capabilities given up",
+        };
+        format!("{seccomp}, {capabilities}")
     }
 
     /// Worker threads of the share, from `virtio_fs_extra_args`.

@@ -168,6 +168,10 @@ fn values_when_bad_name_key_value_and_range() {
         ("default_vcpus = 0", "default_vcpus = 0: must be 1 to 254"),
         ("default_vcpus = 300", "default_vcpus = 300: must be 1 to 254"),
         (
+            "disable_seccomp = true\nseccomp_log_only = true",
+            "seccomp_log_only = true: needs filters: disable_seccomp must be false",
+        ),
+        (
             "default_vcpus = 4\ndefault_maxvcpus = 2",
             "must not exceed default_maxvcpus = 2",
         ),

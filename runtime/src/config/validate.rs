@@ -78,6 +78,10 @@ impl HypervisorConfig {
                 "must be one line",
             ));
         }
+        if self.disable_seccomp && self.seccomp_log_only {
+            let allowed = "needs filters: disable_seccomp must be false";
+            return Err(value("seccomp_log_only", &self.seccomp_log_only, allowed));
+        }
         let set =
             |path: &Option<std::path::PathBuf>| path.as_ref().is_some_and(|p| !p.as_os_str().is_empty());
         if set(&self.image) && set(&self.initrd) {

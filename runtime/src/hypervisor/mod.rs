@@ -19,6 +19,7 @@ use async_trait::async_trait;
 use crate::config::{HypervisorConfig, VirtioFsCache};
 use crate::error::{Error, Result};
 
+pub use ::dragonball::confinement::violation::{is_confined, report_to as report_violations_to};
 pub use dragonball::{Dragonball, make_dragonball};
 
 /// Host port on which the agent announces that it serves; the guest's command line names it.

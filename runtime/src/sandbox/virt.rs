@@ -444,6 +444,8 @@ impl Sandbox for VirtSandbox {
         let state = self.state.borrow().clone();
         let ready = state == SandboxState::Running;
         let mut info = self.resources.info();
+        let hypervisor = &self.config.hypervisor.dragonball;
+        info.insert("confinement".to_owned(), hypervisor.confinement());
         let end = match state {
             SandboxState::Stopped(end) => Some(end),
             _ => None,

@@ -6,6 +6,7 @@
 
 mod api;
 mod cleanup;
+mod confinement;
 mod events;
 mod exec;
 mod failures;

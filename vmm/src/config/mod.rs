@@ -5,6 +5,7 @@ mod device;
 use serde::{Deserialize, Serialize};
 
 pub use crate::boot::BootConfig;
+pub use crate::confinement::{Confinement, Seccomp};
 pub use crate::devices::virtio::balloon::config::BalloonConfig;
 pub use crate::devices::virtio::block::config::{BlockConfig, BlockEngine, MAX_BLOCK_QUEUES};
 pub use crate::devices::virtio::config::{KnobError, Knobs};
@@ -49,6 +50,9 @@ pub struct VmConfig {
     pub devices: Vec<DeviceConfig>,
     /// Empty virtio-mmio slots kept for `add_device`.
     pub hotplug_slots: u8,
+    /// What the machine's threads give up. Not saved: a file must not decide it.
+    #[serde(skip)]
+    pub confinement: Confinement,
 }
 
 /// Processors of a VM.

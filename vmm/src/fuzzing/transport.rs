@@ -9,7 +9,7 @@ use super::script::Script;
 use crate::config::RngConfig;
 use crate::devices::virtio::CHAIN_FEATURES;
 use crate::devices::virtio::rng::Rng;
-use crate::devices::virtio::test_ring::{RINGS, TestGuest};
+use crate::devices::virtio::test_ring::{RINGS, TestGuest, confinement};
 use crate::devices::virtio::transport::mmio::{Host, MmioTransport};
 
 const MAX_ACTIONS: usize = 512;
@@ -20,6 +20,7 @@ pub(super) fn transport(guest: &TestGuest) -> MmioTransport {
     let host = Host {
         memory: guest.memory.clone(),
         io: guest.io.clone(),
+        confinement: confinement(),
     };
     let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
     MmioTransport::new(Box::new(device), host, guest.slot(), vec![kick])

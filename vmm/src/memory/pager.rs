@@ -13,7 +13,6 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -22,6 +21,7 @@ use super::GuestMemory;
 use super::image::{self, Place};
 use super::layout::{MemoryLayout, RegionKind};
 use super::userfaultfd::{Userfaultfd, Watch};
+use crate::confinement::{Confinement, Role, Thread};
 use crate::lifecycle::{Failure, errno_of};
 
 /// linux/userfaultfd.h
@@ -42,7 +42,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 pub struct Pager {
     uffd: Arc<Userfaultfd>,
     stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<Thread<()>>,
 }
 
 impl Pager {
@@ -55,7 +55,7 @@ impl Pager {
         memory: &Arc<GuestMemory>,
         layout: &MemoryLayout,
         file: &File,
-        watch: Watch,
+        (watch, confinement): (Watch, Confinement),
         failed: impl FnOnce(Failure) + Send + 'static,
     ) -> io::Result<Self> {
         let uffd = Arc::new(Userfaultfd::open(watch)?);
@@ -79,9 +79,7 @@ impl Pager {
             failed: Some(Box::new(failed)),
             _memory: memory.clone(),
         };
-        let thread = std::thread::Builder::new()
-            .name("vmm-pager".to_owned())
-            .spawn(move || worker.run())?;
+        let thread = confinement.spawn(Role::Pager, "vmm-pager", move || worker.run())?;
         Ok(Self {
             uffd,
             stop,
@@ -100,7 +98,7 @@ impl Drop for Pager {
         if let Err(error) = self.stop.write(1) {
             tracing::error!(%error, "pager: cannot wake the thread to stop it");
         }
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+        if self.thread.take().is_some_and(|thread| thread.join().is_none()) {
             tracing::error!("pager: the thread panicked");
         }
     }
@@ -281,7 +279,7 @@ mod tests {
             &clone,
             &layout,
             file.as_file(),
-            Watch::Missing,
+            (Watch::Missing, Confinement::default()),
             |_| unreachable!(),
         )
         .unwrap();
@@ -315,7 +313,14 @@ mod tests {
         let clone = Arc::new(allocate(&layout).unwrap());
         let (tell, told) = mpsc::channel();
         let failed = move |reason| tell.send(reason).unwrap();
-        let pager = Pager::start(&clone, &layout, file.as_file(), Watch::Missing, failed).unwrap();
+        let pager = Pager::start(
+            &clone,
+            &layout,
+            file.as_file(),
+            (Watch::Missing, Confinement::default()),
+            failed,
+        )
+        .unwrap();
         let read = |address| -> u64 { clone.read_obj(GuestAddress(address)).unwrap() };
         assert_eq!(read(0), 5);
         // What is behind the end of a mapped file cannot be read.

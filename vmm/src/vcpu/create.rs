@@ -6,6 +6,7 @@ use kvm_bindings::{KVM_MP_STATE_UNINITIALIZED, kvm_mp_state};
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::bus::Bus;
+use crate::confinement::Confinement;
 use crate::kvm::{IoctlError, ioctl_error};
 use crate::lifecycle::Lifecycle;
 use crate::vcpu::cpuid::{self, CpuModel, CpuidError};
@@ -40,6 +41,8 @@ pub struct VcpuContext {
     pub mmio: Arc<Bus>,
     /// The machine's state.
     pub lifecycle: Arc<Lifecycle>,
+    /// What their threads give up.
+    pub confinement: Confinement,
 }
 
 /// KVM's side of vCPU `index`, as after a reset.
@@ -84,6 +87,7 @@ impl VcpuContext {
             mmio: self.mmio.clone(),
             lifecycle: self.lifecycle.clone(),
             counters: Arc::new(VcpuCounters::default()),
+            confinement: self.confinement,
             unfinished: false,
         }
     }

@@ -6,11 +6,12 @@ use std::io;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::thread::{self, JoinHandle};
+use std::thread;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::bus::Bus;
+use crate::confinement::{Confinement, Role, Thread};
 use crate::lifecycle::gate::Passage;
 use crate::lifecycle::{ExitReason, Failure, Lifecycle, VcpuFailure, errno_of};
 use crate::vcpu::kick;
@@ -36,6 +37,8 @@ pub struct Vcpu {
     pub lifecycle: Arc<Lifecycle>,
     /// Exits.
     pub counters: Arc<VcpuCounters>,
+    /// What its thread gives up.
+    pub confinement: Confinement,
     /// A port or memory access was answered, and KVM has not finished its instruction.
     pub unfinished: bool,
 }
@@ -51,7 +54,7 @@ pub struct VcpuThread {
     pub counters: Arc<VcpuCounters>,
     leaving: Arc<AtomicBool>,
     lifecycle: Arc<Lifecycle>,
-    thread: JoinHandle<Vcpu>,
+    thread: Thread<Vcpu>,
 }
 
 impl VcpuThread {
@@ -62,10 +65,9 @@ impl VcpuThread {
 
     /// Gets the thread out of KVM_RUN and to the gate.
     pub fn kick(&self) {
-        use std::os::unix::thread::JoinHandleExt;
         // SAFETY: the thread is not joined while `self` exists, so its pthread_t is valid; the handler is installed
         // before any vCPU thread is made.
-        let error = unsafe { libc::pthread_kill(self.thread.as_pthread_t(), kick::signal()) };
+        let error = unsafe { libc::pthread_kill(self.thread.pthread(), kick::signal()) };
         if error != 0 {
             tracing::debug!(vcpu = self.index, error, "vCPU thread has already ended");
         }
@@ -74,10 +76,10 @@ impl VcpuThread {
     /// Waits for the thread to end; gives its vCPU back unless the thread panicked.
     pub fn join(self) -> Option<Vcpu> {
         let vcpu = self.thread.join();
-        if vcpu.is_err() {
+        if vcpu.is_none() {
             tracing::error!(vcpu = self.index, "vCPU thread panicked");
         }
-        vcpu.ok()
+        vcpu
     }
 
     /// Ends this one thread, whatever the others do.
@@ -102,10 +104,10 @@ impl Drop for Leaving {
 }
 
 impl Vcpu {
-    /// Starts the thread, which passes the gate first.
+    /// Starts the thread, which gives up what it does not need and passes the gate.
     ///
     /// # Errors
-    /// The host refuses the thread; the vCPU is lost with it.
+    /// The host refuses the thread, or its confinement; the vCPU is lost with it.
     pub fn spawn(self) -> io::Result<VcpuThread> {
         let (index, counters, lifecycle) = (self.index, self.counters.clone(), self.lifecycle.clone());
         let leaving = Arc::new(AtomicBool::new(false));
@@ -113,9 +115,9 @@ impl Vcpu {
         let own_tid = tid.clone();
         lifecycle.gate().join();
         let told = leaving.clone();
-        let thread = thread::Builder::new()
-            .name(format!("vcpu{index}"))
-            .spawn(move || {
+        let thread = self
+            .confinement
+            .spawn(Role::Vcpu, &format!("vcpu{index}"), move || {
                 let leaving = Leaving(self.lifecycle.clone());
                 // SAFETY: gettid has no arguments and cannot fail.
                 own_tid.get_or_init(|| unsafe { libc::gettid() });

@@ -16,6 +16,7 @@ use crate::acpi::shared_page::SharedPage;
 use crate::boot::{self, EntryPoint};
 use crate::bus::Bus;
 use crate::config::{ConsoleConfig, MemoryConfig, VcpuConfig, VmConfig};
+use crate::confinement::Confinement;
 use crate::devices::cpu_hotplug::{self, CpuHotplug};
 use crate::devices::ged::{self, Ged};
 use crate::devices::power::{self, Power};
@@ -133,6 +134,7 @@ pub fn build(config: &VmConfig) -> Result<Built, BuildError> {
         console,
         vcpus: config.vcpus,
         lifecycle: lifecycle.clone(),
+        confinement: config.confinement,
     };
     let machine = parts.assemble()?;
     let input = machine.board.serial.clone().map_or(plan.input, Input::Serial);
@@ -221,6 +223,8 @@ pub struct Parts {
     pub vcpus: VcpuConfig,
     /// The machine's state.
     pub lifecycle: Arc<Lifecycle>,
+    /// What threads give up.
+    pub confinement: Confinement,
 }
 
 impl Parts {
@@ -245,11 +249,17 @@ impl Parts {
             pio,
             mmio,
             lifecycle: self.lifecycle,
+            confinement: self.confinement,
         };
         let vcpus = Vcpus::new(context, hotplug);
-        let io = IoLoop::spawn("vmm-io")?;
+        let starting = board.slots.start_on_a_thread(self.confinement);
+        starting.map_err(|source| BuildError::Host {
+            what: "thread vmm-starter",
+            source,
+        })?;
+        let io = IoLoop::spawn("vmm-io", self.confinement)?;
         let memory = (self.memory, self.windows, self.origin);
-        Ok(Machine::new(self.vm, memory, board, vcpus, io))
+        Ok(Machine::new(self.vm, memory, board, vcpus, io, self.confinement))
     }
 }
 

@@ -5,11 +5,11 @@
 
 use std::fs::File;
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 
 use kvm_ioctls::VmFd;
 
 use crate::acpi::shared_page::SharedPage;
+use crate::confinement::{Confinement, Thread};
 use crate::devices::ged::Ged;
 use crate::devices::serial::Serial;
 use crate::devices::virtio::transport::mmio::Host;
@@ -58,7 +58,7 @@ pub struct Machine {
     pub windows: Windows,
     /// The loop of the device workers.
     pub io: IoLoop,
-    io_thread: Mutex<Option<JoinHandle<()>>>,
+    io_thread: Mutex<Option<Thread<()>>>,
     /// Where its memory came from, and what is known of the changes since. Locked by a save.
     pub origin: Mutex<Origin>,
     /// Guest RAM and windows.
@@ -85,11 +85,13 @@ impl Machine {
         (memory, windows, origin): (Arc<GuestMemory>, Windows, Origin),
         board: Board,
         vcpus: Vcpus,
-        (io, io_thread): (IoLoop, JoinHandle<()>),
+        (io, io_thread): (IoLoop, Thread<()>),
+        confinement: Confinement,
     ) -> Self {
         let host = Host {
             memory: memory.clone(),
             io: io.clone(),
+            confinement,
         };
         Self {
             vcpus,
@@ -117,6 +119,8 @@ impl Machine {
     /// Ends all threads and device workers, for good; the gate must have been ended before.
     pub fn shut_down(&self) {
         self.vcpus.end();
+        // Nobody is left who writes a status register.
+        self.board.slots.end_thread();
         // Output the guest had queued before its last breath still reaches the console.
         if let Err(error) = self.io.drain() {
             tracing::warn!(%error, "devices are stopped without draining");
@@ -125,7 +129,7 @@ impl Machine {
         self.devices.close();
         self.io.stop();
         let thread = lock(&self.io_thread).take();
-        if thread.is_some_and(|thread| thread.join().is_err()) {
+        if thread.is_some_and(|thread| thread.join().is_none()) {
             tracing::error!("I/O loop panicked");
         }
     }

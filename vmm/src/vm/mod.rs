@@ -48,7 +48,7 @@ use registry::NoSuchDevice;
 /// ```no_run
 /// use dragonball::Vm;
 /// use dragonball::config::{
-///     BlockConfig, BootConfig, ConsoleConfig, CpuConfig, DeviceConfig, MemoryConfig, VcpuConfig, VmConfig,
+///     BlockConfig, BootConfig, Confinement, ConsoleConfig, CpuConfig, DeviceConfig, MemoryConfig, VcpuConfig, VmConfig,
 /// };
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -67,6 +67,7 @@ use registry::NoSuchDevice;
 ///     vsock: None,
 ///     devices: vec![DeviceConfig::Block(BlockConfig::new("root", "/srv/root.img"))],
 ///     hotplug_slots: 2,
+///     confinement: Confinement::default(),
 /// })?;
 /// vm.start()?;
 /// let data = vm.add_device(DeviceConfig::Block(BlockConfig::new("data", "/srv/data.img")))?;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use dragonball::Vm;
 use dragonball::config::{
-    BootConfig, ConsoleConfig, CpuConfig, DeviceConfig, MemoryConfig, VcpuConfig, VmConfig,
+    BootConfig, Confinement, ConsoleConfig, CpuConfig, DeviceConfig, MemoryConfig, VcpuConfig, VmConfig,
 };
 use dragonball::vm::ExitReason;
 
@@ -182,6 +182,7 @@ pub fn config(scratch: &Scratch, code: &Code) -> VmConfig {
         vsock: None,
         devices: Vec::new(),
         hotplug_slots: 0,
+        confinement: Confinement::default(),
     }
 }
 

@@ -48,6 +48,19 @@ pub fn make_dragonball(
     Arc::new(Dragonball::new(hypervisor, config, paths, debug))
 }
 
+/// What the VM's threads give up.
+fn confinement(config: &HypervisorConfig) -> vmm::Confinement {
+    let seccomp = match (config.disable_seccomp, config.seccomp_log_only) {
+        (true, _) => vmm::Seccomp::Off,
+        (false, true) => vmm::Seccomp::LogOnly,
+        (false, false) => vmm::Seccomp::Enforce,
+    };
+    vmm::Confinement {
+        seccomp,
+        keep_capabilities: config.keep_capabilities,
+    }
+}
+
 /// A VM in this process.
 pub struct Dragonball {
     config: HypervisorConfig,
@@ -156,6 +169,7 @@ impl Dragonball {
             }),
             devices,
             hotplug_slots: u8::try_from(hotplug_slots).unwrap_or(u8::MAX),
+            confinement: confinement(&self.config),
         }
     }
 }
@@ -525,6 +539,29 @@ mod tests {
                 }
             );
         }
+    }
+
+    #[test]
+    fn confinement_when_configured_reaches_the_vm() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = SandboxPaths::below(folder.path(), "k8s.io", "s1").unwrap();
+        let mut config = TomlConfig::default();
+        let of_vm = |config: &TomlConfig| {
+            let hypervisor = Dragonball::new(&config.hypervisor.dragonball, config, &paths, false);
+            let told = config.hypervisor.dragonball.confinement();
+            (hypervisor.vm_config("s1", &[]).confinement, told)
+        };
+        let (confinement, told) = of_vm(&config);
+        assert_eq!(confinement, vmm::Confinement::default());
+        assert_eq!(told, "seccomp enforced, capabilities given up");
+        config.hypervisor.dragonball.keep_capabilities = true;
+        config.hypervisor.dragonball.seccomp_log_only = true;
+        let (confinement, told) = of_vm(&config);
+        assert_eq!(confinement.seccomp, vmm::Seccomp::LogOnly);
+        assert!(confinement.keep_capabilities);
+        assert_eq!(told, "seccomp logs only, capabilities kept");
+        config.hypervisor.dragonball.disable_seccomp = true;
+        assert_eq!(of_vm(&config).0.seccomp, vmm::Seccomp::Off);
     }
 
     #[tokio::test]

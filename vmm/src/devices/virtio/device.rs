@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::interrupt::Interrupt;
 use super::state::{QueuePosition, StateError};
+use crate::confinement::Confinement;
 use crate::io_loop::{IoLoop, IoLoopError};
 use crate::memory::GuestMemory;
 
@@ -69,6 +70,8 @@ pub struct Activation {
     pub interrupt: Interrupt,
     /// The loop on which workers run.
     pub io: IoLoop,
+    /// What threads of the device's own give up.
+    pub confinement: Confinement,
 }
 
 impl Activation {
@@ -100,7 +103,8 @@ pub fn read_space(space: &[u8], offset: u64, data: &mut [u8]) {
 /// A virtio device behind a transport.
 ///
 /// The transport owns status, feature negotiation and queue registers; the device owns its configuration space and its
-/// worker. Calls come from vCPU threads, one at a time (the transport holds the device's lock).
+/// worker. Calls come one at a time (the transport holds the device's lock): those that start or stop the worker from threads
+/// that may start others, those about the configuration space from vCPU threads, too.
 ///
 /// [`Any`] lets the machine find the device's own type behind the trait, for what only that type can do (a disk's new
 /// size, a balloon's target): `Machine::with_device`.

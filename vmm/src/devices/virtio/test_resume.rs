@@ -6,7 +6,7 @@
 use virtio_queue::QueueT;
 
 use super::state::QueuePosition;
-use super::test_ring::{TestGuest, TestRing};
+use super::test_ring::{TestGuest, TestRing, confinement};
 use super::{ActivateError, Activation, VirtioDevice};
 
 /// Activates `device` with `rings` and `features`; queues named in `positions` go on there.
@@ -30,6 +30,7 @@ pub fn activate_at(
         queues,
         interrupt: guest.interrupt(),
         io: guest.io.clone(),
+        confinement: confinement(),
     })
 }
 

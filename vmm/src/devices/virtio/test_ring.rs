@@ -8,7 +8,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -24,6 +23,7 @@ use super::state::QueuePosition;
 use super::transport::mmio::SlotInterrupt;
 use super::transport::mmio::registers::Registers;
 use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+use crate::confinement::{Confinement, Seccomp, Thread};
 use crate::io_loop::IoLoop;
 use crate::memory::GuestMemory;
 
@@ -297,13 +297,13 @@ pub struct TestGuest {
     pub irqfd: Arc<EventFd>,
     /// The I/O loop.
     pub io: IoLoop,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<Thread<()>>,
 }
 
 impl Default for TestGuest {
     fn default() -> Self {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).unwrap();
-        let (io, thread) = IoLoop::spawn("test-io").unwrap();
+        let (io, thread) = IoLoop::spawn("test-io", confinement()).unwrap();
         Self {
             memory: Arc::new(memory),
             registers: Registers::unseen().unwrap(),
@@ -311,6 +311,17 @@ impl Default for TestGuest {
             io,
             thread: Some(thread),
         }
+    }
+}
+
+/// Threads under test are confined as they are in use; not under a fuzzer, whose sanitizers make calls of their own there.
+pub fn confinement() -> Confinement {
+    match cfg!(test) {
+        true => Confinement::default(),
+        false => Confinement {
+            seccomp: Seccomp::Off,
+            keep_capabilities: true,
+        },
     }
 }
 
@@ -345,6 +356,7 @@ impl TestGuest {
             queues: rings.iter().map(TestRing::active).collect(),
             interrupt: self.interrupt(),
             io: self.io.clone(),
+            confinement: confinement(),
         };
         device.activate(activation).unwrap();
         rings
@@ -370,6 +382,7 @@ impl TestGuest {
             queues: queues.map(|(ring, at)| ring.active_at(at)).collect(),
             interrupt: self.interrupt(),
             io: self.io.clone(),
+            confinement: confinement(),
         };
         device.activate(activation).unwrap();
     }

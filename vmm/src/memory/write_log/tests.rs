@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 use vmm_sys_util::tempfile::TempFile;
 
 use super::*;
+use crate::confinement::Confinement;
 use crate::memory::image::{Contents, Pages};
 use crate::memory::pager::Pager;
 use crate::memory::seal::{BLOCK, Seal};
@@ -274,8 +275,14 @@ impl Setup {
             }
             Kind::Paged => {
                 let watch = Watch::MissingAndWrites;
-                let started =
-                    Pager::start(&memory, &layout(), file.as_file(), watch, |_| unreachable!()).unwrap();
+                let started = Pager::start(
+                    &memory,
+                    &layout(),
+                    file.as_file(),
+                    (watch, Confinement::default()),
+                    |_| unreachable!(),
+                )
+                .unwrap();
                 Beneath::Pager(pager.insert(started).userfaultfd().clone())
             }
         };

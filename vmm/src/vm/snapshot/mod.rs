@@ -25,6 +25,7 @@ pub use save::SaveReport;
 pub use verify::verify;
 
 use crate::config::ConfigError;
+use crate::confinement::Confinement;
 use crate::devices::cpu_hotplug::PresenceError;
 use crate::devices::virtio::state::{EncodingError, StateError};
 use crate::irq::io_apic::IoApicStateError;
@@ -93,6 +94,8 @@ pub struct RestoreOptions {
     pub tap_fds: BTreeMap<String, Vec<Arc<OwnedFd>>>,
     /// Another Unix socket for the vsock device.
     pub vsock_uds: Option<PathBuf>,
+    /// What the machine's threads give up; the saved machine's is not known.
+    pub confinement: Confinement,
 }
 
 /// Decodes and checks `body` as the state of a machine, as far as that goes without the host; for fuzzing.

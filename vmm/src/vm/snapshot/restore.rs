@@ -14,6 +14,7 @@ use super::state::{ClockState, MachineState};
 use super::{Contradiction, MEMORY, MemoryMode, OverrideError, RestoreError, RestoreOptions, STATE, file};
 use crate::acpi::shared_page::SharedPage;
 use crate::config::{DeviceConfig, VmConfig};
+use crate::confinement::Confinement;
 use crate::devices::ged::Event;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::config::Opened;
@@ -122,6 +123,7 @@ pub(super) fn layout(state: &MachineState) -> MemoryLayout {
 /// Applies the overrides, each of which must hit something.
 pub(super) fn apply(state: &mut MachineState, options: &RestoreOptions) -> Result<(), RestoreError> {
     state.config.memory.track_writes = options.track_writes;
+    state.config.confinement = options.confinement;
     if let Some(id) = &options.id {
         state.config.id.clone_from(id);
     }
@@ -228,7 +230,7 @@ fn restore(dir: &Path, state: MachineState, options: &RestoreOptions) -> Result<
     let origin = layers.load(
         (&memory, &layout),
         options.memory,
-        state.config.memory.track_writes,
+        (state.config.memory.track_writes, state.config.confinement),
         &lifecycle,
     )?;
     memory::set_memory(&vm, &memory, &layout).map_err(BuildError::from)?;
@@ -253,6 +255,7 @@ fn restore(dir: &Path, state: MachineState, options: &RestoreOptions) -> Result<
         console: opener.console.clone(),
         vcpus: state.config.vcpus,
         lifecycle: lifecycle.clone(),
+        confinement: state.config.confinement,
     };
     let machine = parts.assemble()?;
     let input = machine.board.serial.clone().map_or(opener.input, Input::Serial);
@@ -445,7 +448,7 @@ impl<'s> Layers<'s> {
         &self,
         (memory, layout): (&Arc<GuestMemory>, &MemoryLayout),
         mode: MemoryMode,
-        track_writes: bool,
+        (track_writes, confinement): (bool, Confinement),
         lifecycle: &Arc<Lifecycle>,
     ) -> Result<Origin, RestoreError> {
         let lowest = self.base.as_ref();
@@ -470,7 +473,8 @@ impl<'s> Layers<'s> {
                 Beneath::File
             }
             MemoryMode::Userfaultfd => {
-                let pager = start_pager(memory, layout, file, track_writes, lifecycle).map_err(error)?;
+                let pager = start_pager(memory, layout, file, (track_writes, confinement), lifecycle)
+                    .map_err(error)?;
                 Beneath::Pager(origin.pager.insert(pager).userfaultfd().clone())
             }
         };
@@ -536,13 +540,13 @@ fn start_pager(
     memory: &Arc<GuestMemory>,
     layout: &MemoryLayout,
     file: &File,
-    track_writes: bool,
+    (track_writes, confinement): (bool, Confinement),
     lifecycle: &Arc<Lifecycle>,
 ) -> io::Result<Pager> {
     let start = |watch| {
         let lifecycle = lifecycle.clone();
         let failed = move |failure| lifecycle.finish(ExitReason::Failure(failure));
-        Pager::start(memory, layout, file, watch, failed)
+        Pager::start(memory, layout, file, (watch, confinement), failed)
     };
     if track_writes {
         match start(Watch::MissingAndWrites) {

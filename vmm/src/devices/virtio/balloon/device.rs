@@ -10,6 +10,7 @@ use super::release::PAGE;
 use super::state::BalloonState;
 use super::statistics::{BalloonStatistics, Snapshot};
 use super::worker::{BalloonWorker, Counters, Role};
+use crate::confinement;
 use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::state::{QueuePosition, StateError};
 use crate::devices::virtio::worker::queue_thread::QueueThread;
@@ -237,8 +238,13 @@ impl VirtioDevice for Balloon {
         let interval = Duration::from_secs(self.config.statistics_interval_s.into());
         let worker = BalloonWorker::new(queues, self.windows.clone(), self.shared.clone(), interval)
             .map_err(|source| host("cannot start the timer of statistics", source))?;
-        let thread = QueueThread::spawn("vmm-balloon", worker)
-            .map_err(|source| host("cannot start the worker's thread", source))?;
+        let thread = QueueThread::spawn(
+            activation.confinement,
+            confinement::Role::Balloon,
+            "vmm-balloon",
+            worker,
+        )
+        .map_err(|source| host("cannot start the worker's thread", source))?;
         self.running = Some((thread, interrupt));
         Ok(())
     }

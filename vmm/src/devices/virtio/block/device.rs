@@ -219,6 +219,7 @@ impl Block {
             memory: activation.memory,
             interrupt: activation.interrupt,
             io: activation.io,
+            confinement: activation.confinement,
         };
         for queue in activation.queues {
             let of_queue = |unfinished: &&Unfinished| usize::from(unfinished.queue) == queue.index;

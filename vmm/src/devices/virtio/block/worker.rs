@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::config::BlockEngine;
 use super::target::Target;
+use crate::confinement::Confinement;
 use crate::devices::virtio::{ActivateError, ActiveQueue, Interrupt, OnLoop};
 use crate::io_loop::IoLoop;
 use crate::memory::GuestMemory;
@@ -24,6 +25,8 @@ pub(super) struct Surroundings {
     pub(super) memory: Arc<GuestMemory>,
     pub(super) interrupt: Interrupt,
     pub(super) io: IoLoop,
+    /// What a thread of its own gives up.
+    pub(super) confinement: Confinement,
 }
 
 /// A queue being served.
@@ -66,7 +69,8 @@ impl Worker {
                 Err(error) => return Err(failed("cannot make an io_uring")(error)),
             }
         }
-        let worker = SyncWorker::spawn(intake, index).map_err(failed("cannot start the worker thread"))?;
+        let worker = SyncWorker::spawn(intake, index, around.confinement)
+            .map_err(failed("cannot start the worker thread"))?;
         Ok(Self::Sync(worker))
     }
 

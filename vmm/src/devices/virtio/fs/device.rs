@@ -141,6 +141,7 @@ impl Fs {
             memory,
             queues,
             interrupt,
+            confinement,
             ..
         } = activation;
         let id = &self.config.id;
@@ -148,7 +149,13 @@ impl Fs {
             .into_iter()
             .map(|queue| ServedQueue::new(id, queue, memory.clone(), interrupt.clone()))
             .collect();
-        FsWorkers::spawn(id, self.config.threads, self.service.clone(), queues, memory)
+        FsWorkers::spawn(
+            (id, confinement),
+            self.config.threads,
+            self.service.clone(),
+            queues,
+            memory,
+        )
     }
 }
 

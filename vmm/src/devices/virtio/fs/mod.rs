@@ -13,10 +13,9 @@
 //!
 //! | thread | works on |
 //! |---|---|
-//! | `fs-<id>-0..n` | all queues, in parallel; own mount namespace with nothing in it, own umask, directory and capabilities |
+//! | `fs-<id>-0..n` | all queues, in parallel; own mount namespace with nothing in it, own umask and directory; confined as `Role::Fs` |
 
 mod additions;
-mod capabilities;
 pub mod config;
 mod credentials;
 mod descriptors;

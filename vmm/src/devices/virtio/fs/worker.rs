@@ -7,9 +7,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{Builder, JoinHandle};
 
 use virtio_queue::DescriptorChain;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -19,7 +18,8 @@ use super::message::MAX_DESCRIPTORS;
 use super::server::Patience;
 use super::share::Share;
 use super::waiting::Waiting;
-use super::{capabilities, jail, server};
+use super::{jail, server};
+use crate::confinement::{Confinement, Role, Thread};
 use crate::devices::virtio::queue::chain::{Chain, ChainError};
 use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::state::QueuePosition;
@@ -32,8 +32,6 @@ const STOP: u64 = u64::MAX;
 const TIMER: u64 = u64::MAX - 1;
 /// FORGET and INTERRUPT: they give something back, so they are not limited.
 const HIPRIO: usize = 0;
-
-type Thread = JoinHandle<()>;
 
 /// What outlives the threads, from one activation to the next.
 pub(super) struct Service {
@@ -80,7 +78,7 @@ pub(super) struct Pool {
 #[derive(Debug)]
 pub(super) struct FsWorkers {
     stop: Arc<EventFd>,
-    threads: Vec<Thread>,
+    threads: Vec<Thread<()>>,
     pool: Arc<Pool>,
 }
 
@@ -95,7 +93,7 @@ impl std::fmt::Debug for Pool {
 impl FsWorkers {
     /// Starts `count` threads.
     pub(super) fn spawn(
-        id: &str,
+        (id, confinement): (&str, Confinement),
         count: u8,
         service: Arc<Service>,
         queues: Vec<ServedQueue>,
@@ -126,21 +124,36 @@ impl FsWorkers {
             memory,
             epoll,
         });
-        let (sender, receiver) = channel();
-        let first = Builder::new().name(format!("fs-{id}-0")).spawn({
+        let (sender, others) = channel();
+        // The first goes to jail and starts the others there: they inherit namespace, directory and umask.
+        let jail = {
             let pool = pool.clone();
-            move || first_thread(&pool, count, &sender)
-        })?;
+            move || {
+                jail::enter(pool.service.share.proc_fds().as_fd())?;
+                for number in 1..count {
+                    let (name, pool) = (format!("fs-{}-{number}", pool.id), pool.clone());
+                    let other = confinement.spawn(Role::Fs, &name, move || pool.run())?;
+                    // The receiver waits for the first thread.
+                    let _ = sender.send(other);
+                }
+                Ok(())
+            }
+        };
+        let work = {
+            let pool = pool.clone();
+            move || pool.run()
+        };
+        let first = confinement.spawn_after(jail, Role::Fs, &format!("fs-{id}-0"), work);
         let mut workers = Self {
             stop,
-            threads: vec![first],
+            threads: others.try_iter().collect(),
             pool,
         };
-        let ended = || Err(io::Error::other("the first worker ended early"));
-        let (others, result) = receiver.recv().unwrap_or_else(|_| (Vec::new(), ended()));
-        workers.threads.extend(others);
-        match result {
-            Ok(()) => Ok(workers),
+        match first {
+            Ok(first) => {
+                workers.threads.push(first);
+                Ok(workers)
+            }
             Err(error) => {
                 workers.stop();
                 Err(error)
@@ -155,7 +168,7 @@ impl FsWorkers {
             guest_log!(ERROR, %error, "fs: cannot wake the workers to stop them");
         }
         for thread in self.threads {
-            if thread.join().is_err() {
+            if thread.join().is_none() {
                 guest_log!(ERROR, "fs: a worker panicked");
             }
         }
@@ -164,26 +177,6 @@ impl FsWorkers {
             .iter()
             .map(|queue| lock(queue).position())
             .collect()
-    }
-}
-
-/// Goes to jail, starts the other threads there (they inherit namespace, directory, umask and capabilities), and becomes a
-/// worker.
-fn first_thread(pool: &Arc<Pool>, count: u8, report: &Sender<(Vec<Thread>, io::Result<()>)>) {
-    let mut others = Vec::new();
-    let jailed = jail::enter(pool.service.share.proc_fds().as_fd());
-    let result = jailed.and_then(|()| capabilities::drop_others()).and_then(|()| {
-        for number in 1..count {
-            let pool = pool.clone();
-            let builder = Builder::new().name(format!("fs-{}-{number}", pool.id));
-            others.push(builder.spawn(move || pool.run())?);
-        }
-        Ok(())
-    });
-    let ready = result.is_ok();
-    // The receiver waits for exactly this.
-    if report.send((others, result)).is_ok() && ready {
-        pool.run();
     }
 }
 

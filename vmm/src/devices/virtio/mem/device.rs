@@ -9,6 +9,7 @@ use super::handle::{MemHandle, Shared};
 use super::region::Region;
 use super::state::{self, MemStateError};
 use super::worker::{Counters, MemWorker};
+use crate::confinement::Role;
 use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::state::{QueuePosition, StateError};
 use crate::devices::virtio::worker::queue_thread::QueueThread;
@@ -89,7 +90,7 @@ impl VirtioDevice for Mem {
             self.shared.clone(),
             self.counters.clone(),
         );
-        let thread = QueueThread::spawn("vmm-mem", worker)
+        let thread = QueueThread::spawn(activation.confinement, Role::Mem, "vmm-mem", worker)
             .map_err(|source| host("cannot start the worker's thread", source))?;
         self.running = Some(thread);
         self.shared.update(|state| state.interrupt = Some(interrupt));

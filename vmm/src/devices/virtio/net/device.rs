@@ -19,7 +19,7 @@ use super::counters::Counters;
 use super::handle::{LimitConfigs, NetHandle, Shared, lock};
 use super::rx::RxQueue;
 use super::state::NetState;
-use super::switch;
+use super::switch::{self, Switcher};
 use super::tap::{self, Backend, Tap, TapError};
 use super::tx::TxQueue;
 use super::worker::{Limiters, NetWorker, Pair, usual_frame};
@@ -318,6 +318,10 @@ impl VirtioDevice for Net {
         switch::set_up(&self.shared, &self.backends, offload(features), active)
             .map_err(|(what, source)| self.host_error(what)(source))?;
         let limiters = self.limiters().map_err(self.host_error("timerfd"))?;
+        let confinement = activation.confinement;
+        let switched = |queue| Ok((queue, Switcher::spawn(self.shared.clone(), confinement)?));
+        let control = control.map(switched).transpose();
+        let control = control.map_err(self.host_error("thread to switch queues"))?;
         let worker = NetWorker::new(pairs, active, control, idle, limiters, self.shared.clone());
         self.running = Some(OnLoop::start(activation.io, worker)?);
         *lock(&self.shared.interrupt) = Some(activation.interrupt);

@@ -6,13 +6,14 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::control::Command;
 use super::handle::{Shared, lock};
 use super::tap::Backend;
+use crate::confinement::{Confinement, Role, Thread};
 use crate::rate_limiter::RateLimiter;
 use crate::rate_limiter::{RateLimiterConfig, TokenBucketConfig};
 
@@ -41,57 +42,100 @@ pub(super) fn pace(limiter: &Mutex<RateLimiter>) {
     }
 }
 
-/// A change of the number of queue pairs, under way.
+/// A change of the number of queue pairs: of `backends`, of which the first `active` are in use, the first `wanted` are to be.
+#[derive(Debug)]
+struct Change {
+    backends: Vec<Arc<dyn Backend>>,
+    active: usize,
+    wanted: usize,
+}
+
+/// The thread that makes such changes, one after the other. It is there from the start of a device whose driver may ask for
+/// some: the I/O loop may not make threads.
+#[derive(Debug)]
+pub(super) struct Switcher {
+    /// `None` when it is dropped, which ends the thread.
+    changes: Option<Sender<Change>>,
+    done: Receiver<bool>,
+    thread: Option<Thread<()>>,
+}
+
+impl Switcher {
+    /// Starts the thread. The eventfd `switched` of `shared` tells the end of each change.
+    ///
+    /// # Errors
+    /// There is no thread to be had.
+    pub(super) fn spawn(shared: Arc<Shared>, confinement: Confinement) -> io::Result<Self> {
+        let (changes, asked) = channel::<Change>();
+        let (tell, done) = channel();
+        let main = move || {
+            for Change {
+                backends,
+                active,
+                wanted,
+            } in asked
+            {
+                let done = switch_pairs(&shared.id, &backends, active, wanted);
+                // Before the result: who has that finds the event there, and takes it away.
+                if let Err(error) = shared.switched.write(1) {
+                    guest_log!(ERROR, device = %shared.id, %error, "net: cannot tell that queues were switched");
+                }
+                // The worker may be gone, which then waits for the thread.
+                let _ = tell.send(done);
+            }
+        };
+        let thread = confinement.spawn(Role::Tap, "vmm-net-mq", main)?;
+        Ok(Self {
+            changes: Some(changes),
+            done,
+            thread: Some(thread),
+        })
+    }
+
+    /// Starts a change of `backends`, of which the first `active` are in use, to the first `wanted`.
+    ///
+    /// # Errors
+    /// The command, when the thread has ended.
+    pub(super) fn start(
+        &self,
+        backends: Vec<Arc<dyn Backend>>,
+        (active, wanted): (usize, usize),
+        command: Command,
+    ) -> Result<Switch, Command> {
+        let change = Change {
+            backends,
+            active,
+            wanted,
+        };
+        match self.changes.as_ref().map(|changes| changes.send(change)) {
+            Some(Ok(())) => Ok(Switch { command, wanted }),
+            _ => Err(command),
+        }
+    }
+
+    /// Waits for the end of `switch`. Returns what asked for it, and the number of pairs in use if it worked.
+    pub(super) fn finish(&self, switch: Switch) -> (Command, Option<usize>) {
+        let done = self.done.recv().unwrap_or(false);
+        (switch.command, done.then_some(switch.wanted))
+    }
+}
+
+impl Drop for Switcher {
+    fn drop(&mut self) {
+        self.changes = None;
+        if let Some(thread) = self.thread.take() {
+            thread.join();
+        }
+    }
+}
+
+/// A change under way.
 #[derive(Debug)]
 pub(super) struct Switch {
     /// What asked for it.
     pub(super) command: Command,
     /// Queue pairs it asked for.
     pub(super) wanted: usize,
-    thread: JoinHandle<bool>,
-}
-
-impl Switch {
-    /// Starts it: of `backends`, of which the first `active` are in use, the first `wanted` are to be. The eventfd `switched`
-    /// of `shared` tells its end.
-    ///
-    /// # Errors
-    /// The command, when there is no thread to be had.
-    pub(super) fn start(
-        shared: &Arc<Shared>,
-        backends: Vec<Arc<dyn Backend>>,
-        (active, wanted): (usize, usize),
-        command: Command,
-    ) -> Result<Self, Command> {
-        let told = shared.clone();
-        let run = move || {
-            let done = switch_pairs(&told.id, &backends, active, wanted);
-            if let Err(error) = told.switched.write(1) {
-                guest_log!(ERROR, device = %told.id, %error, "net: cannot tell that queues were switched");
-            }
-            done
-        };
-        match std::thread::Builder::new()
-            .name("vmm-net-mq".to_owned())
-            .spawn(run)
-        {
-            Ok(thread) => Ok(Self {
-                command,
-                wanted,
-                thread,
-            }),
-            Err(error) => {
-                guest_log!(WARN, device = %shared.id, %error, "net: no thread to switch queues");
-                Err(command)
-            }
-        }
-    }
-
-    /// Waits for the end. Returns what asked for it, and the number of pairs in use if it worked.
-    pub(super) fn finish(self) -> (Command, Option<usize>) {
-        let done = self.thread.join().unwrap_or(false);
-        (self.command, done.then_some(self.wanted))
-    }
 }
 
 /// Lets frames arrive at the first `wanted` queues of the TAP only. When the host refuses, all is as before.

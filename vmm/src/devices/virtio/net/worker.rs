@@ -19,7 +19,7 @@ use super::control::{self, Command};
 use super::handle::{Shared, lock};
 use super::rx::{RxQueue, RxWait};
 use super::state::Limits;
-use super::switch::{self, Switch};
+use super::switch::{self, Switch, Switcher};
 use super::tap::Backend;
 use super::tx::{TxQueue, TxWait};
 use super::{FRAME_MAX, HEADER};
@@ -99,7 +99,7 @@ pub(super) struct NetWorker {
     pairs: Vec<Pair>,
     /// Pairs in use, from the first.
     active: usize,
-    control: Option<ServedQueue>,
+    control: Option<(ServedQueue, Switcher)>,
     /// A change of the number of pairs that is under way; no other command is served meanwhile.
     switch: Option<Switch>,
     /// Queues the driver set up and does not use.
@@ -115,7 +115,7 @@ impl NetWorker {
     pub(super) fn new(
         pairs: Vec<Pair>,
         active: usize,
-        control: Option<ServedQueue>,
+        control: Option<(ServedQueue, Switcher)>,
         idle: Vec<QueuePosition>,
         limiters: Limiters,
         shared: Arc<Shared>,
@@ -141,7 +141,7 @@ impl NetWorker {
             positions.push(pair.rx.stop(&self.shared.counters));
             positions.push(pair.tx.queue.position());
         }
-        positions.extend(self.control.as_ref().map(ServedQueue::position));
+        positions.extend(self.control.as_ref().map(|(queue, _)| queue.position()));
         positions.sort_by_key(|position| position.index);
         Remains {
             positions,
@@ -194,7 +194,7 @@ impl NetWorker {
         let Self {
             pairs,
             active,
-            control: Some(queue),
+            control: Some((queue, switcher)),
             switch,
             shared,
             ..
@@ -227,7 +227,7 @@ impl NetWorker {
                         return;
                     }
                     let backends = pairs.iter().map(|pair| pair.backend.clone()).collect();
-                    match Switch::start(shared, backends, (*active, wanted), command) {
+                    match switcher.start(backends, (*active, wanted), command) {
                         Ok(started) => *switch = Some(started),
                         Err(command) => command.answer(queue, false, &shared.counters),
                     }
@@ -243,12 +243,12 @@ impl NetWorker {
 
     /// Waits for the change of the number of pairs that is under way, if any, and answers the driver.
     fn finish_switch(&mut self) {
-        let Some(switch) = self.switch.take() else {
+        let (Some(switch), Some((queue, switcher))) = (self.switch.take(), &mut self.control) else {
             return;
         };
-        // Nothing to read means the end was not waited for.
+        let (command, switched) = switcher.finish(switch);
+        // Nothing to read means that the event is what told us.
         let _ = self.shared.switched.read();
-        let (command, switched) = switch.finish();
         let before = self.active;
         self.active = switched.unwrap_or(before);
         // Their queues may hold work from before.
@@ -256,11 +256,9 @@ impl NetWorker {
             pair.rx.queue().kick_self();
             pair.tx.queue.kick_self();
         }
-        if let Some(queue) = &mut self.control {
-            command.answer(queue, switched.is_some(), &self.shared.counters);
-            queue.notify();
-            queue.kick_self();
-        }
+        command.answer(queue, switched.is_some(), &self.shared.counters);
+        queue.notify();
+        queue.kick_self();
     }
 
     /// All pairs that wait for tokens, each first in turn.
@@ -374,7 +372,7 @@ impl MutEventSubscriber for NetWorker {
                 pair.watched = Some(EventSet::empty());
             }
         }
-        if let Some(control) = &self.control {
+        if let Some((control, _)) = &self.control {
             watch(control.kick().as_raw_fd(), token::CONTROL, EventSet::IN);
             control.kick_self();
         }

@@ -8,6 +8,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 use super::file::{PmemError, PmemFile};
 use super::state::{self, PmemStateError};
 use super::worker::{Counters, PmemWorker};
+use crate::confinement::Role;
 use crate::devices::virtio::queue::served_queue::ServedQueue;
 use crate::devices::virtio::state::{QueuePosition, StateError};
 use crate::devices::virtio::worker::queue_thread::{Aside, QueueThread};
@@ -97,11 +98,14 @@ impl VirtioDevice for Pmem {
         let file = (!self.read_only).then(|| self.file.clone());
         let worker = PmemWorker::new(queue, file, self.counters.clone());
         let aside = worker.aside();
-        let thread = QueueThread::spawn("vmm-pmem", worker).map_err(|source| ActivateError::Host {
-            device: self.id.clone(),
-            what: "cannot start the worker's thread",
-            source,
-        })?;
+        let thread =
+            QueueThread::spawn(activation.confinement, Role::Pmem, "vmm-pmem", worker).map_err(|source| {
+                ActivateError::Host {
+                    device: self.id.clone(),
+                    what: "cannot start the worker's thread",
+                    source,
+                }
+            })?;
         self.running = Some(Running { thread, aside });
         Ok(())
     }

@@ -110,10 +110,10 @@ impl VirtioDevice for Vsock {
             interrupt: activation.interrupt,
         };
         lock(&self.worker)
-            .start(transport)
+            .start(transport, activation.confinement)
             .map_err(|source| ActivateError::Host {
                 device: ID.to_owned(),
-                what: "cannot watch the queues",
+                what: "cannot watch the queues, or start the thread that connects",
                 source,
             })?;
         match Running::start(activation.io, self.worker.clone()) {

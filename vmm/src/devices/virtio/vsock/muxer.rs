@@ -21,6 +21,7 @@ use super::packet::{HOST_CID, Header, Op, TYPE_STREAM, TxPacket};
 use super::rx_queue::RxQueue;
 use super::shared::Shared;
 use super::uds::Endpoint;
+use crate::confinement::Confinement;
 use crate::descriptors::{Budget, Ticket};
 
 /// Most connections at a time, clients that have not said CONNECT and last bytes on their way included.
@@ -133,6 +134,17 @@ impl Muxer {
             warned_of_loss: false,
             guest_stale: false,
         })
+    }
+
+    /// Starts the thread that connects the guest to sockets of the host, if there are any.
+    ///
+    /// # Errors
+    /// The host refuses the thread.
+    pub(super) fn start_connector(&mut self, confinement: Confinement) -> io::Result<()> {
+        match &mut self.endpoint {
+            Some(endpoint) => endpoint.start_connector(confinement),
+            None => Ok(()),
+        }
     }
 
     /// Everything the muxer waits for is in this epoll.

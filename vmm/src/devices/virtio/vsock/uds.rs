@@ -14,6 +14,7 @@ use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketT
 
 use super::error::VsockError;
 use super::host::HostFd;
+use crate::confinement::{Confinement, Delegate, Role};
 
 /// Longest CONNECT line with its newline: `CONNECT 4294967295\r\n` is 20 bytes.
 const MAX_LINE: usize = 32;
@@ -23,6 +24,8 @@ const MAX_LINE: usize = 32;
 pub(super) struct Endpoint {
     pub(super) listener: UnixListener,
     path: PathBuf,
+    /// Connects to `<path>_<port>`; there from the first activation on.
+    connector: Option<Delegate<u32, io::Result<OwnedFd>>>,
 }
 
 impl Endpoint {
@@ -45,10 +48,26 @@ impl Endpoint {
         let endpoint = Self {
             listener,
             path: path.to_owned(),
+            connector: None,
         };
         endpoint.listener.set_nonblocking(true).map_err(failed)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
         Ok(endpoint)
+    }
+
+    /// Starts the thread that connects to sockets of the host, unless it is there. The I/O loop may make no sockets: it could
+    /// connect to containerd's as well.
+    ///
+    /// # Errors
+    /// The host refuses the thread.
+    pub(super) fn start_connector(&mut self, confinement: Confinement) -> io::Result<()> {
+        if self.connector.is_none() {
+            let path = self.path.clone();
+            let connect = move |port| connect(&path, port);
+            let connector = Delegate::spawn(confinement, Some(Role::Connector), "vmm-connector", connect)?;
+            self.connector = Some(connector);
+        }
+        Ok(())
     }
 
     /// Connects to the socket of whoever wants the guest's connections to host port `port`. Never blocks: a listener
@@ -57,14 +76,20 @@ impl Endpoint {
     /// # Errors
     /// Nobody listens, or not enough.
     pub(super) fn connect_out(&self, port: u32) -> io::Result<OwnedFd> {
-        let mut path = self.path.as_os_str().to_owned();
-        path.push(format!("_{port}"));
-        let address = SocketAddrUnix::new(Path::new(&path))?;
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        rustix::net::connect(&socket, &address)?;
-        Ok(socket)
+        let connector = self.connector.as_ref();
+        let connected = connector.and_then(|connector| connector.ask(port));
+        connected.unwrap_or_else(|| Err(io::ErrorKind::NotConnected.into()))
     }
+}
+
+fn connect(path: &Path, port: u32) -> io::Result<OwnedFd> {
+    let mut path = path.as_os_str().to_owned();
+    path.push(format!("_{port}"));
+    let address = SocketAddrUnix::new(Path::new(&path))?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &address)?;
+    Ok(socket)
 }
 
 impl Drop for Endpoint {
@@ -277,7 +302,8 @@ mod tests {
     #[test]
     fn connect_out_reaches_the_listener_of_the_port() {
         let path = temporary("out");
-        let endpoint = Endpoint::bind(&path).unwrap();
+        let mut endpoint = Endpoint::bind(&path).unwrap();
+        endpoint.start_connector(Confinement::default()).unwrap();
         assert!(endpoint.connect_out(7).is_err());
         let mut port_path = path.clone().into_os_string();
         port_path.push("_7");

@@ -17,6 +17,7 @@ use super::muxer::{Filled, Muxer, TOKEN_QUEUES};
 use super::packet::TxPacket;
 use super::rx_queue::RxQueue;
 use super::transport_reset::{EventQueue, TransportReset};
+use crate::confinement::Confinement;
 use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::queue::ring;
 use crate::devices::virtio::queue::served_queue::queue_position;
@@ -79,7 +80,8 @@ impl Worker {
     ///
     /// # Errors
     /// epoll refused a kick descriptor; the worker is unchanged.
-    pub(super) fn start(&mut self, mut transport: Transport) -> io::Result<()> {
+    pub(super) fn start(&mut self, mut transport: Transport, confinement: Confinement) -> io::Result<()> {
+        self.muxer.start_connector(confinement)?;
         let epoll = self.muxer.epoll();
         let kicks = transport.kicks();
         for (index, kick) in kicks.iter().enumerate() {

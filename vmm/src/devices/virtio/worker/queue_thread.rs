@@ -6,11 +6,11 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::confinement::{Confinement, Role, Thread};
 use crate::interrupted;
 
 /// Between looks at a thread that is to end, and may begin to wait first.
@@ -31,18 +31,18 @@ pub trait ThreadWorker: Send + 'static {
 #[derive(Debug)]
 pub struct QueueThread<W> {
     stop: EventFd,
-    thread: JoinHandle<W>,
+    thread: Thread<W>,
 }
 
 impl<W: ThreadWorker> QueueThread<W> {
-    /// Starts the thread; `name` has at most 15 bytes.
+    /// Starts the thread, confined to `role`; `name` has at most 15 bytes.
     ///
     /// # Errors
-    /// No eventfd or thread could be made.
-    pub fn spawn(name: &str, mut worker: W) -> io::Result<Self> {
+    /// No eventfd or thread could be made, or the thread not confined.
+    pub fn spawn(confinement: Confinement, role: Role, name: &str, mut worker: W) -> io::Result<Self> {
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let stopped = stop.try_clone()?;
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let thread = confinement.spawn(role, name, move || {
             run(&mut worker, &stopped);
             worker
         })?;
@@ -73,7 +73,7 @@ impl<W: ThreadWorker> QueueThread<W> {
     /// in logs.
     pub fn stop(self, device: &str) -> Option<W> {
         self.signal(device);
-        let worker = self.thread.join().ok();
+        let worker = self.thread.join();
         if worker.is_none() {
             guest_log!(ERROR, device, "virtio: the worker panicked");
         }
@@ -124,13 +124,13 @@ impl<L> Aside<L> {
     ///
     /// # Errors
     /// It waits, so it is left to itself: what it leaves behind.
-    pub fn end<T>(&self, thread: JoinHandle<T>) -> Result<Option<T>, L> {
+    pub fn end<T>(&self, thread: Thread<T>) -> Result<Option<T>, L> {
         loop {
             if let Some(left) = self.stop() {
                 return Err(left);
             }
             if thread.is_finished() {
-                return Ok(thread.join().ok());
+                return Ok(thread.join());
             }
             std::thread::sleep(LOOK);
         }
@@ -197,16 +197,24 @@ mod tests {
     fn aside_when_stopped_while_it_waits_says_what_is_left_and_the_thread_learns_of_it() {
         let aside = Arc::new(Aside::default());
         assert_eq!(aside.wait(1, || 7), Some(7));
-        assert_eq!(aside.end(std::thread::spawn(|| 5)), Ok(Some(5)));
+        assert_eq!(
+            aside.end(
+                Confinement::default()
+                    .spawn(Role::Pmem, "test-aside", || 5)
+                    .unwrap()
+            ),
+            Ok(Some(5))
+        );
         let (end, ends) = mpsc::channel::<()>();
         let waiting = aside.clone();
         let (ended, has_ended) = mpsc::channel();
-        let thread = std::thread::spawn(move || {
+        let thread = Confinement::default().spawn(Role::Pmem, "test-aside", move || {
             // Not at once: who stops it sees it work first.
             std::thread::sleep(10 * LOOK);
             let result = waiting.wait(2, || ends.recv().unwrap());
             ended.send(result).unwrap();
         });
+        let thread = thread.unwrap();
         assert_eq!(aside.end(thread), Err(2));
         end.send(()).unwrap();
         assert_eq!(has_ended.recv().unwrap(), None);

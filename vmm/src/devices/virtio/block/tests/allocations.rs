@@ -8,6 +8,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::*;
+use crate::confinement::Confinement;
 use crate::devices::virtio::block::disk::Disk;
 use crate::devices::virtio::block::target::Target;
 use crate::devices::virtio::block::worker::Surroundings;
@@ -41,6 +42,7 @@ fn request_when_others_were_served_before_allocates_nothing() {
         memory: guest.memory.clone(),
         interrupt: guest.interrupt(),
         io: guest.io.clone(),
+        confinement: Confinement::default(),
     };
     let mut intake = Intake::new(&around, ring.active(), VecDeque::new());
     let kinds = [

@@ -164,6 +164,7 @@ impl Fixture {
             queues,
             interrupt: self.guest.interrupt(),
             io: self.guest.io.clone(),
+            confinement: crate::confinement::Confinement::default(),
         };
         self.block.activate(activation).unwrap();
     }

@@ -10,12 +10,12 @@ use std::os::fd::AsRawFd;
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::intake::{Intake, Stopped, Taken};
+use crate::confinement::{Confinement, Role, Thread};
 use crate::devices::virtio::block::request::Request;
 use crate::devices::virtio::block::step::Step;
 use crate::devices::virtio::worker::queue_thread::Aside;
@@ -54,20 +54,19 @@ impl Control {
 #[derive(Debug)]
 pub(in super::super) struct SyncWorker {
     control: Arc<Control>,
-    thread: JoinHandle<Option<Stopped>>,
+    thread: Thread<Option<Stopped>>,
 }
 
 impl SyncWorker {
-    pub(super) fn spawn(intake: Intake, queue: usize) -> io::Result<Self> {
+    pub(super) fn spawn(intake: Intake, queue: usize, confinement: Confinement) -> io::Result<Self> {
         let control = Arc::new(Control {
             stopping: AtomicBool::new(false),
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             aside: Aside::default(),
         });
         let controlled = control.clone();
-        let thread = std::thread::Builder::new()
-            .name(format!("blk{queue}-{}", intake.target.id))
-            .spawn(move || run(intake, &controlled))?;
+        let name = format!("blk{queue}-{}", intake.target.id);
+        let thread = confinement.spawn(Role::Block, &name, move || run(intake, &controlled))?;
         Ok(Self { control, thread })
     }
 

@@ -516,7 +516,7 @@ fn threads_keep_no_capability_but_those_for_files() {
     }
     let threads = fs_threads(&c);
     assert_eq!(threads.len(), 3);
-    let kept = format!("{:016x}", super::super::capabilities::KEPT.bits());
+    let kept = format!("{:016x}", crate::confinement::Role::Fs.kept().bits());
     // CHOWN 0, DAC_OVERRIDE 1, DAC_READ_SEARCH 2, FOWNER 3, FSETID 4, SETGID 6, SETUID 7, MKNOD 27, SETFCAP 31.
     assert_eq!(kept, "00000000880000df");
     for task in threads {
@@ -527,6 +527,7 @@ fn threads_keep_no_capability_but_those_for_files() {
             ("CapInh:", "0000000000000000"),
             ("CapAmb:", "0000000000000000"),
             ("NoNewPrivs:", "1"),
+            ("Seccomp:", "2"),
             ("Groups:", ""),
         ] {
             assert_eq!(status_of(&task, name), expected, "{name}");

@@ -118,6 +118,7 @@ impl Rig {
             queues: queues.collect(),
             interrupt: self.guest.interrupt(),
             io: self.guest.io.clone(),
+            confinement: crate::confinement::Confinement::default(),
         };
         self.net.activate(activation).unwrap();
     }

@@ -23,6 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub use interrupt::{INTERRUPT_USED_RING, SlotInterrupt};
 use registers::register;
 
+use crate::confinement::Confinement;
 use crate::devices::virtio::device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 use crate::devices::virtio::interrupt::Interrupt;
 use crate::devices::virtio::queue::ring;
@@ -103,6 +104,8 @@ pub struct Host {
     pub memory: Arc<GuestMemory>,
     /// Where workers run.
     pub io: IoLoop,
+    /// What threads give up.
+    pub confinement: Confinement,
 }
 
 /// The registers of a slot and where its device stands, as they are saved.
@@ -375,6 +378,12 @@ impl MmioTransport {
         }
     }
 
+    /// Whether a write starts or stops the device's worker: of the status register, with DRIVER_OK or 0.
+    pub fn starts_or_stops(offset: u64, data: &[u8]) -> bool {
+        let value = <[u8; 4]>::try_from(data).map(u32::from_le_bytes);
+        offset == register::STATUS && value.is_ok_and(|value| value == 0 || value & status::DRIVER_OK != 0)
+    }
+
     fn write_status(&mut self, value: u32) {
         if value == 0 {
             self.reset();
@@ -470,6 +479,7 @@ impl MmioTransport {
             queues,
             interrupt: self.interrupt.clone(),
             io: self.host.io.clone(),
+            confinement: self.host.confinement,
         })
     }
 

@@ -11,10 +11,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use acpi_tables::{Aml, aml};
 
 use super::MmioTransport;
-use super::registers::{RegisterPages, Registers};
+use super::registers::{RegisterPages, Registers, register};
 use crate::acpi::aml::Raw;
 use crate::acpi::shared_page::{Bitmap, SharedPage, bit_path, status_method};
 use crate::bus::BusDevice;
+use crate::confinement::{Confinement, Delegate};
 use crate::lifecycle::ExitReason;
 use crate::memory::layout::{VIRTIO_MMIO_SLOT_SIZE, VIRTIO_MMIO_START};
 
@@ -29,7 +30,18 @@ pub struct Slots {
     slots: Vec<Mutex<Option<MmioTransport>>>,
     registers: Arc<RegisterPages>,
     shared: Arc<SharedPage>,
+    starter: Mutex<Option<Arc<Starter>>>,
 }
+
+/// A write of the status register that starts or stops a device.
+#[derive(Debug)]
+struct StatusWrite {
+    slot: usize,
+    value: u32,
+}
+
+/// Carries such writes out.
+type Starter = Delegate<StatusWrite, ()>;
 
 impl Slots {
     /// `count` empty slots, at most [`MAX_SLOTS`], whose registers the guest reads in `registers`.
@@ -39,6 +51,42 @@ impl Slots {
             slots,
             registers,
             shared,
+            starter: Mutex::default(),
+        }
+    }
+
+    /// Lets devices be started and stopped by a thread `vmm-starter` when the guest writes a status register: threads that a
+    /// vCPU's thread made would be confined as it is, and it may not make any. [`end_thread`](Self::end_thread) ends it.
+    ///
+    /// # Errors
+    /// The host refuses the thread.
+    pub fn start_on_a_thread(self: &Arc<Self>, confinement: Confinement) -> io::Result<()> {
+        let slots = Arc::downgrade(self);
+        let carry_out = move |StatusWrite { slot, value }| {
+            if let Some(slots) = slots.upgrade() {
+                slots.write_register(slot, register::STATUS, &value.to_le_bytes());
+            }
+        };
+        let starter = Delegate::spawn(confinement, None, "vmm-starter", carry_out)?;
+        *self.starter() = Some(Arc::new(starter));
+        Ok(())
+    }
+
+    /// Ends the thread. No guest runs any more.
+    pub fn end_thread(&self) {
+        let starter = self.starter().take();
+        drop(starter);
+    }
+
+    fn starter(&self) -> MutexGuard<'_, Option<Arc<Starter>>> {
+        self.starter.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_register(&self, slot: usize, offset: u64, data: &[u8]) {
+        if let Some(mut slot) = self.lock(slot)
+            && let Some(transport) = slot.as_mut()
+        {
+            transport.write(offset, data);
         }
     }
 
@@ -100,11 +148,6 @@ impl Slots {
     pub fn address(index: usize) -> u64 {
         VIRTIO_MMIO_START + index as u64 * VIRTIO_MMIO_SLOT_SIZE
     }
-
-    fn slot_at(&self, offset: u64) -> Option<(MutexGuard<'_, Option<MmioTransport>>, u64)> {
-        let index = usize::try_from(offset / VIRTIO_MMIO_SLOT_SIZE).ok()?;
-        Some((self.lock(index)?, offset % VIRTIO_MMIO_SLOT_SIZE))
-    }
 }
 
 impl BusDevice for Slots {
@@ -118,11 +161,18 @@ impl BusDevice for Slots {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> ControlFlow<ExitReason> {
-        if let Some((mut slot, register)) = self.slot_at(offset)
-            && let Some(transport) = slot.as_mut()
+        let slot = usize::try_from(offset / VIRTIO_MMIO_SLOT_SIZE).unwrap_or(usize::MAX);
+        let offset = offset % VIRTIO_MMIO_SLOT_SIZE;
+        if MmioTransport::starts_or_stops(offset, data)
+            && let Ok(value) = <[u8; 4]>::try_from(data).map(u32::from_le_bytes)
+            && let Some(starter) = self.starter().clone()
         {
-            transport.write(register, data);
+            if starter.ask(StatusWrite { slot, value }).is_none() {
+                guest_log!(ERROR, slot, "virtio-mmio: the thread that starts devices is gone");
+            }
+            return ControlFlow::Continue(());
         }
+        self.write_register(slot, offset, data);
         ControlFlow::Continue(())
     }
 }

@@ -2,8 +2,12 @@ mod properties;
 
 use std::sync::Mutex;
 
-use super::registers::Registers;
+use super::registers::{RegisterPages, Registers};
+use super::slots::Slots;
 use super::*;
+use crate::acpi::shared_page::SharedPage;
+use crate::bus::BusDevice;
+use crate::confinement::Role;
 use crate::devices::virtio::ActivateError;
 use crate::devices::virtio::state::{self, QueuePosition, StateError};
 use crate::guest_log::recorder::assert_limited;
@@ -27,6 +31,15 @@ struct Calls {
     activations: Vec<(u64, Vec<(usize, u16)>)>,
     resets: usize,
     config: Vec<(u64, Vec<u8>)>,
+    /// Names of the threads that started or stopped it.
+    threads: Vec<String>,
+}
+
+impl Calls {
+    fn note_thread(&mut self) {
+        let thread = std::thread::current();
+        self.threads.push(thread.name().unwrap_or_default().to_owned());
+    }
 }
 
 struct Fake(Arc<Mutex<Calls>>);
@@ -68,16 +81,16 @@ impl VirtioDevice for Fake {
             let position = (first.queue.next_avail(), first.queue.next_used());
             self.0.lock().unwrap().positions.push(position);
         }
-        self.0
-            .lock()
-            .unwrap()
-            .activations
-            .push((activation.features, queues));
+        let mut calls = self.0.lock().unwrap();
+        calls.activations.push((activation.features, queues));
+        calls.note_thread();
         Ok(())
     }
 
     fn reset(&mut self) {
-        self.0.lock().unwrap().resets += 1;
+        let mut calls = self.0.lock().unwrap();
+        calls.resets += 1;
+        calls.note_thread();
     }
 
     fn suspend(&mut self) -> Vec<QueuePosition> {
@@ -104,13 +117,14 @@ impl Driver {
     fn new() -> Self {
         let calls = Arc::new(Mutex::new(Calls::default()));
         let irqfd = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
-        let (io, _) = IoLoop::spawn("test-io").unwrap();
+        let (io, _) = IoLoop::spawn("test-io", Confinement::default()).unwrap();
         let kicks = (0..2)
             .map(|_| Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()))
             .collect();
         let host = Host {
             memory: Arc::new(allocate(&MemoryLayout::ram(64 << 20)).unwrap()),
             io,
+            confinement: Confinement::default(),
         };
         let interrupt = SlotInterrupt::new(Registers::unseen().unwrap(), irqfd.clone());
         let transport = MmioTransport::new(Box::new(Fake(calls.clone())), host, interrupt, kicks);
@@ -442,4 +456,43 @@ fn ring_when_it_ends_with_memory_is_accepted() {
             );
         }
     }
+}
+
+#[test]
+fn device_when_a_confined_vcpu_writes_its_status_starts_and_stops_on_another_thread() {
+    let driver = Driver::new();
+    let calls = driver.calls.clone();
+    let interrupt = SlotInterrupt::new(Registers::unseen().unwrap(), driver.irqfd.clone());
+    let host = driver.transport.host.clone();
+    let pages = Arc::new(RegisterPages::new(1).unwrap());
+    let shared = Arc::new(SharedPage::new(host.memory.clone()));
+    let slots = Arc::new(Slots::new(1, pages, shared));
+    let kicks = driver.transport.kicks.clone();
+    let transport = MmioTransport::new(Box::new(Fake(calls.clone())), host, interrupt, kicks);
+    *slots.lock(0).unwrap() = Some(transport);
+    slots.start_on_a_thread(Confinement::default()).unwrap();
+
+    let guest = slots.clone();
+    let run = move || {
+        let write = |offset, value: u32| guest.write(offset, &value.to_le_bytes());
+        for value in [1, 3] {
+            let _ = write(STATUS, value);
+        }
+        for select in [0, 1] {
+            let _ = write(0x24, select);
+            let _ = write(0x20, (OFFERED >> (32 * select)) as u32);
+        }
+        for value in [11, 15, 0] {
+            let _ = write(STATUS, value);
+        }
+    };
+    let vcpu = Confinement::default()
+        .spawn(Role::Vcpu, "test-vcpu", run)
+        .unwrap();
+    vcpu.join().unwrap();
+    slots.end_thread();
+
+    let calls = calls.lock().unwrap();
+    assert_eq!(calls.activations, [(OFFERED, vec![])]);
+    assert_eq!(calls.threads, ["vmm-starter"; 2]);
 }
