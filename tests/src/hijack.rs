@@ -1,9 +1,11 @@
 //! A thread of another process is made to do what an attacker would who has taken it over: through ptrace(2), as root.
 
-use std::ffi::CStr;
-use std::io;
-use std::mem::zeroed;
-use std::ptr::null_mut;
+use std::ffi::{CStr, c_void};
+
+use nix::Result;
+use nix::sys::ptrace::{self, Options};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
 
 /// `syscall`, as the processor reads it.
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
@@ -18,30 +20,25 @@ pub type Call = (libc::c_long, [u64; 4]);
 ///
 /// # Errors
 /// ptrace refuses.
-pub fn inject(tid: i32, text: &CStr, make: impl Fn(u64) -> Call) -> io::Result<bool> {
-    ptrace(libc::PTRACE_SEIZE, tid, 0, 0)?;
-    let injected = stop(tid).and_then(|()| redirect(tid, text, make));
-    ptrace(libc::PTRACE_DETACH, tid, 0, 0)?;
+pub fn inject(tid: i32, text: &CStr, make: impl Fn(u64) -> Call) -> Result<bool> {
+    let thread = Pid::from_raw(tid);
+    ptrace::seize(thread, Options::empty())?;
+    let injected = stop(thread).and_then(|()| redirect(thread, text, make));
+    ptrace::detach(thread, None)?;
     injected
 }
 
-fn stop(tid: i32) -> io::Result<()> {
-    ptrace(libc::PTRACE_INTERRUPT, tid, 0, 0)?;
-    let mut status = 0;
-    // SAFETY: a place for the status.
-    match unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL) } {
-        -1 => Err(io::Error::last_os_error()),
-        _ => Ok(()),
-    }
+fn stop(thread: Pid) -> Result<()> {
+    ptrace::interrupt(thread)?;
+    waitpid(thread, Some(WaitPidFlag::__WALL)).map(drop)
 }
 
 /// Lets the stopped thread go on with another system call than the one it was interrupted in.
-fn redirect(tid: i32, text: &CStr, make: impl Fn(u64) -> Call) -> io::Result<bool> {
-    // SAFETY: zero is valid for registers.
-    let mut registers: libc::user_regs_struct = unsafe { zeroed() };
-    ptrace(libc::PTRACE_GETREGS, tid, 0, (&raw mut registers) as u64)?;
+fn redirect(thread: Pid, text: &CStr, make: impl Fn(u64) -> Call) -> Result<bool> {
+    let mut registers = ptrace::getregs(thread)?;
     let instruction = registers.rip - SYSCALL.len() as u64;
-    if peek(tid, instruction)?.get(..SYSCALL.len()) != Some(&SYSCALL) {
+    let word = ptrace::read(thread, instruction as *mut c_void)?;
+    if !word.to_ne_bytes().starts_with(&SYSCALL) {
         return Ok(false);
     }
     let at = (registers.rsp - BELOW) & !7;
@@ -50,7 +47,7 @@ fn redirect(tid: i32, text: &CStr, make: impl Fn(u64) -> Call) -> io::Result<boo
         for (to, from) in padded.iter_mut().zip(word) {
             *to = *from;
         }
-        ptrace(libc::PTRACE_POKEDATA, tid, address, u64::from_ne_bytes(padded))?;
+        ptrace::write(thread, address as *mut c_void, i64::from_ne_bytes(padded))?;
     }
     let (number, [first, second, third, fourth]) = make(at);
     registers.rip = instruction;
@@ -58,27 +55,6 @@ fn redirect(tid: i32, text: &CStr, make: impl Fn(u64) -> Call) -> io::Result<boo
     // The interrupted call is not to be restarted.
     registers.orig_rax = u64::MAX;
     (registers.rdi, registers.rsi, registers.rdx, registers.r10) = (first, second, third, fourth);
-    ptrace(libc::PTRACE_SETREGS, tid, 0, (&raw mut registers) as u64)?;
+    ptrace::setregs(thread, registers)?;
     Ok(true)
-}
-
-/// A word of the thread's memory.
-fn peek(tid: i32, address: u64) -> io::Result<[u8; 8]> {
-    // SAFETY: reads another process's memory, and errno of this thread.
-    unsafe {
-        *libc::__errno_location() = 0;
-        let word = libc::ptrace(libc::PTRACE_PEEKDATA, tid, address, null_mut::<libc::c_void>());
-        match *libc::__errno_location() {
-            0 => Ok(word.to_ne_bytes()),
-            error => Err(io::Error::from_raw_os_error(error)),
-        }
-    }
-}
-
-fn ptrace(request: libc::c_uint, tid: i32, address: u64, data: u64) -> io::Result<()> {
-    // SAFETY: the requests above take numbers, or a pointer to registers that outlive the call.
-    match unsafe { libc::ptrace(request, tid, address, data) } {
-        -1 => Err(io::Error::last_os_error()),
-        _ => Ok(()),
-    }
 }
