@@ -8,8 +8,9 @@ use tests::cri::cni::{JUMBO_MTU, SLOW_RATE};
 use tests::cri::config::Series;
 use tests::cri::pods::{Member, Pod, Pods};
 use tests::cri::private::host;
-use tests::cri::traffic::{fetch_soon, sink, web};
+use tests::cri::traffic::{fetch_soon, meter, sink, web};
 use tests::cri::view;
+use tests::task_api::TaskApi;
 
 /// A pod on a network that leads past the host: it reaches the machine beyond, and is reached from there.
 fn reaches_beyond_the_host(name: &str, network: &'static str) {
@@ -231,5 +232,50 @@ fn bandwidth_when_limited_by_the_network_is_not_exceeded() {
             "{:?} for {BYTES} bytes",
             started.elapsed()
         );
+        // runc knows nothing of bandwidth.
+        if pods.vm() {
+            bandwidth_follows_updates(pods, &member, gateway);
+        }
     });
+}
+
+/// Bits per second that an Update asks for, far below [`SLOW_RATE`]; and bytes that may pass at once: one segment of 64 KiB,
+/// which the limiter takes as a whole, and a tenth of a second's worth.
+const UPDATED_RATE: u64 = 160_000;
+const UPDATED_BURST: u64 = 80 << 10;
+
+/// An Update with Kubernetes' annotation changes the limit of a running pod, down and up again: as many bytes pass as it allows for
+/// the time that has gone by, and no more; after the second one more than the first would have allowed.
+#[track_caller]
+fn bandwidth_follows_updates(pods: &Pods, member: &Member<'_>, gateway: IpAddr) {
+    let api = TaskApi::connect(pods.case().daemon()).unwrap();
+    let limit = |rate: &str| {
+        api.annotate(member.id(), "kubernetes.io/egress-bandwidth", rate)
+            .unwrap();
+    };
+    let allowed = |since: Instant| {
+        let milliseconds = u64::try_from(since.elapsed().as_millis()).unwrap();
+        milliseconds * UPDATED_RATE / 8 / 1000 + UPDATED_BURST
+    };
+    limit(&UPDATED_RATE.to_string());
+    let started = Instant::now();
+    let received = meter(gateway).unwrap();
+    member.sh(&format!(
+        "(head -c 16777216 /dev/zero | nc {gateway} {}) >/dev/null 2>&1 </dev/null &",
+        received.port()
+    ));
+    // Twice what passes at once.
+    let flows = eventually(pods.limit(), || received.bytes() > 2 * UPDATED_BURST);
+    let (bytes, most) = (received.bytes(), allowed(started));
+    assert!(flows, "{bytes} bytes");
+    assert!(bytes <= most, "{bytes} bytes, {most} are allowed");
+
+    limit("1G");
+    let (raised, before) = (Instant::now(), received.bytes());
+    let mut since = 0;
+    let rises = eventually(pods.limit(), || {
+        since = received.bytes() - before;
+        since > allowed(raised)
+    });
+    assert!(rises, "{since} bytes, the old limit allows {}", allowed(raised));
 }
