@@ -3,6 +3,7 @@
 use rtnetlink::packet_route::link::InfoKind;
 
 use super::error::NetworkError;
+use super::model;
 use super::scan::{DADFAILED, Link, Scan};
 use crate::host::journal::Undo;
 use crate::hypervisor::NetworkDevice;
@@ -85,6 +86,11 @@ fn verdict(link: &Link, scan: &Scan) -> Verdict {
         } else {
             Verdict::Skip
         };
+    }
+    if model::is_guests(link) && link.master.is_some() {
+        return Verdict::Refuse(
+            "its bridge keeps frames for its hardware address, which would be the guest's, to itself",
+        );
     }
     match &link.kind {
         None => {
