@@ -2,5 +2,6 @@
 
 mod cli;
 mod configuration;
+mod hooks;
 mod host;
 mod refusal;
