@@ -162,6 +162,11 @@ fn host_cgroup(options: &RuntimeOptions, pods: Option<PathBuf>) -> Option<PathBu
     }
 }
 
+/// The namespace whose interfaces the guest gets.
+fn network_namespace(config: &TomlConfig, pod: &SandboxConfig) -> Option<PathBuf> {
+    pod.netns.clone().filter(|_| !config.runtime.disable_new_netns)
+}
+
 /// How a pod's network is made: the configuration, and the bandwidth that the pod's annotations ask for.
 fn network_settings(config: &TomlConfig, pod: &SandboxConfig) -> Result<NetworkSettings> {
     let hypervisor = &config.hypervisor.dragonball;
@@ -225,7 +230,7 @@ impl Recipe {
             .filter(|_| file.config.runtime.sandbox_cgroup_only);
         let resources = SandboxResources {
             cgroups_path: host_cgroup(options, pods).filter(|_| self.cgroups),
-            netns: config.netns.clone(),
+            netns: network_namespace(&file.config, &config),
             network: network_settings(&file.config, &config)?,
         };
         let address = format!("hvsock://{}", paths.hvsock().display());
@@ -259,5 +264,18 @@ mod tests {
                 Some(PathBuf::from("/containerd/shim"))
             );
         }
+    }
+
+    #[test]
+    fn network_namespace_when_it_is_to_be_left_alone_is_none_of_ours() {
+        let pod = SandboxConfig {
+            netns: Some("/run/netns/x".into()),
+            ..Default::default()
+        };
+        let mut config = TomlConfig::default();
+        assert_eq!(network_namespace(&config, &pod), pod.netns);
+
+        config.runtime.disable_new_netns = true;
+        assert_eq!(network_namespace(&config, &pod), None);
     }
 }

@@ -80,14 +80,32 @@ impl Case {
     /// When the results differ.
     #[track_caller]
     pub fn like_runc<T: PartialEq + Debug>(name: &str, scenario: impl Fn(&Self) -> T) -> T {
-        let mut reference = Self::begin(&format!("{name}-runc"));
+        Self::compare(name, Self::begin, scenario)
+    }
+
+    /// The same while no other test runs.
+    ///
+    /// # Panics
+    /// When the results differ.
+    #[track_caller]
+    pub fn like_runc_alone<T: PartialEq + Debug>(name: &str, scenario: impl Fn(&Self) -> T) -> T {
+        Self::compare(name, Self::begin_alone, scenario)
+    }
+
+    #[track_caller]
+    fn compare<T: PartialEq + Debug>(
+        name: &str,
+        begin: impl Fn(&str) -> Self,
+        scenario: impl Fn(&Self) -> T,
+    ) -> T {
+        let mut reference = begin(&format!("{name}-runc"));
         let tested = std::mem::replace(&mut reference.runtime, RUNC.to_owned());
         let expected = scenario(&reference);
         drop(reference);
         if tested == RUNC {
             return expected;
         }
-        let case = Self::begin(name);
+        let case = begin(name);
         let result = scenario(&case);
         assert_eq!(result, expected, "{tested} (left) is not like runc (right)");
         result

@@ -81,6 +81,8 @@ impl Host {
         for folder in [
             "state/io.containerd.runtime.v2.task",
             "root/io.containerd.runtime.v2.task",
+            "state/io.containerd.sandbox.controller.v1.shim",
+            "root/io.containerd.sandbox.controller.v1.shim",
         ] {
             for bundle in entries(&daemon.dir().join(folder).join(daemon.namespace())) {
                 add("bundle", &bundle.display().to_string());

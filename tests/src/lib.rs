@@ -21,6 +21,7 @@ pub mod hvsock;
 pub mod image;
 pub mod leftovers;
 pub mod settings;
+pub mod spec;
 pub mod task_api;
 pub mod terminal;
 pub mod timeline;

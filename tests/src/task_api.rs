@@ -4,6 +4,8 @@
 //! Messages are the subset of `containerd.services.tasks.v1` and `containerd.services.snapshots.v1` used
 //! here, field numbers as in containerd's `api/services/{tasks,snapshots}/v1/*.proto`.
 
+use std::collections::HashMap;
+
 use prost::Message;
 use tokio::task::JoinHandle;
 use tonic::{Code, Status};
@@ -55,6 +57,24 @@ struct ProcessRequest {
     exec_id: String,
     #[prost(uint32, tag = "3")]
     signal: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Any {
+    #[prost(string, tag = "1")]
+    type_url: String,
+    #[prost(bytes = "vec", tag = "2")]
+    value: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct UpdateRequest {
+    #[prost(string, tag = "1")]
+    container_id: String,
+    #[prost(message, optional, tag = "2")]
+    resources: Option<Any>,
+    #[prost(map = "string, string", tag = "3")]
+    annotations: HashMap<String, String>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -160,6 +180,23 @@ impl TaskApi {
     pub fn kill(&self, container: &str, exec_id: &str, signal: u32) -> Result<(), Status> {
         let request = process(container, exec_id, signal);
         self.call::<_, Empty>("containerd.services.tasks.v1.Tasks/Kill", request)
+            .map(drop)
+    }
+
+    /// Updates a task with an annotation, and no limit.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn annotate(&self, container: &str, annotation: &str, value: &str) -> Result<(), Status> {
+        let request = UpdateRequest {
+            container_id: container.to_owned(),
+            resources: Some(Any {
+                type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".to_owned(),
+                value: b"{}".to_vec(),
+            }),
+            annotations: HashMap::from([(annotation.to_owned(), value.to_owned())]),
+        };
+        self.call::<_, Empty>("containerd.services.tasks.v1.Tasks/Update", request)
             .map(drop)
     }
 

@@ -119,6 +119,9 @@ fn runtime(file: &mut ConfigFile, name: &str, key: &str, value: &str) -> Result<
         "internetworking_model" => {
             set_word(&mut file.config.runtime.internetworking_model, name, value, key)?;
         }
+        "disable_new_netns" => {
+            set(&mut file.config.runtime.disable_new_netns, name, value, key)?;
+        }
         "disable_guest_seccomp" => {
             // A pod may ask for more confinement, not for less.
             let mut disable = true;

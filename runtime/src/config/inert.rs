@@ -108,7 +108,6 @@ const RUNTIME: &[(&str, &[&str])] = &[
     ("jaeger_endpoint", &["\"\""]),
     ("jaeger_user", &["\"\""]),
     ("jaeger_password", &["\"\""]),
-    ("disable_new_netns", &["false"]),
     ("enable_vcpus_pinning", &["false"]),
     ("emptydir_mode", &["\"shared-fs\""]),
     ("enable_pprof", &["false"]),

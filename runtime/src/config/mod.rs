@@ -368,6 +368,8 @@ pub struct RuntimeConfig {
     pub passfd_listener_port: u32,
     /// What connects the pod's network with the guest.
     pub internetworking_model: InternetworkingModel,
+    /// Leave the pod's network namespace alone: the guest has its loopback.
+    pub disable_new_netns: bool,
 }
 
 impl Default for RuntimeConfig {
@@ -383,6 +385,7 @@ impl Default for RuntimeConfig {
             keep_abnormal: false,
             passfd_listener_port: 1027,
             internetworking_model: InternetworkingModel::TcFilter,
+            disable_new_netns: false,
         }
     }
 }

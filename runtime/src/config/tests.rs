@@ -380,6 +380,34 @@ fn seccomp_when_a_pod_asks_cannot_be_switched_off() {
     assert!(!file.config.runtime.disable_guest_seccomp);
 }
 
+#[test]
+fn disable_new_netns_when_interfaces_are_asked_for_too_is_refused() {
+    for text in [
+        "[runtime]\ndisable_new_netns = true\n",
+        "[runtime]\ndisable_new_netns = true\ninternetworking_model = \"macvtap\"\n",
+    ] {
+        let message = message(text);
+        assert!(
+            message.contains("runtime.disable_new_netns") && message.contains("internetworking_model"),
+            "{message}"
+        );
+    }
+    let file = body("[runtime]\ndisable_new_netns = true\ninternetworking_model = \"none\"\n").unwrap();
+    assert!(file.config.runtime.disable_new_netns);
+    assert_eq!(file.warnings, Vec::<String>::new());
+
+    let (file, warnings) = annotated(
+        "",
+        &[
+            ("runtime.disable_new_netns", "true"),
+            ("runtime.internetworking_model", "none"),
+        ],
+    );
+    assert_eq!(warnings, Vec::<String>::new());
+    assert!(file.config.runtime.disable_new_netns);
+    file.config.validate(&file.origins).unwrap();
+}
+
 /// Code of the runtime without tests, apart from the parts of the configuration that only write it down.
 fn code_that_acts() -> String {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 
-use super::{BootAsset, ConfigError, HypervisorConfig, Origins, TomlConfig};
+use super::{BootAsset, ConfigError, HypervisorConfig, InternetworkingModel, Origins, TomlConfig};
 
 /// Smallest guest memory, MiB (Kata's figure).
 pub const MIN_MEMORY_MIB: u64 = 64;
@@ -32,6 +32,16 @@ impl TomlConfig {
                     "must be a vsock port, 1 to 4294967294",
                 ));
             }
+        }
+        let runtime = &self.runtime;
+        // Kata's rule: whoever asks for a model wants interfaces.
+        if runtime.disable_new_netns && runtime.internetworking_model != InternetworkingModel::None {
+            return Err(bad(
+                origins,
+                "runtime.disable_new_netns",
+                true,
+                "must be false unless internetworking_model is \"none\"",
+            ));
         }
         Ok(())
     }

@@ -322,6 +322,9 @@ impl VirtSandbox {
         let Some(netns) = &self.pod.netns else {
             return;
         };
+        if self.config.runtime.disable_new_netns {
+            return;
+        }
         match LocalhostForward::start(netns, self.hypervisor.clone()).await {
             Ok(forward) => *self.localhost() = Some(forward),
             Err(error) => {

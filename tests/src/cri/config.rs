@@ -42,7 +42,8 @@ pub struct Cri {
     pub plugins: std::path::PathBuf,
 }
 
-/// The handler's name for a runtime and a network, and whether pods are sandboxes of the shim's own (Sandbox API).
+/// The handler's name for a runtime and a network, and whether pods are sandboxes of the shim's own (Sandbox API), whose containers'
+/// stdio is streamed.
 pub fn handler(vm: bool, network: &str, sandbox_api: bool) -> String {
     let runtime = match (vm, sandbox_api) {
         (false, _) => "runc",
@@ -124,7 +125,8 @@ impl Cri {
             text.push_str(&self.handler(&settings.runtime, &name, network, dir));
             text.push_str("pod_annotations = [\"io.katacontainers.*\"]\n");
             if sandbox_api {
-                text.push_str("sandboxer = \"shim\"\n");
+                // Streams over the shim's socket instead of FIFOs: only a sandbox with an address has them.
+                text.push_str("sandboxer = \"shim\"\nio_type = \"streaming\"\n");
             }
             if let Some(config) = &settings.config {
                 let runtime = self.plugin("runtime");

@@ -2,6 +2,8 @@
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -80,6 +82,47 @@ pub fn sink(address: IpAddr) -> io::Result<Server<String>> {
         let sum = sha256(&bytes);
         peer.write_all(format!("{sum}\n").as_bytes())?;
         Ok(sum)
+    })
+}
+
+/// A server on the host that counts what its one connection brings; its thread ends with it.
+#[derive(Debug)]
+pub struct Meter {
+    address: SocketAddr,
+    bytes: Arc<AtomicU64>,
+}
+
+impl Meter {
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+
+    /// The bytes so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+}
+
+/// A server that counts bytes.
+///
+/// # Errors
+/// When the address cannot be listened on.
+pub fn meter(address: IpAddr) -> io::Result<Meter> {
+    let bytes = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&bytes);
+    let server = Server::start(address, move |mut peer| {
+        let mut buffer = [0; 16 << 10];
+        loop {
+            match peer.read(&mut buffer)? {
+                0 => return Ok(()),
+                read => count.fetch_add(read as u64, Ordering::Relaxed),
+            };
+        }
+    })?;
+    Ok(Meter {
+        address: server.address,
+        bytes,
     })
 }
 
@@ -189,6 +232,16 @@ mod tests {
         peer.read_to_string(&mut answer).unwrap();
         assert_eq!(answer.trim(), sha256(&bytes));
         assert_eq!(sink.result().unwrap(), sha256(&bytes));
+    }
+
+    #[test]
+    fn meter_when_bytes_come_counts_them() {
+        let meter = meter([127, 0, 0, 1].into()).unwrap();
+        let mut peer = TcpStream::connect(("127.0.0.1", meter.port())).unwrap();
+        for sum in [1000, 2000] {
+            peer.write_all(&[0; 1000]).unwrap();
+            assert!(eventually(Duration::from_secs(60), || meter.bytes() == sum));
+        }
     }
 
     #[test]

@@ -5,5 +5,6 @@
 
 mod cli;
 mod configuration;
+mod hooks;
 mod host;
 mod refusal;

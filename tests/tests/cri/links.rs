@@ -8,8 +8,9 @@ use tests::cri::cni::{JUMBO_MTU, SLOW_RATE};
 use tests::cri::config::Series;
 use tests::cri::pods::{Member, Pod, Pods};
 use tests::cri::private::host;
-use tests::cri::traffic::{fetch_soon, sink, web};
+use tests::cri::traffic::{fetch_soon, meter, sink, web};
 use tests::cri::view;
+use tests::task_api::TaskApi;
 
 /// A pod on a network that leads past the host: it reaches the machine beyond, and is reached from there.
 fn reaches_beyond_the_host(name: &str, network: &'static str) {
@@ -58,10 +59,12 @@ fn gateway(pod: &Pod<'_>) -> IpAddr {
         .unwrap_or_else(|| panic!("no default route: {routes:?}"))
 }
 
+/// Through a macvtap, where the runtime has a choice; the other networks are connected by filters.
 #[test]
 fn network_when_point_to_point_works_both_ways() {
     Pods::like_runc("ptp", Series::V1_7, |pods| {
-        let pod = pods.pod("ptp").run();
+        let model = "io.katacontainers.config.runtime.internetworking_model";
+        let pod = pods.pod("ptp").annotation(model, "macvtap").run();
         let server = pod.web("the pod");
         view::assert_equal(&pod, &server);
         let gateway = gateway(&pod);
@@ -168,11 +171,49 @@ fn interface_when_added_after_the_sandbox_is_seen_by_its_containers() {
         let view = view::assert_equal(&pod, &member);
         assert!(view.contains(&"eth1 mtu 1400 up true".to_owned()), "{view:?}");
         member.sh("ping -c 1 -W 60 10.79.1.1");
+        bridge_is_usable(pods, &pod, &member);
         host(&["ip", "link", "del", pair]).expect_code(0);
         member.sh(&format!("ping -c 1 -W 60 {}", pods.subnets.gateway()));
         pod.sleeping()
             .sh(&format!("ping -c 1 -W 60 {}", pods.subnets.gateway()));
     });
+}
+
+/// What CNI's plugins do not put into a pod: a bridge with an address and a port that leads to the host.
+#[track_caller]
+fn bridge_is_usable(pods: &Pods, pod: &Pod<'_>, member: &Member<'_>) {
+    let netns = pod.netns();
+    let netns = netns.file_name().unwrap().to_str().unwrap();
+    let pair = if pods.vm() { "portv" } else { "portr" };
+    host(&[
+        "ip", "link", "add", pair, "type", "veth", "peer", "name", "port0", "netns", netns,
+    ])
+    .expect_code(0);
+    host(&["ip", "addr", "add", "10.79.3.1/24", "dev", pair]).expect_code(0);
+    host(&["ip", "link", "set", pair, "up"]).expect_code(0);
+    for command in [
+        "link add br0 type bridge",
+        "link set port0 master br0 up",
+        "link set br0 up",
+        "addr add 10.79.3.2/24 dev br0",
+    ] {
+        let words = [&["ip"][..], &command.split(' ').collect::<Vec<_>>()].concat();
+        pod.in_netns(&words);
+    }
+
+    let outside = pod.in_netns(&["ip", "addr", "show", "br0"]);
+    let mut words = outside
+        .split_whitespace()
+        .skip_while(|word| *word != "link/ether");
+    let mac = words.nth(1).unwrap();
+    let mut inside = String::new();
+    let equal = eventually(pods.limit(), || {
+        inside = member.exec(&["ip", "addr", "show", "br0"]).out;
+        inside.contains(mac) && inside.contains("10.79.3.2/24")
+    });
+    assert!(equal, "{inside}\nis not\n{outside}");
+    member.sh("ping -c 1 -W 60 10.79.3.1");
+    host(&["ip", "link", "del", pair]).expect_code(0);
 }
 
 /// More often than a virtual machine has places to plug devices in: the same are used again.
@@ -231,5 +272,50 @@ fn bandwidth_when_limited_by_the_network_is_not_exceeded() {
             "{:?} for {BYTES} bytes",
             started.elapsed()
         );
+        // runc knows nothing of bandwidth.
+        if pods.vm() {
+            bandwidth_follows_updates(pods, &member, gateway);
+        }
     });
+}
+
+/// Bits per second that an Update asks for, far below [`SLOW_RATE`]; and bytes that may pass at once: one segment of 64 KiB,
+/// which the limiter takes as a whole, and a tenth of a second's worth.
+const UPDATED_RATE: u64 = 160_000;
+const UPDATED_BURST: u64 = 80 << 10;
+
+/// An Update with Kubernetes' annotation changes the limit of a running pod, down and up again: as many bytes pass as it allows for
+/// the time that has gone by, and no more; after the second one more than the first would have allowed.
+#[track_caller]
+fn bandwidth_follows_updates(pods: &Pods, member: &Member<'_>, gateway: IpAddr) {
+    let api = TaskApi::connect(pods.case().daemon()).unwrap();
+    let limit = |rate: &str| {
+        api.annotate(member.id(), "kubernetes.io/egress-bandwidth", rate)
+            .unwrap();
+    };
+    let allowed = |since: Instant| {
+        let milliseconds = u64::try_from(since.elapsed().as_millis()).unwrap();
+        milliseconds * UPDATED_RATE / 8 / 1000 + UPDATED_BURST
+    };
+    limit(&UPDATED_RATE.to_string());
+    let started = Instant::now();
+    let received = meter(gateway).unwrap();
+    member.sh(&format!(
+        "(head -c 16777216 /dev/zero | nc {gateway} {}) >/dev/null 2>&1 </dev/null &",
+        received.port()
+    ));
+    // Twice what passes at once.
+    let flows = eventually(pods.limit(), || received.bytes() > 2 * UPDATED_BURST);
+    let (bytes, most) = (received.bytes(), allowed(started));
+    assert!(flows, "{bytes} bytes");
+    assert!(bytes <= most, "{bytes} bytes, {most} are allowed");
+
+    limit("1G");
+    let (raised, before) = (Instant::now(), received.bytes());
+    let mut since = 0;
+    let rises = eventually(pods.limit(), || {
+        since = received.bytes() - before;
+        since > allowed(raised)
+    });
+    assert!(rises, "{since} bytes, the old limit allows {}", allowed(raised));
 }

@@ -1,13 +1,13 @@
 //! OCI hooks, beside runc: which run, in which order, with what state.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use serde_json::{Value, json};
 use tests::case::skipped_under_runc;
 use tests::command::eventually;
-use tests::image;
-use tests::{Case, Container};
+use tests::{Case, spec};
 
 /// A hook of the host's that notes its name and the status in its state, and whether the state's pid leads to another
 /// network namespace than the host's; then runs `then`.
@@ -28,32 +28,6 @@ echo "{name} $status $net" >> {}
     json!({"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/bin:/bin"], "timeout": 60})
 }
 
-/// A busybox container with `hooks` that runs `script`, as a file for `ctr run --config`.
-fn configuration(case: &Case, container: &Container<'_>, script: &str, hooks: &Value) -> PathBuf {
-    let folder = case.folder(container.id());
-    let root = folder.join("rootfs");
-    fs::create_dir_all(&root).unwrap();
-    image::unpack(&case.daemon().settings.busybox, &root).unwrap();
-    let namespaces = ["pid", "ipc", "uts", "mount", "network"].map(|kind| json!({"type": kind}));
-    let mount = |kind: &str, at: &str| json!({"destination": at, "type": kind, "source": kind});
-    let config = json!({
-        "ociVersion": "1.0.2",
-        "root": {"path": root},
-        "process": {
-            "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}, "args": ["sh", "-c", script],
-        },
-        "hooks": hooks,
-        "mounts": [mount("proc", "/proc"), mount("tmpfs", "/dev")],
-        "linux": {
-            "namespaces": namespaces.to_vec(),
-            "cgroupsPath": format!("/{}/{}", case.daemon().namespace(), container.id()),
-        },
-    });
-    let path = folder.join("config.json");
-    fs::write(&path, config.to_string()).unwrap();
-    path
-}
-
 fn notes(path: &Path) -> Vec<String> {
     let text = fs::read_to_string(path).unwrap_or_default();
     text.lines().map(str::to_owned).collect()
@@ -70,7 +44,7 @@ fn hooks_when_a_container_lives_run_in_order() {
             "startContainer": [{"path": "/bin/sh", "args": ["sh", "-c", "echo from the hook > /hook"]}],
             "poststop": [hook("poststop", &path, "")],
         });
-        let config = configuration(case, &container, "cat /hook", &hooks);
+        let config = spec::write(case, &container, "cat /hook", &hooks);
         let done = container
             .run(&[])
             .without_image()
@@ -99,7 +73,7 @@ fn run_when_a_create_runtime_hook_fails_runs_nothing_but_poststop() {
             "createRuntime": [hook("fails", &path, "echo no bridge >&2; exit 4"), hook("never", &path, "")],
             "poststop": [hook("poststop", &path, "")],
         });
-        let config = configuration(case, &container, "echo never", &hooks);
+        let config = spec::write(case, &container, "echo never", &hooks);
         let done = container
             .run(&[])
             .without_image()
@@ -141,6 +115,56 @@ fn output_when_it_goes_to_a_file_is_appended() {
     assert_eq!(seen, ["error", "error", "one", "two"]);
 }
 
+/// A logger as containerd's `binary://` and, newer, `binary-v2://` have it: the output is on descriptors 3 and 4, and a byte on 5
+/// says that it is ready.
+const LOGGER: &str = r#"#!/bin/sh
+log="$(dirname "$0")/log"
+echo >&5
+exec 5>&-
+sed "s/^/out $CONTAINER_ID /" <&3 >>"$log" &
+sed "s/^/err $CONTAINER_ID /" <&4 >>"$log" &
+wait
+"#;
+
+#[test]
+fn output_when_a_program_reads_it_is_that_programs() {
+    Case::like_runc("log-program", |case| {
+        let program = case.folder("logger").join("logger");
+        fs::write(&program, LOGGER).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        // Unknown to the shim of runc's that Debian 12 has.
+        let scheme = if case.is_vm_runtime() {
+            "binary-v2"
+        } else {
+            "binary"
+        };
+        let container = case.container();
+        container
+            .run(&["sh", "-c", "echo one; echo two >&2; echo three"])
+            .flag("-d")
+            .option("--log-uri", &format!("{scheme}://{}", program.display()))
+            .output()
+            .expect_code(0);
+        container.wait_state(Some("STOPPED"));
+        // runc's shim has the other ends until then.
+        case.ctr(["tasks", "delete", container.id()]).expect_code(0);
+        let log = program.with_file_name("log");
+        let mut lines = Vec::new();
+        eventually(case.limit(), || {
+            lines = notes(&log);
+            lines.len() == 3
+        });
+        lines.sort();
+        let id = container.id();
+        let expected = [
+            format!("err {id} two"),
+            format!("out {id} one"),
+            format!("out {id} three"),
+        ];
+        assert_eq!(lines, expected);
+    });
+}
+
 #[test]
 fn poststop_when_the_shim_is_killed_runs_once() {
     if skipped_under_runc("its shim is not the container") {
@@ -150,7 +174,7 @@ fn poststop_when_the_shim_is_killed_runs_once() {
     let container = case.container();
     let path = case.folder("notes").join("notes");
     let hooks = json!({"poststop": [hook("poststop", &path, "")]});
-    let config = configuration(&case, &container, "while :; do sleep 1; done", &hooks);
+    let config = spec::write(&case, &container, "while :; do sleep 1; done", &hooks);
     container
         .run(&[])
         .without_image()

@@ -3,7 +3,8 @@
 use rtnetlink::packet_route::link::InfoKind;
 
 use super::error::NetworkError;
-use super::scan::{DADFAILED, Link, Scan};
+use super::model;
+use super::scan::{Address, DADFAILED, Link, Scan};
 use crate::host::journal::Undo;
 use crate::hypervisor::NetworkDevice;
 
@@ -86,6 +87,11 @@ fn verdict(link: &Link, scan: &Scan) -> Verdict {
             Verdict::Skip
         };
     }
+    if model::is_guests(link) && link.master.is_some() {
+        return Verdict::Refuse(
+            "its bridge keeps frames for its hardware address, which would be the guest's, to itself",
+        );
+    }
     match &link.kind {
         None => {
             Verdict::Refuse("it is a physical one, which needs PCI passthrough: not provided in this release")
@@ -114,10 +120,12 @@ fn check(link: &Link) -> Result<(), NetworkError> {
             max: *MTU.end(),
         });
     }
+    // At a TAP's other end is the guest itself, which has the link-local address of their one hardware address.
+    let guests = |address: &Address| link.kind == Some(InfoKind::Tun) && address.is_link_local();
     let duplicate = link
         .addresses
         .iter()
-        .find(|address| address.flags & DADFAILED != 0);
+        .find(|address| address.flags & DADFAILED != 0 && !guests(address));
     match duplicate {
         Some(address) => Err(NetworkError::Duplicate {
             link: link.name.clone(),

@@ -64,6 +64,11 @@ impl Work<'_> {
     }
 }
 
+/// Whether it is a TAP that nobody has open: it has been made for the guest, whose frames are the namespace's on it.
+pub fn is_guests(link: &Link) -> bool {
+    link.kind == Some(InfoKind::Tun) && !link.running
+}
+
 /// Connects the link and returns the queues for the guest's interface. The calling thread is in the namespace.
 ///
 /// # Errors
@@ -73,8 +78,7 @@ pub async fn connect(
     handle: &Handle,
     work: &mut Work<'_>,
 ) -> Result<Vec<OwnedFd>, NetworkError> {
-    // A TAP that nobody has open has been made for the guest.
-    if work.link.kind == Some(InfoKind::Tun) && !work.link.running {
+    if is_guests(work.link) {
         return link::open_tap(&work.link.name, work.queues).map_err(work.failed());
     }
     match model {

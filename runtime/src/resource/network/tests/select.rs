@@ -169,6 +169,18 @@ fn links_when_they_are_ports_of_a_bridge_are_the_bridges() {
     ip(pod, "addr add 10.6.0.2/24 dev br0");
     assert_eq!(selected(&world).unwrap(), ["br0"]);
 
+    // A TAP cannot be one: the guest would have the address that is the bridge's own.
+    ip(pod, "tuntap add dev tap7 mode tap");
+    ip(pod, "link set tap7 master br0 up");
+    assert_eq!(selected(&world).unwrap(), ["br0"]);
+    ip(pod, "addr add 10.4.0.2/24 dev tap7");
+    let message = selected(&world).unwrap_err().to_string();
+    assert!(
+        message.contains("tap7") && message.contains("bridge"),
+        "{message}"
+    );
+    ip(pod, "link del tap7");
+
     // A port with an address of its own is an interface all the same.
     ip(pod, "addr flush dev br0");
     ip(pod, "addr add 10.6.0.2/24 dev port0");
