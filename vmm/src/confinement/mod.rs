@@ -2,9 +2,9 @@
 //!
 //! A guest that breaks out of its virtual machine runs on one of our threads: a vCPU's, the I/O loop's, a device's. So each
 //! of them, before it does anything for the guest,
-//! - gives up its capabilities, the bounding set, ways back to them (securebits) and supplementary groups ([`privileges`]);
+//! - gives up its capabilities, the bounding set, ways back to them (securebits) and supplementary groups (`privileges`);
 //! - sets `no_new_privs`;
-//! - installs a filter that lets through the system calls of its role and nothing else ([`filter`], `seccomp/policy.rs`).
+//! - installs a filter that lets through the system calls of its role and nothing else (`filter`, `seccomp/policy.rs`).
 //!
 //! It blocks all signals but its own faults, so that no handler of the process runs behind a filter.
 //!
@@ -23,7 +23,7 @@
 //! | `fs-<id>-<n>` | [`Role::Fs`], in a mount namespace of their own |
 //!
 //! Not confined, because they do what only a privileged thread can:
-//! - `vmm-starter` carries out a driver's write to a status register: starts workers, makes rings, stops them ([`Delegate`]);
+//! - `vmm-starter` carries out a driver's write to a status register: starts workers, makes rings, stops them (`delegate`);
 //! - `vmm-reaper` takes the machine apart when it has ended;
 //! - `vmm-load`, `vmm-netns` live for a moment when a machine or a TAP is made, before the guest has seen either;
 //! - whoever calls [`Vm`](crate::Vm)'s methods: the runtime's threads.
@@ -34,9 +34,10 @@
 //! unconfined one reads. It has to find and take over another thread by memory alone, without a system call of its own; that is
 //! harder than calling `execve`, and not impossible. Moving the unconfined threads out of the process is another step.
 //!
-//! Cost: a filter is compiled with the crate, so a thread pays for a copy of some hundred instructions and a few system
-//! calls when it starts. Afterwards calls without conditions cost a bit of a bitmap (Linux 5.11), others the walk through the
-//! filter.
+//! Cost: a filter is compiled with the crate, so a thread pays for a copy of some hundred instructions and for the kernel's
+//! translation of them when it starts: 0.2 to 0.6 ms together with the capabilities, in a debug build on a loaded machine, beside
+//! 0.05 ms for a thread as such. Afterwards calls without conditions cost a bit of a bitmap (Linux 5.11), others the walk
+//! through the filter.
 
 #![allow(unsafe_code)]
 
