@@ -87,6 +87,10 @@ fn verdict(link: &Link, scan: &Scan) -> Verdict {
             Verdict::Skip
         };
     }
+    // A bridge loses its hardware address with its last port (net/bridge/br_stp_if.c): nothing passes until it has one again.
+    if link.mac == Some([0; 6]) {
+        return Verdict::Skip;
+    }
     if model::is_guests(link) && link.master.is_some() {
         return Verdict::Refuse(
             "its bridge keeps frames for its hardware address, which would be the guest's, to itself",

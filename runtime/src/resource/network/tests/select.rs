@@ -185,4 +185,9 @@ fn links_when_they_are_ports_of_a_bridge_are_the_bridges() {
     ip(pod, "addr flush dev br0");
     ip(pod, "addr add 10.6.0.2/24 dev port0");
     assert_eq!(selected(&world).unwrap(), ["port0"]);
+
+    // A bridge whose last port has gone carries nothing, whatever its addresses.
+    ip(pod, "addr add 10.6.0.3/24 dev br0");
+    ip(pod, "link del port0");
+    assert_eq!(selected(&world).unwrap(), [""; 0]);
 }
