@@ -95,7 +95,7 @@ toolchain: # what the Rust compiler needs beside itself
 .PHONY: setup
 setup: toolchain # what tests and demo need on the host
 	@$(INSTALL_PACKAGES) containerd runc busybox-static iproute2 iptables nftables containernetworking-plugins socat acpica-tools \
-	    erofs-utils cpio xz-utils
+	    erofs-utils cpio xz-utils e2fsprogs mount
 
 .PHONY: kernel
 kernel: ## the guest kernel; prints its folder
